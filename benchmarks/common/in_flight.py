@@ -1,0 +1,120 @@
+"""Thousands of requests in flight on one worker when it is asked to stop, and what each of them costs then."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+
+from common.load import Load, LoadSpecification, echo_text
+from common.processes import TreeWatch
+from common.report import progress
+from common.workbench import OURS, Workbench, WorkbenchError
+
+#: A slow rate, so that thousands of streams are in flight without a load that would hide what is measured.
+RATE = 0.4
+MAX_TOKENS = 8
+_GRACE_PERIOD = 0.5
+
+
+@dataclass
+class InFlight:
+    """What was seen of one stop with many requests in flight.
+
+    :param mode: drain mode.
+    :param requests: requests in flight when the worker was asked to stop.
+    :param completed: those whose client got the whole answer.
+    :param leave: seconds from the signal until the worker was out of discovery.
+    :param gone: seconds from the signal until all of its processes were gone.
+    :param work: seconds that the worker itself took: from leaving discovery (and the grace period) to its end;
+        for `complete`, from the last answer to its end.
+    :param code: exit code.
+    :param losses: reasons of the requests that did not complete.
+    """
+
+    mode: str
+    requests: int
+    completed: int
+    leave: float | None
+    gone: float | None
+    work: float | None
+    code: int | None
+    losses: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def per_request(self) -> float | None:
+        """Seconds of the worker's own work per request."""
+        return None if self.work is None else self.work / self.requests
+
+
+def measure(bench: Workbench, mode: str, requests: int) -> InFlight:
+    """Stop a dynamo-worker with many requests in flight; for `handoff` and `complete` a second one is there.
+
+    :param bench: with as many frontends as the open files of one process allow.
+    :param mode: drain mode.
+    :param requests: number of requests in flight.
+    """
+    model = "many"
+    flags = ["--tokens-per-second", str(RATE), "--drain", mode, "--termination-grace-period", "90"]
+    flags += ["--grace-period", f"{_GRACE_PERIOD if mode == 'complete' else 0:g}"]
+    workers = [bench.start(OURS, model, flags)]
+    load: Load | None = None
+    try:
+        progress(f"{mode}: sending {requests} requests")
+        load = Load(
+            LoadSpecification(
+                bench.ports,
+                model,
+                requests,
+                requests,
+                MAX_TOKENS,
+                expected=echo_text(MAX_TOKENS),
+                ramp=2000.0,
+                timeout=120.0,
+                time_limit=150.0,
+            )
+        )
+        load.wait_streaming(60.0)
+        if mode != "abort":
+            workers.append(bench.start(OURS, model, flags))
+            time.sleep(0.5)
+        victim = workers[0]
+        watch = TreeWatch(victim.program.tree())
+        at = victim.program.signal(signal.SIGTERM)
+        left = watch.wait(100.0)
+        watch.close()
+        left_at = bench.discovery.wait_vanished(victim.instance, 1.0)
+        victim.program.wait(0.0 if left else 2.0)
+        result = load.result(150.0)
+        work = None
+        if watch.gone_at is not None and left_at is not None:
+            began = left_at
+            if mode == "complete":
+                began = max(record.ended for record in result.records)
+            work = watch.gone_at - began
+        return InFlight(
+            mode,
+            requests,
+            result.completed,
+            None if left_at is None else left_at - at,
+            None if watch.gone_at is None else watch.gone_at - at,
+            work,
+            victim.program.code,
+            result.losses(),
+        )
+    finally:
+        if load is not None:
+            load.close()
+        bench.end(workers)
+
+
+def frontends_for(requests: int, file_limit: int) -> int:
+    """Return how many frontends are needed: each holds two sockets per request.
+
+    :raises WorkbenchError: the worker alone would need more open files than allowed.
+    """
+    if requests + 1000 > file_limit:
+        raise WorkbenchError(
+            f"{requests} requests in flight need more open files than the {file_limit} allowed: raise `ulimit -Hn`"
+        )
+    return -(-(2 * requests + 1000) // file_limit)

@@ -1,0 +1,81 @@
+"""The peer: a virtual environment of its own, outside of the repository, with NVIDIA's `ai-dynamo` package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.report import progress
+
+PEER_VERSION = "1.6.1"
+
+#: Without their dependencies: `ai-dynamo` asks for torch-sized packages that its `dynamo.common.backend` never imports.
+_WITHOUT_DEPENDENCIES = (f"ai-dynamo=={PEER_VERSION}", f"ai-dynamo-runtime=={PEER_VERSION}")
+#: What `dynamo.common.backend` imports. The versions of this environment are taken, where it has them, so that the
+#: peer and dynamo-worker run on the same uvloop.
+_NEEDED = ("uvloop>=0.21", "pydantic>=2.10.6,<=2.13.5", "typing-extensions")
+_CHECK = "import dynamo.common.backend.run, sys; from importlib.metadata import version; print(version('ai-dynamo'))"
+
+
+class PeerEnvironmentError(Exception):
+    """The peer's environment cannot be made here."""
+
+
+def default_location() -> Path:
+    """Return where the peer's environment is kept between runs: below the user's cache directory."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    python = f"py{sys.version_info.major}.{sys.version_info.minor}"
+    return cache / "dynamo-worker-benchmarks" / f"peer-{PEER_VERSION}-{python}"
+
+
+def ensure(location: Path | None = None) -> Path:
+    """Return the Python of the peer's environment; make the environment first when it is not there.
+
+    :param location: directory of the environment; `default_location()` when None.
+    :raises PeerEnvironmentError: it cannot be made (no network, no such version …).
+    """
+    directory = (location or default_location()).absolute()
+    python = directory / "bin" / "python"
+    if python.exists() and _works(python):
+        progress(f"peer: ai-dynamo {PEER_VERSION} in {directory}")
+        return python
+    progress(f"peer: making a virtual environment with ai-dynamo {PEER_VERSION} in {directory} (once, about 300 MB)")
+    start = time.monotonic()
+    _run(sys.executable, "-m", "venv", "--clear", str(directory))
+    progress("peer: installing " + ", ".join(_WITHOUT_DEPENDENCIES) + " without dependencies")
+    _pip(python, "--no-deps", *_WITHOUT_DEPENDENCIES)
+    needed = [_like_here(requirement) for requirement in _NEEDED]
+    progress("peer: installing " + ", ".join(needed))
+    _pip(python, *needed)
+    if not _works(python):
+        raise PeerEnvironmentError(f"{python} cannot import dynamo.common.backend; remove {directory} and try again")
+    progress(f"peer: ready after {time.monotonic() - start:.0f} s")
+    return python
+
+
+def _works(python: Path) -> bool:
+    result = subprocess.run([str(python), "-c", _CHECK], capture_output=True, text=True, check=False)
+    return result.returncode == 0 and result.stdout.strip() == PEER_VERSION
+
+
+def _like_here(requirement: str) -> str:
+    name = requirement.split(">")[0]
+    try:
+        return f"{name}=={importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return requirement
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    # pip complains that ai-dynamo lacks its dependencies, rightly; its text is shown only when it fails.
+    _run(str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments)
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise PeerEnvironmentError(f"`{' '.join(command)}` failed:\n{result.stderr.strip() or result.stdout.strip()}")

@@ -1,0 +1,361 @@
+"""One stop or one fault, done to one worker, and everything that can be seen of it from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.discovery import VanishedModel
+from common.load import Load, LoadError, LoadResult, LoadSpecification, echo_text
+from common.processes import TreeWatch, command_line, pin_and_signal
+from common.workbench import (
+    OURS,
+    PEER,
+    Workbench,
+    WorkbenchError,
+    Worker,
+    files_below,
+    shared_memory_of,
+)
+
+#: Tokens per second of a stream, and tokens of a request: streams of 6 s, longer than any grace period used here.
+RATE = 40.0
+MAX_TOKENS = 240
+#: Does something to a worker; returns when, on CLOCK_MONOTONIC.
+Action = Callable[[Worker], float]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is done, to whom, and what dynamo-worker must reach.
+
+    :param name: name on the command line and in the table.
+    :param action: what is done.
+    :param kinds: which workers it is done to.
+    :param busy: whether streams are in flight on the worker.
+    :param spare: whether a second worker serves the same model, so that streams can move.
+    :param ready: whether the worker is registered before the action; False: it is still starting.
+    :param flags: further flags of dynamo-worker.
+    :param additions: further environment variables of dynamo-worker.
+    :param process_tree: whether the engine runs in processes of its own.
+    :param after_grace: whether times count from the end of the grace period.
+    :param bound: how long to wait for the end in seconds.
+    :param leave: bar: seconds to leave discovery.
+    :param gone: bar: seconds until every process is gone.
+    :param code: bar: the exit code.
+    :param completed: bar: whether every stream must complete.
+    """
+
+    name: str
+    action: Action
+    kinds: tuple[str, ...] = (PEER, OURS)
+    busy: bool = False
+    spare: bool = False
+    ready: bool = True
+    flags: tuple[str, ...] = ()
+    additions: Mapping[str, str] = field(default_factory=dict)
+    process_tree: bool = False
+    after_grace: bool = False
+    bound: float = 20.0
+    leave: float | None = None
+    gone: float | None = None
+    code: int | None = None
+    completed: bool = False
+
+
+@dataclass
+class Outcome:
+    """What was seen of one scenario; times in seconds, None when it did not happen in time.
+
+    :param leave: from the action until the worker is out of the discovery directory.
+    :param frontend: from the action until the frontend no longer offers the model (where no other worker serves it).
+    :param exited: from the action (or the end of the grace period) until the started program has ended.
+    :param gone: the same until every process of its tree is gone.
+    :param after_last_answer: from the end of the last stream until every process is gone; None where it goes first.
+    """
+
+    scenario: str
+    kind: str
+    leave: float | None = None
+    frontend: float | None = None
+    exited: float | None = None
+    gone: float | None = None
+    after_last_answer: float | None = None
+    code: int | None = None
+    streams: int = 0
+    completed: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
+    processes_left: list[str] = field(default_factory=list)
+    shared_memory_left: list[str] = field(default_factory=list)
+    files_left: list[str] = field(default_factory=list)
+
+    def missed(self, scenario: Scenario) -> list[str]:
+        """Return the names of the bars that were missed."""
+        missed = []
+        for name, value, most in (("leave", self.leave, scenario.leave), ("gone", self.gone, scenario.gone)):
+            if most is not None and (value is None or value > most):
+                missed.append(name)
+        if scenario.code is not None and self.code != scenario.code:
+            missed.append("code")
+        if scenario.completed and self.completed != self.streams:
+            missed.append("streams")
+        if self.processes_left or self.shared_memory_left or self.files_left:
+            missed.append("leftovers")
+        return missed
+
+
+def send(number: int, to: Callable[[Worker], int]) -> Action:
+    """Return the action that sends a signal to one process of a worker."""
+
+    def action(worker: Worker) -> float:
+        pid = to(worker)
+        at = time.monotonic()
+        pin_and_signal(pid, number)
+        return at
+
+    return action
+
+
+def to_program(worker: Worker) -> int:
+    """The process that was started: the supervisor of a dynamo-worker."""
+    return worker.program.pid
+
+
+def to_worker(worker: Worker) -> int:
+    """The process that serves requests."""
+    return worker.serving_pid()
+
+
+def to_guardian(worker: Worker) -> int:
+    """The process between supervisor and worker."""
+    return worker.supervisor_pids()[1]
+
+
+def to_engine(worker: Worker) -> int:
+    """The engine's first process."""
+    return worker.engine_pids()[0]
+
+
+def to_last_engine(worker: Worker) -> int:
+    """The engine's last process: a rank below its core, where the engine has one."""
+    return worker.engine_pids()[-1]
+
+
+def repeated(number: int, count: int, pause: float) -> Action:
+    """Return the action that sends a signal to a worker's program several times; its time is that of the last one."""
+
+    def action(worker: Worker) -> float:
+        at = worker.program.signal(number)
+        for _ in range(count - 1):
+            time.sleep(pause)
+            at = worker.program.signal(number)
+        return at
+
+    return action
+
+
+def scenarios() -> list[Scenario]:
+    """Return all scenarios, in the order of the report."""
+    terminate = send(signal.SIGTERM, to_program)
+    own = (OURS,)
+    stall = ("--stall-timeout", "5")
+    tree: dict[str, Any] = {"process_tree": True}
+    moved: dict[str, Any] = {"busy": True, "spare": True, "completed": True}
+    fatal: dict[str, Any] = {"leave": 0.05, "gone": 0.5, "code": 1}
+    return [
+        Scenario("SIGTERM, idle", terminate, after_grace=True, gone=0.3, code=0),
+        Scenario("SIGTERM, idle, process tree", terminate, after_grace=True, code=0, **tree),
+        Scenario("SIGTERM, busy, complete, one worker", terminate, busy=True, code=0, completed=True),
+        Scenario("SIGTERM, busy, complete, spare worker", terminate, code=0, **moved),
+        Scenario(
+            "SIGTERM, busy, handoff, spare worker",
+            terminate,
+            own,
+            flags=("--drain", "handoff", "--grace-period", "0"),
+            gone=1.0,
+            code=0,
+            **moved,
+        ),
+        Scenario(
+            "SIGTERM, busy, abort",
+            terminate,
+            own,
+            busy=True,
+            flags=("--drain", "abort", "--grace-period", "0"),
+            gone=1.0,
+            code=0,
+        ),
+        Scenario("second SIGTERM, busy", repeated(signal.SIGTERM, 2, 0.5), busy=True, gone=2.5),
+        Scenario("third SIGTERM, busy", repeated(signal.SIGTERM, 3, 0.3), own, busy=True, gone=0.5),
+        Scenario("SIGTERM, start blocked", terminate, own, ready=False, flags=("--start-seconds", "600"), gone=3.0),
+        Scenario("worker killed, idle", send(signal.SIGKILL, to_worker), leave=0.5, gone=0.5, code=137, **tree),
+        Scenario(
+            "worker killed, busy, spare worker",
+            send(signal.SIGKILL, to_worker),
+            leave=0.5,
+            gone=0.5,
+            code=137,
+            **moved,
+            **tree,
+        ),
+        Scenario("supervisor killed, busy", send(signal.SIGKILL, to_program), own, gone=1.0, **moved, **tree),
+        Scenario("guardian killed, busy", send(signal.SIGKILL, to_guardian), own, gone=1.0, **moved, **tree),
+        Scenario("engine process killed, idle", send(signal.SIGKILL, to_engine), **fatal, **tree),
+        Scenario("engine process killed, busy", send(signal.SIGKILL, to_engine), **fatal, **moved, **tree),
+        Scenario("engine's rank killed, busy", send(signal.SIGKILL, to_last_engine), own, **fatal, **moved, **tree),
+        Scenario(
+            "engine process stopped, idle, bound 5 s",
+            send(signal.SIGSTOP, to_engine),
+            flags=stall,
+            gone=6.5,
+            code=1,
+            **tree,
+        ),
+        Scenario(
+            "engine process stopped, busy, bound 5 s",
+            send(signal.SIGSTOP, to_engine),
+            flags=stall,
+            gone=6.5,
+            code=1,
+            **moved,
+            **tree,
+        ),
+        Scenario(
+            "engine's rank stopped, busy, bound 5 s",
+            send(signal.SIGSTOP, to_last_engine),
+            own,
+            flags=stall,
+            gone=6.5,
+            code=1,
+            **moved,
+            **tree,
+        ),
+        Scenario(
+            "worker stopped, busy, bound 5 s",
+            send(signal.SIGSTOP, to_worker),
+            own,
+            additions={"DYN_WORKER_HEARTBEAT_TIMEOUT": "5"},
+            gone=7.5,
+            code=1,
+            **moved,
+            **tree,
+        ),
+    ]
+
+
+def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, streams: int) -> Outcome:
+    """Start the workers of a scenario, do it, and see what comes of it.
+
+    :param bench: where the workers are started; nothing of them is left there afterwards.
+    :param kind: the kind of worker it is done to.
+    :param grace: the grace period in seconds.
+    :param streams: number of streams when the worker is busy.
+    :raises WorkbenchError: the scenario could not be set up.
+    """
+    outcome = Outcome(scenario.name, kind)
+    model = f"{kind}-model"
+    flags = ["--tokens-per-second", str(RATE)]
+    if scenario.process_tree:
+        flags.append("--process-tree")
+    additions = {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": f"{grace:g}"}
+    if kind == OURS:
+        flags += scenario.flags
+        additions.update(scenario.additions)
+    workers: list[Worker] = []
+    load: Load | None = None
+    watch: TreeWatch | None = None
+    try:
+        if scenario.ready:
+            worker = bench.start(kind, model, flags, additions)
+        else:
+            program, temporary = bench.launch(kind, model, flags, additions)
+            worker = Worker(kind, program, model, "", temporary)
+            time.sleep(1.5)
+        workers.append(worker)
+        if scenario.busy:
+            load = Load(_load(bench, model, kind, streams))
+            load.wait_streaming(20.0)
+        if scenario.spare:
+            workers.append(bench.start(kind, model, flags, additions))
+            time.sleep(0.3)
+        tree = worker.program.tree()
+        segments = shared_memory_of(tree)
+        watch = TreeWatch(tree)
+        vanished = None
+        if scenario.ready and not scenario.spare:
+            vanished = VanishedModel(bench.port, model, scenario.bound)
+            time.sleep(0.05)
+        at = scenario.action(worker)
+        over = grace if scenario.after_grace else 0.0
+        left = watch.wait(scenario.bound + over)
+        outcome.gone = _after(at + over, watch.gone_at)
+        worker.program.wait(0.0 if left else 2.0)
+        outcome.exited = _after(at + over, worker.program.ended_at)
+        outcome.code = worker.program.code
+        if scenario.ready:
+            outcome.leave = _after(at, bench.discovery.wait_vanished(worker.instance, 0.0 if left else 2.0))
+        if vanished is not None:
+            outcome.frontend = _after(at, vanished.join())
+        if load is not None:
+            result = _end_of(load)
+            outcome.streams, outcome.completed, outcome.losses = streams, result.completed, result.losses()
+            if result.records:
+                last = max(record.ended for record in result.records)
+                if watch.gone_at is not None and watch.gone_at >= last:
+                    outcome.after_last_answer = watch.gone_at - last
+        # What a program leaves behind counts once it is gone itself; one that lives on has not left anything.
+        if not worker.program.running:
+            outcome.processes_left = [" ".join(command_line(pid)) for pid in sorted(set(left) | set(bench.orphans()))]
+            outcome.shared_memory_left = sorted(path for path in segments if Path(path).exists())
+            outcome.files_left = files_below(worker.temporary)
+        _remove(segments)
+        return outcome
+    finally:
+        if load is not None:
+            load.close()
+        if watch is not None:
+            watch.kill()
+            watch.close()
+        bench.end(workers)
+
+
+def _load(bench: Workbench, model: str, kind: str, streams: int) -> LoadSpecification:
+    # Only the echo engine goes on where a stream was cut; the peer's minimal engine begins its text anew.
+    expected = echo_text(MAX_TOKENS) if kind == OURS else None
+    return LoadSpecification(
+        bench.ports, model, streams, streams, MAX_TOKENS, expected=expected, timeout=45.0, time_limit=50.0
+    )
+
+
+def _end_of(load: Load) -> LoadResult:
+    with contextlib.suppress(LoadError):
+        return load.result(60.0)
+    return LoadResult(0.0, 0.0)
+
+
+def _after(at: float, then: float | None) -> float | None:
+    return None if then is None else then - at
+
+
+def _remove(paths: set[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+
+
+def chosen(names: Sequence[str]) -> list[Scenario]:
+    """Return the scenarios whose name contains one of the given texts; all when none is given.
+
+    :raises WorkbenchError: nothing matches one of them.
+    """
+    everything = scenarios()
+    found = [scenario for scenario in everything if not names or any(name in scenario.name for name in names)]
+    for name in names:
+        if not any(name in scenario.name for scenario in everything):
+            raise WorkbenchError(f"no scenario's name contains {name!r}; --list names them")
+    return found

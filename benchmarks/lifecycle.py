@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""The lifecycle: stops, faults and restarts of a worker, dynamo-worker against its peer.
+
+What is done to a worker is done by signals to real processes, and what comes of it is seen from outside: the
+discovery directory (inotify), the frontend's /v1/models, the processes (pidfd), and the streams of clients. A
+stream is complete when its client got every token and a clean finish; dynamo-worker's streams must also have the
+text that an undisturbed one has.
+
+Parts:
+  stops      SIGTERM idle and busy, second and third signal, kill -9, engine faults
+  in-flight  thousands of requests in flight when the worker is asked to stop (dynamo-worker only)
+  rolling    two workers under steady load, restarted in turn; lost requests counted
+
+The peer is NVIDIA's Rust Worker (dynamo.common.backend) around a minimal Python engine. Both have the same grace
+period and the same frontend, with request migration on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common import in_flight, peer_environment, rolling, scenarios
+from common.load import LoadError
+from common.processes import raise_file_limit
+from common.report import add_output_arguments, machine, median, number, progress, seconds, table, write_json
+from common.workbench import OURS, PEER, TITLES, Workbench, WorkbenchError
+
+_PARTS = ("stops", "in-flight", "rolling")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python benchmarks/lifecycle.py --parts stops --scenario 'worker killed' --repeat 1",
+    )
+    parser.add_argument(
+        "--parts", default=",".join(_PARTS), metavar="LIST", help="parts to run, separated by commas (default: all)"
+    )
+    parser.add_argument(
+        "--scenario",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only stops whose name contains this text; may be repeated",
+    )
+    parser.add_argument("--list", action="store_true", help="name the scenarios of the part `stops`, and end")
+    parser.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="how often each stop is measured (default: 3)"
+    )
+    parser.add_argument("--streams", type=int, default=8, metavar="N", help="streams of a busy worker (default: 8)")
+    parser.add_argument(
+        "--grace", type=float, default=1.0, metavar="S", help="grace period of all workers in seconds (default: 1)"
+    )
+    parser.add_argument(
+        "--in-flight",
+        default="1000,10000",
+        metavar="LIST",
+        help="numbers of requests in flight, separated by commas (default: 1000,10000)",
+    )
+    parser.add_argument("--restarts", type=int, default=100, metavar="N", help="rolling restarts per drain mode")
+    parser.add_argument(
+        "--peer-restarts", type=int, default=10, metavar="N", help="rolling restarts of the peer (default: 10)"
+    )
+    parser.add_argument(
+        "--modes", default="complete,handoff", metavar="LIST", help="drain modes (default: complete,handoff)"
+    )
+    parser.add_argument("--no-peer", action="store_true", help="measure dynamo-worker alone")
+    parser.add_argument(
+        "--peer-env", type=Path, metavar="DIR", help="virtual environment of the peer; made there if it is not there"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the rolling restarts (needs matplotlib in this environment)"
+    )
+    parser.add_argument(
+        "--plot-from", type=Path, metavar="FILE", help="measure nothing: draw --plot from a file that --json wrote"
+    )
+    add_output_arguments(parser)
+    return parser.parse_args()
+
+
+def _stops(arguments: argparse.Namespace, peer: Path | None) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    with Workbench(peer, arguments.keep_logs) as bench:
+        for scenario in scenarios.chosen(arguments.scenario):
+            for kind in scenario.kinds:
+                if kind == PEER and peer is None:
+                    continue
+                outcomes = []
+                for turn in range(arguments.repeat):
+                    progress(f"{scenario.name}: {TITLES[kind]}, {turn + 1} of {arguments.repeat}")
+                    try:
+                        outcome = scenarios.measure(bench, scenario, kind, arguments.grace, arguments.streams)
+                    except (WorkbenchError, LoadError) as error:
+                        progress(f"  not measured: {error}")
+                        continue
+                    outcomes.append(outcome)
+                    _remarks(outcome)
+                if not outcomes:
+                    rows.append([f"{scenario.name}: {TITLES[kind]}", "not measured", *[""] * 8])
+                    results.append({"scenario": scenario.name, "worker": kind, "outcomes": []})
+                    continue
+                row, result = _row(scenario, kind, outcomes)
+                rows.append(row)
+                results.append(result)
+    table(
+        f"Stops and faults, medians of {arguments.repeat}; after the signal, or after the grace period where marked +g",
+        [
+            "",
+            "out of discovery",
+            "out of frontend",
+            "exit",
+            "all gone",
+            "after last answer",
+            "code",
+            "streams",
+            "left: proc/shm/files",
+            "bars",
+        ],
+        rows,
+    )
+    return results
+
+
+def _remarks(outcome: scenarios.Outcome) -> None:
+    for reason, times in outcome.losses.items():
+        progress(f"  lost: {times} x {reason}")
+    for what in (*outcome.processes_left, *outcome.shared_memory_left, *outcome.files_left):
+        progress(f"  left: {what}")
+
+
+def _row(
+    scenario: scenarios.Scenario, kind: str, outcomes: list[scenarios.Outcome]
+) -> tuple[list[str], dict[str, Any]]:
+    values = {
+        key: median(getattr(outcome, key) for outcome in outcomes)
+        for key in ("leave", "frontend", "exited", "gone", "after_last_answer")
+    }
+    never = f"not in {scenario.bound:.0f} s"
+    codes = sorted({"-" if outcome.code is None else str(outcome.code) for outcome in outcomes})
+    missed = sorted({name for outcome in outcomes for name in outcome.missed(scenario)}) if kind == OURS else []
+    streams = sum(outcome.streams for outcome in outcomes)
+    completed = sum(outcome.completed for outcome in outcomes)
+    left = [
+        max(len(getattr(outcome, key)) for outcome in outcomes)
+        for key in ("processes_left", "shared_memory_left", "files_left")
+    ]
+    row = [
+        f"{scenario.name}{' +g' if scenario.after_grace else ''}: {TITLES[kind]}",
+        (seconds(values["leave"]) if values["leave"] is not None else never) if scenario.ready else "-",
+        seconds(values["frontend"]),
+        seconds(values["exited"]) if values["exited"] is not None else never,
+        seconds(values["gone"]) if values["gone"] is not None else never,
+        seconds(values["after_last_answer"]),
+        "/".join(codes),
+        f"{completed}/{streams}" if streams else "-",
+        "/".join(map(str, left)),
+        "" if kind != OURS else "ok" if not missed else "MISSED " + ", ".join(missed),
+    ]
+    result = {
+        "scenario": scenario.name,
+        "worker": kind,
+        "medians": values,
+        "missed": missed,
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    return row, result
+
+
+def _in_flight(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    counts = [int(count) for count in arguments.in_flight.split(",")]
+    frontends = in_flight.frontends_for(max(counts), raise_file_limit())
+    results = []
+    rows = []
+    for mode in ("complete", "handoff", "abort"):
+        for count in counts:
+            # A fresh frontend for each: thousands of streams leave their traces in one.
+            with Workbench(None, arguments.keep_logs, frontends) as bench:
+                result = in_flight.measure(bench, mode, count)
+            results.append({**asdict(result), "per_request": result.per_request})
+            per_request = result.per_request
+            rows.append(
+                [
+                    f"{mode}, {count} in flight",
+                    f"{result.completed}/{result.requests}",
+                    seconds(result.leave),
+                    seconds(result.gone),
+                    seconds(result.work),
+                    "-" if per_request is None else number(per_request * 1e6, "µs"),
+                    str(result.code),
+                ]
+            )
+            for reason, times in result.losses.items():
+                progress(f"{mode}, {count} in flight: {times} x {reason}")
+    table(
+        "Many requests in flight at SIGTERM, dynamo-worker (complete: work counts from the last answer)",
+        ["", "completed", "out of discovery", "gone", "own work", "per request", "code"],
+        rows,
+    )
+    return results
+
+
+def _rolling(arguments: argparse.Namespace, peer: Path | None) -> list[rolling.Rolling]:
+    modes: list[tuple[str, str | None, int]] = [(OURS, mode, arguments.restarts) for mode in arguments.modes.split(",")]
+    if peer is not None and arguments.peer_restarts:
+        modes.append((PEER, None, arguments.peer_restarts))
+    series = []
+    for kind, mode, restarts in modes:
+        with Workbench(peer, arguments.keep_logs) as bench:
+            result = rolling.measure(bench, kind, mode, restarts, min(arguments.grace, 0.5), 2 * arguments.streams)
+        series.append(result)
+        for reason, times in result.losses.items():
+            progress(f"{result.title}: {times} x {reason}")
+    table(
+        "Rolling restarts of 2 workers under steady load",
+        ["", "restarts", "time per restart", "requests", "lost", "exit codes", "files left", "bar"],
+        [
+            [
+                result.title,
+                str(len(result.restarts)),
+                seconds(median(end - start for start, end in result.restarts)),
+                str(len(result.requests)),
+                str(result.lost),
+                ", ".join(f"{code}: {times}" for code, times in sorted(result.codes.items())),
+                str(result.files_left),
+                "" if result.title == TITLES[PEER] else "ok" if result.lost == 0 else "MISSED",
+            ]
+            for result in series
+        ],
+    )
+    return series
+
+
+def _plot(series: list[rolling.Rolling], path: Path) -> None:
+    if rolling.plot(series, path):
+        progress(f"wrote {path}")
+    else:
+        progress("no plot: matplotlib is not installed; with --json now, --plot-from draws it later")
+
+
+def main() -> int:
+    """Run the benchmark."""
+    arguments = _arguments()
+    try:
+        if arguments.list:
+            for scenario in scenarios.scenarios():
+                print(scenario.name)
+            return 0
+        if arguments.plot_from:
+            if not arguments.plot:
+                raise WorkbenchError("--plot-from needs --plot FILE.png")
+            content = json.loads(arguments.plot_from.read_text(encoding="utf-8"))
+            _plot(rolling.load_series(content["results"].get("rolling", [])), arguments.plot)
+            return 0
+        parts = arguments.parts.split(",")
+        unknown = sorted(set(parts) - set(_PARTS))
+        if unknown:
+            raise WorkbenchError(f"no such part: {', '.join(unknown)}; there are {', '.join(_PARTS)}")
+        peer = None
+        if not arguments.no_peer and set(parts) & {"stops", "rolling"}:
+            peer = peer_environment.ensure(arguments.peer_env)
+        results: dict[str, Any] = {}
+        if "stops" in parts:
+            results["stops"] = _stops(arguments, peer)
+        if "in-flight" in parts:
+            results["in_flight"] = _in_flight(arguments)
+        if "rolling" in parts:
+            series = _rolling(arguments, peer)
+            results["rolling"] = [entry.as_json() for entry in series]
+            if arguments.plot:
+                _plot(series, arguments.plot)
+    except (peer_environment.PeerEnvironmentError, WorkbenchError, LoadError, OSError) as error:
+        print(f"lifecycle.py: {error}", file=sys.stderr)
+        return 1
+    about = machine()
+    print(f"\n{about['cpu']}, {about['cpus']} CPUs, Python {about['python']}, load average {about['load_average']:.1f}")
+    write_json(arguments.json, "lifecycle", vars(arguments), results)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

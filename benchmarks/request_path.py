@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""The request path: tokens per second and worker CPU per token, dynamo-worker against its peer and against the floor.
+
+Three workers serve the same tiny model through the same frontend at the same time, and are loaded one after the
+other in rounds:
+
+  peer   NVIDIA's Rust Worker (dynamo.common.backend) driving a minimal Python engine, one token per chunk
+  bare   a push handler straight on ai-dynamo-runtime: the floor, with no bookkeeping at all
+  ours   dynamo-worker --engine echo, with supervisor, monitors and all bookkeeping
+
+CPU per token is the user and system time of the process that serves requests, divided by the tokens that the client
+has received. Each ratio is taken within a round; the table shows the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import peer_environment
+from common.load import LoadError, LoadSpecification, run
+from common.processes import cpu_seconds
+from common.report import (
+    add_output_arguments,
+    bar,
+    machine,
+    median,
+    number,
+    progress,
+    seconds,
+    spread,
+    table,
+    write_json,
+)
+from common.workbench import BARE, OURS, PEER, TITLES, Workbench, WorkbenchError, Worker
+
+#: Tokens of one request, by number of concurrent streams; others get those of the next smaller number.
+_MAX_TOKENS = {1: 500, 32: 500, 1000: 100}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python benchmarks/request_path.py --rounds 3 --streams 32 --json request_path.json",
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds to take medians of (default: 5)")
+    parser.add_argument(
+        "--streams",
+        default="1,32,1000",
+        metavar="LIST",
+        help="numbers of concurrent streams, separated by commas (default: 1,32,1000)",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="factor on the number of requests (default: 1)"
+    )
+    parser.add_argument(
+        "--workers",
+        default="peer,bare,ours",
+        metavar="LIST",
+        help="which workers take part, separated by commas (default: peer,bare,ours)",
+    )
+    parser.add_argument(
+        "--worker-flag",
+        action="append",
+        default=[],
+        metavar="FLAG",
+        help="a further flag for dynamo-worker, such as --worker-flag=--no-warmup; may be repeated",
+    )
+    parser.add_argument(
+        "--peer-env", type=Path, metavar="DIR", help="virtual environment of the peer; made there if it is not there"
+    )
+    add_output_arguments(parser)
+    return parser.parse_args()
+
+
+def _specification(ports: tuple[int, ...], model: str, streams: int, scale: float) -> LoadSpecification:
+    max_tokens = next(_MAX_TOKENS[known] for known in sorted(_MAX_TOKENS, reverse=True) if known <= max(1, streams))
+    rounds_of_requests = 10 if streams == 1 else 6 if streams < 500 else 1
+    requests = max(streams, round(streams * rounds_of_requests * scale))
+    return LoadSpecification(ports, model, streams, requests, max_tokens, timeout=120.0, time_limit=180.0)
+
+
+def _measure(bench: Workbench, worker: Worker, streams: int, scale: float) -> dict[str, Any]:
+    specification = _specification(bench.ports, worker.model, streams, scale)
+    serving = worker.serving_pid()
+    before = cpu_seconds(serving)
+    supervisors = {pid: cpu_seconds(pid) for pid in worker.supervisor_pids()}
+    frontend = cpu_seconds(bench.frontends[0].pid)
+    result = run(specification)
+    cpu = cpu_seconds(serving) - before
+    frontend = cpu_seconds(bench.frontends[0].pid) - frontend
+    if result.lost:
+        raise WorkbenchError(f"{TITLES[worker.kind]} lost {result.lost} of {len(result.records)}: {result.losses()}")
+    tokens = result.tokens
+    return {
+        "worker": worker.kind,
+        "streams": streams,
+        "requests": len(result.records),
+        "tokens": tokens,
+        "elapsed_s": result.elapsed,
+        "tokens_per_second": result.tokens_per_second,
+        "worker_cpu_us_per_token": cpu / tokens * 1e6,
+        "supervisor_cpu_us_per_token": sum(cpu_seconds(pid) - at for pid, at in supervisors.items()) / tokens * 1e6,
+        "frontend_cpu_us_per_token": frontend / tokens * 1e6,
+        "client_cpu_us_per_token": result.client_cpu / tokens * 1e6,
+        "time_to_first_token_s": result.time_to_first_token(),
+    }
+
+
+def _report(kinds: list[str], streams: list[int], rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    by_round = [{(run["worker"], run["streams"]): run for run in runs} for runs in rounds]
+
+    def values(kind: str, count: int, key: str) -> list[float]:
+        return [runs[kind, count][key] for runs in by_round if (kind, count) in runs]
+
+    rows = [
+        [
+            f"{count} streams, {TITLES[kind]}",
+            spread(values(kind, count, "tokens_per_second")),
+            spread(values(kind, count, "worker_cpu_us_per_token"), "µs"),
+            number(median(values(kind, count, "supervisor_cpu_us_per_token")), "µs"),
+            number(median(values(kind, count, "frontend_cpu_us_per_token")), "µs"),
+            number(median(values(kind, count, "client_cpu_us_per_token")), "µs"),
+            seconds(median(values(kind, count, "time_to_first_token_s"))),
+        ]
+        for count in streams
+        for kind in kinds
+    ]
+    table(
+        f"Request path, medians (range) of {len(rounds)} rounds",
+        ["", "tokens/s", "worker CPU/token", "supervisor", "frontend ", "client", "first token"],
+        rows,
+    )
+    ratios = []
+    for count in streams:
+        for other, most in ((PEER, 0.2), (BARE, 1.25)):
+            if OURS in kinds and other in kinds:
+                ratios.append(_ratio(by_round, count, "worker_cpu_us_per_token", other, at_most=most))
+        for other in (PEER, BARE):
+            if OURS in kinds and other in kinds:
+                least = 2.5 if other == PEER and count == 32 else None
+                ratios.append(_ratio(by_round, count, "tokens_per_second", other, at_least=least))
+    if not ratios:
+        return ratios
+    table(
+        "Ratios, dynamo-worker / other, medians of the rounds' ratios",
+        ["", "ratio", "range", "bar", ""],
+        [
+            [
+                f"{ratio['streams']} streams, {ratio['what']} / {TITLES[ratio['other']]}",
+                number(ratio["ratio"]),
+                f"{number(ratio['lowest'])}…{number(ratio['highest'])}",
+                ratio["bar"],
+                ratio["verdict"],
+            ]
+            for ratio in ratios
+        ],
+    )
+    return ratios
+
+
+def _ratio(
+    by_round: list[dict[tuple[str, int], dict[str, Any]]],
+    streams: int,
+    key: str,
+    other: str,
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> dict[str, Any]:
+    ratios = [runs[OURS, streams][key] / runs[other, streams][key] for runs in by_round if (OURS, streams) in runs]
+    ratio = median(ratios)
+    has_bar = at_most is not None or at_least is not None
+    return {
+        "streams": streams,
+        "what": "CPU per token" if "cpu" in key else "tokens/s",
+        "other": other,
+        "ratio": ratio,
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "bar": f"≤ {at_most}" if at_most is not None else f"≥ {at_least}" if at_least is not None else "",
+        "verdict": bar(ratio, at_most, at_least) if has_bar else "",
+    }
+
+
+def main() -> int:
+    """Run the benchmark."""
+    arguments = _arguments()
+    kinds = [kind for kind in (PEER, BARE, OURS) if kind in arguments.workers.split(",")]
+    streams = [int(count) for count in arguments.streams.split(",")]
+    rounds: list[list[dict[str, Any]]] = []
+    try:
+        peer = peer_environment.ensure(arguments.peer_env) if PEER in kinds else None
+        with Workbench(peer, arguments.keep_logs) as bench:
+            workers = []
+            for kind in kinds:
+                progress(f"starting {TITLES[kind]}")
+                workers.append(bench.start(kind, kind, arguments.worker_flag if kind == OURS else ()))
+            for worker in workers:
+                progress(f"warming up {TITLES[worker.kind]}")
+                _measure(bench, worker, min(32, max(streams)), 0.5)
+            for number_ in range(arguments.rounds):
+                runs: list[dict[str, Any]] = []
+                for count in streams:
+                    # Another order in every round: no worker always runs behind the same one.
+                    for position in range(len(workers)):
+                        worker = workers[(position + number_) % len(workers)]
+                        result = _measure(bench, worker, count, arguments.scale)
+                        runs.append(result)
+                        progress(
+                            f"round {number_ + 1} of {arguments.rounds}, {count} streams, {TITLES[worker.kind]}: "
+                            f"{result['tokens_per_second']:.0f} tokens/s, "
+                            f"{result['worker_cpu_us_per_token']:.1f} µs of CPU per token"
+                        )
+                rounds.append(runs)
+    except (peer_environment.PeerEnvironmentError, WorkbenchError, LoadError) as error:
+        print(f"request_path.py: {error}", file=sys.stderr)
+        return 1
+    ratios = _report(kinds, streams, rounds)
+    about = machine()
+    print(f"\n{about['cpu']}, {about['cpus']} CPUs, Python {about['python']}, load average {about['load_average']:.1f}")
+    write_json(arguments.json, "request_path", vars(arguments), {"rounds": rounds, "ratios": ratios})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,64 @@
+"""dynamo-worker: makes an inference engine a worker of an NVIDIA Dynamo cluster and owns its whole life.
+
+The names below are the public interface for plugin authors. They are resolved on first use, because the
+supervisor process imports this package too and must stay small (standard library only).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dynamo_worker.deadline import Deadline
+    from dynamo_worker.engine import Chunk, EndpointSpec, Engine, EngineContext, EngineInfo, Request, RequestContext
+    from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, UsageError
+    from dynamo_worker.exit_codes import ExitCode
+    from dynamo_worker.hookspecs import API_VERSION, hookimpl
+
+_EXPORTS = {
+    "API_VERSION": "hookspecs",
+    "Chunk": "engine",
+    "Deadline": "deadline",
+    "EndpointSpec": "engine",
+    "Engine": "engine",
+    "EngineContext": "engine",
+    "EngineDeadError": "errors",
+    "EngineInfo": "engine",
+    "ExitCode": "exit_codes",
+    "InvalidRequestError": "errors",
+    "Request": "engine",
+    "RequestContext": "engine",
+    "StartError": "errors",
+    "UsageError": "errors",
+    "hookimpl": "hookspecs",
+}
+
+__all__ = [
+    "API_VERSION",
+    "Chunk",
+    "Deadline",
+    "EndpointSpec",
+    "Engine",
+    "EngineContext",
+    "EngineDeadError",
+    "EngineInfo",
+    "ExitCode",
+    "InvalidRequestError",
+    "Request",
+    "RequestContext",
+    "StartError",
+    "UsageError",
+    "__version__",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{module}"), name)

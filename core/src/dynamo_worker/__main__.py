@@ -1,0 +1,39 @@
+"""Entry of `dynamo-worker`: under a supervisor when a worker is to run, in this process for everything else.
+
+The supervisor process must stay small: nothing but the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+
+#: Flags that are answered in this process.
+_IN_PROCESS = frozenset({"-h", "--help", "--version", "--print-config", "--no-supervise"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    if argv is None:
+        argv = sys.argv[1:]
+    if runs_worker(argv):
+        from dynamo_worker.supervisor import supervise
+
+        return supervise(argv)
+    from dynamo_worker.cli import main as run_here
+
+    return run_here(argv)
+
+
+def runs_worker(argv: list[str]) -> bool:
+    """Return whether this command line runs a worker under a supervisor.
+
+    A word in front is a subcommand. What stands behind a bare ``--`` belongs to the engine.
+    """
+    if argv and not argv[0].startswith("-"):
+        return False
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    return _IN_PROCESS.isdisjoint(own)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Taking a command line apart: the worker's own flags, the engine's flags, and what belongs to nobody."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from dynamo_worker import settings
+from dynamo_worker.errors import UsageError
+from dynamo_worker.settings import ENGINE_ARGS_KEY, ConfigFile, WorkerSettings
+from dynamo_worker.suggest import suggestion
+
+if TYPE_CHECKING:
+    from dynamo_worker.plugins import Plugins
+
+#: Flags of the command line itself; they are no settings.
+SWITCHES: Final = {
+    "--help": "Show this text; with --engine NAME, the engine's own flags too.",
+    "-h": "",
+    "--version": "Show the version.",
+    "--print-config": "Show the effective value of every setting and where it came from.",
+    "--no-supervise": "Run the worker without a supervisor process (debuggers, tests, other init systems).",
+}
+
+
+@dataclass
+class CommandLine:
+    """A command line, taken apart.
+
+    :param values: the worker's settings by field name, as they were written.
+    :param switches: which of :data:`SWITCHES` were given.
+    :param rest: everything else, for the engine's own parser.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    switches: set[str] = field(default_factory=set)
+    rest: list[str] = field(default_factory=list)
+
+
+def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLine:
+    """Pick the worker's own flags out of a command line.
+
+    Only exact names count, no abbreviations and no flags run together: ``-pp 2`` is the engine's. What stands
+    behind a bare ``--`` goes to the engine as it is, so that a flag both know can be given to the engine.
+
+    :raises UsageError: a flag has no value, or a switch has one.
+    """
+    rows = {flag: row for row in settings.documentation() for flag in row.flags}
+    own_switches = set(switches)
+    line = CommandLine()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            line.rest += words
+            break
+        flag, has_value, value = word.partition("=")
+        if flag in own_switches:
+            if has_value:
+                raise UsageError(f"{flag} takes no value (got {value!r})")
+            line.switches.add(flag)
+            continue
+        row = rows.get(flag)
+        if row is None or (has_value and not flag.startswith("--")):
+            line.rest.append(word)
+            continue
+        if row.kind == "switch" and not has_value:
+            line.values[row.name] = flag == row.flag
+            continue
+        if flag != row.flag and row.kind == "switch":
+            raise UsageError(f"{flag} takes no value (got {value!r})")
+        if not has_value:
+            following = words[0] if words else None
+            taken = following is None or following == "--" or following.partition("=")[0] in {*rows, *own_switches}
+            if row.option.bare is not None and (taken or str(following).startswith("-")):
+                value = row.option.bare
+            elif taken:
+                raise UsageError(f"{flag} needs a value: {row.placeholder}")
+            else:
+                value = words.pop(0)
+        if row.kind == "list":
+            line.values.setdefault(row.name, []).append(value)
+        else:
+            line.values[row.name] = value
+    return line
+
+
+def load_settings(line: CommandLine) -> tuple[WorkerSettings, ConfigFile | None]:
+    """Return the settings for a command line, and the configuration file if there is one."""
+    path = settings.config_path(line.values, os.environ)
+    config = settings.read_config(path) if path else None
+    return settings.load(line.values, os.environ, config), config
+
+
+class EngineParser(argparse.ArgumentParser):
+    """The parser that plugins add their flags to; its errors are ours."""
+
+    def __init__(self, engine: str) -> None:
+        super().__init__(
+            prog=f"dynamo-worker --engine {engine}" if engine else "dynamo-worker",
+            usage=argparse.SUPPRESS,
+            add_help=False,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing a usage text and leaving the process."""
+        raise UsageError(message, hint=f"`{self.prog} --help` shows the flags")
+
+    @property
+    def flags(self) -> list[str]:
+        """Return all flags, in the order in which they were added."""
+        return list(self._option_string_actions)
+
+    def action(self, name: str) -> argparse.Action | None:
+        """Return what is behind a flag, given with or without dashes or with underscores for dashes."""
+        dashed = name if name.startswith("-") else f"--{name}"
+        for flag in (dashed, dashed.replace("_", "-"), dashed.replace("-", "_").replace("__", "--", 1)):
+            if flag in self._option_string_actions:
+                return self._option_string_actions[flag]
+        return None
+
+
+def engine_parser(plugins: Plugins) -> EngineParser:
+    """Return the parser of the engine and the extensions."""
+    parser = EngineParser(plugins.engine_name)
+    plugins.add_arguments(parser)
+    return parser
+
+
+def parse_engine_args(parser: EngineParser, rest: Sequence[str], config: ConfigFile | None) -> argparse.Namespace:
+    """Parse what the worker does not know: first the configuration file's part, then the command line's.
+
+    :raises UsageError: a flag that nobody knows, or a wrong value.
+    """
+    words = _words(parser, config) if config is not None else []
+    arguments, unknown = parser.parse_known_args([*words, *rest])
+    if unknown:
+        where = f"{config.path}: {ENGINE_ARGS_KEY}: " if config is not None and unknown[0] in words else ""
+        raise UsageError(where + _unknown(unknown[0], parser), hint=f"`{parser.prog} --help` shows all flags")
+    return arguments
+
+
+def _unknown(word: str, parser: EngineParser) -> str:
+    """Return what to say about a word that neither the worker nor the engine knows."""
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    flag = word.partition("=")[0]
+    own = [name for row in settings.documentation() for name in row.flags]
+    return f"unknown flag {flag}{suggestion(flag, [*own, *SWITCHES, *parser.flags])}"
+
+
+def _words(parser: EngineParser, config: ConfigFile) -> list[str]:
+    """Return the engine's part of a configuration file as command-line words."""
+    if not isinstance(config.engine_args, Mapping):
+        return [str(word) for word in config.engine_args]
+    words: list[str] = []
+    for key, value in config.engine_args.items():
+        action = parser.action(str(key))
+        if action is None or not action.option_strings:
+            names = [flag.lstrip("-") for flag in parser.flags]
+            raise UsageError(f"{config.path}: {ENGINE_ARGS_KEY}: unknown key {str(key)!r}{suggestion(str(key), names)}")
+        words += _action_words(action, value)
+    return words
+
+
+def _action_words(action: argparse.Action, value: object) -> list[str]:
+    """Return the words that give one flag one value."""
+    flag = next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+    if value is None:
+        return []
+    if isinstance(value, bool) and action.nargs == 0:
+        negative = next((name for name in action.option_strings if name.startswith("--no-")), None)
+        if value:
+            return [flag]
+        return [negative] if negative else []
+    if isinstance(value, Mapping):
+        return [f"{flag}={json.dumps(value)}"]
+    if isinstance(value, (list, tuple)):
+        if action.nargs in ("*", "+") or isinstance(action.nargs, int):
+            return [flag, *map(str, value)]
+        return [f"{flag}={item}" for item in value]
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return [f"{flag}={text}"] if flag.startswith("--") else [flag, text]

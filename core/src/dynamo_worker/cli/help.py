@@ -1,0 +1,112 @@
+"""The text of `dynamo-worker --help`: examples, every flag with its default and variable, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from typing import TYPE_CHECKING, Final
+
+from dynamo_worker.cli import COMMANDS
+from dynamo_worker.cli.arguments import SWITCHES, EngineParser
+from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.plugins import ENGINE_GROUP, discover
+from dynamo_worker.settings import GROUPS, Setting, documentation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+INTRODUCTION: Final = """\
+usage: dynamo-worker --engine NAME [flags] [engine flags]
+       dynamo-worker COMMAND
+
+Makes an inference engine a worker of an NVIDIA Dynamo cluster and owns its whole life.
+
+Examples:
+  dynamo-worker --engine echo --frontend            a worker and an OpenAI frontend, no server needed
+  dynamo-worker --engine vllm --model M             a worker of the cluster whose etcd ETCD_ENDPOINTS names
+  dynamo-worker --engine vllm --help                the engine's own flags too
+  dynamo-worker plan --termination-grace-period 60  how a shutdown would use its 60 seconds
+
+Everything the worker does not know goes to the engine, under the engine's own names. A flag that both know is the
+worker's; what stands behind a bare `--` goes to the engine."""
+
+EXIT_CODES: Final = {
+    ExitCode.STOPPED: "stopped on request; every request in flight finished or was handed off",
+    ExitCode.FATAL: "the engine, the runtime or the worker failed after the start; restart it",
+    ExitCode.USAGE: "the command line, the environment or the configuration file is wrong",
+    ExitCode.START_FAILED: "the worker could not start; a restart will not help",
+    ExitCode.DEADLINE: "the shutdown did not end by its deadline and the worker was killed",
+}
+
+_COLUMN: Final = 30
+
+
+def render(parser: EngineParser | None) -> str:
+    """Return the help text.
+
+    :param parser: the parser of the chosen engine, or None if none was chosen.
+    """
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    lines = [INTRODUCTION, "", "Commands (each has --help):"]
+    lines += [line for name, text in COMMANDS.items() for line in _entry(name, text, width)]
+    lines += ["", "General:"]
+    lines += [
+        line
+        for flag, text in SWITCHES.items()
+        if text
+        for line in _entry("-h, --help" if flag == "--help" else flag, text, width)
+    ]
+    rows = documentation()
+    for group in GROUPS:
+        lines += ["", f"{group}:"]
+        for row in rows:
+            if row.option.group == group:
+                lines += _entry(_heading(row), _text(row), width)
+    lines += ["", "Installed engines:"]
+    lines += list(_engines(width))
+    if parser is not None:
+        parser.formatter_class = _Formatter
+        lines += ["", f"Flags of {parser.prog.removeprefix('dynamo-worker ')}:", "", parser.format_help().rstrip()]
+    lines += ["", "Exit codes:"]
+    lines += [line for code, text in EXIT_CODES.items() for line in _entry(str(int(code)), text, width, column=10)]
+    lines += _entry("128+n", "killed by signal n, or ended by a second signal n", width, column=10)
+    return "\n".join(lines)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """The layout of the engine's part, aligned with ours."""
+
+    def __init__(self, prog: str) -> None:
+        width = max(60, min(shutil.get_terminal_size().columns, 120))
+        super().__init__(prog, max_help_position=_COLUMN, width=width)
+
+
+def _heading(row: Setting) -> str:
+    if row.kind == "switch":
+        return " / ".join(row.flags)
+    placeholder = row.placeholder
+    return f"{', '.join(row.flags)} {placeholder}"
+
+
+def _text(row: Setting) -> str:
+    return f"{row.option.help} [default: {row.default}] [env:\N{NO-BREAK SPACE}{row.option.env}]"
+
+
+def _entry(heading: str, text: str, width: int, column: int = _COLUMN) -> list[str]:
+    """Return one entry: the heading, and its text in a column of its own."""
+    body = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False)
+    body = [line.replace("\N{NO-BREAK SPACE}", " ") for line in body]
+    first = f"  {heading}"
+    if len(first) > column - 2:
+        return [first, *(" " * column + line for line in body)]
+    return [first.ljust(column) + body[0], *(" " * column + line for line in body[1:])]
+
+
+def _engines(width: int) -> Iterator[str]:
+    engines = [record for record in discover() if record.group == ENGINE_GROUP]
+    if not engines:
+        yield "  none; `pip install dynamo-worker-NAME` adds one"
+    for record in engines:
+        state = f" ({record.status}: {record.error})" if record.error else ""
+        yield from _entry(record.name, f"{record.dist} {record.version}{state}", width)

@@ -1,0 +1,114 @@
+"""`dynamo-worker plan`: draw how a shutdown would use the termination grace period."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Final
+
+from dynamo_worker.cli import arguments
+from dynamo_worker.cli.arguments import EngineParser
+from dynamo_worker.plugins import Plugins
+from dynamo_worker.shutdown_plan import FORCED_STOP, ShutdownPlan, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_worker.settings import WorkerSettings
+
+USAGE = "dynamo-worker plan [settings flags] [--json]"
+
+_COLOURS: Final = {
+    "unregister": "blue",
+    "grace": "cyan",
+    "drain": "green",
+    "cleanup": "yellow",
+    "kill_reserve": "red",
+}
+
+_DRAINS: Final = {
+    "complete": "requests in flight finish; what is left at the end is handed off",
+    "handoff": "requests in flight move to other workers at once",
+    "abort": "requests in flight are ended at once",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw the timeline; the exit code is 0 even if it does not fit."""
+    line = arguments.split(argv, ("--json", "-h", "--help"))
+    if line.switches & {"-h", "--help"}:
+        print(
+            f"usage: {USAGE}\n\nDraws how a shutdown would use the termination grace period, and warns when the stages "
+            "do not fit.\nTakes the flags, the environment and the --config file of a worker."
+        )
+        return 0
+    settings, config = arguments.load_settings(line)
+    if line.rest:
+        parser = EngineParser("")
+        if settings.engine:
+            parser = arguments.engine_parser(Plugins.load(settings.engine, settings.plugin, settings.no_plugin))
+        arguments.parse_engine_args(parser, line.rest, config)
+    plan = ShutdownPlan.from_settings(settings)
+    if "--json" in line.switches:
+        print(json.dumps(_as_json(plan, settings), indent=2))
+    else:
+        _draw(plan, settings)
+    return 0
+
+
+def _as_json(plan: ShutdownPlan, settings: WorkerSettings) -> dict[str, object]:
+    return {
+        "total": plan.total,
+        "drain_mode": settings.drain,
+        "fits": plan.fits,
+        "stages": [{"name": stage.name, "start": stage.start, "end": stage.end} for stage in plan.stages()],
+        "forced_stop": FORCED_STOP,
+        "warnings": list(plan.warnings),
+    }
+
+
+def _meaning(stage: Stage, settings: WorkerSettings) -> str:
+    return {
+        "unregister": "every endpoint leaves discovery, at most",
+        "grace": "still serving what routers send that have not noticed yet",
+        "drain": _DRAINS[settings.drain] + ", at most",
+        "cleanup": f"cleanup hooks of the plugins; a single one may take up to {settings.engine_shutdown_timeout:g} s "
+        "if the drain left time over",
+        "kill_reserve": "the supervisor kills what is left and cleans up after it",
+    }[stage.name]
+
+
+def _draw(plan: ShutdownPlan, settings: WorkerSettings) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    stages = plan.stages()
+    span = max(plan.total, stages[-1].end)
+    room = max(20, min(60, console.width - 60))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("STAGE")
+    table.add_column("FROM", justify="right")
+    table.add_column("TO", justify="right")
+    table.add_column("SECONDS", justify="right")
+    table.add_column("0 s".ljust(room - len(f"{span:g} s")) + f"{span:g} s", width=room, no_wrap=True)
+    table.add_column("WHAT HAPPENS", overflow="fold")
+    for stage in stages:
+        left = round(stage.start / span * room)
+        length = max(round(stage.end / span * room) - left, 1 if stage.duration else 0)
+        left = min(left, room - length)
+        bar = f"{' ' * left}[{_COLOURS[stage.name]}]{'█' * length}[/]"
+        name = stage.name.replace("_reserve", "")
+        seconds = (f"{value:g}" for value in (stage.start, stage.end, stage.duration))
+        table.add_row(name, *seconds, bar, escape(_meaning(stage, settings)))
+    console.print(f"Shutdown within {plan.total:g} s, drain mode [bold]{settings.drain}[/]")
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(f"A second signal ends all of it within {FORCED_STOP:g} s, a third one kills at once.")
+    console.print("In Kubernetes a preStop hook's time counts too: it starts the same clock before the signal comes.")
+    for warning in plan.warnings:
+        console.print(f"[bold red]warning:[/] {escape(warning)}")
+    if not plan.warnings:
+        console.print("Everything fits.")

@@ -1,0 +1,86 @@
+"""What people see when something goes wrong, and small tables."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from dynamo_worker import __version__
+from dynamo_worker.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def print_crash(error: BaseException) -> None:
+    """Print what a bug report needs: the traceback, the versions and the plugins."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    traceback.print_exception(type(error), error, error.__traceback__)
+    try:
+        runtime = version("ai-dynamo-runtime")
+    except PackageNotFoundError:
+        runtime = "not installed"
+    print(
+        f"\ndynamo-worker: this is a bug ({type(error).__name__}); please report it with the lines above and these:\n"
+        f"  dynamo-worker {__version__}, ai-dynamo-runtime {runtime}, "
+        f"Python {platform.python_version()}, {platform.platform()}\n"
+        f"  plugins: {_installed()}",
+        file=sys.stderr,
+    )
+
+
+def _installed() -> str:
+    try:
+        from dynamo_worker.plugins import describe_records, discover
+
+        return describe_records(discover())
+    except Exception as error:  # the crash report must not crash
+        return f"cannot be listed: {error}"
+
+
+def unknown_command(word: str) -> UsageError:
+    """Return the error for a first word that is no command."""
+    from dynamo_worker.cli import COMMANDS
+    from dynamo_worker.plugins import ENGINE_GROUP, discover
+    from dynamo_worker.suggest import suggestion
+
+    if any(record.name == word for record in discover() if record.group == ENGINE_GROUP):
+        return UsageError(f"there is no command {word!r}", hint=f"to run this engine: dynamo-worker --engine {word}")
+    return UsageError(
+        f"there is no command {word!r}{suggestion(word, COMMANDS)}",
+        hint=f"the commands are {', '.join(COMMANDS)}; without one, a worker runs: dynamo-worker --engine NAME",
+    )
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: with lines and colour for a person, plain columns for a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, markup=False).print(table)
+        return
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    for row in [headings, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def only_flags(argv: Sequence[str], allowed: Sequence[str], usage: str) -> set[str]:
+    """Return the flags given to a small command.
+
+    :raises UsageError: there is something else.
+    """
+    from dynamo_worker.suggest import suggestion
+
+    for word in argv:
+        if word not in allowed:
+            raise UsageError(f"unknown argument {word!r}{suggestion(word, allowed)}", hint=f"usage: {usage}")
+    return set(argv)

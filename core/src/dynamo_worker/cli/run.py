@@ -1,0 +1,92 @@
+"""`dynamo-worker --engine NAME`: from the command line to a running worker, and the ways to look before leaping."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from dynamo_worker import __version__, logs, settings
+from dynamo_worker.cli import arguments
+from dynamo_worker.errors import WorkerError
+from dynamo_worker.plugins import Plugins
+
+if TYPE_CHECKING:
+    import argparse
+
+    from dynamo_worker.cli.arguments import CommandLine, EngineParser
+    from dynamo_worker.settings import WorkerSettings
+
+
+def main(argv: list[str]) -> int:
+    """Run a worker in this process, or show the help, the version or the effective settings."""
+    line = arguments.split(argv)
+    if line.switches & {"-h", "--help"}:
+        return _show_help(line)
+    if "--version" in line.switches:
+        print(f"dynamo-worker {__version__}")
+        return 0
+    values, config = arguments.load_settings(line)
+    print_only = "--print-config" in line.switches
+    if print_only and not values.engine and not line.rest:
+        _print_config(values, None, None)
+        return 0
+    if not print_only:
+        values.check()
+    plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
+    parser = arguments.engine_parser(plugins)
+    engine_args = arguments.parse_engine_args(parser, line.rest, config)
+    if print_only:
+        _print_config(values, parser, engine_args)
+        return 0
+    if values.log_level != "debug":
+        logs.quiet_runtime()
+    from dynamo_worker import launcher
+
+    return launcher.run(values, plugins, engine_args)
+
+
+def _show_help(line: CommandLine) -> int:
+    """Print the help; a broken engine or setting does not get in its way."""
+    from dynamo_worker.cli.help import render
+
+    parser: EngineParser | None = None
+    problem: WorkerError | None = None
+    try:
+        values, _ = arguments.load_settings(line)
+        if "engine" in line.values:
+            parser = arguments.engine_parser(Plugins.load(values.engine, values.plugin, values.no_plugin))
+    except WorkerError as error:
+        problem = error
+    print(render(parser))
+    if problem is not None:
+        print(f"dynamo-worker: warning: {problem}", file=sys.stderr)
+    return 0
+
+
+def _print_config(values: WorkerSettings, parser: EngineParser | None, engine_args: argparse.Namespace | None) -> None:
+    """Print all settings as YAML, with the origin of each value behind it."""
+    import yaml
+
+    def scalar(value: object) -> str:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        return text.removesuffix("\n").removesuffix("\n...")
+
+    dumped = values.model_dump(mode="json")
+    lines = [
+        (f"{row.name}: {scalar(dumped[row.name])}", str(values.origin(row.name)))
+        for row in settings.documentation()
+        if row.name != "config"  # the file is no setting inside itself
+    ]
+    if parser is not None and engine_args is not None:
+        changed = {k: v for k, v in vars(engine_args).items() if v != parser.get_default(k)}
+        for key, value in changed.items():
+            shown = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
+            if not any("engine_args:" in text for text, _ in lines):
+                lines.append(("engine_args:", "only what differs from the engine's own defaults"))
+            lines.append((f"  {key}: {scalar(shown)}", "command line or file"))
+    print(f"# dynamo-worker {__version__}: effective settings" + (f", with {values.config}" if values.config else ""))
+    width = min(max(len(text) for text, _ in lines), 48)
+    for text, origin in lines:
+        print(f"{text.ljust(width)}  # {origin}")
+    for problem in values.contradictions():
+        print(f"dynamo-worker: warning: {problem}", file=sys.stderr)

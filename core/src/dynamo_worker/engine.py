@@ -1,0 +1,180 @@
+"""The engine protocol: what an engine adapter provides, called directly on the hot path (never through pluggy)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from dynamo.runtime import Endpoint
+    from prometheus_client import CollectorRegistry
+
+#: A request as the Dynamo frontend sends it: ``PreprocessedRequest`` of Dynamo 1.6.1. ``token_ids`` is always a
+#: list of ints here (the core unpacks the packed-bytes form).
+Request = dict[str, Any]
+
+#: One piece of a response: ``LLMEngineOutput`` of Dynamo 1.6.1. ``token_ids`` holds the new tokens only; the last
+#: chunk of a request carries ``finish_reason``.
+Chunk = dict[str, Any]
+
+
+class RequestContext(Protocol):
+    """The part of ``dynamo.runtime.Context`` that engines use."""
+
+    def id(self) -> str:
+        """Return the request id, unique in the cluster."""
+
+    def is_stopped(self) -> bool:
+        """Return whether the client is gone or the request was cancelled."""
+
+    def trace_headers(self) -> dict[str, str] | None:
+        """Return the W3C trace headers to hand to the engine, or None."""
+
+
+#: Turns one request into its stream of chunks.
+Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """What the core tells an engine about its surroundings when it is created.
+
+    :param component: Dynamo path of the worker, ``namespace.component``.
+    :param private_dir: a directory that dies with the worker, for sockets and temporary files.
+    :param supervised: whether a supervisor outside of this process cleans up after it.
+    """
+
+    component: str
+    private_dir: Path
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class EndpointSpec:
+    """One Dynamo endpoint served by the engine.
+
+    :param name: last part of ``namespace.component.endpoint``.
+    :param generate: the function that answers its requests; the engine's own ``generate`` when None.
+    :param graceful_shutdown: whether requests in flight may finish during the drain (True), or are ended with a
+        migratable error as soon as the drain starts (False).
+    :param metrics_labels: extra labels on the runtime's own metrics of this endpoint.
+    :param registers_model: whether the model is registered on this endpoint.
+    """
+
+    name: str
+    generate: Generate | None = None
+    graceful_shutdown: bool = True
+    metrics_labels: Sequence[tuple[str, str]] = ()
+    registers_model: bool = False
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a started engine tells routers and frontends about itself; unknown values stay None.
+
+    :param model_name: name under which clients ask for the model.
+    :param model_path: directory with ``config.json`` and the tokenizer, or a hub name; None registers no model
+        (a headless rank of a multi-node engine).
+    :param model_aliases: further names of the same model.
+    :param endpoint_types: OpenAI surfaces, names of ``dynamo.llm.ModelType`` members in lower case.
+    :param worker_type: ``aggregated``, ``prefill``, ``decode`` or ``encode``.
+    :param needs: peers without which this worker cannot serve: a list of alternatives, each a list of worker types.
+    :param context_length: longest sequence in tokens.
+    :param kv_block_size: tokens in one KV-cache block.
+    :param total_kv_blocks: KV-cache blocks per data-parallel rank.
+    :param max_num_seqs: most sequences in one batch.
+    :param max_num_batched_tokens: most tokens in one batch.
+    :param data_parallel_start_rank: first data-parallel rank served here.
+    :param data_parallel_size: number of data-parallel ranks served here.
+    :param bootstrap: host and port of the disaggregation bootstrap server.
+    :param runtime_data: engine-specific values published with the model.
+    :param endpoints: further endpoints beside the one that serves ``generate``.
+    """
+
+    model_name: str
+    model_path: str | None
+    model_aliases: Sequence[str] = ()
+    endpoint_types: Sequence[str] = ("chat", "completions")
+    worker_type: str = "aggregated"
+    needs: Sequence[Sequence[str]] = ()
+    context_length: int | None = None
+    kv_block_size: int | None = None
+    total_kv_blocks: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    data_parallel_start_rank: int = 0
+    data_parallel_size: int = 1
+    bootstrap: tuple[str, int] | None = None
+    runtime_data: Mapping[str, Any] = field(default_factory=dict)
+    endpoints: Sequence[EndpointSpec] = ()
+
+
+class Engine(Protocol):
+    """An inference engine, as the core drives it. Everything runs on the worker's one event loop."""
+
+    async def start(self, worker_id: int) -> EngineInfo:
+        """Start the engine and return what it serves.
+
+        May block the event loop (many engines must be built in the main thread): the supervisor ends a start that
+        was asked to stop.
+
+        :param worker_id: the Dynamo instance id of this worker, unique in the cluster.
+        :raises StartError: the engine cannot start here; the message goes to the operator.
+        """
+
+    def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        """Return the response to one request as an asynchronous iterator of chunks.
+
+        The core cancels the task that iterates when the client goes away or the request is handed off.
+
+        :raises InvalidRequestError: the request is wrong (HTTP 400).
+        :raises EngineDeadError: the engine is beyond repair: ends the worker, the request migrates.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """Stop the work for one request inside the engine. An unknown id is no error."""
+
+    def processes(self) -> Iterable[int]:
+        """Return the pids of all processes without which the engine cannot serve; their death is fatal."""
+
+
+@runtime_checkable
+class HasCanary(Protocol):
+    """An engine that can say what its cheapest real request is."""
+
+    def canary_request(self) -> Request:
+        """Return a request that makes the engine produce one token."""
+
+
+@runtime_checkable
+class ReportsProgress(Protocol):
+    """An engine that can tell that it works although no token comes out (a long prefill, for one)."""
+
+    def progress(self) -> int:
+        """Return a number that grows with every engine step."""
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    """An engine with Prometheus metrics of its own."""
+
+    def metrics_registry(self) -> CollectorRegistry:
+        """Return the registry whose metrics are added to the worker's ``/metrics``."""
+
+
+@runtime_checkable
+class HasControlRoutes(Protocol):
+    """An engine with control operations (sleep, profile, cache reset …) under ``/engine/NAME``."""
+
+    def control_routes(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
+        """Return the operations by route name."""
+
+
+@runtime_checkable
+class PublishesEvents(Protocol):
+    """An engine that publishes KV events or load through the Dynamo runtime."""
+
+    async def attach(self, endpoint: Endpoint) -> None:
+        """Start publishing for this endpoint; called before the model is registered."""

@@ -1,0 +1,1 @@
+"""Built-in engines, found through the same entry points as everyone's."""

@@ -1,0 +1,342 @@
+"""The echo engine: answers with the prompt's own tokens, over and over, at a chosen rate.
+
+It needs no model and no GPU, serves through the same entry point and the same hooks as every other engine, and can
+run its generation in a real process tree, so that every fault an engine can have is at hand in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynamo_worker.deadline import Deadline
+from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Request, RequestContext
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
+from dynamo_worker.hookspecs import hookimpl
+
+#: The tokenizer and configuration that ship with the engine: one token per byte, and three special ones.
+MODEL_DIR = Path(__file__).parent / "echo_model"
+#: Stands between prompt and answer in the chat template. Everything behind it was already answered: after a
+#: migration the new worker goes on in the middle of the text.
+ANSWER_TOKEN = 0
+EOS_TOKEN = 1
+CONTEXT_LENGTH = 131_072
+KV_BLOCK_SIZE = 16
+#: Sampling options the engine cannot honour; a request that asks for one is refused, not silently altered.
+_UNSUPPORTED = ("guided_decoding", "use_beam_search")
+
+
+@dataclass(frozen=True)
+class EchoRequest:
+    """What the engine is asked for.
+
+    :param text: the tokens to repeat.
+    :param start: index of the next token in the endless repetition of ``text``.
+    :param count: tokens to answer with.
+    :param finish_reason: of the last chunk, ``stop`` or ``length``.
+    """
+
+    text: list[int]
+    start: int
+    count: int
+    finish_reason: str
+
+    @classmethod
+    def parse(cls, request: Request) -> EchoRequest:
+        """Read a request.
+
+        Without ``max_tokens`` the text is repeated once; with it, until that many tokens are out.
+
+        :raises InvalidRequestError: it is too long or asks for what echoing cannot do.
+        """
+        tokens: list[int] = request["token_ids"]
+        sampling = request.get("sampling_options") or {}
+        for name in _UNSUPPORTED:
+            if sampling.get(name):
+                raise InvalidRequestError(f"the echo engine does not support {name}")
+        if (sampling.get("n") or 1) > 1:
+            raise InvalidRequestError("the echo engine answers once: n must be 1")
+        if len(tokens) >= CONTEXT_LENGTH:
+            raise InvalidRequestError(
+                f"the prompt has {len(tokens)} tokens; the model's context length is {CONTEXT_LENGTH}"
+            )
+        try:
+            split = len(tokens) - 1 - tokens[::-1].index(ANSWER_TOKEN)
+            text, start = tokens[:split], len(tokens) - split - 1
+        except ValueError:
+            text, start = tokens, 0
+        if not text:
+            raise InvalidRequestError("there is nothing to echo: the prompt is empty")
+        max_tokens = (request.get("stop_conditions") or {}).get("max_tokens")
+        room = CONTEXT_LENGTH - len(tokens)
+        if max_tokens is None:
+            return cls(text, start, min(max(1, len(text) - start), room), "stop")
+        return cls(text, start, min(max(0, int(max_tokens)), room), "length")
+
+    def token(self, index: int) -> int:
+        """Return the answer's token number ``index``."""
+        return self.text[(self.start + index) % len(self.text)]
+
+
+class EchoEngine:
+    """Generates in the worker process itself."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._model_name: str = args.model_name
+        self._interval = 1.0 / args.tokens_per_second if args.tokens_per_second else 0.0
+        self._start_seconds: float = args.start_seconds
+        self._prefill_seconds: float = args.prefill_seconds
+        self._steps = 0
+
+    async def start(self, worker_id: int) -> EngineInfo:
+        """Be ready after ``--start-seconds``."""
+        await asyncio.sleep(self._start_seconds)
+        return EngineInfo(
+            model_name=self._model_name,
+            model_path=str(MODEL_DIR),
+            context_length=CONTEXT_LENGTH,
+            kv_block_size=KV_BLOCK_SIZE,
+        )
+
+    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        """Yield the answer, one token a chunk, at ``--tokens-per-second``."""
+        echo = EchoRequest.parse(request)
+        if self._prefill_seconds:
+            await self._prefill()
+        text, start, last = echo.text, echo.start, echo.count - 1
+        length = len(text)
+        interval = self._interval
+        due = time.monotonic()
+        for index in range(last):
+            yield {"token_ids": [text[(start + index) % length]], "index": 0}
+            if interval:
+                due += interval
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+            else:
+                await asyncio.sleep(0)
+        final = [text[(start + last) % length]] if last >= 0 else []
+        yield {"token_ids": final, "index": 0, "finish_reason": echo.finish_reason}
+
+    async def _prefill(self) -> None:
+        """Take ``--prefill-seconds`` before the first token, in steps that :meth:`progress` reports."""
+        end = time.monotonic() + self._prefill_seconds
+        while (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.1))
+            self._steps += 1
+
+    async def abort(self, request_id: str) -> None:
+        """Do nothing: cancelling the task has already ended the generation."""
+
+    def processes(self) -> Iterable[int]:
+        """Return no pid: there is no process beside the worker."""
+        return ()
+
+    def canary_request(self) -> Request:
+        """Return a request for one token."""
+        return {"token_ids": [ANSWER_TOKEN + 3, ANSWER_TOKEN], "stop_conditions": {"max_tokens": 1}}
+
+    def progress(self) -> int:
+        """Return the number of prefill steps taken."""
+        return self._steps
+
+    async def check_health(self) -> None:
+        """Return: an engine inside the worker lives as long as the worker."""
+
+    async def shutdown(self, deadline: Deadline) -> None:
+        """Do nothing: there is nothing to stop."""
+
+
+class EchoProcessEngine(EchoEngine):
+    """Generates in a process tree: a core process in a session of its own, a rank below it, shared memory, files.
+
+    The tree is that of the big engines (see docs/design.md): the worker talks to the core over a socket, the core
+    makes its rank compute every step.
+    """
+
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
+        super().__init__(args)
+        self._private_dir = context.private_dir
+        self._tokens_per_second: float = args.tokens_per_second
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rank_pid = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._streams: dict[str, asyncio.Queue[Chunk | None]] = {}
+        self._dead: str | None = None
+
+    async def start(self, worker_id: int) -> EngineInfo:
+        """Start the tree and wait until its rank runs."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "dynamo_worker.engines.echo_process",
+                    "core",
+                    str(theirs.fileno()),
+                    str(self._tokens_per_second),
+                    str(self._private_dir),
+                ],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        hello = await reader.readline()
+        if not hello:
+            raise StartError(
+                f"the echo engine's core process ended during its start (exit code {self._process.wait(timeout=5)})",
+                hint="its own messages stand above this line",
+            )
+        self._rank_pid = json.loads(hello)["rank_pid"]
+        self._reader_task = asyncio.ensure_future(self._read(reader))
+        return await super().start(worker_id)
+
+    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        """Yield what the core process sends for this request."""
+        echo = EchoRequest.parse(request)
+        if self._dead is not None or self._writer is None:
+            raise EngineDeadError(self._dead or "the echo engine is not started")
+        if self._prefill_seconds:
+            await self._prefill()
+        queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        request_id = context.id()
+        self._streams[request_id] = queue
+        try:
+            self._send({"add": request_id, "count": echo.count})
+            index = 0
+            while True:
+                chunk = await queue.get()
+                if chunk is None:
+                    raise EngineDeadError(self._dead or "the echo engine's core process is gone")
+                count = chunk["tokens"]
+                tokens = [echo.token(index + offset) for offset in range(count)]
+                index += count
+                if chunk["last"]:
+                    yield {"token_ids": tokens, "index": 0, "finish_reason": echo.finish_reason}
+                    return
+                yield {"token_ids": tokens, "index": 0}
+        finally:
+            self._streams.pop(request_id, None)
+
+    async def abort(self, request_id: str) -> None:
+        """Tell the core to forget the request."""
+        if self._dead is None:
+            self._send({"abort": request_id})
+
+    def processes(self) -> Iterable[int]:
+        """Return the pids of the core and of its rank."""
+        return () if self._process is None else (self._process.pid, self._rank_pid)
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError once the connection to the core has ended."""
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    async def shutdown(self, deadline: Deadline) -> None:
+        """Ask the core to end (SIGTERM), kill it if it has not by the deadline, and wait for it."""
+        if self._reader_task is not None:
+            self._reader_task.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        # A stopped process would never see the SIGTERM.
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+        while process.poll() is None:
+            if deadline.passed:
+                process.kill()
+                break
+            await asyncio.sleep(0.005)
+        process.wait()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._writer is not None
+        self._writer.write(json.dumps(message).encode() + b"\n")
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            step = json.loads(line)
+            last = set(step["last"])
+            for request_id, tokens in step["tokens"].items():
+                queue = self._streams.get(request_id)
+                if queue is not None:
+                    queue.put_nowait({"tokens": tokens, "last": request_id in last})
+        self._dead = "the echo engine's core process has closed its connection"
+        for queue in self._streams.values():
+            queue.put_nowait(None)
+
+
+class EchoPlugin:
+    """The plugin of the echo engine: the hooks, each as small as it can be."""
+
+    dynamo_worker_api = "1"
+
+    @hookimpl
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the engine's flags."""
+        group = parser.add_argument_group("echo engine", "Answers with the prompt; for tests, demos and benchmarks.")
+        group.add_argument("--model-name", default="echo", metavar="NAME", help="name clients ask for (default: echo)")
+        group.add_argument(
+            "--tokens-per-second",
+            type=_not_negative,
+            default=0.0,
+            metavar="RATE",
+            help="tokens per second of each request; 0 is as fast as possible (default: 0)",
+        )
+        group.add_argument(
+            "--start-seconds", type=_not_negative, default=0.0, metavar="S", help="duration of the start (default: 0)"
+        )
+        group.add_argument(
+            "--prefill-seconds",
+            type=_not_negative,
+            default=0.0,
+            metavar="S",
+            help="time before a request's first token (default: 0)",
+        )
+        group.add_argument(
+            "--process-tree",
+            action="store_true",
+            help="generate in a process tree of its own, as big engines do, instead of inside the worker",
+        )
+
+    @hookimpl
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> EchoEngine:
+        """Return the engine."""
+        return EchoProcessEngine(args, context) if args.process_tree else EchoEngine(args)
+
+    @hookimpl
+    async def check_health(self, engine: EchoEngine) -> None:
+        """Raise EngineDeadError if the engine is gone."""
+        await engine.check_health()
+
+    @hookimpl
+    async def cleanup(self, engine: EchoEngine, deadline: Deadline) -> None:
+        """Shut the engine down."""
+        await engine.shutdown(deadline)
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+plugin = EchoPlugin()

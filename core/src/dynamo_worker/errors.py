@@ -1,0 +1,51 @@
+"""The errors a person or a plugin can meet, each with the exit code it leads to."""
+
+from __future__ import annotations
+
+from dynamo_worker.exit_codes import ExitCode
+
+
+class WorkerError(Exception):
+    """An expected failure: reported as one clear message without a traceback.
+
+    :param message: what went wrong, why and where, in one sentence or two.
+    :param hint: what to do next, or None.
+    """
+
+    exit_code: ExitCode = ExitCode.FATAL
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return f"{message}\n  next: {self.hint}" if self.hint else message
+
+
+class UsageError(WorkerError):
+    """The command line, the environment or the configuration file is wrong (exit code 2)."""
+
+    exit_code = ExitCode.USAGE
+
+
+class StartError(WorkerError):
+    """The worker cannot start here (exit code 3): a missing package, a port in use, no GPU, no memory."""
+
+    exit_code = ExitCode.START_FAILED
+
+
+class EngineDeadError(WorkerError):
+    """The engine is beyond repair (exit code 1). ``check_health`` and ``generate`` raise it."""
+
+
+class EngineStalledError(EngineDeadError):
+    """The engine makes no progress and does not answer a canary request."""
+
+
+class DiscoveryLostError(WorkerError):
+    """The Dynamo runtime ended although nobody had asked it to: lease or connection lost (exit code 1)."""
+
+
+class InvalidRequestError(ValueError):
+    """One request is wrong. It ends in HTTP 400 with this message for its client and harms no other request."""

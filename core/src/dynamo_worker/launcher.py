@@ -1,0 +1,529 @@
+"""The worker process: wires settings, plugins, runtime, engine, monitors and lifecycle, and ends with an exit code.
+
+It executes the table in ``lifecycle.py``: every state has one coroutine, every coroutine ends with one event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from dynamo_worker import __version__, logs
+from dynamo_worker.control import ControlChannel
+from dynamo_worker.deadline import Deadline
+from dynamo_worker.drain_progress import DrainProgress
+from dynamo_worker.engine import (
+    EndpointSpec,
+    Engine,
+    EngineContext,
+    HasCanary,
+    HasControlRoutes,
+    HasMetrics,
+    PublishesEvents,
+)
+from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError
+from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
+from dynamo_worker.frontend import FrontendProcess
+from dynamo_worker.lifecycle import TRANSITIONS, Event, State
+from dynamo_worker.logs import get_logger
+from dynamo_worker.metrics import WorkerMetrics
+from dynamo_worker.monitors import HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
+from dynamo_worker.runtime import Runtime
+from dynamo_worker.serving import Cut, LocalContext, RequestHandler, RequestRegistry
+from dynamo_worker.shutdown_plan import FORCED_STOP, ShutdownPlan
+from dynamo_worker.status_server import StatusServer
+from dynamo_worker.supervisor import ledger
+
+if TYPE_CHECKING:
+    from dynamo_worker.plugins import Plugins
+    from dynamo_worker.settings import WorkerSettings
+
+log = get_logger(__name__)
+
+#: Environment variable that names the private directory the supervisor made and will remove.
+RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
+
+#: Seconds a worker beyond repair has for leaving discovery; discovery itself may be what failed.
+_FATAL_UNREGISTER = 0.5
+#: Seconds for the ``on_fatal_error`` hooks.
+_LAST_WORDS = 2.0
+#: Most seconds for cleaning up after a fatal error; what is left then, the supervisor removes.
+_FATAL_CLEANUP = 5.0
+#: Seconds that requests which were cut have to send their last message.
+_CUT_SECONDS = 1.0
+#: Seconds for the runtime to close its connections once nothing is in flight.
+_RUNTIME_SHUTDOWN = 1.0
+#: Seconds a start that is cancelled has to give up.
+_CANCEL_START = 1.0
+
+
+def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
+    """Run one worker from start to exit; does not return but ends the process with the worker's exit code.
+
+    ``os._exit`` ends it in every case: engines leave threads and ``atexit`` handlers that can hang for minutes, and
+    the runtime's threads delay an orderly exit by a quarter of a second (measured). Everything that has to be
+    released was released by then, in order and under a deadline.
+    """
+    faulthandler.enable(all_threads=True)
+    # The supervisor asks for the stacks of a worker that hangs; this works while the GIL is held in native code.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    logs.setup(settings.log_level, settings.log_format)
+    control = ControlChannel.from_environment()
+    control.send(
+        "settings",
+        engine=settings.engine,
+        termination_grace_period=settings.termination_grace_period,
+        heartbeat_timeout=settings.heartbeat_timeout,
+        termination_message_path=str(settings.termination_message_path),
+    )
+    launcher = Launcher(settings, plugins, engine_args, control)
+    uvloop.install()
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    exit_code = loop.run_until_complete(launcher.run())
+    control.send("exit", code=exit_code, reason=launcher.reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+class Launcher:
+    """One worker's life."""
+
+    def __init__(
+        self, settings: WorkerSettings, plugins: Plugins, engine_args: Any, control: ControlChannel
+    ) -> None:
+        self._settings = settings
+        self._plugins = plugins
+        self._engine_args = engine_args
+        self._control = control
+        self._plan = ShutdownPlan.from_settings(settings)
+        self._state = State.STARTING
+        self._entered = self._created = time.monotonic()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._stage: asyncio.Task[None] | None = None
+        self._monitors: list[asyncio.Task[None]] = []
+        self._registry = RequestRegistry()
+        self._metrics = WorkerMetrics(self._registry)
+        self._engine: Engine | None = None
+        self._runtime: Runtime | None = None
+        self._status: StatusServer | None = None
+        self._frontend: FrontendProcess | None = None
+        self._processes: ProcessWatch | None = None
+        self._stop_level = 0
+        self._stop_signal = signal.SIGTERM
+        self._stopped_at = 0.0
+        self._deadline: Deadline | None = None
+        self._error: BaseException | None = None
+        self._exit_code: int = ExitCode.STOPPED
+        run_dir = os.environ.get(RUN_DIR)
+        self._run_dir = Path(run_dir) if run_dir and control.supervised else None
+        #: One line about why the worker ended.
+        self.reason = "stopped"
+
+    async def run(self) -> int:
+        """Live, and return the exit code."""
+        loop = asyncio.get_running_loop()
+        self._control.listen(loop, self._on_message)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._processes = ProcessWatch(loop, self._on_fatal)
+        log.info("Starting worker", engine=self._settings.engine, version=__version__, pid=os.getpid())
+        self._announce()
+        self._stage = asyncio.ensure_future(self._run_stage(State.STARTING, self._start()))
+        while self._state is not State.STOPPED:
+            event = await self._events.get()
+            await self._move(TRANSITIONS[self._state, event])
+        return self._exit_code
+
+    # ---------------------------------------------------------------------------------------------- transitions
+
+    async def _move(self, state: State) -> None:
+        if state is self._state:
+            return
+        now = time.monotonic()
+        self._metrics.shutdown_stage_seconds.labels(self._state.value).set(now - self._entered)
+        previous, self._state, self._entered = self._state, state, now
+        self._metrics.set_state(state)
+        if self._stage is not None and not self._stage.done():
+            self._stage.cancel()
+            await asyncio.wait({self._stage}, timeout=_CANCEL_START)
+        stage: Coroutine[Any, Any, None] | None = None
+        if state is State.SERVING:
+            self._serving()
+        elif state is State.UNREGISTERING:
+            log.info("Leaving discovery", in_flight=len(self._registry))
+            stage = self._unregistering()
+        elif state is State.GRACE:
+            log.info("Grace period", seconds=self._plan.grace, in_flight=len(self._registry))
+            stage = self._grace()
+        elif state is State.DRAINING:
+            stage = self._draining()
+        elif state is State.CLEANUP:
+            if previous is State.STARTING:
+                self.reason = "stopped during the start"
+            if self._stop_level > 1:
+                self._force()
+            log.info("Cleaning up worker", in_flight=len(self._registry))
+            stage = self._cleanup()
+        elif state is State.FATAL:
+            self._condemn()
+            stage = self._fatal()
+        else:
+            log.info("Worker process ends", exit_code=int(self._exit_code), reason=self.reason)
+        self._announce()
+        if stage is not None:
+            self._stage = asyncio.ensure_future(self._run_stage(state, stage))
+
+    async def _run_stage(self, state: State, stage: Coroutine[Any, Any, None]) -> None:
+        """Run a state's coroutine and post the event that says it has ended."""
+        done = {
+            State.STARTING: Event.ENGINE_READY,
+            State.UNREGISTERING: Event.UNREGISTERED,
+            State.GRACE: Event.GRACE_OVER,
+            State.DRAINING: Event.DRAINED,
+            State.CLEANUP: Event.CLEANED_UP,
+            State.FATAL: Event.CLEANED_UP,
+        }[state]
+        try:
+            await stage
+        except Exception as error:
+            if state is State.STARTING:
+                self._error = error
+                self._events.put_nowait(Event.START_FAILED)
+                return
+            # A bug of ours must not keep a shutdown from going on.
+            log.error("Shutdown stage failed", state=state, exc_info=error)
+        self._events.put_nowait(done)
+
+    def _announce(self) -> None:
+        self._control.send(
+            "state",
+            state=self._state.value,
+            deadline=self._deadline.at if self._deadline else None,
+            in_flight=len(self._registry),
+            reason=self.reason if self._state in (State.FATAL, State.STOPPED) else None,
+        )
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "stop":
+            self._stop(int(message["level"]), signal.Signals[message["signal"]], float(message["at"]))
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        """Take a signal that was sent to the worker itself, not to its supervisor."""
+        level = self._stop_level + 1
+        effect = {1: f"stop gracefully, again to stop within {FORCED_STOP:g} s", 2: "stop now, again to kill"}
+        log.info("Received shutdown signal", signal=signal.Signals(number).name, effect=effect.get(level, "kill"))
+        self._stop(level, signal.Signals(number), time.monotonic())
+
+    def _stop(self, level: int, number: signal.Signals, received_at: float) -> None:
+        if level <= self._stop_level:
+            return
+        self._stop_level, self._stop_signal = level, number
+        if level == 1:
+            self.reason = f"stopped by {number.name}"
+            self._stopped_at = received_at
+            if self._state is not State.FATAL:
+                self._deadline = self._plan.worker_deadline(received_at)
+            self._events.put_nowait(Event.STOP_REQUESTED)
+        elif level == 2:
+            self._stopped_at = received_at
+            if not self._control.supervised:
+                asyncio.get_running_loop().call_later(FORCED_STOP, os._exit, SIGNAL_BASE + number)
+            if self._state is State.CLEANUP:
+                self._force()
+            self._events.put_nowait(Event.FORCE_STOP_REQUESTED)
+        else:
+            os._exit(SIGNAL_BASE + number)
+
+    def _force(self) -> None:
+        self.reason = f"forced to stop by a second {self._stop_signal.name}"
+        self._exit_code = SIGNAL_BASE + self._stop_signal
+        self._deadline = ShutdownPlan.forced_deadline(self._stopped_at)
+
+    def _on_fatal(self, error: BaseException) -> None:
+        """Take note of a fatal error; the first one is the cause, what follows are its consequences."""
+        if self._error is not None or self._state in (State.CLEANUP, State.FATAL, State.STOPPED):
+            log.info("Later error", error=error)
+            return
+        self._error = error
+        self._events.put_nowait(Event.FATAL_ERROR)
+
+    # --------------------------------------------------------------------------------------------------- stages
+
+    async def _start(self) -> None:
+        settings = self._settings
+        if settings.system_port >= 0:
+            self._status = StatusServer(
+                lambda: self._state,
+                live_path=os.environ.get("DYN_SYSTEM_LIVE_PATH", "/live"),
+                health_path=os.environ.get("DYN_SYSTEM_HEALTH_PATH", "/health"),
+            )
+            port = await self._status.start(settings.system_host, settings.system_port)
+            log.info("Status server listening", url=f"http://{settings.system_host}:{port}")
+        private_dir = self._run_dir or Path(tempfile.mkdtemp(prefix="dw-"))
+        if self._run_dir is None:
+            self._run_dir = private_dir
+        if settings.frontend is not None:
+            settings = self._start_frontend(private_dir)
+        runtime = self._runtime = await Runtime.create(settings)
+        if self._status is not None and runtime.status_port is not None:
+            self._status.forward_to(settings.system_host, runtime.status_port)
+        context = EngineContext(
+            component=f"{settings.namespace}.{settings.component}",
+            private_dir=private_dir,
+            supervised=self._control.supervised,
+        )
+        engine = self._engine = self._plugins.create_engine(self._engine_args, context)
+        info = await engine.start(runtime.worker_id)
+        assert self._processes is not None
+        self._processes.watch(engine.processes(), "engine process")
+        await self._warm_up(engine)
+        main = EndpointSpec(
+            settings.endpoint, metrics_labels=(("model", info.model_name),), registers_model=info.model_path is not None
+        )
+        endpoints = [main, *info.endpoints] if info.model_path is not None else list(info.endpoints)
+        handler = RequestHandler(engine, self._registry, self._on_fatal)
+        if isinstance(engine, PublishesEvents):
+            await engine.attach(runtime.endpoint(main.name))
+        runtime.record_registration(self._run_dir)
+        for spec in endpoints:
+            runtime.serve(spec, handler.handler(spec)).add_done_callback(self._on_endpoint_closed)
+        for spec in endpoints:
+            if spec.registers_model:
+                await runtime.register(info, endpoint=spec.name)
+        if isinstance(engine, HasMetrics):
+            self._metrics.add_registry(engine.metrics_registry())
+        if isinstance(engine, HasControlRoutes):
+            runtime.add_routes(engine.control_routes())
+        runtime.expose_metrics(self._metrics.exposition, endpoint=main.name)
+        if self._frontend is not None:
+            await self._frontend.wait_ready()
+            self._processes.watch([self._frontend.pid], "frontend process", WorkerError)
+        runtime.set_ready(True)
+        seconds = time.monotonic() - self._created
+        self._metrics.start_seconds.set(seconds)
+        log.info(
+            "Worker ready",
+            model=info.model_name,
+            endpoint=f"{context.component}.{main.name}",
+            instance=f"{runtime.worker_id:x}",
+            start_s=seconds,
+        )
+        if self._frontend is not None:
+            log.info(
+                "Try it",
+                command=f"curl {self._frontend.url}/v1/chat/completions -H 'content-type: application/json' -d "
+                f'\'{{"model": "{info.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
+            )
+
+    def _start_frontend(self, private_dir: Path) -> WorkerSettings:
+        """Start the frontend beside the worker; with file discovery both meet in the private directory."""
+        settings = self._settings
+        if settings.discovery_backend == "file" and settings.discovery_path is None:
+            settings = settings.model_copy(update={"discovery_path": private_dir / "discovery"})
+        if settings.discovery_path is not None:
+            settings.discovery_path.mkdir(parents=True, exist_ok=True)
+        self._frontend = FrontendProcess.start(settings, settings.discovery_path)
+        return settings
+
+    async def _warm_up(self, engine: Engine) -> None:
+        """Make the first request ourselves: it compiles kernels on some engines, for as long as 20 s (measured)."""
+        if not self._settings.warmup:
+            return
+        if not isinstance(engine, HasCanary):
+            log.warning("No warm-up and no stall detection: the engine has no canary request")
+            return
+        started = time.monotonic()
+        try:
+            await asyncio.wait_for(self._canary(), self._settings.warmup_timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise StartError(
+                f"the engine did not answer its first request within {self._settings.warmup_timeout:g} s",
+                hint="raise --warmup-timeout, or look for the reason in the engine's own messages",
+            ) from None
+        log.info("Engine warmed up", seconds=time.monotonic() - started)
+
+    async def _canary(self) -> None:
+        """Make the engine produce one chunk."""
+        engine = self._engine
+        assert isinstance(engine, HasCanary)
+        request_id = f"canary-{time.monotonic_ns():x}"
+        stream = engine.generate(engine.canary_request(), LocalContext(request_id))
+        try:
+            async for _ in stream:
+                self._registry.chunks += 1
+        except asyncio.CancelledError:
+            await engine.abort(request_id)
+            raise
+
+    def _serving(self) -> None:
+        settings, engine = self._settings, self._engine
+        assert engine is not None
+        watches = [
+            Heartbeat(self._control, self._registry, self._metrics, timeout=settings.heartbeat_timeout).run(),
+            HealthMonitor(
+                self._plugins,
+                engine,
+                self._metrics,
+                self._on_fatal,
+                interval=settings.health_check_interval,
+                timeout=settings.health_check_timeout,
+            ).run(),
+        ]
+        if settings.stall_timeout and isinstance(engine, HasCanary):
+            watches.append(
+                StallMonitor(
+                    engine, self._registry, self._canary, self._on_fatal, timeout=settings.stall_timeout
+                ).run()
+            )
+        self._monitors = [asyncio.ensure_future(watch) for watch in watches]
+
+    async def _unregistering(self) -> None:
+        assert self._runtime is not None
+        self._runtime.set_ready(False)
+        await self._unregister(self._plan.unregister_deadline(self._stopped_at))
+
+    async def _unregister(self, deadline: Deadline) -> None:
+        """Leave discovery by the deadline; what cannot be taken back, the supervisor withdraws at the end."""
+        runtime, self_withdrawn = self._runtime, False
+        if runtime is None:
+            return
+        try:
+            await asyncio.wait_for(runtime.unregister(), deadline.remaining())
+            self_withdrawn = True
+        except (asyncio.TimeoutError, TimeoutError):
+            log.warning("Discovery did not answer; the supervisor withdraws the registration at the end")
+        if self_withdrawn and self._run_dir is not None:
+            ledger.record_withdrawal(self._run_dir, runtime.worker_id)
+
+    async def _grace(self) -> None:
+        deadline = self._plan.grace_deadline(time.monotonic(), self._stopped_at)
+        await asyncio.sleep(deadline.remaining())
+
+    async def _draining(self) -> None:
+        """Refuse new requests, let those in flight finish, hand off what is left when the budget ends."""
+        registry, engine = self._registry, self._engine
+        assert engine is not None
+        deadline = self._plan.drain_deadline(self._stopped_at)
+        log.info("Draining", mode=self._settings.drain, in_flight=len(registry), budget_s=deadline.remaining())
+        registry.refuse("the worker is shutting down")
+        registry.cut(Cut.HANDOFF, graceful=False)
+        if self._settings.drain == "handoff":
+            registry.cut(Cut.HANDOFF)
+        elif self._settings.drain == "abort":
+            registry.cut(Cut.ABORT)
+        hooks = asyncio.ensure_future(self._plugins.drain(engine, deadline))
+        finished = asyncio.ensure_future(registry.wait_idle())
+        with DrainProgress(registry, deadline):
+            await asyncio.wait({hooks, finished}, timeout=deadline.remaining())
+        for task in (hooks, finished):
+            task.cancel()
+
+    async def _cut_the_rest(self, how: Cut, reason: str) -> None:
+        """Refuse new requests and end those in flight; a moment for their last message to leave."""
+        registry = self._registry
+        registry.refuse(reason)
+        cut = registry.cut(how)
+        if cut:
+            log.info("Handing off requests" if how is Cut.HANDOFF else "Aborting requests", requests=cut)
+        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(registry.wait_idle(), _CUT_SECONDS)
+
+    async def _cleanup(self) -> None:
+        self._stop_monitors()
+        deadline = self._deadline or Deadline.after(self._settings.engine_shutdown_timeout)
+        if self._runtime is not None and not self._registry.refusing:
+            # A forced stop: nothing was taken back yet.
+            self._runtime.set_ready(False)
+            await self._unregister(deadline.within(_FATAL_UNREGISTER))
+        how = Cut.ABORT if self._settings.drain == "abort" else Cut.HANDOFF
+        await self._cut_the_rest(how, "the worker is shutting down")
+        await self._release(deadline)
+
+    def _condemn(self) -> None:
+        """Decide, from the fatal error, on the exit code and the reason."""
+        error = self._error
+        assert error is not None
+        starting = self._runtime is None or self._engine is None or not self._monitors
+        if isinstance(error, WorkerError) and (error.exit_code is not ExitCode.FATAL or not starting):
+            self._exit_code = error.exit_code
+        else:
+            self._exit_code = ExitCode.START_FAILED if starting else ExitCode.FATAL
+        self.reason = str(error.args[0]) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+        self._metrics.fatal_errors.labels(type(error).__name__).inc()
+        budget = _FATAL_UNREGISTER + _CUT_SECONDS + _LAST_WORDS + _FATAL_CLEANUP + _RUNTIME_SHUTDOWN
+        self._deadline = self._deadline.within(budget) if self._deadline else Deadline.after(budget)
+
+    async def _fatal(self) -> None:
+        error, deadline = self._error, self._deadline
+        assert error is not None and deadline is not None
+        self._stop_monitors()
+        if self._runtime is not None:
+            self._runtime.set_ready(False)
+            await self._unregister(deadline.within(_FATAL_UNREGISTER))
+        # Logged only now: every millisecond in discovery brings requests that cannot be served.
+        hint = {"next": error.hint} if isinstance(error, WorkerError) and error.hint else {}
+        log.error(
+            "Fatal error",
+            kind=type(error).__name__,
+            error=self.reason,
+            exit_code=int(self._exit_code),
+            in_flight=len(self._registry),
+            **hint,
+            exc_info=None if isinstance(error, WorkerError) else error,
+        )
+        await self._cut_the_rest(Cut.HANDOFF, self.reason)
+        await self._plugins.on_fatal_error(self._engine, error, deadline.within(_LAST_WORDS))
+        await self._release(deadline.within(_FATAL_CLEANUP + _RUNTIME_SHUTDOWN))
+
+    async def _release(self, deadline: Deadline) -> None:
+        """Release everything, each by itself: connections, engine, frontend, files."""
+        if self._processes is not None:
+            self._processes.close()
+        if self._runtime is not None:
+            await self._runtime.shutdown(deadline.within(_RUNTIME_SHUTDOWN).remaining())
+            log.info("DistributedRuntime shutdown complete")
+        if self._engine is not None:
+            await self._plugins.cleanup(
+                self._engine, deadline.reserve(0.2), limit=self._settings.engine_shutdown_timeout
+            )
+        if self._frontend is not None:
+            await self._frontend.stop()
+        if self._status is not None:
+            self._status.close()
+        if self._run_dir is not None and not self._control.supervised:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _stop_monitors(self) -> None:
+        for monitor in self._monitors:
+            monitor.cancel()
+
+    def _on_endpoint_closed(self, task: asyncio.Task[None]) -> None:
+        """Take the end of an endpoint for what it is: asked for, or the loss of discovery."""
+        if task.cancelled() or self._state not in (State.STARTING, State.SERVING, State.GRACE, State.UNREGISTERING):
+            return
+        error = task.exception()
+        if error is not None:
+            self._on_fatal(StartError(f"the endpoint cannot be served: {error}"))
+        else:
+            self._on_fatal(
+                DiscoveryLostError(
+                    "the Dynamo runtime has shut down by itself: the connection to "
+                    f"{self._settings.discovery_backend} discovery, or the lease there, is lost"
+                )
+            )

@@ -1,0 +1,138 @@
+"""Log set-up: events with fields, as text for people or as JSON for machines, always on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
+
+#: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (two
+#: lines for every request, complaints about text-only models, about endpoints that have already left discovery).
+RUNTIME_LOG: Final = (
+    "warn,request_span=warn,mm_routing=error,tower_http=off,dynamo_runtime::component::endpoint=error,"
+    "dynamo_runtime::component::client=off"
+)
+
+_BARE_VALUE: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f]+")
+
+
+class EventLogger:
+    """A logger for events: a constant message one can grep for, and what varies as fields.
+
+    ``log.info("Received shutdown signal", signal="SIGTERM", level=1)``
+    """
+
+    __slots__ = ("logger",)
+
+    def __init__(self, name: str) -> None:
+        #: The logger of the standard library behind this one.
+        self.logger = logging.getLogger(name)
+
+    def debug(self, message: str, /, **fields: Any) -> None:
+        """Log what helps to understand the worker from inside."""
+        self._log(logging.DEBUG, message, None, fields)
+
+    def info(self, message: str, /, **fields: Any) -> None:
+        """Log what an operator wants to see in a normal life."""
+        self._log(logging.INFO, message, None, fields)
+
+    def warning(self, message: str, /, *, exc_info: BaseException | None = None, **fields: Any) -> None:
+        """Log what is wrong but does not end the worker."""
+        self._log(logging.WARNING, message, exc_info, fields)
+
+    def error(self, message: str, /, *, exc_info: BaseException | None = None, **fields: Any) -> None:
+        """Log what ends the worker, or what it could not do."""
+        self._log(logging.ERROR, message, exc_info, fields)
+
+    def _log(self, level: int, message: str, exc_info: BaseException | None, fields: Mapping[str, Any]) -> None:
+        if self.logger.isEnabledFor(level):
+            # "%s" keeps a percent sign in the message from being taken for a placeholder.
+            self.logger.log(level, "%s", message, exc_info=exc_info, stacklevel=3, extra={"fields": fields})
+
+
+def get_logger(name: str) -> EventLogger:
+    """Return the event logger for a module's ``__name__``."""
+    return EventLogger(name)
+
+
+def setup(level: str = "info", log_format: str = "text", stream: TextIO | None = None) -> None:
+    """Send all log records of this process to stderr in one format.
+
+    :param level: ``debug``, ``info``, ``warning`` or ``error``.
+    :param log_format: ``text`` or ``json``.
+    :param stream: where to write instead of stderr.
+    """
+    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def quiet_runtime() -> None:
+    """Set the default of ``DYN_LOG``. The runtime reads it while ``dynamo`` is imported: call this before."""
+    os.environ.setdefault("DYN_LOG", RUNTIME_LOG)
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people: ``2026-11-21T01:02:03.456Z INFO dynamo_worker.launcher: message key=value``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, followed by the traceback if there is one."""
+        line = f"{_timestamp(record)} {record.levelname} {record.name}: {record.getMessage()}"
+        line += "".join(f" {name}={format_value(value)}" for name, value in _fields(record).items())
+        traceback = _traceback(self, record)
+        return f"{line}\n{traceback}" if traceback else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``time``, ``level``, ``logger``, ``message``, the fields and ``exception``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the object; a field never hides one of the standard keys."""
+        event: dict[str, Any] = {
+            "time": _timestamp(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        traceback = _traceback(self, record)
+        if traceback:
+            event["exception"] = traceback
+        for name, value in _fields(record).items():
+            event[f"{name}_" if name in event else name] = value
+        return json.dumps(event, default=str)
+
+
+def format_value(value: object) -> str:
+    """Return a field's value as text, quoted where it would not read as one word."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    text = str(value)
+    return text if _BARE_VALUE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    fields = getattr(record, "fields", None)
+    return fields if isinstance(fields, Mapping) else {}
+
+
+def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    parts = []
+    if record.exc_info:
+        parts.append(formatter.formatException(record.exc_info))
+    if record.stack_info:
+        parts.append(formatter.formatStack(record.stack_info))
+    return "\n".join(parts)

@@ -1,0 +1,249 @@
+"""What watches a serving worker: the engine's processes, its health, its progress, and the event loop itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
+
+from dynamo_worker.calling import report
+from dynamo_worker.engine import Engine, ReportsProgress
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
+from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    from dynamo_worker.control import ControlChannel
+    from dynamo_worker.metrics import WorkerMetrics
+    from dynamo_worker.plugins import Plugins
+    from dynamo_worker.serving import RequestRegistry
+
+log = get_logger(__name__)
+
+OnFatal = Callable[[WorkerError], None]
+
+
+class ProcessWatch:
+    """Reports the death of a process within a millisecond: the kernel makes its pidfd readable, nothing polls."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_fatal: OnFatal) -> None:
+        self._loop = loop
+        self._on_fatal = on_fatal
+        self._watched: set[int] = set()
+
+    def watch(self, pids: Iterable[int], what: str, error: type[WorkerError] = EngineDeadError) -> None:
+        """Watch ``pids``; the death of one is fatal.
+
+        :param what: what the processes are, for the message ("engine process").
+        :param error: what their death is reported as.
+        """
+        for pid in pids:
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._on_fatal(error(f"{what} {pid} is dead"))
+                continue
+            self._watched.add(pidfd)
+            self._loop.add_reader(pidfd, self._died, pidfd, f"{what} {pid} ({_command_name(pid)})", error)
+
+    def close(self) -> None:
+        """Stop watching: the processes are about to be ended on purpose."""
+        for pidfd in list(self._watched):
+            self._forget(pidfd)
+
+    def _forget(self, pidfd: int) -> None:
+        self._watched.discard(pidfd)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+    def _died(self, pidfd: int, what: str, error: type[WorkerError]) -> None:
+        how = _how_it_died(pidfd)
+        self._forget(pidfd)
+        self._on_fatal(error(f"{what} died{how}"))
+
+
+def _command_name(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "already gone"
+
+
+def _how_it_died(pidfd: int) -> str:
+    """Describe the death, if the process is a child of ours; it is left to be reaped by its owner."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return ""
+    if result is None:
+        return ""
+    if result.si_code == os.CLD_EXITED:
+        return f": exit code {result.si_status}"
+    return f": killed by {signal.Signals(result.si_status).name}"
+
+
+class HealthMonitor:
+    """Calls every plugin's ``check_health`` at an interval.
+
+    Fatal are an EngineDeadError and a check that does not return in time. Any other error is logged and counted: a
+    check that is broken itself must not end a healthy engine.
+    """
+
+    def __init__(
+        self,
+        plugins: Plugins,
+        engine: Engine,
+        metrics: WorkerMetrics,
+        on_fatal: OnFatal,
+        *,
+        interval: float,
+        timeout: float,
+    ) -> None:
+        self._plugins = plugins
+        self._engine = engine
+        self._metrics = metrics
+        self._on_fatal = on_fatal
+        self._interval = interval
+        self._timeout = timeout
+
+    async def run(self) -> None:
+        """Check until cancelled or until a check was fatal."""
+        while True:
+            await asyncio.sleep(self._interval)
+            started = time.monotonic()
+            try:
+                outcomes = await self._plugins.check_health(self._engine, timeout=self._timeout)
+            except EngineDeadError as error:
+                self._on_fatal(error)
+                return
+            finally:
+                self._metrics.health_check_seconds.observe(time.monotonic() - started)
+            for outcome in outcomes:
+                if outcome.error is None:
+                    continue
+                if isinstance(outcome.error, TimeoutError) and outcome.duration >= self._timeout:
+                    self._on_fatal(
+                        EngineStalledError(
+                            f"the health check of {outcome.plugin} did not answer within {self._timeout:g} s"
+                        )
+                    )
+                    return
+                report(outcome)
+                self._metrics.health_check_failures.inc()
+
+
+class StallMonitor:
+    """Notices an engine that is alive but does nothing.
+
+    Any progress at all vouches for the engine: a chunk of any request, a step that the engine itself reports. Without
+    any, busy or idle, one canary request is sent; only if that does not produce a chunk either, and nothing else has
+    moved meanwhile, the engine is held to be stalled.
+    """
+
+    #: Share of the stall timeout after which a quiet engine is asked, and share that the canary gets to answer. The
+    #: rest is for the granularity of the clock, so that the whole detection ends within the timeout.
+    QUIET_SHARE = 0.6
+    CANARY_SHARE = 0.3
+    TICK_SHARE = 0.02
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: RequestRegistry,
+        canary: Callable[[], Awaitable[None]],
+        on_fatal: OnFatal,
+        *,
+        timeout: float,
+    ) -> None:
+        """Watch ``engine``.
+
+        :param canary: sends one small request and returns at its first chunk.
+        :param timeout: seconds from the last progress to the report, at most.
+        """
+        self._engine = engine
+        self._registry = registry
+        self._canary = canary
+        self._on_fatal = on_fatal
+        self._timeout = timeout
+
+    def _progress(self) -> tuple[int, int]:
+        steps = self._engine.progress() if isinstance(self._engine, ReportsProgress) else 0
+        return self._registry.chunks, steps
+
+    async def run(self) -> None:
+        """Watch until cancelled or until the engine has stalled."""
+        tick = self._timeout * self.TICK_SHARE
+        quiet_after = self._timeout * self.QUIET_SHARE
+        seen = self._progress()
+        since = now = time.monotonic()
+        while True:
+            await asyncio.sleep(tick)
+            # When this process itself was held up (stopped, a blocked loop), nothing could arrive: not the engine's
+            # fault, so that time does not count.
+            late = time.monotonic() - now - tick
+            now = time.monotonic()
+            if late > tick:
+                since += late
+            current = self._progress()
+            if current != seen:
+                seen, since = current, now
+            elif now - since >= quiet_after:
+                if not await self._answers(seen):
+                    return
+                seen, since = self._progress(), time.monotonic()
+                now = since
+
+    async def _answers(self, seen: tuple[int, int]) -> bool:
+        canary = asyncio.ensure_future(self._canary())
+        deadline = time.monotonic() + self._timeout * self.CANARY_SHARE
+        try:
+            while time.monotonic() < deadline:
+                await asyncio.wait({canary}, timeout=self._timeout * self.TICK_SHARE)
+                if self._progress() != seen:
+                    return True
+                if canary.done():
+                    return self._judge(canary)
+        finally:
+            canary.cancel()
+        self._on_fatal(
+            EngineStalledError(
+                f"the engine has made no progress for {self._timeout * self.QUIET_SHARE:g} s "
+                f"({len(self._registry)} requests in flight) and a canary request got no answer within "
+                f"{self._timeout * self.CANARY_SHARE:g} s"
+            )
+        )
+        return False
+
+    def _judge(self, canary: asyncio.Future[None]) -> bool:
+        error = canary.exception()
+        if isinstance(error, EngineDeadError):
+            self._on_fatal(error)
+            return False
+        if error is not None:
+            # It answered, if only with an error: alive.
+            log.warning("Canary request failed", error=error)
+        return True
+
+
+class Heartbeat:
+    """Tells the supervisor that the event loop runs, and measures how late it runs."""
+
+    def __init__(
+        self, control: ControlChannel, registry: RequestRegistry, metrics: WorkerMetrics, *, timeout: float
+    ) -> None:
+        """Beat five times within ``timeout`` seconds, at least every 5 s."""
+        self._control = control
+        self._registry = registry
+        self._metrics = metrics
+        self._interval = min(timeout / 5, 5.0) if timeout else 5.0
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        while True:
+            due = time.monotonic() + self._interval
+            self._control.send("heartbeat", in_flight=len(self._registry))
+            await asyncio.sleep(self._interval)
+            self._metrics.event_loop_lag.set(max(0.0, time.monotonic() - due))

@@ -1,0 +1,301 @@
+"""The Dynamo runtime: discovery, endpoints, registration, health. The only module that creates it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+from dynamo.runtime import DistributedRuntime, Endpoint
+
+from dynamo_worker.engine import EndpointSpec, EngineInfo
+from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor import ledger
+
+if TYPE_CHECKING:
+    from dynamo_worker.serving import Handler
+    from dynamo_worker.settings import WorkerSettings
+
+log = get_logger(__name__)
+
+#: Where the runtime looks when the variable is not set.
+_DEFAULT_ETCD = "http://localhost:2379"
+_DEFAULT_NATS = "nats://localhost:4222"
+#: The runtime's own way of ending endpoints must never outlast ours; it is only asked once nothing is in flight.
+_RUNTIME_DRAIN_SECONDS = 2
+
+
+class Runtime:
+    """One worker's view of the cluster."""
+
+    def __init__(self, runtime: DistributedRuntime, settings: WorkerSettings, status_port: int | None) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._endpoints: dict[str, Endpoint] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+        #: Port of the runtime's own status server, None if that is off.
+        self.status_port = status_port
+
+    @classmethod
+    async def create(cls, settings: WorkerSettings) -> Runtime:
+        """Connect to discovery and start the runtime.
+
+        :raises StartError: a server it needs cannot be reached within ``discovery_timeout``.
+        :raises UsageError: discovery is to be kept in a directory that cannot be written.
+        """
+        await _wait_for_servers(settings)
+        environment = {
+            "DYN_SYSTEM_HOST": settings.system_host,
+            # The status server of the runtime answers /live and /health alike and reads its port as a signed 16-bit
+            # number. Ours stands in front of it (status_server.py), so it may take any port.
+            "DYN_SYSTEM_PORT": "-1" if settings.system_port < 0 else "0",
+            "DYN_SYSTEM_STARTING_HEALTH_STATUS": "notready",
+            "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": str(_RUNTIME_DRAIN_SECONDS),
+        }
+        if settings.discovery_backend == "file":
+            environment["DYN_FILE_KV"] = str(_writable(settings.discovery_path))
+        os.environ.update(environment)
+        before = _listening_ports()
+        try:
+            runtime = DistributedRuntime(
+                asyncio.get_running_loop(),
+                settings.discovery_backend,
+                settings.request_plane,
+                event_plane=settings.event_plane,
+            )
+        except Exception as error:
+            raise StartError(f"the Dynamo runtime does not start: {error}") from error
+        status_port = None
+        if settings.system_port >= 0:
+            started = sorted(_listening_ports() - before)
+            if not started:
+                raise StartError(f"the runtime's status server does not listen on {settings.system_host}")
+            status_port = started[0]
+        return cls(runtime, settings, status_port)
+
+    @property
+    def worker_id(self) -> int:
+        """The instance id of this worker, unique in the cluster. With etcd it is the id of its lease."""
+        return self.endpoint(self._settings.endpoint).connection_id()
+
+    def endpoint(self, name: str) -> Endpoint:
+        """Return the endpoint ``namespace.component.name``."""
+        if name not in self._endpoints:
+            path = f"{self._settings.namespace}.{self._settings.component}.{name}"
+            self._endpoints[name] = self._runtime.endpoint(path)
+        return self._endpoints[name]
+
+    def record_registration(self, run_dir: Path | None) -> None:
+        """Note where this worker will be found, so that the supervisor can withdraw it if the worker cannot."""
+        if run_dir is None:
+            return
+        backend = self._settings.discovery_backend
+        where: dict[str, Any] = {}
+        if backend == "file":
+            where["root"] = os.environ["DYN_FILE_KV"]
+        elif backend == "etcd":
+            where["endpoints"] = _addresses("ETCD_ENDPOINTS", _DEFAULT_ETCD)
+            where["lease"] = self.worker_id
+        ledger.record_registration(run_dir, backend, f"{self.worker_id:x}", **where)
+
+    def serve(self, spec: EndpointSpec, handler: Handler) -> asyncio.Task[None]:
+        """Serve one endpoint and return the task that ends when the runtime has shut down."""
+
+        async def serve() -> None:
+            # The health_check_payload stays unset on purpose: with it the runtime takes the endpoint's own status for
+            # the worker's and no longer listens to set_health_status.
+            await self.endpoint(spec.name).serve_endpoint(
+                handler, graceful_shutdown=spec.graceful_shutdown, metrics_labels=list(spec.metrics_labels) or None
+            )
+
+        task = asyncio.ensure_future(serve())
+        self._serving.add(task)
+        return task
+
+    async def register(self, info: EngineInfo, *, endpoint: str) -> None:
+        """Make the model known to frontends.
+
+        :raises StartError: the model's directory has no configuration or tokenizer, or discovery refuses it.
+        """
+        if info.model_path is None:
+            return
+        settings = self._settings
+        template = settings.custom_jinja_template
+        try:
+            await register_model(
+                ModelInput.Tokens,
+                model_type(settings.endpoint_types or info.endpoint_types),
+                self.endpoint(endpoint),
+                info.model_path,
+                info.model_name,
+                worker_type=_worker_type(info.worker_type),
+                kv_cache_block_size=info.kv_block_size,
+                runtime_config=self._runtime_config(info),
+                custom_template_path=str(template) if template else None,
+                needs=[[_worker_type(name) for name in peers] for peers in info.needs] or None,
+                model_aliases=list(info.model_aliases) or None,
+            )
+        except Exception as error:
+            raise StartError(
+                f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
+                hint="the directory needs config.json and a tokenizer",
+            ) from error
+
+    def _runtime_config(self, info: EngineInfo) -> ModelRuntimeConfig:
+        config = ModelRuntimeConfig()
+        values = {
+            "context_length": info.context_length,
+            "total_kv_blocks": info.total_kv_blocks,
+            "max_num_seqs": info.max_num_seqs,
+            "max_num_batched_tokens": info.max_num_batched_tokens,
+            "data_parallel_start_rank": info.data_parallel_start_rank,
+            "data_parallel_size": info.data_parallel_size,
+            "tool_call_parser": self._settings.tool_call_parser,
+            "reasoning_parser": self._settings.reasoning_parser,
+        }
+        for name, value in values.items():
+            if value is not None:  # the setters refuse None
+                setattr(config, name, value)
+        if info.bootstrap is not None:
+            config.set_disaggregated_endpoint(*info.bootstrap)
+        for key, value in info.runtime_data.items():
+            config.set_engine_specific(key, value)
+        return config
+
+    async def unregister(self) -> None:
+        """Take every endpoint, and with it the model, out of discovery."""
+        results = await asyncio.gather(
+            *(endpoint.unregister_endpoint_instance() for endpoint in self._endpoints.values()), return_exceptions=True
+        )
+        for name, result in zip(self._endpoints, results, strict=True):
+            if isinstance(result, BaseException):
+                log.warning("Endpoint could not be unregistered", endpoint=name, error=result)
+
+    def set_ready(self, ready: bool) -> None:
+        """Set what ``/health`` answers."""
+        self._runtime.set_health_status(ready)
+
+    def expose_metrics(self, exposition: Any, *, endpoint: str) -> None:
+        """Add the text that ``exposition()`` returns to ``/metrics``."""
+        self.endpoint(endpoint).metrics.register_prometheus_expfmt_callback(exposition)
+
+    def add_routes(self, routes: Mapping[str, Any]) -> None:
+        """Add control operations under ``/engine/NAME`` of the status server."""
+        for name, route in routes.items():
+            self._runtime.register_engine_route(name, route)
+
+    async def shutdown(self, timeout: float) -> None:
+        """End the runtime and wait until its endpoints are closed, at most ``timeout`` seconds."""
+        self._runtime.shutdown()
+        if self._serving:
+            _, pending = await asyncio.wait(self._serving, timeout=timeout)
+            if pending:
+                log.warning("Endpoints still open", endpoints=len(pending), waited_s=timeout)
+
+
+def model_type(names: Sequence[str]) -> ModelType:
+    """Return the union of the OpenAI surfaces with these names.
+
+    :raises UsageError: there is no such surface.
+    """
+    known = {name.lower(): getattr(ModelType, name) for name in dir(ModelType) if name[0].isupper()}
+    union: ModelType | None = None
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--endpoint-types: {name!r} is unknown; known: {', '.join(sorted(known))}")
+        union = known[name] if union is None else union | known[name]
+    if union is None:
+        raise UsageError("--endpoint-types: at least one is needed")
+    return union
+
+
+def _worker_type(name: str) -> WorkerType:
+    worker_type: WorkerType = getattr(WorkerType, name.capitalize())
+    return worker_type
+
+
+def _writable(path: Path | None) -> Path:
+    """Return the directory of the file backend, created if it is missing."""
+    directory = path or Path(os.environ.get("DYN_FILE_KV") or Path("/tmp") / "dynamo_store_kv")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the discovery directory {directory} cannot be created: {error.strerror}", hint="see --discovery-path"
+        ) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UsageError(f"the discovery directory {directory} is not writable", hint="see --discovery-path")
+    return directory
+
+
+def _addresses(variable: str, default: str) -> list[str]:
+    return [address.strip() for address in os.environ.get(variable, default).split(",") if address.strip()]
+
+
+async def _wait_for_servers(settings: WorkerSettings) -> None:
+    """Wait until the servers the runtime needs accept connections: it would itself block the event loop for 120 s."""
+    needed: list[tuple[str, str, str]] = []
+    if settings.discovery_backend == "etcd":
+        needed.append(("etcd", "ETCD_ENDPOINTS", _DEFAULT_ETCD))
+    if "nats" in (settings.request_plane, settings.event_plane):
+        needed.append(("NATS", "NATS_SERVER", _DEFAULT_NATS))
+    for name, variable, default in needed:
+        await _wait_for_server(name, variable, _addresses(variable, default), settings.discovery_timeout)
+
+
+async def _wait_for_server(name: str, variable: str, addresses: list[str], timeout: float) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    announced = False
+    while True:
+        problems = []
+        for address in addresses:
+            parts = urlsplit(address if "//" in address else f"//{address}")
+            try:
+                _, writer = await asyncio.wait_for(
+                    asyncio.open_connection(parts.hostname, parts.port or 2379), timeout=2.0
+                )
+            except (OSError, asyncio.TimeoutError) as error:
+                problems.append(f"{address}: {_connection_problem(error)}")
+            else:
+                writer.close()
+                return
+        if loop.time() >= deadline:
+            raise StartError(
+                f"{name} cannot be reached ({'; '.join(problems)}); waited {timeout:g} s",
+                hint=f"start it, or set {variable}, or use --discovery-backend file for a single machine",
+            )
+        if not announced:
+            log.warning(f"Waiting for {name}", tried="; ".join(problems), timeout_s=timeout)
+            announced = True
+        await asyncio.sleep(min(0.5, max(0.05, deadline - loop.time())))
+
+
+def _connection_problem(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno > 0 else str(error)
+    return str(error) or type(error).__name__
+
+
+def _listening_ports() -> set[int]:
+    """Return the TCP ports this process listens on: the runtime does not tell which one its status server took."""
+    ports = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            descriptor = os.dup(int(name))
+        except OSError:  # closed meanwhile
+            continue
+        with socket.socket(fileno=descriptor) as probe:
+            if probe.type == socket.SOCK_STREAM and probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                address = probe.getsockname()
+                if isinstance(address, tuple):
+                    ports.add(int(address[1]))
+    return ports

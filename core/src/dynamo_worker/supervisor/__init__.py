@@ -1,0 +1,23 @@
+"""The parent process of a worker: keeps the promises of a clean end, whatever the worker does. No dependencies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> int:
+    """Run a worker under supervision and return the exit code.
+
+    :param argv: the command line of ``dynamo-worker``, without its name.
+    :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
+    """
+    # Imported here, because the worker imports this package as well, for its ledger.
+    from dynamo_worker.supervisor.supervisor import supervise
+
+    return supervise(argv, command=command)
+
+
+__all__ = ["supervise"]

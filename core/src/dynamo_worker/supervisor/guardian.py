@@ -1,0 +1,191 @@
+"""The second process: parent of the worker, cleans up behind it, and outlives a supervisor that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from dynamo_worker.supervisor import linux, process_tree, shared_memory
+from dynamo_worker.supervisor.channel import Channel
+from dynamo_worker.supervisor.cleanup import Cleanup, Withdrawal
+from dynamo_worker.supervisor.ledger import open_registrations
+from dynamo_worker.supervisor.loop import Loop
+from dynamo_worker.supervisor.report import Log
+from dynamo_worker.supervisor.spawn import SpawnError, spawn
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_worker.supervisor.linux import Process, Stat
+    from dynamo_worker.supervisor.run_directory import RunDirectory
+
+_NAME = "dw-guardian"
+
+#: Signals that are not for the guardian, whoever sends them to the whole group or container.
+_IGNORED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGPIPE,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+
+
+class Guardian:
+    """Runs in the forked process, until the tree is gone.
+
+    :param supervisor: our end of the channel to the supervisor. Its end is the death pipe.
+    :param control: the worker's end of its control socket.
+    """
+
+    def __init__(
+        self,
+        supervisor: socket.socket,
+        control: socket.socket,
+        run_directory: RunDirectory,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Log,
+    ) -> None:
+        self._channel = Channel(supervisor)
+        self._control = control
+        self._run_directory = run_directory
+        self._command = command
+        self._environment = environment
+        self._log = log
+        self._loop = Loop((), self._on_signal, self._on_child)
+        self._worker: Process | None = None
+        self._exit_code: int | None = None
+        self._withdrawal: Withdrawal | None = None
+        self._segments: shared_memory.SegmentWatch | None = None
+        self._cleanup: Cleanup | None = None
+        self._deadline: float | None = None
+        self._orphaned = False
+
+    def run(self) -> None:
+        """Start the worker, wait for its end or the supervisor's, and clean up."""
+        self._watch_segments()
+        self._loop.add(self._channel.socket.fileno(), self._on_message)
+        try:
+            self._worker = spawn(self._command, self._environment, self._control.fileno())
+        except SpawnError as error:
+            self._channel.send("spawn_failed", code=error.code, reason=str(error))
+        else:
+            self._channel.send("spawned", pid=self._worker.pid, start=self._worker.start)
+        self._control.close()
+        while self._worker is not None and self._exit_code is None:
+            self._pump(self._segments.due() if self._segments is not None else None)
+        if self._exit_code is not None:
+            self._channel.send("exited", code=self._exit_code)
+        self._clean()
+
+    def _clean(self) -> None:
+        self._cleanup = Cleanup(
+            self._run_directory,
+            find=self._tree,
+            reap=self._loop.reap,
+            wait=self._wait,
+            log=self._log,
+            segments=self._segments,
+            withdrawal=self._withdrawal,
+            worker=self._worker.pid if self._worker is not None else None,
+        )
+        if self._deadline is not None:
+            self._cleanup.deadline = self._deadline
+        report = self._cleanup.run()
+        self._channel.send("cleaned", report=report)
+        if self._channel.closed:
+            self._log.info(
+                "Worker stopped by the guardian, without a supervisor",
+                processes=report["processes"],
+                withdrawn=", ".join(report["withdrawn"]) or None,
+                segments=len(report["segments"]),
+                seconds=report["seconds"],
+            )
+
+    def _watch_segments(self) -> None:
+        try:
+            self._segments = shared_memory.SegmentWatch(
+                self._run_directory.path, lambda: (process.pid for process in self._tree())
+            )
+        except OSError as error:
+            self._log.warning("Shared memory is not watched; segments may be left", reason=error)
+        else:
+            self._loop.add(self._segments.descriptor, self._segments.read)
+
+    def _tree(self) -> dict[Process, Stat]:
+        """Return all processes of the worker's tree: everything below us but our own helper."""
+        helper = self._withdrawal.process if self._withdrawal is not None else None
+        return process_tree.descendants(os.getpid(), () if helper is None else (helper,))
+
+    def _pump(self, until: float | None, descriptor: int | None = None) -> None:
+        """Handle what happens until a point in time, at most once."""
+        self._loop.pump(None if until is None else max(0.0, until - time.monotonic()), descriptor)
+        if self._segments is not None and self._cleanup is None:
+            due = self._segments.due()
+            if due is not None and due <= time.monotonic():
+                self._segments.look_up()
+
+    def _wait(self, seconds: float, descriptor: int | None) -> None:
+        self._pump(time.monotonic() + seconds, descriptor)
+
+    def _on_signal(self, number: int) -> None:
+        """Do nothing: no signal is for us."""
+
+    def _on_child(self, pid: int, code: int) -> None:
+        if self._worker is not None and pid == self._worker.pid and self._exit_code is None:
+            self._exit_code = code
+
+    def _on_message(self) -> None:
+        for message in self._channel.receive():
+            kind = message["type"]
+            if kind == "deadline":
+                self._deadline = float(message["at"])
+                if self._cleanup is not None:
+                    self._cleanup.deadline = self._deadline
+            elif kind == "withdraw" and self._withdrawal is None:
+                self._withdrawal = Withdrawal(open_registrations(self._run_directory.path))
+        if self._channel.closed and not self._orphaned:
+            self._orphaned = True
+            self._loop.remove(self._channel.socket.fileno())
+            if self._cleanup is None:
+                self._log.error("The supervisor is gone; the guardian takes the worker down")
+                if self._worker is not None:
+                    linux.send_signal(self._worker, signal.SIGKILL)
+
+
+def become_guardian(
+    supervisor: socket.socket,
+    control: socket.socket,
+    run_directory: RunDirectory,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    log_as_json: bool,
+) -> NoReturn:
+    """Turn a process just forked from the supervisor, with all signals blocked, into the guardian."""
+    code = 1
+    log = Log("dynamo_worker.guardian", as_json=log_as_json)
+    try:
+        os.setsid()  # neither the terminal nor a kill of the supervisor's group reaches us
+        linux.set_name(_NAME)
+        linux.become_subreaper()
+        for number in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        guardian = Guardian(supervisor, control, run_directory, command, environment, log)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        guardian.run()
+        code = 0
+    except BaseException as error:
+        log.error("The guardian failed; the supervisor takes over", error=f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(code)

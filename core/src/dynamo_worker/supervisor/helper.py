@@ -1,0 +1,73 @@
+"""A forked process for work that may block: networks, drivers, dead file systems. It cannot hold its parent up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_worker.supervisor import linux, spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_worker.supervisor.process_tree import Wait
+
+_MOST_BYTES = 64 * 1024
+
+
+class Helper:
+    """Runs a function in a child process; its text comes back through a pipe.
+
+    :param function: must not need anything but memory: all descriptors above 2 are closed.
+    :param limit: seconds after which the kernel ends the child, whatever becomes of us.
+    """
+
+    def __init__(self, function: Callable[[], str], limit: float) -> None:
+        self._output, child = os.pipe()
+        pid = spawn.fork()
+        if pid == 0:
+            _run(function, child, limit)
+        os.close(child)
+        stat = linux.read_stat(pid)
+        #: The child, to leave it out of what is killed.
+        self.process = linux.Process(pid, stat.start if stat is not None else 0)
+
+    def result(self, wait: Wait, deadline: float) -> str | None:
+        """Return what the function returned, or None if it had not by the deadline (it is ended then)."""
+        text = b""
+        os.set_blocking(self._output, False)
+        while True:
+            try:
+                piece = os.read(self._output, _MOST_BYTES)
+            except BlockingIOError:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    linux.send_signal(self.process, signal.SIGKILL)
+                    break
+                wait(remaining, self._output)
+                continue
+            if not piece:
+                os.close(self._output)
+                return text.decode("utf-8", "replace") or None
+            text += piece
+        os.close(self._output)
+        return None
+
+
+def _run(function: Callable[[], str], output: int, limit: float) -> None:
+    """Be the child. Never returns."""
+    try:
+        spawn.reset_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, limit))
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) != output:
+                try:
+                    os.close(int(name))
+                except OSError:
+                    pass  # the descriptor of the listing itself
+        os.write(output, function().encode()[:_MOST_BYTES])
+    finally:
+        os._exit(0)

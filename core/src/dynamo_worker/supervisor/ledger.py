@@ -1,0 +1,88 @@
+"""What has to be taken back when the worker is gone: written before it is done, read by whoever cleans up.
+
+``ledger.jsonl`` (registrations, appended by the worker) and ``segments.json`` (shared memory, rewritten by the
+guardian) in the run directory. The worker imports this module too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_LEDGER = "ledger.jsonl"
+_SEGMENTS = "segments.json"
+
+
+def record_registration(run_dir: str | os.PathLike[str], backend: str, instance_id: int | str, **where: Any) -> None:
+    """Record a registration with a discovery service, *before* it is made.
+
+    :param run_dir: the run directory, ``$DYNAMO_WORKER_RUN_DIR``.
+    :param backend: ``file``, ``etcd``, ``kubernetes`` or ``mem``.
+    :param instance_id: the Dynamo instance id, as a number or in hexadecimal digits.
+    :param where: ``root=`` of the ``file`` backend; ``endpoints=[…]`` (URLs) and, if it is not the instance id,
+        ``lease=`` of the ``etcd`` backend.
+    """
+    if "root" in where:
+        where["root"] = os.path.abspath(where["root"])
+    _append(run_dir, {"kind": "registration", "backend": backend, "instance": _hex(instance_id), **where})
+
+
+def record_withdrawal(run_dir: str | os.PathLike[str], instance_id: int | str) -> None:
+    """Record that the worker has taken its registration back, so that nobody has to ask the discovery service again."""
+    _append(run_dir, {"kind": "withdrawal", "instance": _hex(instance_id)})
+
+
+def open_registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the recorded registrations that were not taken back. A torn or foreign line is skipped."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with open(os.path.join(run_dir, _LEDGER), "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            kind, instance = entry["kind"], str(entry["instance"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if kind == "registration":
+            found[f"{entry.get('backend')}/{instance}"] = entry
+        elif kind == "withdrawal":
+            found = {key: value for key, value in found.items() if value["instance"] != instance}
+    return list(found.values())
+
+
+def write_segments(run_dir: str | os.PathLike[str], segments: Iterable[tuple[str, int]]) -> None:
+    """Replace the record of shared-memory segments: names under ``/dev/shm``, each with its inode."""
+    path = os.path.join(run_dir, _SEGMENTS)
+    with open(path + "~", "w", encoding="utf-8") as file:
+        json.dump(list(segments), file)
+    os.replace(path + "~", path)
+
+
+def read_segments(run_dir: str | os.PathLike[str]) -> list[tuple[str, int]]:
+    """Return the recorded shared-memory segments; none if there is no legible record."""
+    try:
+        with open(os.path.join(run_dir, _SEGMENTS), encoding="utf-8") as file:
+            return [(str(name), int(inode)) for name, inode in json.load(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _hex(instance_id: int | str) -> str:
+    return f"{instance_id:x}" if isinstance(instance_id, int) else instance_id.lower()
+
+
+def _append(run_dir: str | os.PathLike[str], entry: dict[str, Any]) -> None:
+    """Append one line with one write, so that lines of several processes never mix."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    descriptor = os.open(os.path.join(run_dir, _LEDGER), flags, 0o600)
+    try:
+        os.write(descriptor, b"\n" + json.dumps(entry).encode() + b"\n")  # a torn line before this one ends here
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,179 @@
+"""The Linux calls that the standard library lacks (prctl, inotify), and the two of /proc that everybody needs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+
+IN_CREATE = 0x100
+IN_DELETE = 0x200
+IN_MOVED_FROM = 0x40
+IN_MOVED_TO = 0x80
+IN_Q_OVERFLOW = 0x4000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Process(NamedTuple):
+    """One process, pinned against the reuse of its pid by its start time (clock ticks since boot)."""
+
+    pid: int
+    start: int
+
+
+class Stat(NamedTuple):
+    """The fields of ``/proc/PID/stat`` that matter here."""
+
+    name: str
+    state: str
+    parent: int
+    group: int
+    start: int
+
+
+def _check(result: int, call: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+    return result
+
+
+def become_subreaper() -> None:
+    """Make orphans among our descendants our own children, so that none can escape by a double fork."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def die_with_parent(parent: int) -> bool:
+    """Have the kernel SIGKILL this process when the process that forked it ends.
+
+    :returns: False if the parent has ended already, so that the signal will never come.
+    """
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    return os.getppid() == parent
+
+
+def set_name(name: str) -> None:
+    """Set the name that ``ps`` and ``top`` show for this process (at most 15 bytes)."""
+    _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def watch_directory(path: str, mask: int) -> int:
+    """Return a non-blocking inotify descriptor that reports ``mask`` for one directory."""
+    descriptor = _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1")
+    try:
+        _check(_libc.inotify_add_watch(descriptor, os.fsencode(path), mask), "inotify_add_watch")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_events(descriptor: int) -> list[tuple[int, str]]:
+    """Return the pending inotify events of one descriptor as ``(mask, file name)``."""
+    events: list[tuple[int, str]] = []
+    while True:
+        try:
+            data = os.read(descriptor, 64 * 1024)
+        except BlockingIOError:
+            return events
+        at = 0
+        while at + 16 <= len(data):
+            mask = int.from_bytes(data[at + 4 : at + 8], sys.byteorder)
+            length = int.from_bytes(data[at + 12 : at + 16], sys.byteorder)
+            name = data[at + 16 : at + 16 + length].split(b"\0", 1)[0]
+            events.append((mask, os.fsdecode(name)))
+            at += 16 + length
+
+
+def read_stat(pid: int) -> Stat | None:
+    """Return name, state, parent and start time of a process, or None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(1024)
+    except OSError:
+        return None
+    opening, closing = text.find(b"("), text.rfind(b")")  # the name may hold spaces and parentheses itself
+    fields = text[closing + 2 :].split()
+    name = text[opening + 1 : closing].decode("utf-8", "replace")
+    return Stat(name, chr(fields[0][0]), int(fields[1]), int(fields[2]), int(fields[19]))
+
+
+def is_alive(process: Process) -> bool:
+    """Return whether exactly this process still runs (a zombie does not)."""
+    stat = read_stat(process.pid)
+    return stat is not None and stat.start == process.start and stat.state not in "ZX"
+
+
+def all_pids() -> list[int]:
+    """Return the pids of all visible processes."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def send_signal(process: Process, number: int) -> bool:
+    """Signal exactly this process and never a later one with the same pid; return whether it was there."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    except OSError:  # no pidfd here (old kernel, seccomp): check and signal, a window of microseconds
+        stat = read_stat(process.pid)
+        if stat is None or stat.start != process.start:
+            return False
+        try:
+            os.kill(process.pid, number)
+        except OSError:
+            return False
+        return True
+    try:
+        stat = read_stat(process.pid)  # read after the pid was pinned
+        if stat is None or stat.start != process.start:
+            return False
+        signal.pidfd_send_signal(descriptor, number)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def catches(pid: int, number: int) -> bool:
+    """Return whether a process has a handler of its own for a signal (else the signal might end it)."""
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            for line in file.read(8192).splitlines():
+                if line.startswith(b"SigCgt:"):
+                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def memory_kills() -> int | None:
+    """Return how many processes of our memory cgroup the kernel has killed for lack of memory, or None if unknown."""
+    paths = []
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            for line in file:
+                _, controllers, path = line.rstrip("\n").split(":", 2)
+                if not controllers:
+                    paths += [f"/sys/fs/cgroup{path}/memory.events", "/sys/fs/cgroup/memory.events"]
+                elif "memory" in controllers.split(","):
+                    base = "/sys/fs/cgroup/memory"
+                    paths += [f"{base}{path}/memory.oom_control", f"{base}/memory.oom_control"]
+    except (OSError, ValueError):
+        return None
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,120 @@
+"""The event loop of supervisor and guardian: signals, children and descriptors, without threads or polling."""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+class Loop:
+    """Waits for signals and input, and reaps children.
+
+    :param signals: signals to catch besides SIGCHLD.
+    :param on_signal: called with each of them, outside of any signal handler.
+    :param on_child: called with pid and exit code (negative: minus the signal) of every child that ended.
+    """
+
+    def __init__(
+        self,
+        signals: Iterable[int],
+        on_signal: Callable[[int], None],
+        on_child: Callable[[int, int], None],
+    ) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._on_signal = on_signal
+        self._on_child = on_child
+        self._wakeup, wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        wakeup.setblocking(False)
+        self._other_end = wakeup  # keeps it open
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (*signals, signal.SIGCHLD):
+            signal.signal(number, _ignore)
+        self.add(self._wakeup.fileno(), self._read_signals)
+
+    def add(self, descriptor: int, on_input: Callable[[], None]) -> None:
+        """Call ``on_input`` whenever the descriptor is readable."""
+        self._selector.register(descriptor, selectors.EVENT_READ, (on_input, None))
+
+    def on_output(self, descriptor: int, on_input: Callable[[], None], on_output: Callable[[], None] | None) -> None:
+        """Also call ``on_output`` whenever the descriptor of ``add`` is writable; None ends that."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if on_output else 0)
+        self._selector.modify(descriptor, events, (on_input, on_output))
+
+    def remove(self, descriptor: int) -> None:
+        """Forget a descriptor, before it is closed."""
+        try:
+            self._selector.unregister(descriptor)
+        except (KeyError, ValueError):
+            pass
+
+    def pump(self, timeout: float | None, descriptor: int | None = None) -> None:
+        """Wait once, at most so many seconds, and handle what has happened.
+
+        :param descriptor: end the wait when this is readable, too; it is left to the caller.
+        """
+        watched = descriptor is not None
+        if descriptor is not None:
+            self.add(descriptor, _nothing)
+        try:
+            for key, events in self._selector.select(timeout):
+                on_input, on_output = key.data
+                if events & selectors.EVENT_READ:
+                    on_input()
+                if events & selectors.EVENT_WRITE and on_output is not None:
+                    on_output()
+        finally:
+            if watched and descriptor is not None:
+                self.remove(descriptor)
+
+    def reap(self) -> bool:
+        """Reap all children that have ended, adopted ones too; return whether there is no child left at all."""
+        while True:
+            try:
+                result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                return True
+            if result is None:
+                return False
+            exited = result.si_code == os.CLD_EXITED
+            self._on_child(result.si_pid, result.si_status if exited else -result.si_status)
+
+    def close(self) -> None:
+        """Stop listening; the signals stay caught, so that none ends the process in its last moments."""
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        self._wakeup.close()
+        self._other_end.close()
+
+    def _read_signals(self) -> None:
+        try:
+            numbers = self._wakeup.recv(4096)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number == signal.SIGCHLD:
+                self.reap()
+            else:
+                self._on_signal(number)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Do nothing: the wake-up descriptor has already passed the signal on."""
+
+
+def _nothing() -> None:
+    """Leave the input to whoever waits for it."""
+
+
+def readable(descriptor: int, timeout: float) -> bool:
+    """Return whether a descriptor becomes readable within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout) * 1000))

@@ -1,0 +1,157 @@
+"""Finds every process below one of ours, and ends them all: leaders first, resource trackers last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Mapping
+
+from dynamo_worker.supervisor import linux
+from dynamo_worker.supervisor.linux import Process, Stat
+
+#: How long the resource trackers of ``multiprocessing`` may take to unlink what their dead clients left.
+TRACKER_LIMIT = 1.0
+
+#: Longest pause between two scans while processes are dying (normally SIGCHLD ends it sooner).
+_SCAN_INTERVAL = 0.05
+
+#: Scans after which whole process groups are killed as well: what survives that many forks faster than we look.
+_PATIENT_SCANS = 10
+
+_TRACKER = b"from multiprocessing.resource_tracker import main"
+
+#: Waits up to so many seconds for something to happen (a signal, a message, or input on a descriptor).
+Wait = Callable[[float, int | None], None]
+
+
+def descendants(root: int, excluded: Collection[Process] = ()) -> dict[Process, Stat]:
+    """Return all processes below ``root``, parents before children, without the excluded ones and theirs."""
+    children: dict[int, list[tuple[Process, Stat]]] = {}
+    for pid in linux.all_pids():
+        stat = linux.read_stat(pid)
+        if stat is not None:
+            children.setdefault(stat.parent, []).append((Process(pid, stat.start), stat))
+    found: dict[Process, Stat] = {}
+    pending = [root]
+    while pending:
+        for process, stat in children.pop(pending.pop(), ()):
+            if process not in excluded:
+                found[process] = stat
+                pending.append(process.pid)
+    return found
+
+
+def marked(variable: str, value: str) -> dict[Process, Stat]:
+    """Return all processes that were started with this environment variable, without us and our ancestors."""
+    entry = f"\0{variable}={value}\0".encode()
+    found: dict[Process, Stat] = {}
+    ourselves = set()
+    ancestor: Stat | None = Stat("", "", os.getpid(), 0, 0)
+    while ancestor is not None and ancestor.parent > 0:
+        ourselves.add(ancestor.parent)
+        ancestor = linux.read_stat(ancestor.parent)
+    for pid in linux.all_pids():
+        stat = linux.read_stat(pid)
+        if stat is None or pid in ourselves:
+            continue
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if entry in b"\0" + file.read():
+                    found[Process(pid, stat.start)] = stat
+        except OSError:
+            continue
+    return found
+
+
+def is_resource_tracker(pid: int) -> bool:
+    """Return whether a process is a resource tracker of ``multiprocessing``.
+
+    It ends by itself when its last client is gone, and unlinks what they left: it must not be killed before.
+    """
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
+            arguments = file.read(4096).split(b"\0")
+    except OSError:
+        return False
+    return any(argument.startswith(_TRACKER) for argument in arguments[1:])
+
+
+def describe(process: Process) -> str:
+    """Return one process in words for the log, with what it hangs in when the kernel says so."""
+    stat = linux.read_stat(process.pid)
+    if stat is None:
+        return str(process.pid)
+    try:
+        with open(f"/proc/{process.pid}/wchan", encoding="utf-8") as file:
+            channel = file.read(64)
+    except OSError:
+        channel = ""
+    where = f" in {channel}" if channel not in ("", "0") else ""
+    return f"{process.pid} ({stat.name}, state {stat.state}{where})"
+
+
+class Killing:
+    """Ends a set of processes that may still be forking.
+
+    :param find: returns the processes that are left.
+    :param reap: reaps our own children; returns True when there is not one left, dead or alive.
+    :param wait: waits for the next thing to happen.
+    """
+
+    def __init__(self, find: Callable[[], Mapping[Process, Stat]], reap: Callable[[], bool], wait: Wait) -> None:
+        self._find = find
+        self._reap = reap
+        self._wait = wait
+        #: Every process that was sent SIGKILL, and every tracker seen, by name.
+        self.seen: dict[Process, str] = {}
+
+    def run(self, deadline: Callable[[], float]) -> list[Process]:
+        """Kill until none is left or the deadline has passed.
+
+        :param deadline: the current deadline on the monotonic clock; it may move while this runs.
+        :returns: what could not be killed.
+        """
+        scans = 0
+        empty_scans = 0
+        trackers_until: float | None = None
+        while not self._reap():
+            found = self._find()
+            scans += 1
+            if not found:
+                # A parent that died during the scan hides its children from it, once. Look twice.
+                empty_scans += 1
+                if empty_scans == 2:
+                    break
+                continue
+            empty_scans = 0
+            now = time.monotonic()
+            trackers = [process for process in found if is_resource_tracker(process.pid)]
+            for process, stat in found.items():
+                if process not in self.seen:
+                    self.seen[process] = stat.name
+                    if process in trackers and stat.state in "tT":
+                        linux.send_signal(process, signal.SIGCONT)
+                if process not in trackers:
+                    linux.send_signal(process, signal.SIGKILL)
+                    if scans > _PATIENT_SCANS:
+                        _kill_group(stat.group)
+            if len(trackers) == len(found) and trackers_until is None:
+                trackers_until = now + TRACKER_LIMIT
+            limit = min(deadline(), trackers_until if trackers_until is not None else deadline())
+            if now >= min(limit, deadline() - 0.1):
+                for process in trackers:
+                    linux.send_signal(process, signal.SIGKILL)
+            if now >= deadline():
+                return list(found)
+            self._wait(max(0.0, min(_SCAN_INTERVAL, limit - now)) or 0.01, None)
+        return []
+
+
+def _kill_group(group: int) -> None:
+    """Kill a whole process group, atomically against forks. Never our own."""
+    if group > 1 and group != os.getpgrp():
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except OSError:
+            pass

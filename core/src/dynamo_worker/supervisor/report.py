@@ -1,0 +1,131 @@
+"""How the supervisor speaks: log lines, the Kubernetes termination message, ``sd_notify``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import stat
+import time
+from typing import Any
+
+#: A pipe with room for one page takes a write of this size at once or not at all.
+_MOST_BYTES = 4000
+
+#: How long a reader of our log may keep us waiting. Then the line is dropped: a deadline matters more.
+_PATIENCE_MS = 50
+
+#: What the kubelet reads of a termination message.
+_MOST_TERMINATION_BYTES = 4096
+
+
+class Log:
+    """Writes log lines in the worker's format to stderr; never blocks and never raises.
+
+    :param name: the logger's name, below ``dynamo_worker``.
+    :param as_json: one JSON object a line.
+    """
+
+    def __init__(self, name: str, *, as_json: bool = False) -> None:
+        self.name = name
+        self.as_json = as_json
+        self._dropped = 0
+
+    def info(self, message: str, /, **fields: Any) -> None:
+        """Log what an operator wants to see in a normal life."""
+        self._write("INFO", message, fields)
+
+    def warning(self, message: str, /, **fields: Any) -> None:
+        """Log what is wrong but does not end the worker."""
+        self._write("WARNING", message, fields)
+
+    def error(self, message: str, /, **fields: Any) -> None:
+        """Log what ends the worker, or what could not be done."""
+        self._write("ERROR", message, fields)
+
+    def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
+        now = time.time()
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+        if self._dropped:
+            fields = {**fields, "log_lines_lost": self._dropped}
+        if self.as_json:
+            line = json.dumps({"time": stamp, "level": level, "logger": self.name, "message": message, **fields})
+        else:
+            line = f"{stamp} {level} {self.name}: {message}"
+            line += "".join(f" {name}={_value(value)}" for name, value in fields.items())
+        data = line.encode("utf-8", "replace")[:_MOST_BYTES] + b"\n"
+        try:
+            poll = select.poll()
+            poll.register(2, select.POLLOUT)
+            if not poll.poll(_PATIENCE_MS):
+                raise BlockingIOError
+            os.write(2, data)
+            self._dropped = 0
+        except OSError:
+            self._dropped += 1
+
+
+def _value(value: object) -> str:
+    """Return a field's value as text, quoted where it would not read as one word."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    text = str(value)
+    if text and text.isprintable() and not any(character in text for character in ' "='):
+        return text
+    return json.dumps(text, ensure_ascii=False)
+
+
+def write_termination_message(path: str, text: str) -> None:
+    """Tell Kubernetes why the container ends, if it has given us a file for that.
+
+    The file is a mount: it is overwritten in place, never created or replaced.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, text.encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
+    finally:
+        os.close(descriptor)
+
+
+class Notifier:
+    """Tells systemd how we are (``sd_notify``); does nothing where there is no ``$NOTIFY_SOCKET``."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+        #: Seconds between two signs of life that systemd asks for, or None.
+        self.watchdog_interval: float | None = None
+        if self._address[:1] not in ("/", "@"):
+            return
+        if self._address.startswith("@"):
+            self._address = "\0" + self._address[1:]
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        except OSError:
+            return
+        if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            with contextlib.suppress(KeyError, ValueError):
+                self.watchdog_interval = int(os.environ["WATCHDOG_USEC"]) / 2e6 or None
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody listens."""
+        return self._socket is not None
+
+    def send(self, *assignments: str) -> None:
+        """Send assignments such as ``READY=1``; a listener that is gone or full is no error."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendto("\n".join(assignments).encode("utf-8", "replace"), self._address)

@@ -1,0 +1,167 @@
+"""Keeps track of which ``/dev/shm`` segments belong to our tree, and removes those that outlive it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_worker.supervisor import ledger, linux
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+#: Where POSIX shared memory lives on Linux.
+DIRECTORY = "/dev/shm"
+
+#: A new segment is looked up at once, then not again within this time, nor in more than 5 % of our time.
+_PAUSE = 0.1
+_SHARE = 20.0
+
+#: Lookups of one segment: its creator may not have mapped it yet at the first.
+_LOOKUPS = 2
+
+#: Most segments remembered whose owner is not known: others may be creating them by the thousand.
+_MOST_UNKNOWN = 4096
+
+
+def segments_of(pid: int) -> set[int]:
+    """Return the inodes of the shared-memory segments that a process maps or holds open.
+
+    Inodes, because a semaphore is mapped under the temporary name it was created with.
+    """
+    inodes: set[int] = set()
+    prefix = os.fsencode(DIRECTORY) + b"/"
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            for line in file:
+                if prefix in line:
+                    inodes.add(int(line.split(None, 5)[4]))
+    except (OSError, ValueError):
+        pass
+    try:
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return inodes
+    for descriptor in descriptors:
+        path = f"/proc/{pid}/fd/{descriptor}"
+        try:
+            if os.readlink(path).startswith(DIRECTORY + "/"):
+                inodes.add(os.stat(path).st_ino)
+        except OSError:
+            continue
+    return inodes
+
+
+def remove_unused(segments: Iterable[tuple[str, int]]) -> list[str]:
+    """Unlink the given segments that no process on this machine uses any more; return their names.
+
+    A segment of the same name but another inode is not the one that was recorded, and stays.
+    """
+    left = {name: inode for name, inode in segments if _inode(name) == inode}
+    if not left:
+        return []
+    used: set[int] = set()
+    for pid in linux.all_pids():
+        used |= segments_of(pid)
+    removed = []
+    for name, inode in left.items():
+        if inode not in used and _inode(name) == inode:
+            try:
+                os.unlink(os.path.join(DIRECTORY, name))
+            except OSError:
+                continue
+            removed.append(name)
+    return removed
+
+
+class SegmentWatch:
+    """Watches ``/dev/shm`` and records each new segment that a process of our tree uses.
+
+    :param tree: returns the pids of our tree.
+    """
+
+    def __init__(self, run_dir: str, tree: Callable[[], Iterable[int]]) -> None:
+        self._run_dir = run_dir
+        self._tree = tree
+        self._lookups: dict[str, int] = {}
+        self._unknown: dict[str, None] = {}
+        self._scanned = 0.0
+        self._pause = _PAUSE
+        #: Recorded segments: inode by name.
+        self.recorded: dict[str, int] = {}
+        mask = linux.IN_CREATE | linux.IN_MOVED_TO | linux.IN_DELETE | linux.IN_MOVED_FROM
+        #: inotify descriptor; readable when there are events for ``read``.
+        self.descriptor = linux.watch_directory(DIRECTORY, mask)
+
+    def read(self) -> None:
+        """Take note of what was created and removed."""
+        for mask, name in linux.read_events(self.descriptor):
+            if mask & linux.IN_Q_OVERFLOW:
+                self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded), 0))
+            elif mask & (linux.IN_CREATE | linux.IN_MOVED_TO):
+                self._lookups[name] = 0
+            else:
+                self._lookups.pop(name, None)
+                self._unknown.pop(name, None)
+                self.recorded.pop(name, None)
+
+    def due(self) -> float | None:
+        """Return when ``look_up`` should be called next (monotonic), or None."""
+        return self._scanned + self._pause if self._lookups else None
+
+    def look_up(self, *, last: bool = False) -> None:
+        """Find out which of the new segments are used by our tree, and record those.
+
+        :param last: the tree is about to end: try everything once more.
+        """
+        if last:
+            self.read()
+            self._lookups.update(dict.fromkeys(self._unknown, 0))
+        started = time.monotonic()
+        wanted: dict[int, str] = {}
+        for name in list(self._lookups):
+            inode = _inode(name)
+            if inode is None:  # gone again, or not ours
+                del self._lookups[name]
+            else:
+                wanted[inode] = name
+        if wanted:
+            found: set[int] = set()
+            for pid in self._tree():
+                found |= segments_of(pid) & wanted.keys()
+                if len(found) == len(wanted):
+                    break
+            for inode, name in wanted.items():
+                if inode in found:
+                    self.recorded[name] = inode
+                    del self._lookups[name]
+                    self._unknown.pop(name, None)
+                else:
+                    self._lookups[name] += 1
+                    if self._lookups[name] >= _LOOKUPS:
+                        del self._lookups[name]
+                        if len(self._unknown) < _MOST_UNKNOWN:
+                            self._unknown[name] = None
+            if found:
+                try:
+                    ledger.write_segments(self._run_dir, self.recorded.items())
+                except OSError:
+                    pass  # disk full or directory gone: the copy in memory still serves this process
+        self._scanned = time.monotonic()
+        self._pause = max(_PAUSE, _SHARE * (self._scanned - started))
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.close(self.descriptor)
+
+
+def _inode(name: str) -> int | None:
+    """Return the inode of a segment that this user may own, or None."""
+    try:
+        status = os.lstat(os.path.join(DIRECTORY, name))
+    except OSError:
+        return None
+    if os.geteuid() not in (0, status.st_uid) or status.st_mode & 0o170000 != 0o100000:
+        return None
+    return status.st_ino

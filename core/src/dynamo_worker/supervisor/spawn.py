@@ -1,0 +1,102 @@
+"""Starts the worker: a session of its own, tied to its parent's life, with clean signals and descriptors."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from dynamo_worker.supervisor import linux
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+#: What shells return for a command that does not exist, and for one that cannot be executed.
+COMMAND_NOT_FOUND = 127
+COMMAND_NOT_EXECUTABLE = 126
+
+
+class SpawnError(Exception):
+    """The worker's command could not be executed.
+
+    :param code: the exit code that shells use for this.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def reset_signals() -> None:
+    """Give every signal its default action and unblock all: neither is what a new program should inherit from us."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            try:
+                signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass  # a real-time signal that the C library keeps for itself
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def fork() -> int:
+    """Fork with all signals blocked in the child, so that our handlers never run there.
+
+    The child calls ``reset_signals`` or installs handlers of its own and unblocks. Only for a process without threads.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid != 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return pid
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int) -> linux.Process:
+    """Start ``command`` as a child in a new session that dies by SIGKILL with this process.
+
+    Only for a process without threads: between fork and exec the child runs Python.
+
+    :param keep: the one descriptor above 2 that the child inherits.
+    :raises SpawnError: the command cannot be executed.
+    """
+    report, report_child = os.pipe()
+    parent = os.getpid()
+    pid = fork()
+    if pid == 0:
+        _become(command, environment, keep, report_child, parent)
+    os.close(report_child)
+    stat = linux.read_stat(pid)
+    with os.fdopen(report, "rb") as file:
+        number = file.read()  # ends at once when exec succeeds: the pipe is close-on-exec
+    if number:
+        os.waitpid(pid, 0)
+        error = int(number)
+        code = COMMAND_NOT_FOUND if error in (2, 20) else COMMAND_NOT_EXECUTABLE  # ENOENT, ENOTDIR
+        raise SpawnError(f"cannot execute {command[0]!r}: {os.strerror(error)}", code)
+    return linux.Process(pid, stat.start if stat is not None else 0)
+
+
+def _become(command: Sequence[str], environment: Mapping[str, str], keep: int, report: int, parent: int) -> None:
+    """Turn the forked child into the command. Never returns."""
+    try:
+        os.setsid()
+        if not linux.die_with_parent(parent):
+            os._exit(128 + signal.SIGKILL)
+        reset_signals()
+        for name in os.listdir("/proc/self/fd"):
+            descriptor = int(name)
+            if descriptor > 2 and descriptor != report:
+                try:
+                    os.set_inheritable(descriptor, descriptor == keep)
+                except OSError:
+                    pass  # the descriptor of the listing itself
+        os.execvpe(command[0], list(command), dict(environment))
+    except OSError as error:
+        os.write(report, str(error.errno).encode())
+    except BaseException:
+        os.write(report, b"5")  # EIO: cannot happen, but a second copy of the guardian must not live on
+    finally:
+        os._exit(COMMAND_NOT_EXECUTABLE)

@@ -1,0 +1,675 @@
+"""The first process: owns the signals, the deadline and the exit code; policy only, the guardian does the cleaning."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
+from dynamo_worker.supervisor import channel, linux, process_tree, report, run_directory, sweep
+from dynamo_worker.supervisor.channel import Channel
+from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
+from dynamo_worker.supervisor.guardian import become_guardian
+from dynamo_worker.supervisor.linux import Process
+from dynamo_worker.supervisor.loop import Loop
+from dynamo_worker.supervisor.run_directory import RunDirectory
+from dynamo_worker.supervisor.spawn import fork
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+#: Part of the termination grace period that is kept for killing and cleaning.
+KILL_RESERVE = 2.0
+
+#: What a worker that has not started yet, or a forced stop, gets.
+_SHORT = 2.0
+
+#: What is left of the whole process after the third signal.
+_AT_ONCE = 0.35
+
+#: Signals of one kind that arrive faster than this count once: a terminal may send them to a group, twice.
+_DEBOUNCE = 0.1
+
+#: How long a worker that hangs gets to print where.
+_DUMP_TIME = 1.0
+
+#: How long a guardian may take to say that the worker is gone, and to report when its time for cleaning is over.
+_GUARDIAN_LIMIT = 1.0
+
+#: systemd is told so often, during a start or stop, that it takes more time.
+_EXTEND_INTERVAL = 10.0
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+#: States in which the worker's event loop must show that it is alive.
+_WATCHED = ("SERVING", "UNREGISTERING", "GRACE", "DRAINING")
+
+#: States of a worker that is about to end, for whatever reason.
+_ENDING = ("UNREGISTERING", "GRACE", "DRAINING", "CLEANUP", "FATAL")
+
+#: Directories for caches that must outlive the worker although they lie in TMPDIR by default.
+_LASTING_CACHES = (("TORCHINDUCTOR_CACHE_DIR", "torchinductor_{user}"),)
+
+
+class Supervisor:
+    """Runs one worker from its start to the last trace of it.
+
+    :param command: the worker's whole command line.
+    :param argv: the part of it that was given to us, to read the settings that concern us.
+    """
+
+    def __init__(self, command: Sequence[str], argv: Sequence[str]) -> None:
+        self._command = list(command)
+        self._started = time.monotonic()
+        as_json = _setting(argv, "--log-format", "DYN_WORKER_LOG_FORMAT", "text") == "json"
+        self._log = report.Log("dynamo_worker.supervisor", as_json=as_json)
+        self._termination_message_path = _setting(
+            argv, "--termination-message-path", "DYN_WORKER_TERMINATION_MESSAGE_PATH", "/dev/termination-log"
+        )
+        self._grace = _positive(
+            _setting(argv, "--termination-grace-period", "DYN_WORKER_TERMINATION_GRACE_PERIOD", ""), 30.0
+        )
+        self._notifier = report.Notifier()
+        self._memory_kills = linux.memory_kills()
+
+        # What the worker says of itself.
+        self._state = "STARTING"
+        self._announced: float | None = None
+        self._in_flight = 0
+        self._farewell: dict[str, Any] = {}
+        self._heartbeat_timeout = 0.0
+        self._last_beat = self._started
+        self._ready = False
+
+        # What was asked of it.
+        self._level = 0
+        self._stop_at = 0.0
+        self._forced_at = 0.0
+        self._stopped_in_start = False
+        self._signals: dict[int, float] = {}
+        self._last_signal = 0
+        self._stuck_at: float | None = None
+        self._stuck_for = 0.0
+        self._kill_cause: str | None = None
+
+        # How it ended.
+        self._worker: Process | None = None
+        self._worker_watch: int | None = None
+        self._worker_gone_at: float | None = None
+        self._exit_code: int | None = None
+        self._spawn_failure: tuple[int, str] | None = None
+        self._guardian = 0
+        self._guardian_code: int | None = None
+        self._guardian_replaced = False
+        self._report: dict[str, Any] | None = None
+        self._cleanup: Cleanup | None = None
+        self._next_watchdog = 0.0
+        self._next_extension = 0.0
+
+    # -- Life ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run the worker and return the exit code of the whole."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGCHLD])
+        # Children that a shell had before it became us by `exec` are not ours to kill.
+        self._strangers = set(process_tree.descendants(os.getpid()))
+        linux.become_subreaper()
+        try:
+            base = run_directory.temporary_base()
+            self._run_directory = RunDirectory.create()
+        except OSError as error:
+            return self._fail(f"cannot create the worker's private directory: {error}")
+        try:
+            self._start(base)
+        except OSError as error:
+            self._run_directory.remove(time.monotonic() + 1.0)
+            return self._fail(f"cannot start the worker's guardian process: {error}")
+        while not self._over():
+            self._pump(self._next_timer())
+            self._act()
+        return self._finish()
+
+    def _fail(self, reason: str) -> int:
+        code = int(ExitCode.START_FAILED)
+        report.write_termination_message(self._termination_message_path, reason)
+        self._log.error("Worker not started", code=code, reason=reason)
+        return code
+
+    def _start(self, base: str) -> None:
+        guardian_end, guardian_channel = channel.pair()
+        control_end, control = channel.pair()
+        environment = _environment(base, self._run_directory, control.fileno())
+        gc.collect()
+        gc.freeze()  # keeps the collector of either process off the pages that both share
+        self._guardian = fork()
+        if self._guardian == 0:
+            guardian_end.close()
+            control_end.close()
+            become_guardian(
+                guardian_channel,
+                control,
+                self._run_directory,
+                self._command,
+                environment,
+                log_as_json=self._log.as_json,
+            )
+        guardian_channel.close()
+        control.close()
+        self._to_guardian = Channel(guardian_end)
+        self._control = Channel(control_end)
+        owners = [Process(pid, stat.start) for pid in (os.getpid(), self._guardian) if (stat := linux.read_stat(pid))]
+        self._run_directory.record_owners(owners)
+        # Signals that whoever started us had ignored (nohup) stay ignored.
+        wanted = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._loop = Loop([*wanted, signal.SIGUSR1], self._on_signal, self._on_child)
+        self._loop.add(self._to_guardian.socket.fileno(), self._on_guardian_message)
+        self._loop.add(self._control.socket.fileno(), self._on_worker_message)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        sweep.sweep_in_background(base, self._run_directory, self._log)
+
+    def _over(self) -> bool:
+        """Return whether the worker is gone, or the guardian, or the guardian does not say so."""
+        return (
+            self._exit_code is not None
+            or self._spawn_failure is not None
+            or self._guardian_code is not None
+            or (self._worker_gone_at is not None and time.monotonic() >= self._worker_gone_at + _GUARDIAN_LIMIT)
+        )
+
+    def _finish(self) -> int:
+        """Wait until everything is cleaned, say why it ended, and return the exit code."""
+        gone_at = time.monotonic()
+        if not self._control.closed:
+            self._on_worker_message()
+        if self._guardian_code is not None and self._exit_code is None and self._spawn_failure is None:
+            self._take_over()  # first, for its end is the worker's end
+        code, reason = self._verdict()
+        report.write_termination_message(self._termination_message_path, f"exit code {code}: {reason}")
+        self._notifier.send("STOPPING=1", f"STATUS=cleaning up: {reason}")
+        self._set_cleaning_deadline()
+        self._await_report()
+        if self._report is None:
+            self._take_over()
+        cleaned = self._report or {}
+        self._log_end(code, reason, gone_at, cleaned)
+        self._notifier.send(f"STATUS=stopped: {reason}")
+        self._run_directory.close()
+        self._loop.close()
+        return code
+
+    def _log_end(self, code: int, reason: str, gone_at: float, cleaned: Mapping[str, Any]) -> None:
+        fields: dict[str, Any] = {"code": code, "reason": reason, "ran": gone_at - self._started}
+        if self._level:
+            fields["stopped_in"] = gone_at - self._stop_at
+        if cleaned:
+            fields["cleaned_in"] = float(cleaned.get("seconds", 0.0))
+            fields["processes_killed"] = cleaned.get("processes", 0)
+            fields["segments_removed"] = len(cleaned.get("segments", ()))
+            if cleaned.get("withdrawn"):
+                fields["withdrawn"] = ", ".join(cleaned["withdrawn"])
+            if cleaned.get("gpu"):
+                fields["gpu_memory"] = cleaned["gpu"]
+            if cleaned.get("unkillable"):
+                fields["unkillable"] = ", ".join(cleaned["unkillable"])
+        else:
+            fields["cleaned"] = "in the background"
+        (self._log.info if code == 0 else self._log.error)("Worker stopped", **fields)
+
+    # -- Cleaning -----------------------------------------------------------------------------------------------------
+
+    def _set_cleaning_deadline(self) -> None:
+        """Tell who cleans by when to be done: before the termination grace period ends, if that is running."""
+        now = time.monotonic()
+        deadline = now + LIMIT
+        if self._level:
+            deadline = max(now + 1.0, min(deadline, self._stop_at + self._grace - 0.3))
+        if self._level >= 3:
+            deadline = now + _AT_ONCE - 0.1
+        self._cleaning_deadline = deadline
+        self._to_guardian.send("deadline", at=deadline)
+        if self._cleanup is not None:
+            self._cleanup.deadline = deadline
+
+    def _await_report(self) -> None:
+        """Wait for the guardian's report, as long as it lives and is within its time."""
+        while self._report is None and self._guardian_code is None:
+            hurried = self._level >= 3
+            limit = self._cleaning_deadline + (0.1 if hurried else _GUARDIAN_LIMIT)
+            if self._worker_gone_at is not None and self._exit_code is None and not hurried:
+                limit = min(limit, time.monotonic())  # it did not even say that the worker is gone
+            if time.monotonic() >= limit:
+                break
+            self._pump(limit)
+        if self._report is None and self._guardian_code is None:
+            if self._level >= 3 and self._exit_code is not None:
+                self._report = {}  # it is at work and finishes without us
+                return
+            self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
+        while self._report is not None and self._guardian_code is None:  # it ends right after its report
+            limit = time.monotonic() + 0.2
+            self._pump(limit)
+            if time.monotonic() >= limit:
+                break
+
+    def _take_over(self) -> None:
+        """Clean up in the place of a guardian that is dead or does not answer."""
+        self._guardian_replaced = True
+        if self._guardian_code is None:
+            try:
+                os.kill(self._guardian, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        else:
+            ended = f"killed by {_signal_name(-self._guardian_code)}" if self._guardian_code < 0 else "ended"
+            self._log.error("The guardian is gone; the supervisor takes the worker down", guardian=ended)
+        if self._worker is not None and self._exit_code is None:
+            linux.send_signal(self._worker, signal.SIGKILL)  # the kernel does that, too
+        self._cleanup = Cleanup(
+            self._run_directory,
+            find=lambda: process_tree.descendants(os.getpid(), self._strangers),
+            reap=self._loop.reap,
+            wait=self._wait,
+            log=self._log,
+            worker=self._worker.pid if self._worker is not None else None,
+        )
+        self._set_cleaning_deadline()
+        self._report = self._cleanup.run()
+
+    # -- Verdict ------------------------------------------------------------------------------------------------------
+
+    def _verdict(self) -> tuple[int, str]:
+        """Return exit code and reason of the whole."""
+        if self._spawn_failure is not None:
+            return self._spawn_failure
+        code, said = self._exit_code, _text(self._farewell.get("reason"))
+        killed_by_us = self._kill_cause is not None and code in (None, -signal.SIGKILL)
+        if killed_by_us and self._kill_cause == "stuck":
+            return int(ExitCode.FATAL), f"event loop stuck for {self._stuck_for:.0f} s"
+        if self._level >= 2:
+            return SIGNAL_BASE + self._last_signal, f"forced to stop by {_signal_name(self._last_signal)}"
+        if killed_by_us and self._kill_cause == "start":
+            return int(ExitCode.STOPPED), "stopped during start"
+        if killed_by_us and self._state == "FATAL":
+            return int(ExitCode.FATAL), f"{said or 'fatal error'}; killed at its deadline"
+        if killed_by_us:
+            return int(ExitCode.DEADLINE), f"not stopped by its deadline, killed in state {self._state}"
+        if self._guardian_replaced and self._guardian_code is not None and code in (None, -signal.SIGKILL):
+            return int(ExitCode.FATAL), "the guardian process was killed, the worker with it"
+        if code is None:
+            return SIGNAL_BASE + signal.SIGKILL, "worker is gone, its exit status unknown"
+        if code < 0:
+            return SIGNAL_BASE - code, self._death_by_signal(-code)
+        if code:
+            return code, said or f"worker exited with code {code}"
+        if self._level:
+            return int(ExitCode.STOPPED), said or f"stopped after {_signal_name(self._last_signal)}"
+        if self._farewell.get("code") == 0 or self._state in _ENDING:
+            return int(ExitCode.STOPPED), said or "stopped"
+        told = self._farewell.get("code")
+        if isinstance(told, int) and 0 < told < 256:
+            return told, said or f"worker reported code {told}"
+        return int(ExitCode.FATAL), f"worker ended by itself in state {self._state}, though nobody had asked it to"
+
+    def _death_by_signal(self, number: int) -> str:
+        reason = f"worker killed by {_signal_name(number)}"
+        if number == signal.SIGKILL:
+            kills = linux.memory_kills()
+            if kills is not None and self._memory_kills is not None:
+                out_of_memory = kills > self._memory_kills
+                return reason + (" (out of memory)" if out_of_memory else " (not by the kernel for lack of memory)")
+            return reason + " (out of memory?)"
+        return reason
+
+    # -- Events -------------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if number == signal.SIGUSR1:
+            self._log.info("Stack dump requested", state=self._state)
+            self._dump_stack()
+            return
+        if now - self._signals.get(number, -1.0) < _DEBOUNCE:
+            return
+        self._signals[number] = now
+        name = _signal_name(number)
+        if self._exit_code is not None or self._cleanup is not None:
+            self._level = max(self._level, 1)
+            self._log.info("Received shutdown signal", signal=name, level=self._level, next="already cleaning up")
+            return
+        self._last_signal = number
+        first = self._level == 0
+        if number == signal.SIGQUIT:
+            self._dump_stack()
+            self._level = max(2, self._level + 1)
+        else:
+            self._level += 1
+        if first:
+            self._stop_at = now
+            self._stopped_in_start = self._state == "STARTING"
+        if self._level == 1:
+            then = "another one forces the stop within 2 s"
+        elif self._level == 2:
+            self._forced_at = now
+            then = "another one kills at once"
+        else:
+            then = "killed now"
+        limit = self._kill_time()
+        self._log.info(
+            "Received shutdown signal",
+            signal=name,
+            level=self._level,
+            next=then,
+            deadline_s=max(0.0, limit - now) if limit is not None else None,
+        )
+        if self._level <= 2:
+            self._tell_worker_to_stop(name, now)
+            seconds = max(0.0, (limit or now) - now) + KILL_RESERVE + 3.0
+            self._notifier.send(
+                "STOPPING=1", f"STATUS=stopping after {name}", f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}"
+            )
+        else:
+            self._kill("forced")
+
+    def _tell_worker_to_stop(self, name: str, at: float) -> None:
+        self._control.send("stop", level=min(self._level, 2), signal=name, at=at)
+        self._watch_output()
+        if self._control.closed and self._worker is not None:
+            self._log.warning("The worker does not listen any more; sending it the signal itself", signal="SIGTERM")
+            linux.send_signal(self._worker, signal.SIGTERM)
+
+    def _watch_output(self) -> None:
+        """Have what the worker does not take now sent as soon as it does."""
+        if not self._control.closed:
+            flush = self._flush if self._control.pending else None
+            self._loop.on_output(self._control.socket.fileno(), self._on_worker_message, flush)
+
+    def _flush(self) -> None:
+        self._control.flush()
+        self._watch_output()
+
+    def _on_child(self, pid: int, code: int) -> None:
+        if pid == self._guardian and self._guardian_code is None:
+            self._guardian_code = code
+            if self._report is None and not self._to_guardian.closed:
+                self._on_guardian_message()  # what it said last
+        elif self._worker is not None and pid == self._worker.pid and self._exit_code is None:
+            self._exit_code = code  # the guardian is dead and we are the parent now
+
+    def _on_guardian_message(self) -> None:
+        for message in self._to_guardian.receive():
+            kind = message["type"]
+            if kind == "spawned":
+                self._worker = Process(message["pid"], message["start"])
+                self._watch_worker()
+                self._log.info("Worker started", pid=self._worker.pid, run_dir=self._run_directory.path)
+                if self._kill_cause is not None:
+                    linux.send_signal(self._worker, signal.SIGKILL)
+            elif kind == "spawn_failed":
+                self._spawn_failure = (message["code"], message["reason"])
+            elif kind == "exited":
+                self._exit_code = message["code"]
+            elif kind == "cleaned":
+                self._report = message["report"]
+        if self._to_guardian.closed:
+            self._loop.remove(self._to_guardian.socket.fileno())
+
+    def _watch_worker(self) -> None:
+        """Learn of the worker's end without the guardian, in case that is stopped."""
+        assert self._worker is not None
+        try:
+            self._worker_watch = os.pidfd_open(self._worker.pid)
+        except OSError:
+            return
+        if linux.is_alive(self._worker):
+            self._loop.add(self._worker_watch, self._on_worker_end)
+        else:
+            self._on_worker_end()
+
+    def _on_worker_end(self) -> None:
+        if self._worker_watch is not None:
+            self._loop.remove(self._worker_watch)
+            os.close(self._worker_watch)
+            self._worker_watch = None
+        if self._worker_gone_at is None:
+            self._worker_gone_at = time.monotonic()
+
+    def _on_worker_message(self) -> None:
+        malformed = self._control.malformed
+        for message in self._control.receive():
+            self._last_beat = time.monotonic()
+            kind = message["type"]
+            if kind == "state":
+                self._on_state(message)
+            elif kind == "heartbeat":
+                self._in_flight = _count(message.get("in_flight"))
+            elif kind == "settings":
+                self._on_settings(message)
+            elif kind == "exit":
+                self._farewell = message
+        if self._control.malformed and not malformed:
+            self._log.warning("Something writes nonsense to the worker's control socket; it is ignored")
+        if self._control.closed:
+            self._loop.remove(self._control.socket.fileno())
+
+    def _on_state(self, message: Mapping[str, Any]) -> None:
+        state = message.get("state")
+        if not isinstance(state, str):
+            return
+        self._state = state
+        self._announced = _number(message.get("deadline"))
+        self._in_flight = _count(message.get("in_flight"))
+        if state == "FATAL" and message.get("reason"):
+            self._farewell.setdefault("reason", message["reason"])
+        status = f"STATUS={state}, {self._in_flight} in flight"
+        if state == "SERVING" and not self._ready:
+            self._ready = True
+            self._notifier.send("READY=1", status)
+        elif state in _ENDING:
+            self._notifier.send("STOPPING=1", status)
+        else:
+            self._notifier.send(status)
+
+    def _on_settings(self, message: Mapping[str, Any]) -> None:
+        grace = _number(message.get("termination_grace_period"))
+        if grace is not None and grace > 0:
+            self._grace = grace
+        self._heartbeat_timeout = _number(message.get("heartbeat_timeout")) or 0.0
+        path = message.get("termination_message_path")
+        if isinstance(path, str) and path:
+            self._termination_message_path = path
+        if message.get("log_format") in ("text", "json"):
+            self._log.as_json = message["log_format"] == "json"
+
+    # -- Timers -------------------------------------------------------------------------------------------------------
+
+    def _kill_time(self) -> float | None:
+        """Return when the worker is to be killed if it is not gone by then."""
+        if self._level >= 3:
+            return self._forced_at
+        if self._stuck_at is not None:
+            return self._stuck_at + _DUMP_TIME
+        if self._level == 2:
+            return self._forced_at + _SHORT
+        if self._level == 1:
+            if self._state == "STARTING":
+                return self._stop_at + _SHORT
+            last = self._stop_at + self._grace - KILL_RESERVE
+            return last if self._announced is None else min(self._announced, last)
+        return self._announced
+
+    def _beat_due(self) -> float | None:
+        """Return when the next heartbeat is overdue."""
+        if self._heartbeat_timeout <= 0 or self._state not in _WATCHED or self._stuck_at is not None:
+            return None
+        return self._last_beat + self._heartbeat_timeout
+
+    def _next_timer(self) -> float | None:
+        timers: list[float | None] = [self._beat_due()]
+        if self._kill_cause is None:
+            timers.append(self._kill_time())
+        if self._worker_gone_at is not None:
+            timers.append(self._worker_gone_at + _GUARDIAN_LIMIT)
+        if self._notifier.watchdog_interval is not None:
+            timers.append(self._next_watchdog)
+        if self._notifier.active and self._state == "STARTING":
+            timers.append(self._next_extension)
+        return min((timer for timer in timers if timer is not None), default=None)
+
+    def _pump(self, until: float | None, descriptor: int | None = None) -> None:
+        """Handle what happens until a point in time, at most once."""
+        self._loop.pump(None if until is None else max(0.0, until - time.monotonic()), descriptor)
+        if until is not None and (late := time.monotonic() - until) > 1.0:
+            self._last_beat += late  # it was us who did not run (SIGSTOP, a frozen machine), not the worker
+
+    def _wait(self, seconds: float, descriptor: int | None) -> None:
+        self._pump(time.monotonic() + seconds, descriptor)
+
+    def _act(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        beat_due = self._beat_due()
+        if beat_due is not None and now >= beat_due:
+            self._give_up_on(now)
+        kill_time = self._kill_time()
+        if kill_time is not None and now >= kill_time and self._kill_cause is None:
+            if self._stuck_at is not None:
+                self._kill("stuck")
+            elif self._level >= 2:
+                self._kill("forced")
+            elif self._level == 1 and self._state == "STARTING":
+                self._kill("start")
+            else:
+                self._kill("deadline")
+        interval = self._notifier.watchdog_interval
+        if interval is not None and now >= self._next_watchdog:
+            self._next_watchdog = now + interval
+            if self._stuck_at is None:
+                self._notifier.send("WATCHDOG=1")
+        if self._notifier.active and self._state == "STARTING" and now >= self._next_extension:
+            self._next_extension = now + _EXTEND_INTERVAL
+            self._notifier.send(f"EXTEND_TIMEOUT_USEC={3 * _EXTEND_INTERVAL * 1e6:.0f}")
+
+    def _give_up_on(self, now: float) -> None:
+        """End a worker whose event loop does not run any more: routers first, then its stack, then itself."""
+        self._stuck_at = now
+        self._stuck_for = now - self._last_beat
+        self._to_guardian.send("withdraw")
+        dumped = self._dump_stack()
+        self._log.error(
+            "The worker's event loop does not run any more",
+            no_heartbeat_s=self._stuck_for,
+            state=self._state,
+            in_flight=self._in_flight,
+            stack_dump=dumped,
+            next=f"killed in {_DUMP_TIME:.0f} s",
+        )
+
+    def _dump_stack(self) -> bool:
+        """Have the worker print its threads' stacks (``faulthandler``); never with a signal that would end it."""
+        if self._worker is None or not linux.catches(self._worker.pid, signal.SIGUSR1):
+            self._log.warning("The worker does not dump its stack: it has no handler for SIGUSR1")
+            return False
+        return linux.send_signal(self._worker, signal.SIGUSR1)
+
+    def _kill(self, cause: str) -> None:
+        self._kill_cause = cause
+        self._log.warning("Killing the worker", cause=cause, state=self._state, in_flight=self._in_flight)
+        if self._worker is not None:
+            linux.send_signal(self._worker, signal.SIGKILL)
+
+
+def _environment(base: str, directory: RunDirectory, control: int) -> dict[str, str]:
+    """Return the worker's environment."""
+    environment = dict(os.environ)
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        environment.pop(name, None)
+    for variable, name in _LASTING_CACHES:
+        environment.setdefault(variable, os.path.join(base, name.format(user=_user_name())))
+    environment["DYNAMO_WORKER_CONTROL_FD"] = str(control)
+    environment[run_directory.VARIABLE] = directory.path
+    environment["TMPDIR"] = directory.temporary
+    return environment
+
+
+def _user_name() -> str:
+    """Return the user's name as PyTorch finds it, for the default place of its cache."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        name = os.environ.get(variable)
+        if name:
+            break
+    else:
+        import pwd
+
+        try:
+            name = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            name = str(os.getuid())
+    return "".join("_" if character in '\\/:*?"<>|' else character for character in name)
+
+
+def _setting(argv: Sequence[str], flag: str, variable: str, default: str) -> str:
+    """Return a setting that we need before the worker has read its own, or without it ever doing so."""
+    value = os.environ.get(variable, default)
+    for index, argument in enumerate(argv):
+        if argument == flag and index + 1 < len(argv):
+            value = argv[index + 1]
+        elif argument.startswith(flag + "="):
+            value = argument[len(flag) + 1 :]
+    return value
+
+
+def _positive(text: str, default: float) -> float:
+    try:
+        return _number(float(text)) or default
+    except ValueError:
+        return default
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number that is not negative, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e12:
+        return None
+    return float(value)
+
+
+def _count(value: object) -> int:
+    number = _number(value)
+    return 0 if number is None else int(number)
+
+
+def _text(value: object) -> str:
+    return value[:2000] if isinstance(value, str) else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _open_standard_descriptors() -> None:
+    """Give every closed standard descriptor something harmless, or the next socket we open would become stderr."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
+def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> int:
+    """Run a worker under supervision and return the exit code.
+
+    :param argv: the command line of ``dynamo-worker``, without its name.
+    :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
+    """
+    _open_standard_descriptors()
+    own = [sys.executable, "-m", "dynamo_worker", "--no-supervise"] if command is None else list(command)
+    return Supervisor([*own, *argv], argv).run()
+
+
+__all__ = ["KILL_RESERVE", "Supervisor", "supervise"]

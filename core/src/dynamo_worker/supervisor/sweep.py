@@ -1,0 +1,75 @@
+"""Cleans up behind earlier workers whose supervisor *and* guardian were killed, or whose machine went down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_worker.supervisor import process_tree, run_directory, spawn
+from dynamo_worker.supervisor.cleanup import Cleanup
+from dynamo_worker.supervisor.loop import readable
+from dynamo_worker.supervisor.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_worker.supervisor.linux import Process, Stat
+    from dynamo_worker.supervisor.report import Log
+
+#: Longest time a sweep may take, for all directories together.
+_LIMIT = 60
+
+
+def sweep_in_background(base: str, own: RunDirectory, log: Log) -> None:
+    """Sweep ``base`` in a process of its own, if there is anything to sweep; the caller only reaps it."""
+    stale = [path for path in run_directory.candidates(base) if path != own.path]
+    if not stale or spawn.fork() != 0:
+        return
+    try:
+        spawn.reset_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.alarm(_LIMIT)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2:
+                try:
+                    os.close(int(name))
+                except OSError:
+                    pass  # the descriptor of the listing itself
+        for path in stale:
+            _sweep(path, log)
+    finally:
+        os._exit(0)
+
+
+def _sweep(path: str, log: Log) -> None:
+    """Clean up behind one earlier worker, if it is dead."""
+    directory = RunDirectory.take_over(path)
+    if directory is None:
+        return
+
+    def find() -> Mapping[Process, Stat]:
+        return process_tree.marked(run_directory.VARIABLE, path)
+
+    def wait(seconds: float, descriptor: int | None) -> None:
+        if descriptor is None:
+            time.sleep(min(seconds, 0.05))
+        else:
+            readable(descriptor, seconds)
+
+    report = Cleanup(directory, find=find, reap=_reap, wait=wait, log=log).run()
+    log.info(
+        "Cleaned up behind an earlier worker",
+        run_dir=path,
+        processes=report["processes"],
+        segments=len(report["segments"]),
+        withdrawn=", ".join(report["withdrawn"]) or None,
+    )
+    directory.close()
+
+
+def _reap() -> bool:
+    """Never say that none is left: what is left of another tree are not our children."""
+    return False

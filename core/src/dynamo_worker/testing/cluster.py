@@ -1,0 +1,284 @@
+"""A small Dynamo cluster on one machine: private discovery, a frontend, workers, and what tests do to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamo_worker.testing.client import Load, Result, chat
+from dynamo_worker.testing.leftovers import MARKER
+from dynamo_worker.testing.waiting import eventually
+
+#: Variables that would let a test talk to anything but itself.
+_FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on the loopback interface, below the range of outgoing connections."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        with socket.socket() as probe:
+            candidate = 10_000 + port % 20_000
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", candidate))
+                return candidate
+
+
+class Worker:
+    """One ``dynamo-worker`` process and everything below it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, cluster: Cluster, status_port: int) -> None:
+        self._process = process
+        self._log = log
+        self._cluster = cluster
+        self.started_at = time.monotonic()
+        #: Port of ``/live``, ``/health`` and ``/metrics``.
+        self.status_port = status_port
+        #: Instance id in discovery, known once it is ready.
+        self.instance = ""
+
+    @property
+    def pid(self) -> int:
+        """The process that was started: the supervisor, unless ``--no-supervise`` was given."""
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """Everything it has written so far."""
+        return self._log.read_text(errors="replace")
+
+    @property
+    def worker_pid(self) -> int:
+        """The worker process proper: the one that says it starts."""
+        match = re.search(r"Starting worker .*pid=(\d+)", self.log)
+        assert match, f"no worker process yet:\n{self.log}"
+        return int(match[1])
+
+    @property
+    def guardian_pid(self) -> int:
+        """The process between supervisor and worker."""
+        with open(f"/proc/{self.worker_pid}/stat", encoding="utf-8") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+
+    def wait_log(self, pattern: str, timeout: float = 30.0) -> re.Match[str]:
+        """Wait for a line in the log.
+
+        :raises AssertionError: it does not come, or the process ends first.
+        """
+
+        def search() -> re.Match[str] | None:
+            # Look whether it runs first, then read: the last line must not be missed.
+            gone = self._process.poll() is not None
+            match = re.search(pattern, self.log)
+            assert match or not gone, f"ended with {self._process.returncode} before {pattern!r}:\n{self.log}"
+            return match
+
+        found = eventually(search, timeout, f"{pattern!r} in the log of pid {self.pid}")
+        assert found is not None
+        return found
+
+    def wait_ready(self, timeout: float = 60.0) -> Worker:
+        """Wait until the worker serves."""
+        self.instance = self.wait_log(r"Worker ready .*instance=([0-9a-f]+)", timeout)[1]
+        return self
+
+    def wait_gone(self, timeout: float = 40.0) -> int:
+        """Wait for the end and return the exit code, 128 + n for a death by signal n.
+
+        :raises AssertionError: it still runs.
+        """
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout:g} s:\n{self.log[-4000:]}") from None
+        return code if code >= 0 else 128 - code
+
+    @property
+    def running(self) -> bool:
+        """Whether the started process still runs."""
+        return self._process.poll() is None
+
+    @property
+    def registered(self) -> bool:
+        """Whether it is in discovery."""
+        return any(self.instance in path.name for path in self._cluster.discovery.rglob("*"))
+
+    def signal(self, number: signal.Signals, pid: int | None = None) -> float:
+        """Send a signal to the started process or to another one; return the moment it was sent."""
+        now = time.monotonic()
+        os.kill(pid or self.pid, number)
+        return now
+
+    def status(self, path: str) -> tuple[int, str]:
+        """Ask the status server; status 0 if nobody listens."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}{path}", timeout=5) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def children(self) -> dict[int, str]:
+        """Return all processes below the started one: pid and command line."""
+        parents: dict[int, list[int]] = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", encoding="utf-8") as file:
+                    parents.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(entry))
+        found: dict[int, str] = {}
+        waiting = [self.pid]
+        while waiting:
+            for child in parents.get(waiting.pop(), ()):
+                with contextlib.suppress(OSError), open(f"/proc/{child}/cmdline", "rb") as file:
+                    found[child] = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+                waiting.append(child)
+        return found
+
+    def child(self, pattern: str) -> int:
+        """Return the pid of the one process below whose command line matches.
+
+        :raises AssertionError: there is none, or more than one.
+        """
+        children = self.children()
+        found = [pid for pid, command in children.items() if re.search(pattern, command)]
+        assert len(found) == 1, f"{pattern!r} matches {found} of {children}"
+        return found[0]
+
+
+class Cluster:
+    """Workers, a frontend and the directory in which they find each other."""
+
+    def __init__(self, directory: Path, tmp: Path, marker: str, *, engine_args: Sequence[str] = ()) -> None:
+        """Make a cluster without any process.
+
+        :param directory: for discovery and logs.
+        :param tmp: ``TMPDIR`` of all processes.
+        :param marker: value of the variable that marks all processes.
+        :param engine_args: arguments of every worker, ``--engine NAME`` first.
+        """
+        self.discovery = directory / "discovery"
+        self.discovery.mkdir()
+        self.tmp = tmp
+        self.engine_args = list(engine_args) or ["--engine", "echo"]
+        self.model = "echo"
+        self.url = ""
+        self._directory = directory
+        self._marker = marker
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def environment(self, **changes: str | None) -> dict[str, str]:
+        """Return an environment in which everything stays on the loopback interface and in this cluster."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+        environment |= {
+            MARKER: self._marker,
+            "TMPDIR": str(self.tmp),
+            "DYN_DISCOVERY_BACKEND": "file",
+            "DYN_FILE_KV": str(self.discovery),
+            "DYN_TCP_RPC_HOST": "127.0.0.1",
+            "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+            "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+            "DYN_SYSTEM_HOST": "127.0.0.1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        for name, value in changes.items():
+            if value is None:
+                environment.pop(name, None)
+            else:
+                environment[name] = value
+        return environment
+
+    def run(self, *arguments: str, timeout: float = 60.0, **environment: str | None) -> subprocess.CompletedProcess[str]:
+        """Run ``dynamo-worker`` with these arguments to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "dynamo_worker", *arguments],
+            env=self.environment(**environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def start_worker(self, *arguments: str, **environment: str | None) -> Worker:
+        """Start a worker without waiting for it."""
+        status_port = free_port()
+        number = len(self._processes)
+        log = self._directory / f"worker-{number}.log"
+        command = [sys.executable, "-m", "dynamo_worker", *self.engine_args, "--system-port", str(status_port)]
+        process = self._start([*command, *arguments], log, environment)
+        return Worker(process, log, self, status_port)
+
+    def worker(self, *arguments: str, **environment: str | None) -> Worker:
+        """Start a worker and wait until it serves."""
+        return self.start_worker(*arguments, **environment).wait_ready()
+
+    def start_frontend(self, *arguments: str, **environment: str | None) -> str:
+        """Start a frontend that migrates requests, and return its URL."""
+        port = free_port()
+        log = self._directory / f"frontend-{len(self._processes)}.log"
+        command = [sys.executable, "-m", "dynamo_worker", "frontend", "--http", f"127.0.0.1:{port}", *arguments]
+        self._start(command, log, {"DYN_LOG": "warn", **environment})
+        self.url = f"http://127.0.0.1:{port}"
+        eventually(lambda: self._get("/health") is not None, 30, f"the frontend: {log.read_text(errors='replace')}")
+        return self.url
+
+    def _start(self, command: list[str], log: Path, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                env=self.environment(**environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def _get(self, path: str) -> Any:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=5) as response:
+                return json.load(response)
+        except (OSError, ValueError):
+            return None
+
+    def models(self) -> list[str]:
+        """Return the models that the frontend offers."""
+        listed = self._get("/v1/models") or {"data": []}
+        return [model["id"] for model in listed["data"]]
+
+    def wait_model(self, timeout: float = 10.0) -> None:
+        """Wait until the frontend offers the model."""
+        eventually(lambda: self.model in self.models(), timeout, f"{self.model!r} in /v1/models")
+
+    def load(self, streams: int, tokens: int, prompt: str = "The quick brown fox.", **options: Any) -> Load:
+        """Start streams in the background and wait until every one of them has received text."""
+        bodies = [chat(self.model, f"{prompt}{number}", tokens, **options) for number in range(streams)]
+        load = Load(self.url, bodies)
+        eventually(load.started, 60, f"{streams} streams to start")
+        return load
+
+    def ask(self, tokens: int = 8, prompt: str = "Hello, world!") -> Result:
+        """Make one request and return what came back."""
+        return Load(self.url, [chat(self.model, prompt, tokens)]).wait()[0]
+
+    def close(self) -> None:
+        """End everything that still runs: workers gracefully, then by force."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()

@@ -1,0 +1,76 @@
+"""Finding what a worker leaves behind: processes, shared memory, files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+#: Every process of a test carries this variable, however far it strays from its parents.
+MARKER = "DYNAMO_WORKER_TEST"
+
+
+def marked_processes(marker: str) -> dict[int, str]:
+    """Return the living processes that carry the marker: pid and command line. Zombies do not count."""
+    wanted = f"{MARKER}={marker}".encode()
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as file:
+                if wanted not in file.read().split(b"\0"):
+                    continue
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                found[int(entry)] = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        except (OSError, PermissionError):
+            continue
+    return found
+
+
+def shared_memory() -> set[str]:
+    """Return the names in ``/dev/shm``."""
+    return set(os.listdir("/dev/shm"))
+
+
+@dataclass
+class Leftovers:
+    """Remembers what was there before a test and tells what is there after it.
+
+    :param marker: value of the marker variable of this test's processes.
+    :param tmp: the temporary directory of this test's processes; must be empty at the end.
+    """
+
+    marker: str
+    tmp: Path
+    _segments: set[str] = field(default_factory=shared_memory)
+
+    def find(self) -> list[str]:
+        """Return what is left now, one line each."""
+        left = [f"process {pid}: {command}" for pid, command in marked_processes(self.marker).items()]
+        left += [f"/dev/shm/{name}" for name in sorted(shared_memory() - self._segments)]
+        left += [str(path) for path in sorted(self.tmp.iterdir())]
+        return left
+
+    def check(self, timeout: float = 0.5) -> None:
+        """Fail if anything is left.
+
+        :param timeout: seconds the kernel gets to take down what was just killed.
+        :raises AssertionError: something is left; it is removed, so that the next test starts clean.
+        """
+        deadline = time.monotonic() + timeout
+        while (left := self.find()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if left:
+            self.remove()
+            raise AssertionError("left behind:\n  " + "\n  ".join(left))
+
+    def remove(self) -> None:
+        """Kill the processes that are left."""
+        for pid in marked_processes(self.marker):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue

@@ -1,0 +1,47 @@
+"""The pytest plugin of the test kit."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_worker.testing.cluster import Cluster
+from dynamo_worker.testing.leftovers import Leftovers
+
+
+@pytest.fixture
+def marker() -> str:
+    """Return the value that marks this test's processes."""
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def no_leftovers(marker: str) -> Iterator[Leftovers]:
+    """Fail the test if a process, a shared-memory segment or a temporary file of it is left at its end."""
+    # A short path: Unix sockets below it must stay under 108 characters.
+    tmp = Path(tempfile.mkdtemp(prefix="dwt-"))
+    leftovers = Leftovers(marker, tmp)
+    yield leftovers
+    try:
+        leftovers.check(timeout=5.0)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+@pytest.fixture
+def engine_args() -> list[str]:
+    """Return the arguments that every worker of the test is started with; override it for another engine."""
+    return ["--engine", "echo"]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, no_leftovers: Leftovers, marker: str, engine_args: list[str]) -> Iterator[Cluster]:
+    """Return a cluster without any process; everything started in it is ended with the test."""
+    cluster = Cluster(tmp_path, no_leftovers.tmp, marker, engine_args=engine_args)
+    yield cluster
+    cluster.close()

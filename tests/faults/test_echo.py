@@ -1,0 +1,30 @@
+"""The fault table on the echo engine: with its generation in a process tree, and inside the worker."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dynamo_worker.testing.fault_table import FaultTable, Subject
+
+
+def echoed(prompt: str, tokens: int) -> str:
+    """Return what the echo engine answers: the prompt's bytes, over and over."""
+    return "".join(itertools.islice(itertools.cycle(prompt), tokens))
+
+
+class TestProcessTree(FaultTable):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject(
+            args=["--engine", "echo", "--process-tree", "--tokens-per-second", "80"],
+            processes={"core": r"echo_process core", "rank": r"echo_process rank"},
+            expected=echoed,
+        )
+
+
+class TestInProcess(FaultTable):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject(args=["--engine", "echo", "--tokens-per-second", "80"], expected=echoed)

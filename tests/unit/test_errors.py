@@ -1,0 +1,36 @@
+"""Every expected error has its exit code and says what to do next."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_worker import errors
+from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.plugins import PluginError, PluginRecord, UnknownPluginError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError("x"), ExitCode.USAGE),
+        (errors.StartError("x"), ExitCode.START_FAILED),
+        (errors.EngineDeadError("x"), ExitCode.FATAL),
+        (errors.EngineStalledError("x"), ExitCode.FATAL),
+        (errors.DiscoveryLostError("x"), ExitCode.FATAL),
+        (UnknownPluginError("x"), ExitCode.USAGE),
+        (PluginError(PluginRecord("n", "g", "v"), "x"), ExitCode.START_FAILED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_exit_code(error, code):
+    assert error.exit_code is code
+    assert str(error) == "x"
+
+
+def test_hint_is_a_line_of_its_own():
+    assert str(errors.UsageError("what", hint="do this")) == "what\n  next: do this"
+
+
+def test_invalid_request_is_what_the_runtime_calls_invalid_argument():
+    assert issubclass(errors.InvalidRequestError, ValueError)
+    assert not issubclass(errors.InvalidRequestError, errors.WorkerError)

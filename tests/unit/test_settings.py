@@ -1,0 +1,261 @@
+"""The settings: names, defaults, precedence, origins and everything that can be wrong with a value."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from dynamo_worker import settings
+from dynamo_worker.errors import UsageError
+from dynamo_worker.settings import Address, ConfigFile, WorkerSettings, load, read_config
+
+
+def config(**values):
+    return ConfigFile(Path("w.yaml"), values)
+
+
+def test_precedence():
+    file = config(drain="abort", namespace="file", component="file")
+    environ = {"DYN_WORKER_DRAIN": "handoff", "DYN_NAMESPACE": "env"}
+    loaded = load({"drain": "complete"}, environ, file)
+    assert (loaded.drain, loaded.namespace, loaded.component, loaded.endpoint) == (
+        "complete",
+        "env",
+        "file",
+        "generate",
+    )
+    assert [str(loaded.origin(name)) for name in ("drain", "namespace", "component", "endpoint")] == [
+        "flag --drain",
+        "environment DYN_NAMESPACE",
+        "file w.yaml",
+        "default",
+    ]
+
+
+def test_empty_variable_is_no_value():
+    assert load({}, {"DYN_EVENT_PLANE": "", "DYN_WORKER_DRAIN": ""}).event_plane is None
+
+
+def test_constructor_ignores_the_environment(monkeypatch):
+    monkeypatch.setenv("DYN_WORKER_DRAIN", "abort")
+    monkeypatch.setenv("drain", "abort")
+    assert WorkerSettings().drain == "complete"
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValidationError):
+        WorkerSettings().drain = "abort"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend"),
+    [({}, "etcd"), ({"frontend": ""}, "file"), ({"frontend": "8000", "discovery_backend": "etcd"}, "etcd")],
+)
+def test_default_of_discovery_follows_the_frontend(flags, backend):
+    assert load(flags, {}).discovery_backend == backend
+
+
+@pytest.mark.parametrize(("drain", "grace"), [("complete", 5), ("handoff", 0), ("abort", 0)])
+def test_default_of_grace_follows_the_drain_mode(drain, grace):
+    assert load({"drain": drain}, {}).grace_period == grace
+    assert load({"drain": drain, "grace_period": "3"}, {}).grace_period == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [
+        ("127.0.0.1:9000", ("127.0.0.1", 9000)),
+        ("9000", ("127.0.0.1", 9000)),
+        (":9000", ("127.0.0.1", 9000)),
+        ("0.0.0.0", ("0.0.0.0", 8000)),
+        ("[::1]:9000", ("::1", 9000)),
+        ("[::1]", ("::1", 8000)),
+        ("true", ("127.0.0.1", 8000)),
+        (True, ("127.0.0.1", 8000)),
+        (9000, ("127.0.0.1", 9000)),
+        ("off", None),
+        (False, None),
+    ],
+)
+def test_frontend_address(value, address):
+    assert load({}, {}, config(frontend=value)).frontend == address
+
+
+def test_address_is_shown_as_it_is_given():
+    assert str(Address("::1", 80)) == "[::1]:80"
+    assert str(Address("h", 80)) == "h:80"
+
+
+@pytest.mark.parametrize("value", ["h:x", "h:70000", "h:0", "::1", "-1"])
+def test_bad_frontend_address(value):
+    with pytest.raises(UsageError, match=r"--frontend .* HOST:PORT"):
+        load({"frontend": value}, {})
+
+
+@pytest.mark.parametrize("value", ["dyn://ns.comp.ep", "ns.comp.ep"])
+def test_endpoint_path_sets_all_three(value):
+    loaded = load({}, {"DYN_ENDPOINT": value}, config(namespace="file"))
+    assert (loaded.namespace, loaded.component, loaded.endpoint) == ("ns", "comp", "ep")
+    assert str(loaded.origin("namespace")) == "environment DYN_ENDPOINT"
+
+
+def test_stronger_source_overrides_a_part_of_the_path():
+    assert load({"namespace": "flag"}, {"DYN_ENDPOINT": "ns.comp.ep"}).namespace == "flag"
+
+
+def test_endpoint_path_contradicted_by_the_same_source():
+    with pytest.raises(UsageError, match=r"--endpoint a\.b\.c and --namespace z contradict"):
+        load({"endpoint": "a.b.c", "namespace": "z"}, {})
+
+
+@pytest.mark.parametrize("value", ["a.b", "dyn://a", "a..c", "a.b.c.d"])
+def test_bad_endpoint_path(value):
+    with pytest.raises(UsageError, match=r"dyn://namespace\.component\.endpoint"):
+        load({"endpoint": value}, {})
+
+
+@pytest.mark.parametrize("port", [-1, 0, 1, 65535])
+def test_whole_port_range(port):
+    assert load({"system_port": str(port)}, {}).system_port == port
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "message"),
+    [
+        ({"drain": "handof"}, {}, "--drain handof: must be one of complete, handoff, abort, did you mean handoff?"),
+        ({}, {"DYN_WORKER_DRAIN": "no"}, "DYN_WORKER_DRAIN=no: must be one of complete, handoff, abort"),
+        ({"grace_period": "soon"}, {}, "--grace-period soon: must be a valid number"),
+        ({"grace_period": "-1"}, {}, "--grace-period -1: must be greater than or equal to 0"),
+        ({"termination_grace_period": "0"}, {}, "--termination-grace-period 0: must be greater than 0"),
+        ({"termination_grace_period": "nan"}, {}, "--termination-grace-period nan"),
+        ({"stall_timeout": "inf"}, {}, "--stall-timeout inf"),
+        ({}, {"DYN_SYSTEM_PORT": "65536"}, "DYN_SYSTEM_PORT=65536: must be less than or equal to 65535"),
+        ({"system_port": "-2"}, {}, "--system-port -2"),
+        ({}, {"DYN_WORKER_WARMUP": "maybe"}, "DYN_WORKER_WARMUP=maybe: must be a valid boolean"),
+        ({"namespace": "a b"}, {}, "--namespace a b: must consist of letters, digits"),
+        ({"endpoint_types": "chat,complete"}, {}, "'complete' is none of chat, completions"),
+        ({"log_level": "verbose"}, {}, "--log-level verbose: must be one of debug, info, warning, error"),
+    ],
+)
+def test_wrong_value_names_its_place(flags, environ, message):
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        load(flags, environ)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_value_in_the_file_names_key_and_file():
+    with pytest.raises(UsageError, match=re.escape("`drain: later` in w.yaml: must be one of")):
+        load({}, {}, config(drain="later"))
+
+
+def test_several_problems_are_one_line_each():
+    with pytest.raises(UsageError) as caught:
+        load({"drain": "x", "system_port": "y"}, {"DYN_REQUEST_PLANE": "z"})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_lists():
+    loaded = load({"plugin": ["a,b", "c"]}, {"DYN_WORKER_NO_PLUGIN": "d, e"}, config(endpoint_types=["chat"]))
+    assert loaded.plugin == ("a", "b", "c")
+    assert loaded.no_plugin == ("d", "e")
+    assert loaded.endpoint_types == ("chat",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"grace_period": "30"}, "--termination-grace-period 30 (the default) and --grace-period 30 contradict"),
+        ({"grace_period": "25"}, "3 s are missing"),
+        ({"discovery_backend": "mem"}, "--discovery-backend mem leaves the worker alone"),
+        ({"discovery_backend": "mem", "frontend": "8000"}, "and --frontend 127.0.0.1:8000 contradict"),
+        ({"discovery_path": "/x"}, "--discovery-path /x needs the `file` discovery backend, but it is etcd (default)"),
+        ({"frontend": "8000", "system_port": "8000"}, "both want one port"),
+        ({"router_mode": "kv"}, "--router-mode kv concerns the embedded frontend"),
+        ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a and --no-plugin a contradict"),
+    ],
+)
+def test_contradictions(flags, message):
+    loaded = load(flags, {})
+    with pytest.raises(UsageError, match=re.escape(message)):
+        loaded.check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ"),
+    [
+        ({}, {}),
+        ({"frontend": ""}, {}),
+        ({}, {"DYN_FILE_KV": "/x", "DYN_ROUTER_MODE": "kv", "DYN_MIGRATION_LIMIT": "0"}),
+        ({"frontend": "8000", "system_port": "0"}, {}),
+        ({"drain": "handoff", "grace_period": "22"}, {}),
+    ],
+)
+def test_no_contradiction(flags, environ):
+    load(flags, environ).check()
+
+
+def write(tmp_path, text):
+    path = tmp_path / "w.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_file(tmp_path):
+    file = read_config(write(tmp_path, "drain: handoff\nsystem_port: 0\nengine_args:\n  size: 2\n"))
+    assert load({}, {}, file).drain == "handoff"
+    assert load({}, {}, file).system_port == 0
+    assert file.engine_args == {"size": 2}
+
+
+def test_empty_file(tmp_path):
+    assert read_config(write(tmp_path, "# nothing\n")).values == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("drain: [", r"w\.yaml, line 1, column \d+ is not valid YAML"),
+        ("- a\n- b\n", "must hold `key: value` pairs, not a list"),
+        ("grace-period: 3\n", r"unknown key 'grace-period', did you mean grace_period\?"),
+        ("1: 3\n", "unknown key 1"),
+        ("config: other.yaml\n", "unknown key 'config'"),
+        ("engine_args: --size 2\n", "engine_args must be a mapping"),
+    ],
+)
+def test_bad_file(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read_config(write(tmp_path, text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UsageError, match="cannot read the configuration file .*: No such file or directory"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_binary_file(tmp_path):
+    (tmp_path / "w.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        read_config(tmp_path / "w.yaml")
+
+
+def test_every_field_is_documented():
+    rows = settings.documentation()
+    assert {row.name for row in rows} == set(WorkerSettings.model_fields)
+    assert len({row.option.env for row in rows}) == len(rows)
+    flags = [flag for row in rows for flag in row.flags]
+    assert len(set(flags)) == len(flags)
+    for row in rows:
+        assert row.option.help.endswith("."), row.name
+        assert row.kind == "switch" or row.placeholder, row.name
+
+
+def test_markdown_has_a_row_for_every_setting():
+    table = settings.markdown_table()
+    for row in settings.documentation():
+        (line,) = [line for line in table.splitlines() if f"| `{row.name}` |" in line]
+        assert row.flag in line
+        assert row.option.env in line
+        assert len(re.findall(r"(?<!\\)\|", line)) == 6
