@@ -120,7 +120,7 @@ def _stops(arguments: argparse.Namespace, peer: Path | None) -> list[dict[str, A
             "after last answer",
             "code",
             "streams",
-            "left: proc/shm/files",
+            "left: proc/shm/files/entries",
             "bars",
         ],
         rows,
@@ -131,7 +131,7 @@ def _stops(arguments: argparse.Namespace, peer: Path | None) -> list[dict[str, A
 def _remarks(outcome: scenarios.Outcome) -> None:
     for reason, times in outcome.losses.items():
         progress(f"  lost: {times} x {reason}")
-    for what in (*outcome.processes_left, *outcome.shared_memory_left, *outcome.files_left):
+    for what in (*outcome.processes_left, *outcome.shared_memory_left, *outcome.files_left, *outcome.entries_left):
         progress(f"  left: {what}")
 
 
@@ -149,7 +149,7 @@ def _row(
     completed = sum(outcome.completed for outcome in outcomes)
     left = [
         max(len(getattr(outcome, key)) for outcome in outcomes)
-        for key in ("processes_left", "shared_memory_left", "files_left")
+        for key in ("processes_left", "shared_memory_left", "files_left", "entries_left")
     ]
     row = [
         f"{scenario.name}{' +g' if scenario.after_grace else ''}: {TITLES[kind]}",
@@ -187,7 +187,8 @@ def _in_flight(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             per_request = result.per_request
             rows.append(
                 [
-                    f"{mode}, {count} in flight",
+                    f"{mode}, {count} requests",
+                    str(result.in_flight),
                     f"{result.completed}/{result.requests}",
                     seconds(result.leave),
                     seconds(result.gone),
@@ -200,7 +201,7 @@ def _in_flight(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 progress(f"{mode}, {count} in flight: {times} x {reason}")
     table(
         "Many requests in flight at SIGTERM, dynamo-worker (complete: work counts from the last answer)",
-        ["", "completed", "out of discovery", "gone", "own work", "per request", "code"],
+        ["", "in flight", "completed", "out of discovery", "gone", "own work", "per request", "code"],
         rows,
     )
     return results

@@ -36,9 +36,6 @@ from common.report import (
 )
 from common.workbench import BARE, OURS, PEER, TITLES, Workbench, WorkbenchError, Worker
 
-#: Tokens of one request, by number of concurrent streams; others get those of the next smaller number.
-_MAX_TOKENS = {1: 500, 32: 500, 1000: 100}
-
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -55,6 +52,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="X", help="factor on the number of requests (default: 1)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=500, metavar="N", help="tokens of each request (default: 500)"
     )
     parser.add_argument(
         "--workers",
@@ -76,15 +76,16 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _specification(ports: tuple[int, ...], model: str, streams: int, scale: float) -> LoadSpecification:
-    max_tokens = next(_MAX_TOKENS[known] for known in sorted(_MAX_TOKENS, reverse=True) if known <= max(1, streams))
+def _specification(
+    ports: tuple[int, ...], model: str, streams: int, max_tokens: int, scale: float
+) -> LoadSpecification:
     rounds_of_requests = 10 if streams == 1 else 6 if streams < 500 else 1
     requests = max(streams, round(streams * rounds_of_requests * scale))
     return LoadSpecification(ports, model, streams, requests, max_tokens, timeout=120.0, time_limit=180.0)
 
 
-def _measure(bench: Workbench, worker: Worker, streams: int, scale: float) -> dict[str, Any]:
-    specification = _specification(bench.ports, worker.model, streams, scale)
+def _measure(bench: Workbench, worker: Worker, streams: int, max_tokens: int, scale: float) -> dict[str, Any]:
+    specification = _specification(bench.ports, worker.model, streams, max_tokens, scale)
     serving = worker.serving_pid()
     before = cpu_seconds(serving)
     supervisors = {pid: cpu_seconds(pid) for pid in worker.supervisor_pids()}
@@ -143,14 +144,17 @@ def _report(kinds: list[str], streams: list[int], rounds: list[list[dict[str, An
             if OURS in kinds and other in kinds:
                 least = 2.5 if other == PEER and count == 32 else None
                 ratios.append(_ratio(by_round, count, "tokens_per_second", other, at_least=least))
+        if PEER in kinds and BARE in kinds:
+            # How much room the bar leaves on this machine: no worker on this runtime can be below the floor.
+            ratios.append(_ratio(by_round, count, "worker_cpu_us_per_token", PEER, of=BARE))
     if not ratios:
         return ratios
     table(
-        "Ratios, dynamo-worker / other, medians of the rounds' ratios",
+        "Ratios, medians of the rounds' ratios",
         ["", "ratio", "range", "bar", ""],
         [
             [
-                f"{ratio['streams']} streams, {ratio['what']} / {TITLES[ratio['other']]}",
+                f"{ratio['streams']} streams, {ratio['what']}: {TITLES[ratio['worker']]} / {TITLES[ratio['other']]}",
                 number(ratio["ratio"]),
                 f"{number(ratio['lowest'])}…{number(ratio['highest'])}",
                 ratio["bar"],
@@ -169,12 +173,14 @@ def _ratio(
     other: str,
     at_most: float | None = None,
     at_least: float | None = None,
+    of: str = OURS,
 ) -> dict[str, Any]:
-    ratios = [runs[OURS, streams][key] / runs[other, streams][key] for runs in by_round if (OURS, streams) in runs]
+    ratios = [runs[of, streams][key] / runs[other, streams][key] for runs in by_round]
     ratio = median(ratios)
     has_bar = at_most is not None or at_least is not None
     return {
         "streams": streams,
+        "worker": of,
         "what": "CPU per token" if "cpu" in key else "tokens/s",
         "other": other,
         "ratio": ratio,
@@ -200,14 +206,14 @@ def main() -> int:
                 workers.append(bench.start(kind, kind, arguments.worker_flag if kind == OURS else ()))
             for worker in workers:
                 progress(f"warming up {TITLES[worker.kind]}")
-                _measure(bench, worker, min(32, max(streams)), 0.5)
+                _measure(bench, worker, min(32, max(streams)), arguments.max_tokens, 0.5)
             for number_ in range(arguments.rounds):
                 runs: list[dict[str, Any]] = []
                 for count in streams:
                     # Another order in every round: no worker always runs behind the same one.
                     for position in range(len(workers)):
                         worker = workers[(position + number_) % len(workers)]
-                        result = _measure(bench, worker, count, arguments.scale)
+                        result = _measure(bench, worker, count, arguments.max_tokens, arguments.scale)
                         runs.append(result)
                         progress(
                             f"round {number_ + 1} of {arguments.rounds}, {count} streams, {TITLES[worker.kind]}: "

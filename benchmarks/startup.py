@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Start-up and footprint: how soon dynamo-worker answers, and what its supervisor costs.
 
-  first answer   from the start of `dynamo-worker --engine echo --frontend` to the first answered request on
-                 /v1/chat/completions, which is asked for again and again from the start on
-  commands       wall time of `--help`, `--version` and `engines`, and the engines that they import
-  footprint      proportional set size (PSS) of the supervisor's processes, and CPU time when idle
+first answer   from the start of `dynamo-worker --engine echo --frontend` to the first answered request on
+               /v1/chat/completions, which is asked for again and again from the start on
+commands       wall time of `--help`, `--version` and `engines`, and the engines that they import
+footprint      proportional set size (PSS) of the supervisor's processes, and CPU time when idle
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def _heavy_imports(argument: str, environment: dict[str, str]) -> list[str]:
         text=True,
         check=False,
     )
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time")}
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time")
+    }
     return sorted(name for name in imported if name.startswith(_HEAVY))
 
 
@@ -172,9 +174,7 @@ def _measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         progress(f"dynamo-worker {argument}")
         _time_command(argument, environment)
         times = [_time_command(argument, environment) for _ in range(2 * arguments.repeat)]
-        commands.append(
-            {"command": argument, "times_s": times, "heavy_imports": _heavy_imports(argument, environment)}
-        )
+        commands.append({"command": argument, "times_s": times, "heavy_imports": _heavy_imports(argument, environment)})
     first_answers = []
     stops = []
     footprint: list[dict[str, Any]] = []
@@ -202,9 +202,7 @@ def _report(results: dict[str, Any]) -> None:
         row = [f"dynamo-worker {entry['command']}", seconds(median(times)), bounds(times), "≤ 300 ms", verdict]
         rows.append(row)
     answers, stops = results["first_answer_s"], results["stop_s"]
-    rows.append(
-        ["first answer", seconds(median(answers)), bounds(answers), "≤ 3 s", bar(median(answers), at_most=3.0)]
-    )
+    rows.append(["first answer", seconds(median(answers)), bounds(answers), "≤ 3 s", bar(median(answers), at_most=3.0)])
     rows.append(["SIGTERM to exit, idle, default grace period", seconds(median(stops)), bounds(stops), "", ""])
     table("Start-up", ["", "median", "range", "bar", ""], rows)
     rows = []

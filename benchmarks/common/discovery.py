@@ -18,52 +18,64 @@ if TYPE_CHECKING:
 
 _IN_CREATE, _IN_MOVED_TO = 0x100, 0x80
 _IN_DELETE, _IN_MOVED_FROM = 0x200, 0x40
+_DIRECTORIES = ("instances", "mdc")
 _EVENT = struct.Struct("iIII")
 
 
 class DiscoveryWatch:
-    """Records with inotify when instances appear in the file discovery and when they vanish.
+    """Records with inotify when workers enter and leave the file discovery.
+
+    A worker has two entries: one as an instance, by which routers find it, and one as the server of a model. The
+    first is what counts for leaving; the second may stay until the end of the process, but no longer.
 
     :param root: directory of the file discovery; made here if it is not there yet.
     """
 
     def __init__(self, root: Path) -> None:
-        self._directory = root / "v1" / "instances"
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._root = root
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        for name in _DIRECTORIES:
+            (root / "v1" / name).mkdir(parents=True, exist_ok=True)
         mask = _IN_CREATE | _IN_MOVED_TO | _IN_DELETE | _IN_MOVED_FROM
-        if self._descriptor < 0 or self._libc.inotify_add_watch(self._descriptor, bytes(self._directory), mask) < 0:
+        directory = bytes(root / "v1" / _DIRECTORIES[0])
+        if self._descriptor < 0 or self._libc.inotify_add_watch(self._descriptor, directory, mask) < 0:
             raise OSError(ctypes.get_errno(), "inotify is not available")
         self._condition = threading.Condition()
-        self._appeared: dict[str, float] = {}
         self._vanished: dict[str, float] = {}
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._read, name="discovery watch", daemon=True)
         self._thread.start()
 
     def instances(self, component: str) -> list[str]:
-        """Return the names of the instances of a component that are registered now, oldest first."""
-        with self._condition:
-            present = [name for name in os.listdir(self._directory) if _component(name) == component]
-            return sorted(present, key=lambda name: self._appeared.get(name, 0.0))
-
-    def vanished_at(self, instance: str) -> float | None:
-        """Return when an instance vanished; None while it is there."""
-        with self._condition:
-            at = self._vanished.get(instance)
-            return at if at is not None and at >= self._appeared.get(instance, 0.0) else None
+        """Return the ids of the instances of a component that are registered now with their model."""
+        registered = [self._ids(name, component) for name in _DIRECTORIES]
+        return sorted(set.intersection(*registered))
 
     def wait_vanished(self, instance: str, timeout: float) -> float | None:
-        """Wait until an instance has vanished; return when, None when it is still there after the timeout."""
+        """Wait until an instance has vanished; return since when, None when it is still there in the end."""
         deadline = time.monotonic() + timeout
         with self._condition:
             while True:
-                at = self.vanished_at(instance)
+                at = self._vanished.get(instance)
                 remaining = deadline - time.monotonic()
                 if at is not None or remaining <= 0:
                     return at
                 self._condition.wait(remaining)
+
+    def entries(self, instance: str) -> list[Path]:
+        """Return all entries of an instance that are there now."""
+        return [
+            path
+            for name in _DIRECTORIES
+            for path in (self._root / "v1" / name).iterdir()
+            if _parts(path.name)[-1] == instance
+        ]
+
+    def withdraw(self, instance: str) -> None:
+        """Remove what a killed worker has left here, as if its time to live were over."""
+        for path in self.entries(instance):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop watching."""
@@ -71,6 +83,10 @@ class DiscoveryWatch:
         self._thread.join()
         for descriptor in (self._descriptor, self._wake_read, self._wake_write):
             os.close(descriptor)
+
+    def _ids(self, directory: str, component: str) -> set[str]:
+        parts = [_parts(name) for name in os.listdir(self._root / "v1" / directory)]
+        return {entry[3] for entry in parts if len(entry) == 4 and entry[1] == component}
 
     def _read(self) -> None:
         while True:
@@ -86,18 +102,17 @@ class DiscoveryWatch:
                     position += _EVENT.size
                     name = os.fsdecode(data[position : position + length].rstrip(b"\0"))
                     position += length
+                    instance = _parts(name)[-1]
                     if mask & (_IN_CREATE | _IN_MOVED_TO):
-                        self._appeared.setdefault(name, now)
-                        self._vanished.pop(name, None)
+                        self._vanished.pop(instance, None)
                     else:
-                        self._vanished[name] = now
+                        self._vanished[instance] = now
                 self._condition.notify_all()
 
 
-def _component(name: str) -> str:
-    """Return the component of an instance's file name: the quoted `namespace/component/endpoint/id`."""
-    parts = urllib.parse.unquote(name).split("/")
-    return parts[1] if len(parts) == 4 else ""
+def _parts(name: str) -> list[str]:
+    """Return the parts of an entry's file name: the quoted `namespace/component/endpoint/id`."""
+    return urllib.parse.unquote(name).split("/")
 
 
 class FrontendModels:
@@ -123,8 +138,9 @@ class FrontendModels:
         """Wait until the frontend offers a model, or no longer does; return when, None after the timeout."""
         deadline = time.monotonic() + timeout
         while True:
+            found = (model in self.names()) == present
             now = time.monotonic()
-            if (model in self.names()) == present:
+            if found:
                 return now
             if now > deadline:
                 return None

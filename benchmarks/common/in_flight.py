@@ -11,9 +11,11 @@ from common.processes import TreeWatch
 from common.report import progress
 from common.workbench import OURS, Workbench, WorkbenchError
 
-#: A slow rate, so that thousands of streams are in flight without a load that would hide what is measured.
-RATE = 0.4
+#: Few tokens at a slow rate, so that thousands of streams are in flight without a load that hides what is measured.
 MAX_TOKENS = 8
+#: Streams started per second, and how long each lasts beyond the time that it takes to start them all.
+_RAMP = 1000.0
+_SECONDS = 15.0
 _GRACE_PERIOD = 0.5
 
 
@@ -22,8 +24,9 @@ class InFlight:
     """What was seen of one stop with many requests in flight.
 
     :param mode: drain mode.
-    :param requests: requests in flight when the worker was asked to stop.
-    :param completed: those whose client got the whole answer.
+    :param requests: requests sent.
+    :param in_flight: those that were in flight when the worker was asked to stop.
+    :param completed: requests whose client got the whole answer.
     :param leave: seconds from the signal until the worker was out of discovery.
     :param gone: seconds from the signal until all of its processes were gone.
     :param work: seconds that the worker itself took: from leaving discovery (and the grace period) to its end;
@@ -34,6 +37,7 @@ class InFlight:
 
     mode: str
     requests: int
+    in_flight: int
     completed: int
     leave: float | None
     gone: float | None
@@ -44,7 +48,7 @@ class InFlight:
     @property
     def per_request(self) -> float | None:
         """Seconds of the worker's own work per request."""
-        return None if self.work is None else self.work / self.requests
+        return None if self.work is None or not self.in_flight else self.work / self.in_flight
 
 
 def measure(bench: Workbench, mode: str, requests: int) -> InFlight:
@@ -55,7 +59,8 @@ def measure(bench: Workbench, mode: str, requests: int) -> InFlight:
     :param requests: number of requests in flight.
     """
     model = "many"
-    flags = ["--tokens-per-second", str(RATE), "--drain", mode, "--termination-grace-period", "90"]
+    rate = (MAX_TOKENS - 1) / (_SECONDS + 1.5 * requests / _RAMP)
+    flags = ["--tokens-per-second", f"{rate:.3f}", "--drain", mode, "--termination-grace-period", "120"]
     flags += ["--grace-period", f"{_GRACE_PERIOD if mode == 'complete' else 0:g}"]
     workers = [bench.start(OURS, model, flags)]
     load: Load | None = None
@@ -69,32 +74,34 @@ def measure(bench: Workbench, mode: str, requests: int) -> InFlight:
                 requests,
                 MAX_TOKENS,
                 expected=echo_text(MAX_TOKENS),
-                ramp=2000.0,
-                timeout=120.0,
-                time_limit=150.0,
+                ramp=_RAMP,
+                timeout=150.0,
+                time_limit=180.0,
             )
         )
-        load.wait_streaming(60.0)
+        load.wait_streaming(90.0)
         if mode != "abort":
             workers.append(bench.start(OURS, model, flags))
             time.sleep(0.5)
         victim = workers[0]
         watch = TreeWatch(victim.program.tree())
         at = victim.program.signal(signal.SIGTERM)
-        left = watch.wait(100.0)
+        left = watch.wait(130.0)
         watch.close()
         left_at = bench.discovery.wait_vanished(victim.instance, 1.0)
         victim.program.wait(0.0 if left else 2.0)
-        result = load.result(150.0)
+        result = load.result(200.0)
         work = None
         if watch.gone_at is not None and left_at is not None:
             began = left_at
             if mode == "complete":
-                began = max(record.ended for record in result.records)
+                # A client may see the last answer a little after the worker has sent it and is gone.
+                began = min(watch.gone_at, max(record.ended for record in result.records))
             work = watch.gone_at - began
         return InFlight(
             mode,
             requests,
+            sum(record.started <= at < record.ended for record in result.records),
             result.completed,
             None if left_at is None else left_at - at,
             None if watch.gone_at is None else watch.gone_at - at,

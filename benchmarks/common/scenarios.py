@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ from common.workbench import (
 #: Tokens per second of a stream, and tokens of a request: streams of 6 s, longer than any grace period used here.
 RATE = 40.0
 MAX_TOKENS = 240
-#: Does something to a worker; returns when, on CLOCK_MONOTONIC.
+_names = itertools.count(1)
+#: Does something to a worker; returns since when its end counts, on CLOCK_MONOTONIC.
 Action = Callable[[Worker], float]
 
 
@@ -93,6 +95,7 @@ class Outcome:
     processes_left: list[str] = field(default_factory=list)
     shared_memory_left: list[str] = field(default_factory=list)
     files_left: list[str] = field(default_factory=list)
+    entries_left: list[str] = field(default_factory=list)
 
     def missed(self, scenario: Scenario) -> list[str]:
         """Return the names of the bars that were missed."""
@@ -104,7 +107,7 @@ class Outcome:
             missed.append("code")
         if scenario.completed and self.completed != self.streams:
             missed.append("streams")
-        if self.processes_left or self.shared_memory_left or self.files_left:
+        if self.processes_left or self.shared_memory_left or self.files_left or self.entries_left:
             missed.append("leftovers")
         return missed
 
@@ -146,10 +149,15 @@ def to_last_engine(worker: Worker) -> int:
     return worker.engine_pids()[-1]
 
 
-def repeated(number: int, count: int, pause: float) -> Action:
-    """Return the action that sends a signal to a worker's program several times; its time is that of the last one."""
+def repeated(number: int, count: int, pause: float, stopped: bool = False) -> Action:
+    """Return the action that sends a signal to a worker's program several times; its time is that of the last one.
+
+    :param stopped: whether the process that serves is stopped (SIGSTOP) before, so that it cannot act on a signal.
+    """
 
     def action(worker: Worker) -> float:
+        if stopped:
+            pin_and_signal(worker.serving_pid(), signal.SIGSTOP)
         at = worker.program.signal(number)
         for _ in range(count - 1):
             time.sleep(pause)
@@ -191,7 +199,8 @@ def scenarios() -> list[Scenario]:
             code=0,
         ),
         Scenario("second SIGTERM, busy", repeated(signal.SIGTERM, 2, 0.5), busy=True, gone=2.5),
-        Scenario("third SIGTERM, busy", repeated(signal.SIGTERM, 3, 0.3), own, busy=True, gone=0.5),
+        Scenario("second SIGTERM, worker stopped", repeated(signal.SIGTERM, 2, 0.5, stopped=True), gone=2.5),
+        Scenario("third SIGTERM, worker stopped", repeated(signal.SIGTERM, 3, 0.5, stopped=True), gone=0.5),
         Scenario("SIGTERM, start blocked", terminate, own, ready=False, flags=("--start-seconds", "600"), gone=3.0),
         Scenario("worker killed, idle", send(signal.SIGKILL, to_worker), leave=0.5, gone=0.5, code=137, **tree),
         Scenario(
@@ -258,7 +267,8 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
     :raises WorkbenchError: the scenario could not be set up.
     """
     outcome = Outcome(scenario.name, kind)
-    model = f"{kind}-model"
+    # A name of its own for each measurement, so that nothing of the last one is taken for it.
+    model = f"{kind}{next(_names)}"
     flags = ["--tokens-per-second", str(RATE)]
     if scenario.process_tree:
         flags.append("--process-tree")
@@ -290,6 +300,7 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
         if scenario.ready and not scenario.spare:
             vanished = VanishedModel(bench.port, model, scenario.bound)
             time.sleep(0.05)
+        begun = time.monotonic()
         at = scenario.action(worker)
         over = grace if scenario.after_grace else 0.0
         left = watch.wait(scenario.bound + over)
@@ -298,9 +309,10 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
         outcome.exited = _after(at + over, worker.program.ended_at)
         outcome.code = worker.program.code
         if scenario.ready:
-            outcome.leave = _after(at, bench.discovery.wait_vanished(worker.instance, 0.0 if left else 2.0))
+            remaining = max(0.0, begun + scenario.bound - time.monotonic())
+            outcome.leave = _after(begun, bench.discovery.wait_vanished(worker.instance, remaining))
         if vanished is not None:
-            outcome.frontend = _after(at, vanished.join())
+            outcome.frontend = _after(begun, vanished.join())
         if load is not None:
             result = _end_of(load)
             outcome.streams, outcome.completed, outcome.losses = streams, result.completed, result.losses()
@@ -313,6 +325,9 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
             outcome.processes_left = [" ".join(command_line(pid)) for pid in sorted(set(left) | set(bench.orphans()))]
             outcome.shared_memory_left = sorted(path for path in segments if Path(path).exists())
             outcome.files_left = files_below(worker.temporary)
+            if worker.instance:
+                entries = bench.discovery.entries(worker.instance)
+                outcome.entries_left = [str(Path(*path.parts[-2:])) for path in entries]
         _remove(segments)
         return outcome
     finally:

@@ -52,7 +52,7 @@ class Worker:
     :param kind: `peer`, `bare` or `ours`.
     :param program: the process that was started; the supervisor of a dynamo-worker.
     :param model: the model it serves.
-    :param instance: its name in discovery.
+    :param instance: its id in discovery.
     :param temporary: its private TMPDIR.
     """
 
@@ -214,6 +214,8 @@ class Workbench:
         for worker in workers:
             end_all(worker.program.tree())
             worker.program.wait(5.0)
+            if worker.instance:
+                self.discovery.withdraw(worker.instance)
             if worker.program in self._programs:
                 self._programs.remove(worker.program)
         end_all(self.orphans())

@@ -87,9 +87,7 @@ def test_what_the_engine_cannot_do_is_refused_by_name(
 
 
 def test_too_long_a_prompt_is_refused(cluster: Cluster, worker: Worker) -> None:
-    status, body = post(
-        f"{cluster.url}/v1/completions", {"model": "echo", "prompt": "x" * 140_000, "max_tokens": 4}
-    )
+    status, body = post(f"{cluster.url}/v1/completions", {"model": "echo", "prompt": "x" * 140_000, "max_tokens": 4})
     assert status == 400, body
 
 

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 #: A complete engine plugin as a module.
 ENGINE_MODULE = """
@@ -94,18 +97,21 @@ class CommandLine:
 
     def __call__(self, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run one command."""
-        return self.python("-m", "dynamo_worker", *argv, **environment)
+        return self.python("-m", "dynamo_worker", *argv, environment=environment)
 
-    def python(self, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def python(
+        self, *argv: str, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run the interpreter."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         return subprocess.run(
             [sys.executable, *argv],
-            capture_output=True,
             text=True,
             check=False,
             timeout=60,
             cwd=self.directory,
-            env={**self.environment, **environment},
+            env={**self.environment, **(environment or {})},
+            **options,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -18,10 +19,8 @@ async def hang():
 async def swallow_cancellation():
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0.05)
-        except asyncio.CancelledError:
-            pass
 
 
 async def fail():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import statistics
 import time
 from pathlib import Path
@@ -14,12 +17,25 @@ from dynamo_worker import __main__ as entry
 from dynamo_worker import __version__
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import UsageError
-from dynamo_worker.settings import documentation
+from dynamo_worker.options import OPTIONS
 
 RUN = "--no-supervise"
 
 #: What no look at the command line may import. The last three are ours: what only a running worker needs.
-HEAVY = ("torch", "vllm", "sglang", "tensorrt_llm", "dynamo", "rich", "uvloop", "toy_plugin", "dynamo_worker.launcher")
+HEAVY = (
+    "pydantic",
+    "pluggy",
+    "asyncio",
+    "torch",
+    "vllm",
+    "sglang",
+    "tensorrt_llm",
+    "dynamo",
+    "rich",
+    "uvloop",
+    "toy_plugin",
+    "dynamo_worker.launcher",
+)
 
 
 def refused(result, code, *words):
@@ -126,9 +142,9 @@ def test_help_teaches(command, site):
     site.install_engine()
     text = command("--help").stdout
     assert text.index("Examples:") < text.index("Shutdown:") < text.index("Exit codes:")
-    for row in documentation():
+    for row in OPTIONS:
         assert row.flag in text
-        assert f"[env: {row.option.env}]" in text
+        assert f"[env: {row.env}]" in text
     assert "toy-dist 1.0" in text
     assert "--pipeline-size" not in text
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -147,10 +163,10 @@ def test_help_survives_a_broken_engine_and_settings(command, site):
     assert result.returncode == 0
     assert "Exit codes:" in result.stdout
     assert "ZeroDivisionError" in result.stderr
-    assert command("--help", DYN_WORKER_DRAIN="nonsense").returncode == 0
+    assert command("--engine", "echo", "--help", DYN_WORKER_DRAIN="nonsense").returncode == 0
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["engines"], ["engines", "--json"], ["--print-config"]])
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["engines"], ["engines", "--json"]])
 def test_a_look_is_cheap(command, site, argv):
     site.install_engine()
     script = (
@@ -275,6 +291,11 @@ def test_no_engine(command):
     refused(command(RUN), 2, "no engine was chosen")
 
 
+def test_misspelt_engine_flag(command):
+    refused(command("--egine", "echo", RUN), 2, "unknown flag --egine, did you mean --engine?")
+    refused(command("--model", "m", RUN), 2, "no engine was chosen")
+
+
 def test_unknown_flag_of_the_worker_and_of_the_engine(command, site):
     site.install_engine()
     refused(command("--engine", "toy", "--grace-perid", "3", RUN), 2, "--grace-perid, did you mean --grace-period?")
@@ -362,8 +383,12 @@ def test_a_bug_is_a_crash_report(command, site):
 
 
 def test_a_closed_pipe_is_no_crash(command):
-    script = "import sys, os; os.close(1); from dynamo_worker.cli import main; sys.exit(main(['--help']))"
-    assert "Traceback" not in command.python("-c", script).stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        result = command.python("-m", "dynamo_worker", "--help", stdout=pipe)
+    assert result.stderr == ""
+    assert result.returncode == 128 + signal.SIGPIPE
 
 
 # --- The engine's own flags
@@ -393,6 +418,14 @@ def test_command_line_wins_over_the_file(site):
     assert parsed(site, ["--size", "7", "-pp", "4"], size=3, pipeline_size=2, fast=False, options=None).size == 7
 
 
+def test_frontend_is_its_own_command(monkeypatch):
+    from dynamo_worker import frontend
+    from dynamo_worker.cli import main
+
+    monkeypatch.setattr(frontend, "main", lambda argv: len(argv))
+    assert main(["frontend", "--http", "1"]) == 2
+
+
 def test_launcher_gets_settings_plugins_and_arguments(site, monkeypatch):
     from dynamo_worker import launcher
     from dynamo_worker.cli import main
@@ -407,18 +440,15 @@ def test_launcher_gets_settings_plugins_and_arguments(site, monkeypatch):
     assert engine_args.size == 5
 
 
-def test_the_supervisor_learns_the_reason(monkeypatch, capsys):
-    import os
-    import socket
-
-    from dynamo_worker.cli import main
-
+def test_the_supervisor_learns_the_reason(command):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
-        monkeypatch.setenv("DYNAMO_WORKER_CONTROL_FD", str(theirs.detach()))
-        assert main(["--engine", "ecko", RUN]) == 2
+    with ours, theirs:
+        argv = ("-m", "dynamo_worker", "--engine", "ecko", RUN)
+        result = command.python(
+            *argv, pass_fds=[theirs.fileno()], environment={"DYNAMO_WORKER_CONTROL_FD": str(theirs.fileno())}
+        )
         message = json.loads(ours.recv(4096))
+    assert result.returncode == 2
     assert message["type"] == "exit"
     assert message["code"] == 2
     assert "there is no engine 'ecko'" in message["reason"]
-    assert "DYNAMO_WORKER_CONTROL_FD" not in os.environ

@@ -12,9 +12,10 @@ import time
 import pytest
 
 from dynamo_worker.deadline import Deadline
+from dynamo_worker.discovery import discover
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.plugins import PluginError, Plugins, UnknownPluginError, check, discover
+from dynamo_worker.plugins import PluginError, Plugins, UnknownPluginError, check
 
 HOOKIMPL = "from dynamo_worker.hookspecs import hookimpl\n"
 CREATE = "@hookimpl\ndef create_engine(args, context): return 'engine'\n"
@@ -63,6 +64,11 @@ def test_broken_plugins_are_rows(site):
     assert (row("gone").status, row("odd").status) == ("missing", "broken")
     site.install_engine()
     assert Plugins.load("toy", disabled=["odd"]).engine_name == "toy", "a broken plugin that was not chosen is no error"
+
+
+def test_disabled_plugin_is_a_row(site):
+    extension(site, "1 / 0")
+    assert [record.status for record in discover(["extra"]) if record.name == "extra"] == ["disabled"]
 
 
 def test_two_packages_with_one_name_are_two_rows(site):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dynamo_worker import settings
 from dynamo_worker.errors import UsageError
+from dynamo_worker.options import BY_NAME, OPTIONS
 from dynamo_worker.settings import Address, ConfigFile, WorkerSettings, load, read_config
 
 
@@ -231,7 +231,7 @@ def test_bad_file(tmp_path, text, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UsageError, match="cannot read the configuration file .*: No such file or directory"):
+    with pytest.raises(UsageError, match=r"cannot read the configuration file .*: No such file or directory"):
         read_config(tmp_path / "none.yaml")
 
 
@@ -241,21 +241,9 @@ def test_binary_file(tmp_path):
         read_config(tmp_path / "w.yaml")
 
 
-def test_every_field_is_documented():
-    rows = settings.documentation()
-    assert {row.name for row in rows} == set(WorkerSettings.model_fields)
-    assert len({row.option.env for row in rows}) == len(rows)
-    flags = [flag for row in rows for flag in row.flags]
-    assert len(set(flags)) == len(flags)
-    for row in rows:
-        assert row.option.help.endswith("."), row.name
-        assert row.kind == "switch" or row.placeholder, row.name
-
-
-def test_markdown_has_a_row_for_every_setting():
-    table = settings.markdown_table()
-    for row in settings.documentation():
-        (line,) = [line for line in table.splitlines() if f"| `{row.name}` |" in line]
-        assert row.flag in line
-        assert row.option.env in line
-        assert len(re.findall(r"(?<!\\)\|", line)) == 6
+def test_every_field_is_an_option_with_its_default():
+    assert {option.name for option in OPTIONS} == set(WorkerSettings.model_fields)
+    for name, value in WorkerSettings().model_dump().items():
+        if name not in ("discovery_backend", "grace_period"):
+            assert value == BY_NAME[name].default
+        assert WorkerSettings.model_fields[name].description == BY_NAME[name].help

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
 
 log = get_logger(__name__)
 
@@ -52,7 +54,7 @@ class ControlChannel:
             return
         try:
             self._socket.send(json.dumps({"type": message_type, **fields}).encode())
-        except (BlockingIOError, ConnectionError, BrokenPipeError) as error:
+        except OSError as error:
             log.debug("Supervisor not reachable", error=error)
 
     def listen(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[dict[str, Any]], None]) -> None:
@@ -63,7 +65,8 @@ class ControlChannel:
         loop.add_reader(self._socket.fileno(), self._receive, on_message)
 
     def _receive(self, on_message: Callable[[dict[str, Any]], None]) -> None:
-        assert self._socket is not None and self._loop is not None
+        assert self._socket is not None
+        assert self._loop is not None
         try:
             packet = self._socket.recv(_MAX_PACKET)
         except BlockingIOError:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dynamo_worker.logs import get_logger
 from dynamo_worker.shutdown_plan import FORCED_STOP
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from rich.live import Live
+    from typing_extensions import Self
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.serving import RequestRegistry
@@ -32,7 +34,7 @@ class DrainProgress:
         self._task: asyncio.Task[None] | None = None
         self._live: Live | None = None
 
-    def __enter__(self) -> DrainProgress:
+    def __enter__(self) -> Self:
         if len(self._registry):
             self._task = asyncio.ensure_future(self._show_live() if sys.stderr.isatty() else self._log())
         return self

@@ -10,19 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker import logs
+from dynamo_worker.address import Address
+from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.logs import get_logger
+from dynamo_worker.options import DEFAULT_FRONTEND
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dynamo_worker.settings import WorkerSettings
 
 log = get_logger(__name__)
 
-DEFAULT_ADDRESS = "127.0.0.1:8000"
 #: Router modes by flag value, each the name of a member of ``dynamo.llm.RouterMode``.
 ROUTER_MODES = {
     "round-robin": "RoundRobin",
@@ -36,21 +38,21 @@ _STOP_SECONDS = 1.0
 _START_SECONDS = 30.0
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Split ``HOST:PORT``, ``:PORT`` or ``PORT``.
+def parse_address(text: str) -> Address:
+    """Read the address of ``--http``.
 
-    :raises UsageError: it is none of these.
+    :raises UsageError: it is none.
     """
-    host, _, port = text.rpartition(":")
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"{text!r} is no address", hint="use HOST:PORT, for example 127.0.0.1:8000")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    try:
+        return Address.parse(text, DEFAULT_FRONTEND)
+    except ValueError as error:
+        raise UsageError(f"--http: {text!r} {error}") from error
 
 
 class FrontendProcess:
     """The frontend that ``--frontend`` starts beside the worker."""
 
-    def __init__(self, process: subprocess.Popen[bytes], address: tuple[str, int]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], address: Address) -> None:
         self._process = process
         self._address = address
 
@@ -61,7 +63,7 @@ class FrontendProcess:
         :raises StartError: its address is in use.
         """
         assert settings.frontend is not None
-        address = (settings.frontend.host, settings.frontend.port)
+        address = settings.frontend
         _check_free(address)
         command = [sys.executable, "-m", "dynamo_worker", "frontend", "--http", str(settings.frontend)]
         command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
@@ -82,8 +84,7 @@ class FrontendProcess:
     @property
     def url(self) -> str:
         """Where it listens."""
-        host, port = self._address
-        return f"http://{host}:{port}"
+        return f"http://{self._address}"
 
     async def wait_ready(self) -> None:
         """Wait until it accepts connections.
@@ -120,7 +121,7 @@ class FrontendProcess:
             await asyncio.sleep(0.005)
 
 
-def _check_free(address: tuple[str, int]) -> None:
+def _check_free(address: Address) -> None:
     """Make sure that the frontend's address can be bound; the runtime itself would only say that it failed.
 
     :raises StartError: it cannot.
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     environment = os.environ.get
-    result.add_argument("--http", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="address to listen on")
+    result.add_argument("--http", default=DEFAULT_FRONTEND, metavar="HOST:PORT", help="address to listen on")
     result.add_argument(
         "--discovery-backend",
         default=environment("DYN_DISCOVERY_BACKEND", "file"),
@@ -190,17 +191,17 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     logs.setup()
     logs.quiet_runtime()
-    host, port = parse_address(args.http)
-    _check_free((host, port))
+    address = parse_address(args.http)
+    _check_free(address)
     if args.discovery_path:
         os.environ["DYN_FILE_KV"] = args.discovery_path
     # The runtime's own status server would want the worker's port.
     os.environ["DYN_SYSTEM_PORT"] = "-1"
-    uvloop.run(_serve(host, port, args))
+    uvloop.run(_serve(address, args))
     return 0
 
 
-async def _serve(host: str, port: int, args: argparse.Namespace) -> None:
+async def _serve(address: Address, args: argparse.Namespace) -> None:
     from dynamo.llm import EngineType, EntrypointArgs, RouterConfig, RouterMode, make_engine, run_input
     from dynamo.runtime import DistributedRuntime
 
@@ -210,8 +211,8 @@ async def _serve(host: str, port: int, args: argparse.Namespace) -> None:
         runtime,
         EntrypointArgs(
             EngineType.Dynamic,
-            http_host=host,
-            http_port=port,
+            http_host=address.host,
+            http_port=address.port,
             namespace=args.namespace,
             router_config=RouterConfig(getattr(RouterMode, ROUTER_MODES[args.router_mode])),
             migration_limit=args.migration_limit,
@@ -222,7 +223,7 @@ async def _serve(host: str, port: int, args: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stopped.set)
     serving = asyncio.ensure_future(run_input(runtime, "http", engine))
     stopping = asyncio.ensure_future(stopped.wait())
-    log.info("Frontend listening", url=f"http://{host}:{port}")
+    log.info("Frontend listening", url=f"http://{address}")
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         runtime.shutdown()

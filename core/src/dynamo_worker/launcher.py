@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +46,12 @@ from dynamo_worker.status_server import StatusServer
 from dynamo_worker.supervisor import ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from dynamo_worker.plugins import Plugins
     from dynamo_worker.settings import WorkerSettings
+
+    Stage = Callable[[], Coroutine[Any, Any, None]]
 
 log = get_logger(__name__)
 
@@ -65,6 +68,8 @@ _FATAL_CLEANUP = 5.0
 _CUT_SECONDS = 1.0
 #: Seconds for the runtime to close its connections once nothing is in flight.
 _RUNTIME_SHUTDOWN = 1.0
+#: Seconds between the end of the hooks' time and the end of their stage, to cancel, log and go on.
+_HOOK_MARGIN = 0.3
 #: Seconds a start that is cancelled has to give up.
 _CANCEL_START = 1.0
 
@@ -102,9 +107,7 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
 class Launcher:
     """One worker's life."""
 
-    def __init__(
-        self, settings: WorkerSettings, plugins: Plugins, engine_args: Any, control: ControlChannel
-    ) -> None:
+    def __init__(self, settings: WorkerSettings, plugins: Plugins, engine_args: Any, control: ControlChannel) -> None:
         self._settings = settings
         self._plugins = plugins
         self._engine_args = engine_args
@@ -142,7 +145,7 @@ class Launcher:
         self._processes = ProcessWatch(loop, self._on_fatal)
         log.info("Starting worker", engine=self._settings.engine, version=__version__, pid=os.getpid())
         self._announce()
-        self._stage = asyncio.ensure_future(self._run_stage(State.STARTING, self._start()))
+        self._stage = asyncio.ensure_future(self._run_stage(State.STARTING, self._start))
         while self._state is not State.STOPPED:
             event = await self._events.get()
             await self._move(TRANSITIONS[self._state, event])
@@ -160,34 +163,34 @@ class Launcher:
         if self._stage is not None and not self._stage.done():
             self._stage.cancel()
             await asyncio.wait({self._stage}, timeout=_CANCEL_START)
-        stage: Coroutine[Any, Any, None] | None = None
+        stage: Stage | None = None
         if state is State.SERVING:
             self._serving()
         elif state is State.UNREGISTERING:
             log.info("Leaving discovery", in_flight=len(self._registry))
-            stage = self._unregistering()
+            stage = self._unregistering
         elif state is State.GRACE:
             log.info("Grace period", seconds=self._plan.grace, in_flight=len(self._registry))
-            stage = self._grace()
+            stage = self._grace
         elif state is State.DRAINING:
-            stage = self._draining()
+            stage = self._draining
         elif state is State.CLEANUP:
             if previous is State.STARTING:
                 self.reason = "stopped during the start"
             if self._stop_level > 1:
                 self._force()
             log.info("Cleaning up worker", in_flight=len(self._registry))
-            stage = self._cleanup()
+            stage = self._cleanup
         elif state is State.FATAL:
             self._condemn()
-            stage = self._fatal()
+            stage = self._fatal
         else:
             log.info("Worker process ends", exit_code=int(self._exit_code), reason=self.reason)
         self._announce()
         if stage is not None:
             self._stage = asyncio.ensure_future(self._run_stage(state, stage))
 
-    async def _run_stage(self, state: State, stage: Coroutine[Any, Any, None]) -> None:
+    async def _run_stage(self, state: State, stage: Stage) -> None:
         """Run a state's coroutine and post the event that says it has ended."""
         done = {
             State.STARTING: Event.ENGINE_READY,
@@ -198,10 +201,14 @@ class Launcher:
             State.FATAL: Event.CLEANED_UP,
         }[state]
         try:
-            await stage
-        except Exception as error:
+            await stage()
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if self._state is not state:  # cancelled: the worker has moved on
+                return
+            # An engine's start may also end the interpreter, or be cancelled from within: both are failures.
             if state is State.STARTING:
-                self._error = error
+                # An error that was reported before is the cause, this one its consequence.
+                self._error = self._error or error
                 self._events.put_nowait(Event.START_FAILED)
                 return
             # A bug of ours must not keep a shutdown from going on.
@@ -235,9 +242,9 @@ class Launcher:
             return
         self._stop_level, self._stop_signal = level, number
         if level == 1:
-            self.reason = f"stopped by {number.name}"
             self._stopped_at = received_at
             if self._state is not State.FATAL:
+                self.reason = f"stopped by {number.name}"
                 self._deadline = self._plan.worker_deadline(received_at)
             self._events.put_nowait(Event.STOP_REQUESTED)
         elif level == 2:
@@ -361,6 +368,7 @@ class Launcher:
     async def _canary(self) -> None:
         """Make the engine produce one chunk."""
         engine = self._engine
+        assert engine is not None
         assert isinstance(engine, HasCanary)
         request_id = f"canary-{time.monotonic_ns():x}"
         stream = engine.generate(engine.canary_request(), LocalContext(request_id))
@@ -387,11 +395,11 @@ class Launcher:
         ]
         if settings.stall_timeout and isinstance(engine, HasCanary):
             watches.append(
-                StallMonitor(
-                    engine, self._registry, self._canary, self._on_fatal, timeout=settings.stall_timeout
-                ).run()
+                StallMonitor(engine, self._registry, self._canary, self._on_fatal, timeout=settings.stall_timeout).run()
             )
         self._monitors = [asyncio.ensure_future(watch) for watch in watches]
+        for monitor in self._monitors:
+            monitor.add_done_callback(_report_monitor)
 
     async def _unregistering(self) -> None:
         assert self._runtime is not None
@@ -400,16 +408,19 @@ class Launcher:
 
     async def _unregister(self, deadline: Deadline) -> None:
         """Leave discovery by the deadline; what cannot be taken back, the supervisor withdraws at the end."""
-        runtime, self_withdrawn = self._runtime, False
+        runtime = self._runtime
         if runtime is None:
             return
         try:
-            await asyncio.wait_for(runtime.unregister(), deadline.remaining())
-            self_withdrawn = True
+            withdrawn = await asyncio.wait_for(runtime.unregister(), deadline.remaining())
         except (asyncio.TimeoutError, TimeoutError):
             log.warning("Discovery did not answer; the supervisor withdraws the registration at the end")
-        if self_withdrawn and self._run_dir is not None:
-            ledger.record_withdrawal(self._run_dir, runtime.worker_id)
+            return
+        if withdrawn and self._run_dir is not None:
+            try:
+                ledger.record_withdrawal(self._run_dir, runtime.worker_id)
+            except OSError as error:  # a full disk must not keep requests from being handed off
+                log.warning("The withdrawal cannot be recorded", error=error)
 
     async def _grace(self) -> None:
         deadline = self._plan.grace_deadline(time.monotonic(), self._stopped_at)
@@ -427,7 +438,7 @@ class Launcher:
             registry.cut(Cut.HANDOFF)
         elif self._settings.drain == "abort":
             registry.cut(Cut.ABORT)
-        hooks = asyncio.ensure_future(self._plugins.drain(engine, deadline))
+        hooks = asyncio.ensure_future(self._plugins.drain(engine, deadline.reserve(_HOOK_MARGIN)))
         finished = asyncio.ensure_future(registry.wait_idle())
         with DrainProgress(registry, deadline):
             await asyncio.wait({hooks, finished}, timeout=deadline.remaining())
@@ -471,7 +482,8 @@ class Launcher:
 
     async def _fatal(self) -> None:
         error, deadline = self._error, self._deadline
-        assert error is not None and deadline is not None
+        assert error is not None
+        assert deadline is not None
         self._stop_monitors()
         if self._runtime is not None:
             self._runtime.set_ready(False)
@@ -500,7 +512,7 @@ class Launcher:
             log.info("DistributedRuntime shutdown complete")
         if self._engine is not None:
             await self._plugins.cleanup(
-                self._engine, deadline.reserve(0.2), limit=self._settings.engine_shutdown_timeout
+                self._engine, deadline.reserve(_HOOK_MARGIN), limit=self._settings.engine_shutdown_timeout
             )
         if self._frontend is not None:
             await self._frontend.stop()
@@ -527,3 +539,10 @@ class Launcher:
                     f"{self._settings.discovery_backend} discovery, or the lease there, is lost"
                 )
             )
+
+
+def _report_monitor(monitor: asyncio.Task[None]) -> None:
+    """Make sure that a monitor which fails (an engine's ``progress`` may raise) does not do so unseen."""
+    error = None if monitor.cancelled() else monitor.exception()
+    if error is not None:
+        log.error("Monitor failed; the worker goes on without it", exc_info=error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,6 +11,8 @@ from prometheus_client.registry import Collector
 from dynamo_worker.lifecycle import State
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dynamo_worker.serving import RequestRegistry
 
 

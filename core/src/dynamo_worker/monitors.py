@@ -24,6 +24,9 @@ log = get_logger(__name__)
 
 OnFatal = Callable[[WorkerError], None]
 
+#: How much too early a timer of the event loop may fire, in seconds (uvloop's count whole milliseconds).
+_TIMER_SLACK = 0.005
+
 
 class ProcessWatch:
     """Reports the death of a process within a millisecond: the kernel makes its pidfd readable, nothing polls."""
@@ -82,7 +85,10 @@ def _how_it_died(pidfd: int) -> str:
         return ""
     if result.si_code == os.CLD_EXITED:
         return f": exit code {result.si_status}"
-    return f": killed by {signal.Signals(result.si_status).name}"
+    try:
+        return f": killed by {signal.Signals(result.si_status).name}"
+    except ValueError:  # most real-time signals have no name
+        return f": killed by signal {result.si_status}"
 
 
 class HealthMonitor:
@@ -124,7 +130,7 @@ class HealthMonitor:
             for outcome in outcomes:
                 if outcome.error is None:
                     continue
-                if isinstance(outcome.error, TimeoutError) and outcome.duration >= self._timeout:
+                if isinstance(outcome.error, TimeoutError) and outcome.duration >= self._timeout - _TIMER_SLACK:
                     self._on_fatal(
                         EngineStalledError(
                             f"the health check of {outcome.plugin} did not answer within {self._timeout:g} s"
@@ -198,10 +204,14 @@ class StallMonitor:
 
     async def _answers(self, seen: tuple[int, int]) -> bool:
         canary = asyncio.ensure_future(self._canary())
-        deadline = time.monotonic() + self._timeout * self.CANARY_SHARE
+        tick = self._timeout * self.TICK_SHARE
+        left = self._timeout * self.CANARY_SHARE
         try:
-            while time.monotonic() < deadline:
-                await asyncio.wait({canary}, timeout=self._timeout * self.TICK_SHARE)
+            while left > 0:
+                started = time.monotonic()
+                await asyncio.wait({canary}, timeout=tick)
+                # Here too, time in which this process itself was held up does not count.
+                left -= min(time.monotonic() - started, 2 * tick)
                 if self._progress() != seen:
                     return True
                 if canary.done():
@@ -218,7 +228,7 @@ class StallMonitor:
         return False
 
     def _judge(self, canary: asyncio.Future[None]) -> bool:
-        error = canary.exception()
+        error = asyncio.CancelledError() if canary.cancelled() else canary.exception()
         if isinstance(error, EngineDeadError):
             self._on_fatal(error)
             return False

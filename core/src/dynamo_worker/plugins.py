@@ -1,7 +1,6 @@
-"""Plugins: which ones are installed, loading the chosen ones, and the typed facade that calls their hooks.
+"""Plugins: importing and validating the chosen ones, and the typed facade that calls their hooks.
 
-Which plugins exist is read from package metadata without importing any of them. Everything that can be wrong with a
-plugin has one message of its own here: what, why, where, and what to do next.
+Everything that can be wrong with a plugin has one message of its own here: what, why, where, and what to do next.
 """
 
 from __future__ import annotations
@@ -11,80 +10,42 @@ import importlib
 import importlib.util
 import inspect
 import os
-import re
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
-from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
-from typing import TYPE_CHECKING, Any, Final, Literal
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
+from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
 from dynamo_worker import hookspecs
 from dynamo_worker.calling import Outcome, call_concurrently, call_in_order
+from dynamo_worker.discovery import (
+    ENGINE_GROUP,
+    LOCAL_GROUP,
+    PLUGIN_GROUP,
+    PluginRecord,
+    discover,
+    find,
+    module_exists,
+    record_of,
+    reference,
+    source,
+)
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError, WorkerError
 from dynamo_worker.hookspecs import API_VERSION, PROJECT_NAME
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine, EngineContext
 
-#: Entry-point group of engines: exactly one is chosen with ``--engine NAME``.
-ENGINE_GROUP: Final = "dynamo_worker.engines"
-#: Entry-point group of extensions: all that are installed are loaded, unless disabled with ``--no-plugin NAME``.
-PLUGIN_GROUP: Final = "dynamo_worker.plugins"
-#: The group, in records, of modules loaded with ``-p MODULE``.
-LOCAL_GROUP: Final = "module"
-
-#: ``module``, ``package.module`` or ``package.module:object``, with the extras that old packages may append.
-_REFERENCE: Final = re.compile(r"(?P<module>[\w.]+)(\s*:\s*(?P<attributes>[\w.]+))?(\s*\[.*\])?")
-
 #: Where the plugin declares which version of the hooks it was written for.
 API_ATTRIBUTE: Final = "dynamo_worker_api"
-
-#: ``installed``: named by metadata, not imported. ``ok``: imported and validated. ``disabled``: left out on demand.
-#: ``missing``: its module or a package it needs is not there. ``broken``: it fails or is no plugin.
-#: ``incompatible``: written for another version of the hooks. ``ambiguous``: several packages offer the name.
-Status = Literal["installed", "ok", "disabled", "missing", "broken", "incompatible", "ambiguous"]
-
-
-@dataclass(frozen=True)
-class PluginRecord:
-    """What is known about one plugin.
-
-    :param name: the name by which it is chosen.
-    :param group: its entry-point group, or ``module`` for ``-p MODULE``.
-    :param value: the object that the entry point names, ``package.module:object``.
-    :param dist: the distribution it comes from; empty for a local module.
-    :param version: the version of that distribution.
-    :param status: see :data:`Status`.
-    :param error: what is wrong with it, in one sentence.
-    :param hooks: the hooks it implements, once it was imported.
-    """
-
-    name: str
-    group: str
-    value: str
-    dist: str = ""
-    version: str = ""
-    status: Status = "installed"
-    error: str | None = None
-    hooks: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """Return ``engine`` or ``plugin``."""
-        return "engine" if self.group == ENGINE_GROUP else "plugin"
-
-    def __str__(self) -> str:
-        """Return how messages name the plugin: ``engine 'vllm' from dynamo-worker-vllm 0.3.1``."""
-        source = f" from {self.dist} {self.version}" if self.dist else ""
-        return f"{self.kind} {self.name!r}{source}"
 
 
 class PluginError(StartError):
@@ -97,25 +58,6 @@ class PluginError(StartError):
 
 class UnknownPluginError(UsageError):
     """The command line names an engine or a plugin that is not installed (exit code 2)."""
-
-
-def discover() -> list[PluginRecord]:
-    """Return a record for every installed engine and extension, without importing any of them."""
-    records = []
-    for group in (ENGINE_GROUP, PLUGIN_GROUP):
-        entries = _entries(group)
-        offers = [entry.name for entry in entries]
-        for entry in entries:
-            record = _record(entry)
-            if offers.count(entry.name) > 1:
-                others = ", ".join(sorted(_source(e) for e in entries if e.name == entry.name and e != entry))
-                record = replace(record, status="ambiguous", error=f"{others} offers the same name")
-            elif (module := _reference(entry)[0]) is None:
-                record = replace(record, status="broken", error=f"its entry point {entry.value!r} names no module")
-            elif not _module_exists(module.partition(".")[0]):
-                record = replace(record, status="missing", error=f"its module {module!r} cannot be found")
-            records.append(record)
-    return records
 
 
 def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
@@ -138,12 +80,12 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
             errors.append(error)
 
     for group in (ENGINE_GROUP, PLUGIN_GROUP):
-        found = [entry for entry in _entries(group) if entry.name == name]
+        found = [entry for entry in find(group) if entry.name == name]
         if found:
             attempt(lambda manager, found=found: _load_entry(manager, _single(found)))  # type: ignore[misc]
     if not records:
         _search_current_directory()
-        if not all(part.isidentifier() for part in name.split(".")) or not _module_exists(name):
+        if not all(part.isidentifier() for part in name.split(".")) or not module_exists(name):
             known = sorted({record.name for record in discover()})
             raise UnknownPluginError(
                 f"there is no engine, plugin or module {name!r}{suggestion(name, known)}",
@@ -321,13 +263,8 @@ class Plugins:
 # --- Choosing entry points
 
 
-def _entries(group: str) -> list[EntryPoint]:
-    """Return the entry points of a group in an order that does not depend on directories."""
-    return sorted(entry_points(group=group), key=lambda entry: (entry.name, _source(entry)))
-
-
 def _engine_entry(name: str) -> EntryPoint:
-    entries = _entries(ENGINE_GROUP)
+    entries = find(ENGINE_GROUP)
     found = [entry for entry in entries if entry.name == name]
     installed = sorted({entry.name for entry in entries})
     listing = f"installed engines: {', '.join(installed)}" if installed else "no engine is installed"
@@ -343,7 +280,7 @@ def _engine_entry(name: str) -> EntryPoint:
 
 
 def _extension_entries(disabled: Sequence[str]) -> list[EntryPoint]:
-    entries = _entries(PLUGIN_GROUP)
+    entries = find(PLUGIN_GROUP)
     names = sorted({entry.name for entry in entries})
     for name in disabled:
         if name not in names:
@@ -358,38 +295,13 @@ def _single(entries: Sequence[EntryPoint]) -> EntryPoint:
     """Return the only entry point of a name, or refuse to guess between several."""
     if len(entries) == 1:
         return entries[0]
-    record = _record(entries[0])
-    offers = " and ".join(f"{_source(entry)} ({entry.value})" for entry in entries)
+    record = record_of(entries[0])
+    offers = " and ".join(f"{source(entry)} ({entry.value})" for entry in entries)
     raise PluginError(
         replace(record, status="ambiguous"),
         f"{record.kind} {record.name!r} is offered by several packages: {offers}",
         hint="uninstall all but one of them",
     )
-
-
-def _source(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
-
-
-def _record(entry: EntryPoint) -> PluginRecord:
-    dist = entry.dist
-    return PluginRecord(entry.name, entry.group, entry.value, dist.name if dist else "", dist.version if dist else "")
-
-
-def _reference(entry: EntryPoint) -> tuple[str | None, list[str]]:
-    """Return the module that an entry point names and the attributes behind it; no module if it names none."""
-    match = _REFERENCE.fullmatch(entry.value)
-    if match is None:
-        return None, []
-    return match["module"], match["attributes"].split(".") if match["attributes"] else []
-
-
-def _module_exists(name: str) -> bool:
-    """Return whether a top-level module can be imported, without importing it."""
-    try:
-        return name in sys.modules or importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 # --- Importing and validating
@@ -403,8 +315,8 @@ def _new_manager() -> pluggy.PluginManager:
 
 def _load_entry(manager: pluggy.PluginManager, entry: EntryPoint) -> PluginRecord:
     """Import the object that an entry point names and register it."""
-    record = _record(entry)
-    module_name, attributes = _reference(entry)
+    record = record_of(entry)
+    module_name, attributes = reference(entry)
     if module_name is None:
         raise PluginError(
             replace(record, status="broken"),
@@ -651,8 +563,3 @@ def _where(error: BaseException) -> str:
 def _definition(function: Any) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
-
-
-def describe_records(records: Iterable[PluginRecord]) -> str:
-    """Return installed plugins in one line for crash reports."""
-    return ", ".join(f"{r.name} ({r.dist} {r.version}, {r.status})" for r in records) or "none"

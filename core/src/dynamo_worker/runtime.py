@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -13,12 +12,14 @@ from urllib.parse import urlsplit
 from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 from dynamo.runtime import DistributedRuntime, Endpoint
 
-from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_worker.engine import EndpointSpec, EngineInfo
     from dynamo_worker.serving import Handler
     from dynamo_worker.settings import WorkerSettings
 
@@ -27,6 +28,9 @@ log = get_logger(__name__)
 #: Where the runtime looks when the variable is not set.
 _DEFAULT_ETCD = "http://localhost:2379"
 _DEFAULT_NATS = "nats://localhost:4222"
+_DEFAULT_FILE_KV = "/tmp/dynamo_store_kv"  # noqa: S108 - Dynamo's choice
+#: How long one attempt to connect to a server may take, in seconds.
+_CONNECT_SECONDS = 2.0
 #: The runtime's own way of ending endpoints must never outlast ours; it is only asked once nothing is in flight.
 _RUNTIME_DRAIN_SECONDS = 2
 
@@ -168,14 +172,17 @@ class Runtime:
             config.set_engine_specific(key, value)
         return config
 
-    async def unregister(self) -> None:
-        """Take every endpoint, and with it the model, out of discovery."""
+    async def unregister(self) -> bool:
+        """Take every endpoint, and with it the model, out of discovery; return whether all of them are out."""
         results = await asyncio.gather(
             *(endpoint.unregister_endpoint_instance() for endpoint in self._endpoints.values()), return_exceptions=True
         )
+        failed = False
         for name, result in zip(self._endpoints, results, strict=True):
             if isinstance(result, BaseException):
+                failed = True
                 log.warning("Endpoint could not be unregistered", endpoint=name, error=result)
+        return not failed
 
     def set_ready(self, ready: bool) -> None:
         """Set what ``/health`` answers."""
@@ -222,7 +229,7 @@ def _worker_type(name: str) -> WorkerType:
 
 def _writable(path: Path | None) -> Path:
     """Return the directory of the file backend, created if it is missing."""
-    directory = path or Path(os.environ.get("DYN_FILE_KV") or Path("/tmp") / "dynamo_store_kv")
+    directory = path or Path(os.environ.get("DYN_FILE_KV") or _DEFAULT_FILE_KV)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -235,7 +242,20 @@ def _writable(path: Path | None) -> Path:
 
 
 def _addresses(variable: str, default: str) -> list[str]:
-    return [address.strip() for address in os.environ.get(variable, default).split(",") if address.strip()]
+    text = os.environ.get(variable, "").strip(", ") or default
+    return [address.strip() for address in text.split(",") if address.strip()]
+
+
+def _host_and_port(address: str, variable: str, default: str) -> tuple[str, int]:
+    """Split one server's address; the port is that of ``default`` if it has none.
+
+    :raises UsageError: it is none.
+    """
+    try:
+        parts = urlsplit(address if "//" in address else f"//{address}")
+        return parts.hostname or "localhost", parts.port or urlsplit(default).port or 0
+    except ValueError as error:
+        raise UsageError(f"{variable}: {address!r} is no address: {error}") from error
 
 
 async def _wait_for_servers(settings: WorkerSettings) -> None:
@@ -246,21 +266,20 @@ async def _wait_for_servers(settings: WorkerSettings) -> None:
     if "nats" in (settings.request_plane, settings.event_plane):
         needed.append(("NATS", "NATS_SERVER", _DEFAULT_NATS))
     for name, variable, default in needed:
-        await _wait_for_server(name, variable, _addresses(variable, default), settings.discovery_timeout)
+        servers = {address: _host_and_port(address, variable, default) for address in _addresses(variable, default)}
+        await _wait_for_server(name, variable, servers, settings.discovery_timeout)
 
 
-async def _wait_for_server(name: str, variable: str, addresses: list[str], timeout: float) -> None:
+async def _wait_for_server(name: str, variable: str, servers: Mapping[str, tuple[str, int]], timeout: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     announced = False
     while True:
         problems = []
-        for address in addresses:
-            parts = urlsplit(address if "//" in address else f"//{address}")
+        for address, (host, port) in servers.items():
+            limit = min(_CONNECT_SECONDS, max(0.05, deadline - loop.time()))
             try:
-                _, writer = await asyncio.wait_for(
-                    asyncio.open_connection(parts.hostname, parts.port or 2379), timeout=2.0
-                )
+                _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), limit)
             except (OSError, asyncio.TimeoutError) as error:
                 problems.append(f"{address}: {_connection_problem(error)}")
             else:
@@ -272,7 +291,7 @@ async def _wait_for_server(name: str, variable: str, addresses: list[str], timeo
                 hint=f"start it, or set {variable}, or use --discovery-backend file for a single machine",
             )
         if not announced:
-            log.warning(f"Waiting for {name}", tried="; ".join(problems), timeout_s=timeout)
+            log.warning("Waiting for a server", server=name, tried="; ".join(problems), timeout_s=timeout)
             announced = True
         await asyncio.sleep(min(0.5, max(0.05, deadline - loop.time())))
 

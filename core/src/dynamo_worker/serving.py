@@ -226,9 +226,11 @@ class RequestHandler:
 
         async def abandon() -> None:
             try:
-                if isinstance(stream, AsyncGenerator):
-                    await stream.aclose()
-                await self._engine.abort(request_id)
+                try:
+                    if isinstance(stream, AsyncGenerator):
+                        await stream.aclose()
+                finally:
+                    await self._engine.abort(request_id)
             except Exception as error:
                 log.warning("Abort failed", request_id=request_id, error=error)
 

@@ -1,24 +1,36 @@
-"""The worker's settings: one model, whose fields are the flags, the environment variables and the YAML keys."""
+"""The worker's settings: one model, filled from flags, environment and a YAML file; it knows what came from where."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dynamo_worker.address import Address
 from dynamo_worker.errors import UsageError
+from dynamo_worker.options import (
+    BY_NAME,
+    DEFAULT_FRONTEND,
+    ENGINE_ARGS_KEY,
+    OPTIONS,
+    DiscoveryBackend,
+    DrainMode,
+    EventPlane,
+    LogFormat,
+    LogLevel,
+    RequestPlane,
+    RouterMode,
+    flag_name,
+    plain,
+)
 from dynamo_worker.shutdown_plan import ShutdownPlan
 from dynamo_worker.suggest import suggestion
-
-#: Where ``--frontend`` without a value listens.
-DEFAULT_FRONTEND: Final = "127.0.0.1:8000"
 
 #: The OpenAI surfaces that a model can be registered for: the members of ``dynamo.llm.ModelType`` in lower case.
 ENDPOINT_TYPES: Final = (
@@ -35,58 +47,6 @@ ENDPOINT_TYPES: Final = (
     "tensorbased",
     "empty",
 )
-
-#: The key of the configuration file that holds the engine's own flags; it is no setting of the worker.
-ENGINE_ARGS_KEY: Final = "engine_args"
-
-
-class Address(NamedTuple):
-    """Where a server listens."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a field of the settings is called from outside, and what it means.
-
-    :param group: heading under which ``--help`` and the documentation show it.
-    :param help: what it does, in one sentence; the only description there is.
-    :param env: its environment variable.
-    :param metavar: placeholder for the value in ``--help``.
-    :param default: the default in words, where the value alone does not say it.
-    :param short: its one-letter flag.
-    :param bare: the value of the flag when it stands alone; None if it needs a value.
-    """
-
-    group: str
-    help: str
-    env: str
-    metavar: str = ""
-    default: str | None = None
-    short: str | None = None
-    bare: str | None = None
-
-
-ENGINE: Final = "Engine"
-DISCOVERY: Final = "Discovery and request plane"
-SHUTDOWN: Final = "Shutdown"
-HEALTH: Final = "Health"
-FRONTEND: Final = "Frontend"
-MODEL: Final = "Model registration"
-PLUGINS: Final = "Plugins"
-LOGGING: Final = "Logging"
-
-#: The headings in the order in which ``--help`` shows them.
-GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, FRONTEND, MODEL, PLUGINS, LOGGING)
-
-
-#: A host name, an IPv4 address, an IPv6 address in brackets, or nothing.
-_HOST: Final = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])?")
 
 
 def _split_list(value: object) -> object:
@@ -111,15 +71,7 @@ def _parse_address(value: object) -> object:
         text = DEFAULT_FRONTEND
     if text.lower() in ("false", "no", "off"):
         return None
-    default_host, _, default_port = DEFAULT_FRONTEND.rpartition(":")
-    if text.isdecimal():
-        text = f"{default_host}:{text}"
-    elif ":" not in text or text.endswith("]"):
-        text = f"{text}:{default_port}"
-    host, _, port = text.rpartition(":")
-    if not _HOST.fullmatch(host) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("is not HOST:PORT (an IPv6 address needs brackets: [::1]:8000)")
-    return Address(host.strip("[]") or default_host, int(port))
+    return Address.parse(text, DEFAULT_FRONTEND)
 
 
 def _check_endpoint_types(value: object) -> object:
@@ -131,11 +83,26 @@ def _check_endpoint_types(value: object) -> object:
     return types
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Seconds = Annotated[float, Ge(0), Le(10**7)]
 PositiveSeconds = Annotated[float, Gt(0), Le(10**7)]
 #: One part of ``namespace.component.endpoint``.
 PathPart = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+def _option(name: str, default_factory: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Return the field for an option.
+
+    :param default_factory: makes a default that depends on the fields above it.
+    """
+    option = BY_NAME[name]
+    if default_factory is not None:
+        return Field(default_factory=default_factory, description=option.help)
+    return Field(default=option.default, description=option.help)
 
 
 class WorkerSettings(BaseSettings):
@@ -148,265 +115,60 @@ class WorkerSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     # --- Engine
-    engine: Annotated[
-        str,
-        Option(
-            ENGINE,
-            "The engine to run; `dynamo-worker engines` lists what is installed.",
-            "DYN_WORKER_ENGINE",
-            "NAME",
-            default="none, required",
-        ),
-    ] = ""
-    config: Annotated[
-        Path | None,
-        Option(
-            ENGINE,
-            "YAML file with settings; its keys are the flags with underscores, `engine_args:` holds the engine's own "
-            "flags.",
-            "DYN_WORKER_CONFIG",
-            "FILE",
-        ),
-    ] = None
-    warmup: Annotated[
-        bool,
-        Option(ENGINE, "Run one small request before the model is registered.", "DYN_WORKER_WARMUP"),
-    ] = True
-    warmup_timeout: Annotated[
-        PositiveSeconds,
-        Option(ENGINE, "Give up the start when the warm-up takes longer.", "DYN_WORKER_WARMUP_TIMEOUT", "SECONDS"),
-    ] = 600.0
+    engine: str = _option("engine")
+    config: Path | None = _option("config")
+    warmup: bool = _option("warmup")
+    warmup_timeout: PositiveSeconds = _option("warmup_timeout")
 
-    # --- Discovery and request plane (`frontend` stands here because the discovery backend depends on it)
-    namespace: Annotated[PathPart, Option(DISCOVERY, "Dynamo namespace of the worker.", "DYN_NAMESPACE", "NAME")] = (
-        "dynamo"
-    )
-    component: Annotated[PathPart, Option(DISCOVERY, "Dynamo component of the worker.", "DYN_COMPONENT", "NAME")] = (
-        "backend"
-    )
-    endpoint: Annotated[
-        PathPart,
-        Option(
-            DISCOVERY,
-            "Dynamo endpoint that serves the model; `dyn://namespace.component.endpoint` sets all three.",
-            "DYN_ENDPOINT",
-            "NAME",
-        ),
-    ] = "generate"
+    # --- Frontend (here because the discovery backend depends on it)
     frontend: Annotated[
         Address | None,
         BeforeValidator(_parse_address),
         PlainSerializer(lambda value: None if value is None else str(value)),
-        Option(
-            FRONTEND,
-            f"Run an OpenAI HTTP frontend beside the worker; alone it listens on {DEFAULT_FRONTEND}.",
-            "DYN_WORKER_FRONTEND",
-            "[HOST:PORT]",
-            default="no frontend",
-            bare=DEFAULT_FRONTEND,
-        ),
-    ] = None
-    discovery_backend: Annotated[
-        Literal["file", "etcd", "kubernetes", "mem"],
-        Option(
-            DISCOVERY,
-            "How workers and frontends find each other.",
-            "DYN_DISCOVERY_BACKEND",
-            default="file with --frontend, else etcd",
-        ),
-    ] = Field(default_factory=lambda data: "file" if data.get("frontend") else "etcd")
-    discovery_path: Annotated[
-        Path | None,
-        Option(
-            DISCOVERY,
-            "Directory of the `file` discovery backend.",
-            "DYN_FILE_KV",
-            "DIR",
-            default="a private directory with --frontend, else Dynamo's own",
-        ),
-    ] = None
-    discovery_timeout: Annotated[
-        PositiveSeconds,
-        Option(
-            DISCOVERY,
-            "How long the start waits for an unreachable discovery or NATS server.",
-            "DYN_WORKER_DISCOVERY_TIMEOUT",
-            "SECONDS",
-        ),
-    ] = 30.0
-    request_plane: Annotated[
-        Literal["tcp", "nats"], Option(DISCOVERY, "How requests reach the worker.", "DYN_REQUEST_PLANE")
-    ] = "tcp"
-    event_plane: Annotated[
-        Literal["nats", "zmq"] | None,
-        Option(DISCOVERY, "How KV-cache events reach the routers.", "DYN_EVENT_PLANE", default="Dynamo's choice"),
-    ] = None
+    ] = _option("frontend")
+    migration_limit: Annotated[int, Ge(0)] = _option("migration_limit")
+    router_mode: RouterMode = _option("router_mode")
+
+    # --- Discovery and request plane
+    namespace: PathPart = _option("namespace")
+    component: PathPart = _option("component")
+    endpoint: PathPart = _option("endpoint")
+    discovery_backend: DiscoveryBackend = _option(
+        "discovery_backend", lambda data: "file" if data.get("frontend") else "etcd"
+    )
+    discovery_path: Path | None = _option("discovery_path")
+    discovery_timeout: PositiveSeconds = _option("discovery_timeout")
+    request_plane: RequestPlane = _option("request_plane")
+    event_plane: EventPlane | None = _option("event_plane")
 
     # --- Shutdown
-    drain: Annotated[
-        Literal["complete", "handoff", "abort"],
-        Option(
-            SHUTDOWN,
-            "What a stop does with requests in flight: wait for them and hand off what is left at the end; hand all of "
-            "them to other workers at once; end them.",
-            "DYN_WORKER_DRAIN",
-        ),
-    ] = "complete"
-    termination_grace_period: Annotated[
-        PositiveSeconds,
-        Option(
-            SHUTDOWN,
-            "Seconds from the first signal to the platform's SIGKILL: Kubernetes' terminationGracePeriodSeconds "
-            "(`dynamo-worker plan` shows how it is used).",
-            "DYN_WORKER_TERMINATION_GRACE_PERIOD",
-            "SECONDS",
-        ),
-    ] = 30.0
-    grace_period: Annotated[
-        Seconds,
-        Option(
-            SHUTDOWN,
-            "Seconds to go on serving after leaving discovery, for routers that have not noticed yet.",
-            "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",
-            "SECONDS",
-            default="5 with --drain complete, else 0",
-        ),
-    ] = Field(default_factory=lambda data: 5.0 if data.get("drain") == "complete" else 0.0)
-    engine_shutdown_timeout: Annotated[
-        PositiveSeconds,
-        Option(SHUTDOWN, "Longest time for one plugin's cleanup hook.", "ENGINE_SHUTDOWN_TIMEOUT", "SECONDS"),
-    ] = 30.0
-    termination_message_path: Annotated[
-        Path,
-        Option(
-            SHUTDOWN,
-            "File that receives one line of cause at the end, if it exists.",
-            "DYN_WORKER_TERMINATION_MESSAGE_PATH",
-            "FILE",
-        ),
-    ] = Path("/dev/termination-log")
+    drain: DrainMode = _option("drain")
+    termination_grace_period: PositiveSeconds = _option("termination_grace_period")
+    grace_period: Seconds = _option("grace_period", lambda data: 5.0 if data.get("drain") == "complete" else 0.0)
+    engine_shutdown_timeout: PositiveSeconds = _option("engine_shutdown_timeout")
+    termination_message_path: Path = _option("termination_message_path")
 
     # --- Health
-    health_check_interval: Annotated[
-        PositiveSeconds,
-        Option(
-            HEALTH, "Seconds between two health checks of the engine.", "DYN_ENGINE_HEALTH_CHECK_INTERVAL", "SECONDS"
-        ),
-    ] = 2.0
-    health_check_timeout: Annotated[
-        PositiveSeconds,
-        Option(HEALTH, "Longest time for one health check.", "DYN_ENGINE_HEALTH_CHECK_TIMEOUT", "SECONDS"),
-    ] = 30.0
-    stall_timeout: Annotated[
-        Seconds,
-        Option(
-            HEALTH,
-            "End the worker when the engine hangs this long: no progress of any kind and no answer to a canary request "
-            "(0: never).",
-            "DYN_WORKER_STALL_TIMEOUT",
-            "SECONDS",
-        ),
-    ] = 30.0
-    heartbeat_timeout: Annotated[
-        Seconds,
-        Option(
-            HEALTH,
-            "Kill the worker when its event loop is stuck this long while it serves (0: never).",
-            "DYN_WORKER_HEARTBEAT_TIMEOUT",
-            "SECONDS",
-        ),
-    ] = 25.0
-    system_host: Annotated[
-        str, Option(HEALTH, "Address of the server for /health, /live and /metrics.", "DYN_SYSTEM_HOST", "HOST")
-    ] = "0.0.0.0"  # noqa: S104 - Dynamo's default: probes come from outside of the container
-    system_port: Annotated[
-        int,
-        Ge(-1),
-        Le(65535),
-        Option(HEALTH, "Port of that server (-1: no server, 0: any free port).", "DYN_SYSTEM_PORT", "PORT"),
-    ] = -1
-
-    # --- Frontend
-    migration_limit: Annotated[
-        int,
-        Ge(0),
-        Option(
-            FRONTEND,
-            "How often the embedded frontend moves one request to another worker.",
-            "DYN_MIGRATION_LIMIT",
-            "N",
-        ),
-    ] = 3
-    router_mode: Annotated[
-        Literal["round-robin", "random", "kv", "least-loaded"],
-        Option(FRONTEND, "How the embedded frontend picks a worker.", "DYN_ROUTER_MODE"),
-    ] = "round-robin"
+    health_check_interval: PositiveSeconds = _option("health_check_interval")
+    health_check_timeout: PositiveSeconds = _option("health_check_timeout")
+    stall_timeout: Seconds = _option("stall_timeout")
+    heartbeat_timeout: Seconds = _option("heartbeat_timeout")
+    system_host: str = _option("system_host")
+    system_port: Annotated[int, Ge(-1), Le(65535)] = _option("system_port")
 
     # --- Model registration
-    tool_call_parser: Annotated[
-        str | None,
-        Option(MODEL, "Parser of the frontend for tool calls in the output.", "DYN_TOOL_CALL_PARSER", "NAME"),
-    ] = None
-    reasoning_parser: Annotated[
-        str | None,
-        Option(MODEL, "Parser of the frontend for reasoning in the output.", "DYN_REASONING_PARSER", "NAME"),
-    ] = None
-    custom_jinja_template: Annotated[
-        Path | None,
-        Option(
-            MODEL,
-            "Chat template to use instead of the model's own.",
-            "DYN_CUSTOM_JINJA_TEMPLATE",
-            "FILE",
-            default="the model's",
-        ),
-    ] = None
-    endpoint_types: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_check_endpoint_types),
-        Option(
-            MODEL,
-            "OpenAI surfaces to register the model for, separated by commas (chat, completions, embedding, …).",
-            "DYN_ENDPOINT_TYPES",
-            "LIST",
-            default="what the engine offers",
-        ),
-    ] = ()
+    tool_call_parser: str | None = _option("tool_call_parser")
+    reasoning_parser: str | None = _option("reasoning_parser")
+    custom_jinja_template: Path | None = _option("custom_jinja_template")
+    endpoint_types: Annotated[tuple[str, ...], BeforeValidator(_check_endpoint_types)] = _option("endpoint_types")
 
     # --- Plugins
-    plugin: Annotated[
-        Words,
-        Option(
-            PLUGINS,
-            "Load a plugin from a module that needs no packaging; the current directory is searched first "
-            "(repeatable).",
-            "DYN_WORKER_PLUGIN",
-            "MODULE",
-            default="none",
-            short="p",
-        ),
-    ] = ()
-    no_plugin: Annotated[
-        Words,
-        Option(
-            PLUGINS,
-            "Leave out an installed plugin (repeatable).",
-            "DYN_WORKER_NO_PLUGIN",
-            "NAME",
-            default="none",
-        ),
-    ] = ()
+    plugin: Words = _option("plugin")
+    no_plugin: Words = _option("no_plugin")
 
     # --- Logging
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
-        Option(LOGGING, "Least severity that is logged.", "DYN_WORKER_LOG_LEVEL"),
-    ] = "info"
-    log_format: Annotated[
-        Literal["text", "json"],
-        Option(LOGGING, "Lines for people, or one JSON object a line.", "DYN_WORKER_LOG_FORMAT"),
-    ] = "text"
+    log_level: Annotated[LogLevel, BeforeValidator(_lower)] = _option("log_level")
+    log_format: LogFormat = _option("log_format")
 
     _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)
 
@@ -432,7 +194,7 @@ class WorkerSettings(BaseSettings):
         def named(name: str, value: object = None) -> str:
             """Return a setting under the name by which the user gave it."""
             shown = getattr(self, name) if value is None else value
-            return self.origin(name).describe(name, _plain(shown))
+            return self.origin(name).describe(name, _shown(shown))
 
         plan = ShutdownPlan.from_settings(self)
         if not plan.fits:
@@ -499,80 +261,6 @@ class Origin:
 
 
 DEFAULT: Final = Origin("default")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the documentation: a field of :class:`WorkerSettings` with all its names."""
-
-    name: str
-    option: Option
-    kind: Literal["value", "list", "switch"]
-    choices: Sequence[str]
-    default: str
-
-    @property
-    def flag(self) -> str:
-        """Return the flag, ``--termination-grace-period``."""
-        return flag_name(self.name)
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Return all spellings of the flag, including the one that turns a switch off."""
-        if self.kind == "switch":
-            return (self.flag, f"--no-{self.flag[2:]}")
-        return (f"-{self.option.short}", self.flag) if self.option.short else (self.flag,)
-
-    @property
-    def placeholder(self) -> str:
-        """Return what stands for the value in ``--help``; empty for a switch."""
-        if self.kind == "switch":
-            return ""
-        return "{" + ",".join(self.choices) + "}" if self.choices else self.option.metavar
-
-
-def flag_name(field_name: str) -> str:
-    """Return the flag of a field."""
-    return "--" + field_name.replace("_", "-")
-
-
-def documentation() -> list[Setting]:
-    """Return one row for every setting, in the order in which they are documented."""
-    rows = []
-    for name, info in WorkerSettings.model_fields.items():
-        option = next(item for item in info.metadata if isinstance(item, Option))
-        default = option.default
-        if default is None:
-            default = "none" if info.default is None else str(_plain(info.default))
-        kind: Literal["value", "list", "switch"] = "value"
-        if info.annotation is bool:
-            kind = "switch"
-        elif name in ("plugin", "no_plugin"):
-            kind = "list"
-        rows.append(Setting(name, option, kind, tuple(_choices(info.annotation)), default))
-    return sorted(rows, key=lambda row: GROUPS.index(row.option.group))
-
-
-def markdown_table() -> str:
-    """Return the documentation of all settings as Markdown, one table for each group."""
-    rows = documentation()
-    lines = []
-    for group in GROUPS:
-        lines += [
-            f"## {group}",
-            "",
-            "| flag | environment variable | YAML key | default | meaning |",
-            "|---|---|---|---|---|",
-        ]
-        for row in rows:
-            if row.option.group == group:
-                flags = ", ".join(f"`{flag}`" for flag in row.flags)
-                placeholder = f" `{row.placeholder}`".replace("|", "\\|") if row.placeholder else ""
-                lines.append(
-                    f"| {flags}{placeholder} | `{row.option.env}` | `{row.name}` | {row.default} | {row.option.help} |"
-                )
-        lines.append("")
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -662,15 +350,10 @@ def _layers(flags: Mapping[str, Any], environ: Mapping[str, str], config: Config
     """Yield the values of each source with their origin, the weakest source first."""
     if config is not None:
         yield {name: (value, Origin("file", str(config.path))) for name, value in config.values.items()}
-    rows = documentation()
-    yield {
-        row.name: (environ[row.option.env], Origin("environment", row.option.env))
-        for row in rows
-        if environ.get(row.option.env)
-    }
+    yield {row.name: (environ[row.env], Origin("environment", row.env)) for row in OPTIONS if environ.get(row.env)}
     yield {
         row.name: (flags[row.name], Origin("flag", row.flags[1] if flags[row.name] is False else row.flag))
-        for row in rows
+        for row in OPTIONS
         if row.name in flags
     }
 
@@ -698,7 +381,6 @@ def _expand_endpoint(layer: _Layer) -> _Layer:
 
 def _explain(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, Origin]) -> Iterator[str]:
     """Yield one line for each wrong value."""
-    choices = {row.name: row.choices for row in documentation()}
     seen = set()
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0])
@@ -706,10 +388,11 @@ def _explain(error: ValidationError, values: Mapping[str, Any], origins: Mapping
         if name in seen or name not in origins:
             continue
         seen.add(name)
-        where = origins[name].describe(name, _plain(values[name]))
+        where = origins[name].describe(name, _shown(values[name]))
         reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
-        if choices[name]:
-            reason = f"must be one of {', '.join(choices[name])}{suggestion(str(values[name]), choices[name])}"
+        if BY_NAME[name].choices:
+            choices = BY_NAME[name].choices
+            reason = f"must be one of {', '.join(choices)}{suggestion(str(values[name]), choices)}"
         elif problem["type"] == "string_pattern_mismatch":
             reason = "must consist of letters, digits, `-` and `_`"
         elif name == "config":
@@ -717,21 +400,5 @@ def _explain(error: ValidationError, values: Mapping[str, Any], origins: Mapping
         yield f"{where}: {reason}"
 
 
-def _choices(annotation: Any) -> Iterator[str]:
-    """Yield the words of a ``Literal``, also inside a union."""
-    if get_origin(annotation) is Literal:
-        yield from (str(word) for word in get_args(annotation))
-    elif get_origin(annotation) is not tuple:
-        for inner in get_args(annotation):
-            yield from _choices(inner)
-
-
-def _plain(value: object) -> object:
-    """Return a value as a person would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value == int(value):
-        return int(value)
-    if isinstance(value, Address):
-        return str(value)
-    return value
+def _shown(value: object) -> object:
+    return str(value) if isinstance(value, Address) else plain(value)

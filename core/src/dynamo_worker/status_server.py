@@ -12,11 +12,14 @@ import asyncio
 import contextlib
 import errno
 import json
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dynamo_worker.errors import StartError
 from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 log = get_logger(__name__)
 
@@ -60,7 +63,8 @@ class StatusServer:
 
     def forward_to(self, host: str, port: int) -> None:
         """Hand requests through to the runtime's status server from now on."""
-        self._upstream = ("127.0.0.1" if host in ("0.0.0.0", "::", "") else host, port)
+        anywhere = host in ("0.0.0.0", "::", "")  # noqa: S104 - compared, not bound
+        self._upstream = ("127.0.0.1" if anywhere else host, port)
 
     def close(self) -> None:
         """Stop listening."""
@@ -112,6 +116,7 @@ class StatusServer:
                 await _copy(upstream_reader, writer)
             finally:
                 upload.cancel()
+                await asyncio.gather(upload, return_exceptions=True)
         finally:
             upstream_writer.close()
         return True

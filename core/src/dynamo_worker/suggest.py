@@ -8,9 +8,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return ``, did you mean X?`` for the closest known word, or nothing."""
+def suggestion(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``, did you mean X?`` for the closest known word, or nothing.
+
+    :param cutoff: how close it has to be, from 0 to 1.
+    """
     from difflib import get_close_matches
 
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f", did you mean {close[0]}?" if close else ""

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from dynamo_worker import settings
 from dynamo_worker.errors import UsageError
-from dynamo_worker.settings import ENGINE_ARGS_KEY, ConfigFile, WorkerSettings
+from dynamo_worker.options import ENGINE_ARGS_KEY, OPTIONS
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
     from dynamo_worker.plugins import Plugins
+    from dynamo_worker.settings import ConfigFile, WorkerSettings
 
 #: Flags of the command line itself; they are no settings.
 SWITCHES: Final = {
@@ -49,7 +49,7 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
 
     :raises UsageError: a flag has no value, or a switch has one.
     """
-    rows = {flag: row for row in settings.documentation() for flag in row.flags}
+    rows = {flag: row for row in OPTIONS for flag in row.flags}
     own_switches = set(switches)
     line = CommandLine()
     words = list(argv)
@@ -76,8 +76,8 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
         if not has_value:
             following = words[0] if words else None
             taken = following is None or following == "--" or following.partition("=")[0] in {*rows, *own_switches}
-            if row.option.bare is not None and (taken or str(following).startswith("-")):
-                value = row.option.bare
+            if row.bare is not None and (taken or str(following).startswith("-")):
+                value = row.bare
             elif taken:
                 raise UsageError(f"{flag} needs a value: {row.placeholder}")
             else:
@@ -91,6 +91,8 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
 
 def load_settings(line: CommandLine) -> tuple[WorkerSettings, ConfigFile | None]:
     """Return the settings for a command line, and the configuration file if there is one."""
+    from dynamo_worker import settings
+
     path = settings.config_path(line.values, os.environ)
     config = settings.read_config(path) if path else None
     return settings.load(line.values, os.environ, config), config
@@ -145,12 +147,25 @@ def parse_engine_args(parser: EngineParser, rest: Sequence[str], config: ConfigF
     return arguments
 
 
+def check_spelling(rest: Sequence[str]) -> None:
+    """Refuse a flag that looks like a misspelt one of the worker, where no engine is there to claim it.
+
+    :raises UsageError: with the flag that was meant: ``--egine`` is a better message than "no engine was chosen".
+    """
+    own = [name for row in OPTIONS for name in row.flags]
+    for word in rest:
+        flag = word.partition("=")[0]
+        meant = suggestion(flag, [*own, *SWITCHES], cutoff=0.8) if flag.startswith("--") else ""
+        if meant:
+            raise UsageError(f"unknown flag {flag}{meant}", hint="`dynamo-worker --help` shows all flags")
+
+
 def _unknown(word: str, parser: EngineParser) -> str:
     """Return what to say about a word that neither the worker nor the engine knows."""
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
     flag = word.partition("=")[0]
-    own = [name for row in settings.documentation() for name in row.flags]
+    own = [name for row in OPTIONS for name in row.flags]
     return f"unknown flag {flag}{suggestion(flag, [*own, *SWITCHES, *parser.flags])}"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dynamo_worker.cli.report import only_flags, print_table
-from dynamo_worker.plugins import discover
+from dynamo_worker.discovery import discover
+from dynamo_worker.options import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
     if flags & {"-h", "--help"}:
         print(f"usage: {USAGE}\n\nLists the installed engines and plugins without importing them.")
         return 0
-    records = discover()
+    disabled = os.environ.get(BY_NAME["no_plugin"].env, "").replace(",", " ").split()
+    records = discover(disabled)
     if "--json" in flags:
         print(json.dumps([{**asdict(record), "kind": record.kind} for record in records], indent=2))
         return 0

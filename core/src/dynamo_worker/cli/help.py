@@ -9,27 +9,30 @@ from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.cli import COMMANDS
 from dynamo_worker.cli.arguments import SWITCHES, EngineParser
+from dynamo_worker.discovery import ENGINE_GROUP, discover
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.plugins import ENGINE_GROUP, discover
-from dynamo_worker.settings import GROUPS, Setting, documentation
+from dynamo_worker.options import GROUPS, OPTIONS, Option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-INTRODUCTION: Final = """\
+USAGE: Final = """\
 usage: dynamo-worker --engine NAME [flags] [engine flags]
        dynamo-worker COMMAND
 
-Makes an inference engine a worker of an NVIDIA Dynamo cluster and owns its whole life.
+Makes an inference engine a worker of an NVIDIA Dynamo cluster."""
 
-Examples:
-  dynamo-worker --engine echo --frontend            a worker and an OpenAI frontend, no server needed
-  dynamo-worker --engine vllm --model M             a worker of the cluster whose etcd ETCD_ENDPOINTS names
-  dynamo-worker --engine vllm --help                the engine's own flags too
-  dynamo-worker plan --termination-grace-period 60  how a shutdown would use its 60 seconds
+EXAMPLES: Final = {
+    "dynamo-worker --engine echo --frontend": "A worker and an OpenAI frontend; no other server is needed.",
+    "dynamo-worker --engine vllm --model M": "A worker of the cluster whose etcd ETCD_ENDPOINTS names.",
+    "dynamo-worker --engine vllm --help": "This text with the engine's own flags.",
+    "dynamo-worker plan --termination-grace-period 60": "How a shutdown would use its 60 seconds.",
+}
 
-Everything the worker does not know goes to the engine, under the engine's own names. A flag that both know is the
-worker's; what stands behind a bare `--` goes to the engine."""
+ENGINE_FLAGS: Final = (
+    "Everything the worker does not know goes to the engine, under the engine's own names. A flag that both know is "
+    "the worker's; what stands behind a bare `--` goes to the engine."
+)
 
 EXIT_CODES: Final = {
     ExitCode.STOPPED: "stopped on request; every request in flight finished or was handed off",
@@ -48,7 +51,9 @@ def render(parser: EngineParser | None) -> str:
     :param parser: the parser of the chosen engine, or None if none was chosen.
     """
     width = max(60, min(shutil.get_terminal_size().columns, 120))
-    lines = [INTRODUCTION, "", "Commands (each has --help):"]
+    lines = [USAGE, "", "Examples:"]
+    lines += [line for example, text in EXAMPLES.items() for line in _entry(example, text, width)]
+    lines += ["", *textwrap.wrap(ENGINE_FLAGS, width), "", "Commands (each has --help):"]
     lines += [line for name, text in COMMANDS.items() for line in _entry(name, text, width)]
     lines += ["", "General:"]
     lines += [
@@ -57,11 +62,10 @@ def render(parser: EngineParser | None) -> str:
         if text
         for line in _entry("-h, --help" if flag == "--help" else flag, text, width)
     ]
-    rows = documentation()
     for group in GROUPS:
         lines += ["", f"{group}:"]
-        for row in rows:
-            if row.option.group == group:
+        for row in OPTIONS:
+            if row.group == group:
                 lines += _entry(_heading(row), _text(row), width)
     lines += ["", "Installed engines:"]
     lines += list(_engines(width))
@@ -82,15 +86,15 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=_COLUMN, width=width)
 
 
-def _heading(row: Setting) -> str:
+def _heading(row: Option) -> str:
     if row.kind == "switch":
         return " / ".join(row.flags)
     placeholder = row.placeholder
     return f"{', '.join(row.flags)} {placeholder}"
 
 
-def _text(row: Setting) -> str:
-    return f"{row.option.help} [default: {row.default}] [env:\N{NO-BREAK SPACE}{row.option.env}]"
+def _text(row: Option) -> str:
+    return f"{row.help} [default: {row.shown_default}] [env:\N{NO-BREAK SPACE}{row.env}]"
 
 
 def _entry(heading: str, text: str, width: int, column: int = _COLUMN) -> list[str]:

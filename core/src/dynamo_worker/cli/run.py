@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from dynamo_worker import __version__, logs, settings
+from dynamo_worker import __version__, logs
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import WorkerError
-from dynamo_worker.plugins import Plugins
+from dynamo_worker.options import OPTIONS
 
 if TYPE_CHECKING:
     import argparse
@@ -30,8 +30,12 @@ def main(argv: list[str]) -> int:
     if print_only and not values.engine and not line.rest:
         _print_config(values, None, None)
         return 0
+    if not values.engine:
+        arguments.check_spelling(line.rest)
     if not print_only:
         values.check()
+    from dynamo_worker.plugins import Plugins
+
     plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
     parser = arguments.engine_parser(plugins)
     engine_args = arguments.parse_engine_args(parser, line.rest, config)
@@ -52,8 +56,10 @@ def _show_help(line: CommandLine) -> int:
     parser: EngineParser | None = None
     problem: WorkerError | None = None
     try:
-        values, _ = arguments.load_settings(line)
         if "engine" in line.values:
+            from dynamo_worker.plugins import Plugins
+
+            values, _ = arguments.load_settings(line)
             parser = arguments.engine_parser(Plugins.load(values.engine, values.plugin, values.no_plugin))
     except WorkerError as error:
         problem = error
@@ -74,7 +80,7 @@ def _print_config(values: WorkerSettings, parser: EngineParser | None, engine_ar
     dumped = values.model_dump(mode="json")
     lines = [
         (f"{row.name}: {scalar(dumped[row.name])}", str(values.origin(row.name)))
-        for row in settings.documentation()
+        for row in OPTIONS
         if row.name != "config"  # the file is no setting inside itself
     ]
     if parser is not None and engine_args is not None:

@@ -10,21 +10,23 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Request, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from dynamo_worker.deadline import Deadline
 
 #: The tokenizer and configuration that ship with the engine: one token per byte, and three special ones.
 MODEL_DIR = Path(__file__).parent / "echo_model"
@@ -100,7 +102,7 @@ class EchoEngine:
         self._prefill_seconds: float = args.prefill_seconds
         self._steps = 0
 
-    async def start(self, worker_id: int) -> EngineInfo:
+    async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
         """Be ready after ``--start-seconds``."""
         await asyncio.sleep(self._start_seconds)
         return EngineInfo(
@@ -110,7 +112,11 @@ class EchoEngine:
             kv_block_size=KV_BLOCK_SIZE,
         )
 
-    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+    async def generate(
+        self,
+        request: Request,
+        context: RequestContext,  # noqa: ARG002 - part of the protocol
+    ) -> AsyncIterator[Chunk]:
         """Yield the answer, one token a chunk, at ``--tokens-per-second``."""
         echo = EchoRequest.parse(request)
         if self._prefill_seconds:

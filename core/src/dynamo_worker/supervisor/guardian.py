@@ -179,6 +179,8 @@ def become_guardian(
         os.setsid()  # neither the terminal nor a kill of the supervisor's group reaches us
         linux.set_name(_NAME)
         linux.become_subreaper()
+        # Should the supervisor be killed while we are stopped, we have to run to notice. Losing the race does no harm.
+        linux.on_parent_death(signal.SIGCONT, os.getppid())
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
         guardian = Guardian(supervisor, control, run_directory, command, environment, log)

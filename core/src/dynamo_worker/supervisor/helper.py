@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -64,10 +65,8 @@ def _run(function: Callable[[], str], output: int, limit: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, max(0.01, limit))
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2 and int(name) != output:
-                try:
+                with contextlib.suppress(OSError):  # the descriptor of the listing itself
                     os.close(int(name))
-                except OSError:
-                    pass  # the descriptor of the listing itself
         os.write(output, function().encode()[:_MOST_BYTES])
     finally:
         os._exit(0)

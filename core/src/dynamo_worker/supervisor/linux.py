@@ -51,12 +51,12 @@ def become_subreaper() -> None:
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def die_with_parent(parent: int) -> bool:
-    """Have the kernel SIGKILL this process when the process that forked it ends.
+def on_parent_death(number: int, parent: int) -> bool:
+    """Have the kernel send this process a signal when the process that forked it ends.
 
     :returns: False if the parent has ended already, so that the signal will never come.
     """
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
     return os.getppid() == parent
 
 
@@ -146,11 +146,10 @@ def send_signal(process: Process, number: int) -> bool:
 
 def catches(pid: int, number: int) -> bool:
     """Return whether a process has a handler of its own for a signal (else the signal might end it)."""
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-            for line in file.read(8192).splitlines():
-                if line.startswith(b"SigCgt:"):
-                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+        for line in file.read(8192).splitlines():
+            if line.startswith(b"SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
 
 
@@ -168,12 +167,12 @@ def memory_kills() -> int | None:
                     paths += [f"{base}{path}/memory.oom_control", f"{base}/memory.oom_control"]
     except (OSError, ValueError):
         return None
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8") as file:
-                for line in file:
-                    if line.startswith("oom_kill "):
-                        return int(line.split()[1])
-        except (OSError, ValueError):
-            continue
+    return next((count for count in map(_memory_kills_in, paths) if count is not None), None)
+
+
+def _memory_kills_in(path: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import selectors
@@ -50,10 +51,8 @@ class Loop:
 
     def remove(self, descriptor: int) -> None:
         """Forget a descriptor, before it is closed."""
-        try:
+        with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(descriptor)
-        except (KeyError, ValueError):
-            pass
 
     def pump(self, timeout: float | None, descriptor: int | None = None) -> None:
         """Wait once, at most so many seconds, and handle what has happened.
@@ -64,7 +63,8 @@ class Loop:
         if descriptor is not None:
             self.add(descriptor, _nothing)
         try:
-            for key, events in self._selector.select(timeout):
+            # The wait of a process that was stopped meanwhile ends without a look at what has arrived: look again.
+            for key, events in self._selector.select(timeout) or self._selector.select(0):
                 on_input, on_output = key.data
                 if events & selectors.EVENT_READ:
                     on_input()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -151,7 +152,5 @@ class Killing:
 def _kill_group(group: int) -> None:
     """Kill a whole process group, atomically against forks. Never our own."""
     if group > 1 and group != os.getpgrp():
-        try:
+        with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
-        except OSError:
-            pass

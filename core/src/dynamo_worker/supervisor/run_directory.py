@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,6 +21,9 @@ VARIABLE = "DYNAMO_WORKER_RUN_DIR"
 
 _PREFIX = "dw-"
 _OWNER = "owner"
+
+#: Where temporary files go if the environment does not say.
+_USUAL_PLACES = ("/tmp", "/var/tmp", "/usr/tmp", ".")  # noqa: S108 -- mkdir with mode 0700 makes them safe
 
 #: A directory without a legible owner may be one that is just being made.
 _SETTLED = 60.0
@@ -42,19 +46,10 @@ class RunDirectory:
 
         :raises OSError: there is no place to write.
         """
-        base = temporary_base()
-        while True:
-            path = os.path.join(base, f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}")
-            try:
-                os.mkdir(path, 0o700)
-                break
-            except FileExistsError:
-                continue
+        path = _make_directory()
         lock = os.open(os.path.join(path, _OWNER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with contextlib.suppress(OSError):  # a file system without locks: the recorded processes have to do
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            pass  # a file system without locks: the recorded processes have to do
         os.mkdir(os.path.join(path, "tmp"), 0o700)
         return cls(path, lock)
 
@@ -82,6 +77,11 @@ class RunDirectory:
             os.close(lock)
             return None
         return cls(path, lock)
+
+    @property
+    def base(self) -> str:
+        """The directory for temporary files in which this one lies."""
+        return os.path.dirname(self.path)
 
     @property
     def temporary(self) -> str:
@@ -119,16 +119,23 @@ class RunDirectory:
         os.close(self._lock)
 
 
-def temporary_base() -> str:
-    """Return the directory for temporary files, as the ``tempfile`` module would choose it.
+def _make_directory() -> str:
+    """Create an empty directory where the ``tempfile`` module would.
 
     :raises OSError: none of the usual places can be written to.
     """
-    candidates = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")] + ["/tmp", "/var/tmp", "/usr/tmp", "."]
-    for candidate in candidates:
-        if candidate and os.path.isdir(candidate) and os.access(candidate, os.W_OK | os.X_OK):
-            return os.path.abspath(candidate)
-    raise FileNotFoundError(2, "no writable directory for temporary files", os.environ.get("TMPDIR") or "/tmp")
+    failure: OSError | None = None
+    for base in (*map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), *_USUAL_PLACES):
+        if base:
+            path = os.path.join(os.path.abspath(base), f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}")
+            try:
+                os.mkdir(path, 0o700)
+            except OSError as error:
+                failure = failure or error
+            else:
+                return path
+    assert failure is not None
+    raise failure
 
 
 def candidates(base: str) -> list[str]:
@@ -148,10 +155,8 @@ def _read_owners(descriptor: int) -> list[Process]:
 
 def _open_directory(error: OSError) -> None:
     """Make a directory readable that could not be listed."""
-    try:
+    with contextlib.suppress(OSError):  # then its removal fails, and says why
         os.chmod(error.filename, 0o700)
-    except OSError:
-        pass  # then its removal fails, and says why
 
 
 def _remove(path: str, function: Callable[[str], None], problems: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 #: Where POSIX shared memory lives on Linux.
-DIRECTORY = "/dev/shm"
+DIRECTORY = "/dev/shm"  # noqa: S108 -- this is the place itself
 
 #: A new segment is looked up at once, then not again within this time, nor in more than 5 % of our time.
 _PAUSE = 0.1
@@ -32,13 +33,10 @@ def segments_of(pid: int) -> set[int]:
     """
     inodes: set[int] = set()
     prefix = os.fsencode(DIRECTORY) + b"/"
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as file:
-            for line in file:
-                if prefix in line:
-                    inodes.add(int(line.split(None, 5)[4]))
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/maps", "rb") as file:
+        for line in file:
+            if prefix in line:
+                inodes.add(int(line.split(None, 5)[4]))
     try:
         descriptors = os.listdir(f"/proc/{pid}/fd")
     except OSError:
@@ -144,10 +142,8 @@ class SegmentWatch:
                         if len(self._unknown) < _MOST_UNKNOWN:
                             self._unknown[name] = None
             if found:
-                try:
+                with contextlib.suppress(OSError):  # disk full? The copy in memory still serves this process
                     ledger.write_segments(self._run_dir, self.recorded.items())
-                except OSError:
-                    pass  # disk full or directory gone: the copy in memory still serves this process
         self._scanned = time.monotonic()
         self._pause = max(_PAUSE, _SHARE * (self._scanned - started))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -32,10 +33,8 @@ def reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if number not in (signal.SIGKILL, signal.SIGSTOP):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # a real-time signal that the C library keeps for itself
                 signal.signal(number, signal.SIG_DFL)
-            except (OSError, ValueError):
-                pass  # a real-time signal that the C library keeps for itself
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
@@ -83,16 +82,14 @@ def _become(command: Sequence[str], environment: Mapping[str, str], keep: int, r
     """Turn the forked child into the command. Never returns."""
     try:
         os.setsid()
-        if not linux.die_with_parent(parent):
+        if not linux.on_parent_death(signal.SIGKILL, parent):
             os._exit(128 + signal.SIGKILL)
         reset_signals()
         for name in os.listdir("/proc/self/fd"):
             descriptor = int(name)
             if descriptor > 2 and descriptor != report:
-                try:
+                with contextlib.suppress(OSError):  # the descriptor of the listing itself
                     os.set_inheritable(descriptor, descriptor == keep)
-                except OSError:
-                    pass  # the descriptor of the listing itself
         os.execvpe(command[0], list(command), dict(environment))
     except OSError as error:
         os.write(report, str(error.errno).encode())

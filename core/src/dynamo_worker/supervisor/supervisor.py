@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -33,6 +34,9 @@ _AT_ONCE = 0.35
 
 #: Signals of one kind that arrive faster than this count once: a terminal may send them to a group, twice.
 _DEBOUNCE = 0.1
+
+#: When we wake up later than this, it was us who did not run.
+_LATE = 0.2
 
 #: How long a worker that hangs gets to print where.
 _DUMP_TIME = 1.0
@@ -89,7 +93,6 @@ class Supervisor:
         self._level = 0
         self._stop_at = 0.0
         self._forced_at = 0.0
-        self._stopped_in_start = False
         self._signals: dict[int, float] = {}
         self._last_signal = 0
         self._stuck_at: float | None = None
@@ -104,9 +107,12 @@ class Supervisor:
         self._spawn_failure: tuple[int, str] | None = None
         self._guardian = 0
         self._guardian_code: int | None = None
-        self._guardian_replaced = False
+        self._guardian_told = False
         self._report: dict[str, Any] | None = None
         self._cleanup: Cleanup | None = None
+        self._cleaning_deadline = 0.0
+        self._hurried = False
+        self._closed_at: float | None = None
         self._next_watchdog = 0.0
         self._next_extension = 0.0
 
@@ -114,17 +120,17 @@ class Supervisor:
 
     def run(self) -> int:
         """Run the worker and return the exit code of the whole."""
+        linux.set_name("dynamo-worker")
         signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGCHLD])
         # Children that a shell had before it became us by `exec` are not ours to kill.
         self._strangers = set(process_tree.descendants(os.getpid()))
         linux.become_subreaper()
         try:
-            base = run_directory.temporary_base()
             self._run_directory = RunDirectory.create()
         except OSError as error:
             return self._fail(f"cannot create the worker's private directory: {error}")
         try:
-            self._start(base)
+            self._start()
         except OSError as error:
             self._run_directory.remove(time.monotonic() + 1.0)
             return self._fail(f"cannot start the worker's guardian process: {error}")
@@ -139,10 +145,10 @@ class Supervisor:
         self._log.error("Worker not started", code=code, reason=reason)
         return code
 
-    def _start(self, base: str) -> None:
+    def _start(self) -> None:
         guardian_end, guardian_channel = channel.pair()
         control_end, control = channel.pair()
-        environment = _environment(base, self._run_directory, control.fileno())
+        environment = _environment(self._run_directory, control.fileno())
         gc.collect()
         gc.freeze()  # keeps the collector of either process off the pages that both share
         self._guardian = fork()
@@ -169,13 +175,12 @@ class Supervisor:
         self._loop.add(self._to_guardian.socket.fileno(), self._on_guardian_message)
         self._loop.add(self._control.socket.fileno(), self._on_worker_message)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        sweep.sweep_in_background(base, self._run_directory, self._log)
+        sweep.sweep_in_background(self._run_directory, self._log)
 
     def _over(self) -> bool:
         """Return whether the worker is gone, or the guardian, or the guardian does not say so."""
         return (
-            self._exit_code is not None
-            or self._spawn_failure is not None
+            self._guardian_told
             or self._guardian_code is not None
             or (self._worker_gone_at is not None and time.monotonic() >= self._worker_gone_at + _GUARDIAN_LIMIT)
         )
@@ -185,8 +190,8 @@ class Supervisor:
         gone_at = time.monotonic()
         if not self._control.closed:
             self._on_worker_message()
-        if self._guardian_code is not None and self._exit_code is None and self._spawn_failure is None:
-            self._take_over()  # first, for its end is the worker's end
+        if not self._guardian_told:
+            self._take_over()  # first: the guardian cannot tell how the worker ended, so we have to see for ourselves
         code, reason = self._verdict()
         report.write_termination_message(self._termination_message_path, f"exit code {code}: {reason}")
         self._notifier.send("STOPPING=1", f"STATUS=cleaning up: {reason}")
@@ -227,7 +232,7 @@ class Supervisor:
         deadline = now + LIMIT
         if self._level:
             deadline = max(now + 1.0, min(deadline, self._stop_at + self._grace - 0.3))
-        if self._level >= 3:
+        if self._hurried:
             deadline = now + _AT_ONCE - 0.1
         self._cleaning_deadline = deadline
         self._to_guardian.send("deadline", at=deadline)
@@ -237,15 +242,13 @@ class Supervisor:
     def _await_report(self) -> None:
         """Wait for the guardian's report, as long as it lives and is within its time."""
         while self._report is None and self._guardian_code is None:
-            hurried = self._level >= 3
-            limit = self._cleaning_deadline + (0.1 if hurried else _GUARDIAN_LIMIT)
-            if self._worker_gone_at is not None and self._exit_code is None and not hurried:
-                limit = min(limit, time.monotonic())  # it did not even say that the worker is gone
+            limit = self._cleaning_deadline + (0.1 if self._hurried else _GUARDIAN_LIMIT)
             if time.monotonic() >= limit:
                 break
-            self._pump(limit)
+            self._pump(min(limit, self._watchdog_due() or limit))
+            self._tell_systemd(time.monotonic())
         if self._report is None and self._guardian_code is None:
-            if self._level >= 3 and self._exit_code is not None:
+            if self._hurried:
                 self._report = {}  # it is at work and finishes without us
                 return
             self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
@@ -257,12 +260,9 @@ class Supervisor:
 
     def _take_over(self) -> None:
         """Clean up in the place of a guardian that is dead or does not answer."""
-        self._guardian_replaced = True
         if self._guardian_code is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guardian, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         else:
             ended = f"killed by {_signal_name(-self._guardian_code)}" if self._guardian_code < 0 else "ended"
             self._log.error("The guardian is gone; the supervisor takes the worker down", guardian=ended)
@@ -297,7 +297,7 @@ class Supervisor:
             return int(ExitCode.FATAL), f"{said or 'fatal error'}; killed at its deadline"
         if killed_by_us:
             return int(ExitCode.DEADLINE), f"not stopped by its deadline, killed in state {self._state}"
-        if self._guardian_replaced and self._guardian_code is not None and code in (None, -signal.SIGKILL):
+        if not self._guardian_told and self._guardian_code is not None and code in (None, -signal.SIGKILL):
             return int(ExitCode.FATAL), "the guardian process was killed, the worker with it"
         if code is None:
             return SIGNAL_BASE + signal.SIGKILL, "worker is gone, its exit status unknown"
@@ -307,7 +307,7 @@ class Supervisor:
             return code, said or f"worker exited with code {code}"
         if self._level:
             return int(ExitCode.STOPPED), said or f"stopped after {_signal_name(self._last_signal)}"
-        if self._farewell.get("code") == 0 or self._state in _ENDING:
+        if self._farewell.get("code") == 0 or (self._state in _ENDING and self._state != "FATAL"):
             return int(ExitCode.STOPPED), said or "stopped"
         told = self._farewell.get("code")
         if isinstance(told, int) and 0 < told < 256:
@@ -320,7 +320,7 @@ class Supervisor:
             kills = linux.memory_kills()
             if kills is not None and self._memory_kills is not None:
                 out_of_memory = kills > self._memory_kills
-                return reason + (" (out of memory)" if out_of_memory else " (not by the kernel for lack of memory)")
+                return reason + (" (out of memory)" if out_of_memory else " (not for lack of memory)")
             return reason + " (out of memory?)"
         return reason
 
@@ -337,8 +337,7 @@ class Supervisor:
         self._signals[number] = now
         name = _signal_name(number)
         if self._exit_code is not None or self._cleanup is not None:
-            self._level = max(self._level, 1)
-            self._log.info("Received shutdown signal", signal=name, level=self._level, next="already cleaning up")
+            self._hurry(name)
             return
         self._last_signal = number
         first = self._level == 0
@@ -349,7 +348,6 @@ class Supervisor:
             self._level += 1
         if first:
             self._stop_at = now
-            self._stopped_in_start = self._state == "STARTING"
         if self._level == 1:
             then = "another one forces the stop within 2 s"
         elif self._level == 2:
@@ -372,7 +370,18 @@ class Supervisor:
                 "STOPPING=1", f"STATUS=stopping after {name}", f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}"
             )
         else:
+            self._hurried = True
             self._kill("forced")
+
+    def _hurry(self, name: str) -> None:
+        """Act on a signal that comes when only cleaning is left: it cannot change the verdict."""
+        impatient = self._level > 0 or self._hurried
+        if not impatient:
+            self._level, self._stop_at = 1, time.monotonic()
+        self._hurried = impatient
+        then = "leaving at once" if impatient else "cleaning up; another one leaves at once"
+        self._log.info("Received shutdown signal", signal=name, level=self._level, next=then)
+        self._set_cleaning_deadline()
 
     def _tell_worker_to_stop(self, name: str, at: float) -> None:
         self._control.send("stop", level=min(self._level, 2), signal=name, at=at)
@@ -410,8 +419,10 @@ class Supervisor:
                     linux.send_signal(self._worker, signal.SIGKILL)
             elif kind == "spawn_failed":
                 self._spawn_failure = (message["code"], message["reason"])
+                self._guardian_told = True
             elif kind == "exited":
                 self._exit_code = message["code"]
+                self._guardian_told = True
             elif kind == "cleaned":
                 self._report = message["report"]
         if self._to_guardian.closed:
@@ -454,6 +465,7 @@ class Supervisor:
             self._log.warning("Something writes nonsense to the worker's control socket; it is ignored")
         if self._control.closed:
             self._loop.remove(self._control.socket.fileno())
+            self._closed_at = time.monotonic()
 
     def _on_state(self, message: Mapping[str, Any]) -> None:
         state = message.get("state")
@@ -489,7 +501,7 @@ class Supervisor:
     def _kill_time(self) -> float | None:
         """Return when the worker is to be killed if it is not gone by then."""
         if self._level >= 3:
-            return self._forced_at
+            return self._stop_at
         if self._stuck_at is not None:
             return self._stuck_at + _DUMP_TIME
         if self._level == 2:
@@ -505,6 +517,8 @@ class Supervisor:
         """Return when the next heartbeat is overdue."""
         if self._heartbeat_timeout <= 0 or self._state not in _WATCHED or self._stuck_at is not None:
             return None
+        if self._control.closed:
+            return None  # it cannot tell us any more how it is
         return self._last_beat + self._heartbeat_timeout
 
     def _next_timer(self) -> float | None:
@@ -513,17 +527,19 @@ class Supervisor:
             timers.append(self._kill_time())
         if self._worker_gone_at is not None:
             timers.append(self._worker_gone_at + _GUARDIAN_LIMIT)
-        if self._notifier.watchdog_interval is not None:
-            timers.append(self._next_watchdog)
+        if self._closed_at is not None:
+            timers.append(self._closed_at + _GUARDIAN_LIMIT)
+        timers.append(self._watchdog_due())
         if self._notifier.active and self._state == "STARTING":
             timers.append(self._next_extension)
         return min((timer for timer in timers if timer is not None), default=None)
 
     def _pump(self, until: float | None, descriptor: int | None = None) -> None:
         """Handle what happens until a point in time, at most once."""
-        self._loop.pump(None if until is None else max(0.0, until - time.monotonic()), descriptor)
-        if until is not None and (late := time.monotonic() - until) > 1.0:
-            self._last_beat += late  # it was us who did not run (SIGSTOP, a frozen machine), not the worker
+        now = time.monotonic()
+        self._loop.pump(None if until is None else max(0.0, until - now), descriptor)
+        if until is not None and (late := time.monotonic() - max(now, until)) > _LATE:
+            self._last_beat += late  # we were stopped, or the whole machine: not the worker's fault
 
     def _wait(self, seconds: float, descriptor: int | None) -> None:
         self._pump(time.monotonic() + seconds, descriptor)
@@ -544,6 +560,17 @@ class Supervisor:
                 self._kill("start")
             else:
                 self._kill("deadline")
+        if self._closed_at is not None and now >= self._closed_at + _GUARDIAN_LIMIT:
+            self._closed_at = None
+            if self._worker_gone_at is None and self._worker is not None and linux.is_alive(self._worker):
+                self._log.warning("The worker has closed its control socket; its state and heartbeat are unknown now")
+        self._tell_systemd(now)
+
+    def _watchdog_due(self) -> float | None:
+        return self._next_watchdog if self._notifier.watchdog_interval is not None else None
+
+    def _tell_systemd(self, now: float) -> None:
+        """Give systemd the sign of life it asks for, and ask for more time during a start."""
         interval = self._notifier.watchdog_interval
         if interval is not None and now >= self._next_watchdog:
             self._next_watchdog = now + interval
@@ -582,13 +609,13 @@ class Supervisor:
             linux.send_signal(self._worker, signal.SIGKILL)
 
 
-def _environment(base: str, directory: RunDirectory, control: int) -> dict[str, str]:
+def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
     """Return the worker's environment."""
     environment = dict(os.environ)
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         environment.pop(name, None)
     for variable, name in _LASTING_CACHES:
-        environment.setdefault(variable, os.path.join(base, name.format(user=_user_name())))
+        environment.setdefault(variable, os.path.join(directory.base, name.format(user=_user_name())))
     environment["DYNAMO_WORKER_CONTROL_FD"] = str(control)
     environment[run_directory.VARIABLE] = directory.path
     environment["TMPDIR"] = directory.temporary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 _LIMIT = 60
 
 
-def sweep_in_background(base: str, own: RunDirectory, log: Log) -> None:
-    """Sweep ``base`` in a process of its own, if there is anything to sweep; the caller only reaps it."""
-    stale = [path for path in run_directory.candidates(base) if path != own.path]
+def sweep_in_background(own: RunDirectory, log: Log) -> None:
+    """Sweep the place of our own directory, in a process of its own if need be; the caller only reaps it."""
+    stale = [path for path in run_directory.candidates(own.base) if path != own.path]
     if not stale or spawn.fork() != 0:
         return
     try:
@@ -34,12 +35,12 @@ def sweep_in_background(base: str, own: RunDirectory, log: Log) -> None:
         signal.alarm(_LIMIT)
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2:
-                try:
+                with contextlib.suppress(OSError):  # the descriptor of the listing itself
                     os.close(int(name))
-                except OSError:
-                    pass  # the descriptor of the listing itself
         for path in stale:
             _sweep(path, log)
+    except Exception as error:
+        log.warning("Not cleaned up behind an earlier worker", error=f"{type(error).__name__}: {error}")
     finally:
         os._exit(0)
 

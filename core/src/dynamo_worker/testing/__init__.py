@@ -5,8 +5,8 @@ Install it with ``pip install dynamo-worker[testing]`` and name it in ``conftest
     pytest_plugins = ["dynamo_worker.testing.plugin"]
 
 It gives the fixtures ``cluster`` (private discovery, a frontend, workers) and ``no_leftovers`` (fails a test that
-leaves a process, a shared-memory segment or a file behind). :class:`dynamo_worker.testing.conformance.EngineConformance`
-holds the tests every engine plugin should pass.
+leaves a process, a shared-memory segment or a file behind).
+:class:`dynamo_worker.testing.conformance.EngineConformance` holds the tests every engine plugin should pass.
 """
 
 from __future__ import annotations

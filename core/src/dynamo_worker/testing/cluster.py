@@ -6,19 +6,21 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.testing.client import Load, Result, chat
 from dynamo_worker.testing.leftovers import MARKER
 from dynamo_worker.testing.waiting import eventually
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Sequence
+    from pathlib import Path
 
 #: Variables that would let a test talk to anything but itself.
 _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
@@ -201,7 +203,9 @@ class Cluster:
                 environment[name] = value
         return environment
 
-    def run(self, *arguments: str, timeout: float = 60.0, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, timeout: float = 60.0, **environment: str | None
+    ) -> subprocess.CompletedProcess[str]:
         """Run ``dynamo-worker`` with these arguments to its end."""
         return subprocess.run(
             [sys.executable, "-m", "dynamo_worker", *arguments],
@@ -251,7 +255,7 @@ class Cluster:
 
     def _get(self, path: str) -> Any:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=5) as response:
+            with urllib.request.urlopen(self.url + path, timeout=5) as response:  # noqa: S310 - our own frontend
                 return json.load(response)
         except (OSError, ValueError):
             return None

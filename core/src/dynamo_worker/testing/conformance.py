@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,13 +16,18 @@ from dynamo_worker.errors import EngineDeadError
 from dynamo_worker.plugins import Plugins
 from dynamo_worker.serving import LocalContext
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
 
 class EngineConformance:
-    """Derive from it in a test module and name the engine::
+    """The tests of one engine.
 
-    class TestConformance(EngineConformance):
-        ENGINE = "echo"
-        ARGS = ["--tokens-per-second", "100"]
+    Derive from it in a test module and name the engine::
+
+        class TestConformance(EngineConformance):
+            ENGINE = "echo"
+            ARGS = ["--tokens-per-second", "100"]
     """
 
     #: Name of the entry point.
@@ -58,7 +63,11 @@ class EngineConformance:
         """Return a request for so many tokens, made from the engine's own canary."""
         assert isinstance(engine, HasCanary)
         request = engine.canary_request()
-        request["stop_conditions"] = {**(request.get("stop_conditions") or {}), "max_tokens": tokens, "ignore_eos": True}
+        request["stop_conditions"] = {
+            **(request.get("stop_conditions") or {}),
+            "max_tokens": tokens,
+            "ignore_eos": True,
+        }
         return request
 
     def test_create_starts_nothing(self, engine: Engine) -> None:

@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 
-from dynamo_worker.testing.client import Load
-from dynamo_worker.testing.cluster import Cluster, Worker
 from dynamo_worker.testing.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from dynamo_worker.testing.client import Load
+    from dynamo_worker.testing.cluster import Cluster, Worker
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class FaultTable:
         assert self.assert_gone(serving, since, 0.5, subject) == 128 + signal.SIGKILL
         self.assert_complete(load, subject)
 
-    def test_supervisor_killed(self, serving: Worker, subject: Subject, no_leftovers: object) -> None:
+    def test_supervisor_killed(self, serving: Worker, subject: Subject) -> None:
         since = serving.signal(signal.SIGKILL)
         assert self.assert_gone(serving, since, 1.0, subject) == 128 + signal.SIGKILL
 

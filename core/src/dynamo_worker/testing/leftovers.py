@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: Every process of a test carries this variable, however far it strays from its parents.
 MARKER = "DYNAMO_WORKER_TEST"
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where the kernel keeps it
 
 
 def marked_processes(marker: str) -> dict[int, str]:
@@ -30,9 +35,25 @@ def marked_processes(marker: str) -> dict[int, str]:
     return found
 
 
+def mapped_by_others(names: set[str], marker: str) -> set[str]:
+    """Return those of the segments that a living process without the marker maps: another program's, not ours."""
+    ours = marked_processes(marker)
+    found: set[str] = set()
+    for entry in os.listdir("/proc") if names else ():
+        if not entry.isdigit() or int(entry) in ours:
+            continue
+        try:
+            with open(f"/proc/{entry}/maps", encoding="utf-8", errors="replace") as file:
+                maps = file.read()
+        except OSError:
+            continue
+        found |= {name for name in names if f"{_SHARED_MEMORY}/{name}" in maps}
+    return found
+
+
 def shared_memory() -> set[str]:
     """Return the names in ``/dev/shm``."""
-    return set(os.listdir("/dev/shm"))
+    return set(os.listdir(_SHARED_MEMORY))
 
 
 @dataclass
@@ -50,7 +71,9 @@ class Leftovers:
     def find(self) -> list[str]:
         """Return what is left now, one line each."""
         left = [f"process {pid}: {command}" for pid, command in marked_processes(self.marker).items()]
-        left += [f"/dev/shm/{name}" for name in sorted(shared_memory() - self._segments)]
+        segments = shared_memory() - self._segments
+        segments -= mapped_by_others(segments, self.marker)
+        left += [f"{_SHARED_MEMORY}/{name}" for name in sorted(segments)]
         left += [str(path) for path in sorted(self.tmp.iterdir())]
         return left
 
@@ -70,7 +93,5 @@ class Leftovers:
     def remove(self) -> None:
         """Kill the processes that are left."""
         for pid in marked_processes(self.marker):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue

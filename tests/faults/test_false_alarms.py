@@ -1,0 +1,77 @@
+"""A healthy engine is never ended: saturated, in a long prefill, or compiling."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from dynamo_worker.testing import Cluster
+
+from .conftest import FaultyCluster
+
+#: A tight bound, so that the tests are short; every quiet spell below is longer than the part of it after which the
+#: engine is asked (60 %), or than the whole of it.
+STALL_TIMEOUT = "4"
+
+
+def end(worker: object) -> None:
+    from dynamo_worker.testing import Worker
+
+    assert isinstance(worker, Worker)
+    assert "Fatal" not in worker.log
+    worker.signal(signal.SIGTERM)
+    assert worker.wait_gone() == 0
+
+
+def test_saturating_load(cluster: Cluster) -> None:
+    """More work than two cores can do, for several stall timeouts."""
+    cluster.start_frontend()
+    worker = cluster.worker("--stall-timeout", STALL_TIMEOUT, "--process-tree", "--tokens-per-second", "200")
+    cluster.wait_model()
+    load = cluster.load(500, 2000)
+    time.sleep(15)
+    assert worker.running, worker.log
+    worker.signal(signal.SIGTERM)
+    worker.signal(signal.SIGTERM)
+    load.wait()
+    assert "EngineStalled" not in worker.log
+
+
+def test_a_long_prefill_that_reports_its_steps(cluster: Cluster) -> None:
+    cluster.start_frontend()
+    worker = cluster.worker("--stall-timeout", STALL_TIMEOUT, "--prefill-seconds", "10", "--no-warmup")
+    cluster.wait_model()
+    load = cluster.load(1, 5)
+    assert all(result.ok for result in load.wait()), load.summary()
+    end(worker)
+
+
+def test_a_first_request_that_compiles(faulty: FaultyCluster) -> None:
+    """The warm-up pays for it, before the model is registered and before anybody watches."""
+    worker = faulty.serving("--stall-timeout", STALL_TIMEOUT, "--compile-seconds", "8")
+    assert "Engine warmed up seconds=8" in worker.log
+    assert faulty.cluster.ask().ok
+    end(worker)
+
+
+def test_one_request_that_hangs_for_long_beside_an_idle_engine(faulty: FaultyCluster) -> None:
+    """The canary answers, so the engine is well, however long this one request takes."""
+    worker = faulty.serving("--stall-timeout", STALL_TIMEOUT, "--silent-seconds", "10")
+    result = faulty.cluster.load(1, 5, prompt="silent")
+    assert all(one.ok for one in result.wait()), result.summary()
+    end(worker)
+
+
+@pytest.mark.slow
+def test_five_minutes_of_saturating_load(cluster: Cluster) -> None:
+    """The issue's bar; run it with `-m slow`."""
+    cluster.start_frontend()
+    worker = cluster.worker("--stall-timeout", "5", "--process-tree", "--tokens-per-second", "200")
+    cluster.wait_model()
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        load = cluster.load(300, 1000)
+        assert all(result.ok for result in load.wait(300)), load.summary()
+    end(worker)

@@ -1,0 +1,137 @@
+"""An engine for tests that does, on demand, everything an engine must not do.
+
+It is found like any installed plugin: this directory, with its dist-info, is put on PYTHONPATH. A request asks for a
+fault with a word in its prompt; flags choose faults of the start and of the hooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import time
+from collections.abc import AsyncIterator
+
+from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, EngineInfo, Request, RequestContext, hookimpl
+from dynamo_worker.engine import EndpointSpec
+from dynamo_worker.engines.echo import EchoEngine
+from dynamo_worker.errors import StartError
+
+#: Long enough for every test, short enough to end by itself.
+FOREVER = 100.0
+
+
+def hold_gil(seconds: float) -> None:
+    """Sleep in native code without releasing the GIL, as a driver call that hangs does."""
+    library = ctypes.PyDLL(None)
+    library.usleep(ctypes.c_uint(int(seconds * 1e6)))
+
+
+class FaultyEngine(EchoEngine):
+    """The echo engine, and what is wrong with it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.args = args
+        self._requests = 0
+
+    async def start(self, worker_id: int) -> EngineInfo:
+        fault = self.args.start_fault
+        if fault == "block":
+            time.sleep(FOREVER)
+        elif fault == "gil":
+            hold_gil(FOREVER)
+        elif fault == "hang":
+            await asyncio.sleep(FOREVER)
+        elif fault == "error":
+            raise StartError("no CUDA-capable device is detected", hint="run it on a machine with a GPU")
+        elif fault == "bug":
+            raise KeyError("a bug in the engine")
+        info = await super().start(worker_id)
+        second = EndpointSpec("side", generate=super().generate, graceful_shutdown=False)
+        return EngineInfo(
+            model_name=info.model_name,
+            model_path=self.args.model_directory or info.model_path,
+            context_length=info.context_length,
+            kv_block_size=info.kv_block_size,
+            endpoints=[second],
+        )
+
+    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        self._requests += 1
+        text = "".join(chr(token - 3) for token in request["token_ids"] if token >= 3)
+        if self._requests == 1:
+            # The first request compiles.
+            await asyncio.sleep(self.args.compile_seconds)
+        if "poison" in text:
+            raise RuntimeError("a request the engine cannot digest")
+        if "bad" in text:
+            raise ValueError("temperature must not be negative")
+        if "dead" in text:
+            raise EngineDeadError("CUDA error: an illegal memory access was encountered")
+        if "unserializable" in text:
+            yield {"token_ids": [object()]}
+        if "block" in text:
+            time.sleep(FOREVER)
+        if "gil" in text:
+            hold_gil(FOREVER)
+        if "silent" in text:
+            # One long step that reports nothing, such as a kernel compiled late.
+            await asyncio.sleep(self.args.silent_seconds)
+        async for chunk in super().generate(request, context):
+            yield chunk
+
+
+class FaultyPlugin:
+    @hookimpl
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("faulty engine")
+        group.add_argument("--model-name", default="echo")
+        group.add_argument("--model-directory")
+        group.add_argument("--tokens-per-second", type=float, default=0.0)
+        group.add_argument("--start-seconds", type=float, default=0.0)
+        group.add_argument("--prefill-seconds", type=float, default=0.0)
+        group.add_argument("--compile-seconds", type=float, default=0.0)
+        group.add_argument("--silent-seconds", type=float, default=0.0)
+        group.add_argument("--start-fault", choices=["block", "gil", "hang", "error", "bug"])
+        group.add_argument("--hook-fault", action="append", default=[], metavar="HOOK=hang|raise|block|stubborn")
+
+    @hookimpl
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> FaultyEngine:
+        return FaultyEngine(args)
+
+    @hookimpl
+    async def check_health(self, engine: FaultyEngine) -> None:
+        await self._misbehave(engine, "check_health")
+
+    @hookimpl
+    async def drain(self, engine: FaultyEngine, deadline: Deadline) -> None:
+        await self._misbehave(engine, "drain")
+
+    @hookimpl
+    async def on_fatal_error(self, engine: FaultyEngine | None, error: BaseException, deadline: Deadline) -> None:
+        if engine is not None:
+            await self._misbehave(engine, "on_fatal_error")
+
+    @hookimpl
+    async def cleanup(self, engine: FaultyEngine, deadline: Deadline) -> None:
+        await self._misbehave(engine, "cleanup")
+
+    async def _misbehave(self, engine: FaultyEngine, hook: str) -> None:
+        for fault in engine.args.hook_fault:
+            name, _, kind = fault.partition("=")
+            if name != hook:
+                continue
+            if kind == "raise":
+                raise RuntimeError(f"{hook} is broken")
+            if kind == "block":
+                time.sleep(FOREVER)
+            while True:
+                try:
+                    await asyncio.sleep(FOREVER)
+                except asyncio.CancelledError:
+                    if kind != "stubborn":
+                        raise
+
+
+plugin = FaultyPlugin()

@@ -1,0 +1,288 @@
+"""Whatever dies first, the other side takes the tree down and cleans up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import state_of, wait_until
+
+SERVING = "state=SERVING"
+TREE = (
+    "child=stubborn.py",
+    "child=forker.py",
+    "child=stopped.py",
+    "child=shm_tracked.py",
+    "child=shm_leaker.py",
+    "temp",
+)
+INSTANCE = "4ec5c2a6e8130c29"
+
+
+@pytest.fixture
+def hurt(supervised):
+    """A worker with every kind of descendant, registered with file discovery; returns the discovery directory."""
+    root = supervised.base / "discovery"
+    supervised.start(f"register-file={root}:{INSTANCE}", *TREE, SERVING, "arrived", "hang")
+    assert len(supervised.tree()) > 10
+    assert len(supervised.segments()) == 9
+    other = root / "v1/instances/ns%2Fbackend%2Fgenerate%2F1111222233334444"
+    other.write_text("{}")
+    yield root
+    assert [path for path in root.rglob("*") if path.is_file()] == [other]
+
+
+def registered(root: Path) -> bool:
+    return any(INSTANCE in path.name for path in root.rglob("*"))
+
+
+class TestTheWorkerIsKilled:
+    def test_everything_goes(self, supervised, hurt, measured):
+        started = time.monotonic()
+        os.kill(supervised.worker, signal.SIGKILL)
+        measured("kill -9 of the worker: registration withdrawn", wait_until(lambda: not registered(hurt)), 0.5)
+        assert supervised.wait() == 137
+        measured("kill -9 of the worker: exit", time.monotonic() - started, 0.5)
+        supervised.gone(0.5)
+
+    def test_a_tree_of_nothing_is_quick(self, supervised, measured):
+        supervised.start(SERVING, "arrived", "hang")
+        worker = supervised.worker
+        started = time.monotonic()
+        os.kill(worker, signal.SIGKILL)
+        assert supervised.wait() == 137
+        measured("kill -9 of a lone worker: exit", time.monotonic() - started, 0.5)
+
+    def test_descendants_that_run_away_by_forking(self, supervised):
+        supervised.start("child=rabbit.py", SERVING, "arrived", "hang")
+        started = time.monotonic()
+        os.kill(supervised.worker, signal.SIGKILL)
+        assert supervised.wait() == 137
+        assert time.monotonic() - started < 10
+
+    def test_worker_that_is_stopped(self, supervised):
+        supervised.start(SERVING, "arrived", "hang")
+        os.kill(supervised.worker, signal.SIGSTOP)
+        supervised.signal(signal.SIGTERM)
+        supervised_text = wait_until(lambda: "level=1" in supervised.text)
+        assert supervised_text is not None
+        supervised.signal(signal.SIGINT)
+        assert supervised.wait() == 130
+
+
+class TestTheSupervisorIsKilled:
+    def test_everything_goes(self, supervised, hurt, measured):
+        started = time.monotonic()
+        supervised.signal(signal.SIGKILL)
+        supervised.gone()
+        measured("kill -9 of the supervisor: all gone", time.monotonic() - started, 1.0)
+        assert not registered(hurt)
+        assert "stopped by the guardian" in supervised.text
+        supervised.wait()
+
+    def test_with_its_whole_group(self, supervised, hurt):
+        """As ``kill -9 -PGID`` does, and the OOM killer may."""
+        group = os.getpgid(supervised.pid)
+        assert group != os.getpgid(supervised.guardian)
+        supervised.signal(signal.SIGKILL)
+        supervised.gone()
+
+    def test_with_a_stopped_guardian(self, supervised, hurt, measured):
+        """The kernel wakes the guardian when its parent dies."""
+        os.kill(supervised.guardian, signal.SIGSTOP)
+        started = time.monotonic()
+        supervised.signal(signal.SIGKILL)
+        supervised.gone()
+        measured("kill -9 of the supervisor, guardian stopped: all gone", time.monotonic() - started, 1.0)
+
+    def test_during_the_cleaning(self, supervised, hurt):
+        os.kill(supervised.worker, signal.SIGKILL)
+        supervised.signal(signal.SIGKILL)
+        supervised.gone()
+
+
+class TestTheGuardianIsKilled:
+    def test_everything_goes(self, supervised, hurt, measured):
+        started = time.monotonic()
+        os.kill(supervised.guardian, signal.SIGKILL)
+        assert supervised.wait() == 1
+        measured("kill -9 of the guardian: exit", time.monotonic() - started, 1.0)
+        assert 'reason="the guardian process was killed, the worker with it"' in supervised.text
+        assert not registered(hurt)
+        supervised.gone(0.5)
+
+    def test_during_the_cleaning(self, supervised, hurt):
+        guardian = supervised.guardian
+        os.kill(supervised.worker, signal.SIGKILL)
+        os.kill(guardian, signal.SIGKILL)
+        assert supervised.wait() in (1, 137)
+
+    def test_stopped_when_the_worker_ends(self, supervised, hurt):
+        os.kill(supervised.guardian, signal.SIGSTOP)
+        os.kill(supervised.worker, signal.SIGKILL)
+        assert supervised.wait() == 137
+        assert "The guardian does not answer" in supervised.text or "supervisor takes over" in supervised.text
+
+    def test_signals_for_everybody_do_not_reach_it(self, supervised):
+        supervised.start(SERVING, "arrived", "obey=0")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
+            os.kill(supervised.guardian, number)
+        time.sleep(0.2)
+        assert supervised.process.poll() is None
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+    def test_children_from_before_exec_are_left_alone(self, supervised):
+        """`sh -c 'helper & exec dynamo-worker'` makes the helper our child, but not part of the worker."""
+        helper = supervised.base / "helper"
+        wrapper = f'env -u DWTEST_MARK sleep 100 & echo $! > {helper}; exec "$0" "$@"'
+        supervised.start(SERVING, "arrived", "hang", shell_wrapper=wrapper)
+        pid = int(helper.read_text())
+        try:
+            os.kill(supervised.guardian, signal.SIGKILL)
+            assert supervised.wait() == 1
+            assert state_of(pid) == "S"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+class TestBothAreKilled:
+    def kill_both(self, supervised) -> None:
+        guardian = supervised.guardian
+        os.kill(supervised.pid, signal.SIGSTOP)
+        os.kill(guardian, signal.SIGSTOP)
+        os.kill(guardian, signal.SIGKILL)
+        os.kill(supervised.pid, signal.SIGKILL)
+        supervised.wait()
+
+    def test_the_worker_dies_and_the_next_start_cleans_the_rest(self, supervised, hurt):
+        worker = supervised.worker
+        self.kill_both(supervised)
+        wait_until(lambda: state_of(worker) is None)
+        (stale,) = supervised.run_directories
+        assert registered(hurt)
+        supervised.start(SERVING, "arrived", "obey=0")
+        wait_until(lambda: not stale.exists(), what="sweep")
+        wait_until(lambda: not supervised.segments(), what="segments removed by the sweep")
+        assert not registered(hurt)
+        wait_until(lambda: "Cleaned up behind an earlier worker" in supervised.text)
+        assert len(supervised.run_directories) == 1
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+    def test_the_sweep_leaves_the_living_alone(self, supervised, tmp_path):
+        from .conftest import Supervised
+
+        supervised.start(SERVING, "arrived", "obey=0")
+        (tmp_path / "second").mkdir()
+        second = Supervised(tmp_path / "second")
+        try:
+            second.environment["TMPDIR"] = str(supervised.tmp)
+            second.start(SERVING, "arrived", "obey=0")
+            assert len(supervised.run_directories) == 2
+            second.signal(signal.SIGTERM)
+            assert second.wait() == 0
+            assert supervised.process.poll() is None
+            assert len(supervised.run_directories) == 1
+        finally:
+            second.end()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+
+class TestCleanEnd:
+    def test_leftovers_of_an_obedient_worker_are_removed(self, supervised):
+        supervised.start(*TREE, SERVING, "arrived", "obey=0")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        supervised.gone(0.5)
+
+    def test_zombies_are_reaped_while_it_runs(self, supervised):
+        supervised.start("child=zombie_maker.py", SERVING, "arrived", "obey=0")
+        pids = [*supervised.children_of(supervised.guardian), *supervised.children_of(supervised.pid)]
+        wait_until(lambda: not [pid for pid in supervised.children_of(supervised.guardian) if state_of(pid) == "Z"])
+        assert pids
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+    def test_run_directory_that_cannot_be_removed(self, supervised):
+        """It is said why, and the exit code stays."""
+        supervised.start("temp", SERVING, "arrived", "obey=0")
+        (run_directory,) = supervised.run_directories
+        place = run_directory / "tmp" / "left"
+        if subprocess.run(["mount", "-t", "tmpfs", "none", str(place)], capture_output=True).returncode:
+            pytest.skip("cannot mount here")
+        try:
+            supervised.signal(signal.SIGTERM)
+            assert supervised.wait() == 0
+            assert "Run directory not removed" in supervised.text
+            assert "busy" in supervised.text
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+        supervised.start("exit=4")  # and now it can be
+        assert supervised.wait() == 4
+        supervised.gone()
+
+    def test_read_only_directories_are_removed(self, supervised):
+        supervised.start("temp", SERVING, "arrived", "obey=0")
+        (run_directory,) = supervised.run_directories
+        (run_directory / "tmp/left/behind").chmod(0)
+        (run_directory / "tmp/left").chmod(0o500)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+    def test_signals_while_cleaning_do_not_change_the_verdict(self, supervised):
+        """A discovery server that does not answer keeps the cleaning busy; a second signal leaves it behind."""
+        import socket
+
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            supervised.start(f"register-etcd=http://127.0.0.1:{deaf.getsockname()[1]}#77", SERVING, "arrived", "exit=5")
+            wait_until(lambda: len(supervised.children_of(supervised.pid)) and supervised.process.poll() is None)
+            time.sleep(0.3)
+            started = time.monotonic()
+            supervised.signal(signal.SIGTERM)
+            time.sleep(0.15)
+            supervised.signal(signal.SIGTERM)
+            assert supervised.wait() == 5
+            assert time.monotonic() - started < 2.0
+            assert "leaving at once" in supervised.text
+
+
+class TestPid1:
+    def test_as_pid_1_of_a_namespace(self, supervised, tmp_path):
+        """The kernel gives pid 1 no default actions and kills everything when it ends."""
+        if subprocess.run(["unshare", "-fp", "--mount-proc", "true"], capture_output=True).returncode:
+            pytest.skip("no pid namespaces here")
+        supervised.start(
+            "child=forker.py", "child=zombie_maker.py", "child=shm_tracked.py", SERVING, "arrived", "hang",
+            shell_wrapper='exec unshare -fp --mount-proc "$0" "$@"',
+        )  # fmt: skip
+        (init,) = supervised.children_of(supervised.pid)
+        os.kill(init, signal.SIGTERM)
+        wait_until(lambda: "level=1" in supervised.text)
+        os.kill(init, signal.SIGTERM)
+        time.sleep(0.12)
+        os.kill(init, signal.SIGINT)
+        supervised.wait()
+        assert "Worker stopped code=1" in supervised.text
+
+
+@pytest.mark.parametrize("denied", ["pidfd"])
+def test_without_pidfd(supervised, denied, tmp_path):
+    """Seccomp profiles and old kernels refuse pidfd_open; SIGCHLD and start times have to do."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\ndef refuse(*_):\n    raise PermissionError(1, 'refused')\nos.pidfd_open = refuse\n"
+    )
+    supervised.environment["PYTHONPATH"] = str(site)
+    supervised.start(*TREE, SERVING, "arrived", "hang")
+    os.kill(supervised.worker, signal.SIGKILL)
+    assert supervised.wait() == 137
+    assert sys.executable
