@@ -181,8 +181,13 @@ def _in_flight(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for mode in ("complete", "handoff", "abort"):
         for count in counts:
             # A fresh frontend for each: thousands of streams leave their traces in one.
-            with Workbench(None, arguments.keep_logs, frontends) as bench:
-                result = in_flight.measure(bench, mode, count)
+            try:
+                with Workbench(None, arguments.keep_logs, frontends) as bench:
+                    result = in_flight.measure(bench, mode, count)
+            except (WorkbenchError, LoadError) as error:
+                progress(f"{mode}, {count} requests: not measured: {error}")
+                rows.append([f"{mode}, {count} requests", "not measured", *[""] * 6])
+                continue
             results.append({**asdict(result), "per_request": result.per_request})
             per_request = result.per_request
             rows.append(
@@ -213,8 +218,12 @@ def _rolling(arguments: argparse.Namespace, peer: Path | None) -> list[rolling.R
         modes.append((PEER, None, arguments.peer_restarts))
     series = []
     for kind, mode, restarts in modes:
-        with Workbench(peer, arguments.keep_logs) as bench:
-            result = rolling.measure(bench, kind, mode, restarts, min(arguments.grace, 0.5), 2 * arguments.streams)
+        try:
+            with Workbench(peer, arguments.keep_logs) as bench:
+                result = rolling.measure(bench, kind, mode, restarts, min(arguments.grace, 0.5), 4 * arguments.streams)
+        except (WorkbenchError, LoadError) as error:
+            progress(f"{TITLES[kind]}, {mode or 'rolling'}: not measured: {error}")
+            continue
         series.append(result)
         for reason, times in result.losses.items():
             progress(f"{result.title}: {times} x {reason}")

@@ -79,7 +79,7 @@ def _arguments() -> argparse.Namespace:
 def _specification(
     ports: tuple[int, ...], model: str, streams: int, max_tokens: int, scale: float
 ) -> LoadSpecification:
-    rounds_of_requests = 10 if streams == 1 else 6 if streams < 500 else 1
+    rounds_of_requests = 10 if streams < 500 else 1
     requests = max(streams, round(streams * rounds_of_requests * scale))
     return LoadSpecification(ports, model, streams, requests, max_tokens, timeout=120.0, time_limit=180.0)
 

@@ -136,6 +136,7 @@ class Load:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=None if environment is None else dict(environment),
+            start_new_session=True,
         )
         self._buffer = b""
 

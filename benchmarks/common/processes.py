@@ -8,6 +8,7 @@ import os
 import resource
 import select
 import signal
+import site
 import subprocess
 import threading
 import time
@@ -35,10 +36,12 @@ def raise_file_limit() -> int:
 def loopback_environment(discovery: Path, temporary: Path, **additions: str) -> dict[str, str]:
     """Return an environment in which Dynamo stays on the loopback interface and in private directories.
 
-    :param discovery: directory of the file discovery.
-    :param temporary: TMPDIR and the runtime's cache.
+    :param discovery: directory of the file discovery; the home directory is made beside it.
+    :param temporary: TMPDIR.
     :param additions: further variables.
     """
+    home = discovery.parent / "home"
+    home.mkdir(exist_ok=True)
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -55,7 +58,10 @@ def loopback_environment(discovery: Path, temporary: Path, **additions: str) -> 
         DYN_LOG="warn",
         HF_HUB_OFFLINE="1",
         TMPDIR=str(temporary),
-        XDG_CACHE_HOME=str(temporary / "cache"),
+        # The runtime keeps model cards below the home directory; Python finds the user's own packages there.
+        HOME=str(home),
+        XDG_CACHE_HOME=str(home / ".cache"),
+        PYTHONUSERBASE=site.getuserbase(),
         PYTHONUNBUFFERED="1",
     )
     environment.update(additions)
@@ -179,8 +185,15 @@ class Program:
         self._ended = threading.Event()
         with log.open("ab") as output:
             self.started_at = time.monotonic()
+            # Every program in a session of its own, as in containers: Linux gives each session its fair share of the
+            # processors (autogroup), and a worker that shares one with the client costs a third less CPU per token.
             self._process = subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment)
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=dict(environment),
+                start_new_session=True,
             )
         self.pid = self._process.pid
         self._thread = threading.Thread(target=self._wait, name=f"wait for {name}", daemon=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RATE = 100.0
-MAX_TOKENS = 150
+MAX_TOKENS = 100
 _TIME_PER_RESTART = 30.0
 
 
@@ -77,6 +77,8 @@ def measure(bench: Workbench, kind: str, mode: str | None, restarts: int, grace:
             None,
             MAX_TOKENS,
             expected=echo_text(MAX_TOKENS) if kind == OURS else None,
+            # Spread over the length of a request, so that requests end all the time and not all at once.
+            ramp=streams * RATE / MAX_TOKENS,
             timeout=30.0,
             time_limit=restarts * _TIME_PER_RESTART + 60.0,
         )
@@ -119,7 +121,7 @@ def plot(series: Sequence[Rolling], path: Path) -> bool:
     figure, axes = plt.subplots(len(series), 1, figsize=(11, 2.6 * len(series) + 0.6), squeeze=False)
     for axis, rolling in zip(axes[:, 0], series, strict=True):
         end = max((at for at, _ in rolling.requests), default=1.0)
-        width = max(0.25, end / 200)
+        width = max(0.5, end / 200)
         bins = int(end / width) + 1
         completed, lost = [0.0] * bins, [0.0] * bins
         for at, whole in rolling.requests:
@@ -140,8 +142,9 @@ def plot(series: Sequence[Rolling], path: Path) -> bool:
         axis.set_xlim(0, end)
         axis.set_ylabel("requests / s")
     axes[-1, 0].set_xlabel("seconds")
-    axes[0, 0].legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=3)
+    figure.tight_layout(rect=(0, 0.3 / (2.6 * len(series) + 0.6), 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

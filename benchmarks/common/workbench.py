@@ -293,12 +293,8 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
 
 
 def files_below(directory: Path) -> list[str]:
-    """Return all files and sockets below a directory, except the runtime's own cache."""
-    return sorted(
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if not path.is_dir() and "cache" not in path.relative_to(directory).parts
-    )
+    """Return all files and sockets below a directory."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
 
 
 def alive(pids: Iterable[int]) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import sys
 
 import uvloop
-from dynamo.llm import (  # type: ignore[attr-defined]
+from dynamo.llm import (  # type: ignore[attr-defined,unused-ignore]
     EngineType,
     EntrypointArgs,
     RouterConfig,

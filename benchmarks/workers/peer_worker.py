@@ -106,7 +106,8 @@ class MinimalEngine(LLMEngine):  # type: ignore[misc]
         assert self._step is not None
         while True:
             await asyncio.sleep(self._interval)
-            child.stdin.write(b"s")
+            if child.returncode is None:
+                child.stdin.write(b"s")
             if not await child.stdout.read(1):
                 self._step.set_exception(EngineShutdown("the engine's process is gone"))
                 return

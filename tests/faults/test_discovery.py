@@ -17,7 +17,9 @@ import pytest
 from dynamo_worker.testing import Cluster, Worker, eventually
 from dynamo_worker.testing.cluster import free_port
 
-pytestmark = pytest.mark.skipif(shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)")
+pytestmark = pytest.mark.skipif(
+    shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)"
+)
 
 
 class Etcd:

@@ -10,7 +10,14 @@ from array import array
 
 import pytest
 from aio import settle, until
-from dynamo.llm.exceptions import Cancelled, EngineShutdown, InvalidArgument, StreamIncomplete, WorkerUnavailable
+from dynamo.llm.exceptions import (
+    Cancelled,
+    EngineShutdown,
+    InvalidArgument,
+    StreamIncomplete,
+    Unknown,
+    WorkerUnavailable,
+)
 from dynamo.runtime import Context
 from hypothesis import given
 from hypothesis import strategies as st
@@ -315,7 +322,7 @@ def test_a_sender_that_fails_for_another_reason_is_a_failure(caplog):
     async def main():
         sender = Sender(lambda sender: setattr(sender, "closed", True))
         served = Served(FakeEngine())
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(Unknown, match="RuntimeError: response stream is closed"):
             await served.request(sender=sender)
         await settle()
         assert served.counted() == {Outcome.FAILED: 1}
@@ -401,7 +408,7 @@ def test_errors_of_dynamo_pass_as_they_are():
 def test_any_other_error_is_logged_with_its_request(caplog):
     async def main():
         served = Served(FakeEngine(ZeroDivisionError("bug")))
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(Unknown, match="ZeroDivisionError: bug"):
             await served.request()
         await settle()
         assert served.counted() == {Outcome.FAILED: 1}
@@ -412,6 +419,20 @@ def test_any_other_error_is_logged_with_its_request(caplog):
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.fields["request_id"] == "r"
     assert record.exc_info
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("peer"), BrokenPipeError(), asyncio.TimeoutError()])
+def test_a_connection_that_breaks_is_left_to_the_runtime(error):
+    """It knows these types and lets the request migrate."""
+
+    async def main():
+        served = Served(FakeEngine(chunk(1), error))
+        with pytest.raises(type(error)) as raised:
+            await served.request()
+        assert raised.value is error
+        assert served.counted() == {Outcome.FAILED: 1}
+
+    asyncio.run(main())
 
 
 def test_an_abort_that_fails_harms_nobody(caplog):

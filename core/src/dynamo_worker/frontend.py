@@ -73,8 +73,12 @@ class FrontendProcess:
             command += ["--event-plane", settings.event_plane]
         if discovery_path is not None:
             command += ["--discovery-path", str(discovery_path)]
+        # What the worker has set as its own default is not what the frontend should log.
+        inherited = {name: value for name, value in os.environ.items() if value != logs.WORKER_RUNTIME_LOG}
+        inherited |= {"DYN_WORKER_LOG_LEVEL": settings.log_level, "DYN_WORKER_LOG_FORMAT": settings.log_format}
         # A session of its own, so that a Ctrl-C meant for the supervisor does not end it under running requests.
-        return cls(subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True), address)
+        process = subprocess.Popen(command, env=inherited, stdin=subprocess.DEVNULL, start_new_session=True)
+        return cls(process, address)
 
     @property
     def pid(self) -> int:
@@ -167,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--migration-limit",
         type=int,
-        default=int(environment("DYN_MIGRATION_LIMIT", "3")),
+        default=environment("DYN_MIGRATION_LIMIT", "3"),
         metavar="N",
         help="how often one request may move to another worker",
     )
@@ -189,8 +193,8 @@ def main(argv: list[str]) -> int:
     import uvloop
 
     args = parser().parse_args(argv)
-    logs.setup()
-    logs.quiet_runtime()
+    logs.setup(os.environ.get("DYN_WORKER_LOG_LEVEL", "info"), os.environ.get("DYN_WORKER_LOG_FORMAT", "text"))
+    logs.quiet_runtime(logs.FRONTEND_RUNTIME_LOG)
     address = parse_address(args.http)
     _check_free(address)
     if args.discovery_path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from dynamo_worker import __version__, logs
+from dynamo_worker import __version__, logs, native_output
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.drain_progress import DrainProgress
@@ -68,6 +68,8 @@ _FATAL_CLEANUP = 5.0
 _CUT_SECONDS = 1.0
 #: Seconds for the runtime to close its connections once nothing is in flight.
 _RUNTIME_SHUTDOWN = 1.0
+#: Seconds that an error found by a request waits for its cause.
+_CAUSE_SECONDS = 0.01
 #: Seconds between the end of the hooks' time and the end of their stage, to cancel, log and go on.
 _HOOK_MARGIN = 0.3
 #: Seconds a start that is cancelled has to give up.
@@ -85,6 +87,7 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
     # The supervisor asks for the stacks of a worker that hangs; this works while the GIL is held in native code.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logs.setup(settings.log_level, settings.log_format)
+    native_output.redirect()
     control = ControlChannel.from_environment()
     control.send(
         "settings",
@@ -125,6 +128,7 @@ class Launcher:
         self._status: StatusServer | None = None
         self._frontend: FrontendProcess | None = None
         self._processes: ProcessWatch | None = None
+        self._withdrawn = False
         self._stop_level = 0
         self._stop_signal = signal.SIGTERM
         self._stopped_at = 0.0
@@ -265,10 +269,18 @@ class Launcher:
     def _on_fatal(self, error: BaseException) -> None:
         """Take note of a fatal error; the first one is the cause, what follows are its consequences."""
         if self._error is not None or self._state in (State.CLEANUP, State.FATAL, State.STOPPED):
-            log.info("Later error", error=error)
+            log.debug("Later error", error=error)
             return
         self._error = error
         self._events.put_nowait(Event.FATAL_ERROR)
+
+    def _on_request_found_dead(self, error: BaseException) -> None:
+        """Take note of an engine that a request found dead.
+
+        A dying process closes its connections a moment before its pidfd tells of the death, and only the pidfd knows
+        the cause: let it come first.
+        """
+        asyncio.get_running_loop().call_later(_CAUSE_SECONDS, self._on_fatal, error)
 
     # --------------------------------------------------------------------------------------------------- stages
 
@@ -304,7 +316,7 @@ class Launcher:
             settings.endpoint, metrics_labels=(("model", info.model_name),), registers_model=info.model_path is not None
         )
         endpoints = [main, *info.endpoints] if info.model_path is not None else list(info.endpoints)
-        handler = RequestHandler(engine, self._registry, self._on_fatal)
+        handler = RequestHandler(engine, self._registry, self._on_request_found_dead)
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(main.name))
         runtime.record_registration(self._run_dir)
@@ -416,6 +428,7 @@ class Launcher:
         except (asyncio.TimeoutError, TimeoutError):
             log.warning("Discovery did not answer; the supervisor withdraws the registration at the end")
             return
+        self._withdrawn = withdrawn
         if withdrawn and self._run_dir is not None:
             try:
                 ledger.record_withdrawal(self._run_dir, runtime.worker_id)
@@ -458,8 +471,8 @@ class Launcher:
     async def _cleanup(self) -> None:
         self._stop_monitors()
         deadline = self._deadline or Deadline.after(self._settings.engine_shutdown_timeout)
-        if self._runtime is not None and not self._registry.refusing:
-            # A forced stop: nothing was taken back yet.
+        if self._runtime is not None and not self._withdrawn:
+            # A forced stop, or one during the start.
             self._runtime.set_ready(False)
             await self._unregister(deadline.within(_FATAL_UNREGISTER))
         how = Cut.ABORT if self._settings.drain == "abort" else Cut.HANDOFF

@@ -13,9 +13,14 @@ from typing import Any, Final, TextIO
 
 #: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (two
 #: lines for every request, complaints about text-only models, about endpoints that have already left discovery).
-RUNTIME_LOG: Final = (
+WORKER_RUNTIME_LOG: Final = (
     "warn,request_span=warn,mm_routing=error,tower_http=off,dynamo_runtime::component::endpoint=error,"
     "dynamo_runtime::component::client=off"
+)
+#: The same for a frontend, which also complains about the end of its own watches when it is stopped.
+FRONTEND_RUNTIME_LOG: Final = (
+    f"{WORKER_RUNTIME_LOG},dynamo_llm::discovery::controller=error,dynamo_runtime::storage::kv=off,"
+    "dynamo_runtime::pipeline::network::egress::push_router=error"
 )
 
 _BARE_VALUE: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f]+")
@@ -72,9 +77,9 @@ def setup(level: str = "info", log_format: str = "text", stream: TextIO | None =
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def quiet_runtime() -> None:
+def quiet_runtime(directives: str = WORKER_RUNTIME_LOG) -> None:
     """Set the default of ``DYN_LOG``. The runtime reads it while ``dynamo`` is imported: call this before."""
-    os.environ.setdefault("DYN_LOG", RUNTIME_LOG)
+    os.environ.setdefault("DYN_LOG", directives)
 
 
 class TextFormatter(logging.Formatter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 from pathlib import Path
@@ -65,6 +66,9 @@ class Runtime:
         if settings.discovery_backend == "file":
             environment["DYN_FILE_KV"] = str(_writable(settings.discovery_path))
         os.environ.update(environment)
+        if settings.system_port < 0:
+            # Without a status server the model's files cannot come from it; the runtime would warn about that.
+            os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
         before = _listening_ports()
         try:
             runtime = DistributedRuntime(
@@ -169,7 +173,7 @@ class Runtime:
         if info.bootstrap is not None:
             config.set_disaggregated_endpoint(*info.bootstrap)
         for key, value in info.runtime_data.items():
-            config.set_engine_specific(key, value)
+            config.set_engine_specific(key, json.dumps(value))  # it takes JSON text only, whatever its stub says
         return config
 
     async def unregister(self) -> bool:

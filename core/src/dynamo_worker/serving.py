@@ -8,7 +8,14 @@ from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamo.llm.exceptions import Cancelled, DynamoException, EngineShutdown, InvalidArgument, WorkerUnavailable
+from dynamo.llm.exceptions import (
+    Cancelled,
+    DynamoException,
+    EngineShutdown,
+    InvalidArgument,
+    Unknown,
+    WorkerUnavailable,
+)
 
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, Request
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
@@ -207,7 +214,10 @@ class RequestHandler:
                     outcome = Outcome.CANCELLED
                     raise Cancelled("the client is gone") from None
                 log.error("Request failed", request_id=entry.request_id, exc_info=error)
-                raise error
+                if isinstance(error, (OSError, asyncio.TimeoutError)):
+                    # A connection that broke or timed out: the runtime knows what these mean, the request migrates.
+                    raise
+                raise Unknown(f"{type(error).__name__}: {error}") from error
             finally:
                 gone.cancel()
                 registry.release(entry, outcome)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dynamo_worker.supervisor import ledger
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -98,7 +100,7 @@ class Supervised:
     @property
     def text(self) -> str:
         """The log so far."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     @property
     def reason(self) -> str:
@@ -147,6 +149,13 @@ class Supervised:
         """Return which of the segments that the children have told us of are still there."""
         return [name for name in self.shm_names.read_text().split() if Path("/dev/shm", name).exists()]
 
+    def recorded(self) -> set[str]:
+        """Return the names of the segments that the guardian has recorded."""
+        names: set[str] = set()
+        for directory in self.run_directories:
+            names |= {name for name, _ in ledger.read_segments(directory)}
+        return names
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
@@ -172,6 +181,9 @@ class Supervised:
                 os.kill(pid, signal.SIGKILL)
         for name in self.segments():
             Path("/dev/shm", name).unlink()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture

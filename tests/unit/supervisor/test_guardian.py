@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from .conftest import state_of, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SERVING = "state=SERVING"
 TREE = (
@@ -32,6 +34,7 @@ def hurt(supervised):
     supervised.start(f"register-file={root}:{INSTANCE}", *TREE, SERVING, "arrived", "hang")
     assert len(supervised.tree()) > 10
     assert len(supervised.segments()) == 9
+    wait_until(lambda: set(supervised.segments()) <= supervised.recorded(), what="all segments recorded")
     other = root / "v1/instances/ns%2Fbackend%2Fgenerate%2F1111222233334444"
     other.write_text("{}")
     yield root
@@ -127,7 +130,7 @@ class TestTheGuardianIsKilled:
         os.kill(supervised.guardian, signal.SIGSTOP)
         os.kill(supervised.worker, signal.SIGKILL)
         assert supervised.wait() == 137
-        assert "The guardian does not answer" in supervised.text or "supervisor takes over" in supervised.text
+        assert "The guardian does not answer" in supervised.text
 
     def test_signals_for_everybody_do_not_reach_it(self, supervised):
         supervised.start(SERVING, "arrived", "obey=0")
@@ -213,6 +216,8 @@ class TestCleanEnd:
 
     def test_run_directory_that_cannot_be_removed(self, supervised):
         """It is said why, and the exit code stays."""
+        if os.geteuid() != 0:
+            pytest.skip("only root can mount")
         supervised.start("temp", SERVING, "arrived", "obey=0")
         (run_directory,) = supervised.run_directories
         place = run_directory / "tmp" / "left"
@@ -242,16 +247,18 @@ class TestCleanEnd:
         import socket
 
         with socket.create_server(("127.0.0.1", 0)) as deaf:
-            supervised.start(f"register-etcd=http://127.0.0.1:{deaf.getsockname()[1]}#77", SERVING, "arrived", "exit=5")
-            wait_until(lambda: len(supervised.children_of(supervised.pid)) and supervised.process.poll() is None)
-            time.sleep(0.3)
+            supervised.start(f"register-etcd=http://127.0.0.1:{deaf.getsockname()[1]}#77", SERVING, "arrived", "hang")
+            worker = supervised.worker
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda: state_of(worker) is None)
             started = time.monotonic()
             supervised.signal(signal.SIGTERM)
             time.sleep(0.15)
             supervised.signal(signal.SIGTERM)
-            assert supervised.wait() == 5
+            assert supervised.wait() == 137
             assert time.monotonic() - started < 2.0
             assert "leaving at once" in supervised.text
+            supervised.gone(2.0)
 
 
 class TestPid1:
@@ -273,16 +280,14 @@ class TestPid1:
         assert "Worker stopped code=1" in supervised.text
 
 
-@pytest.mark.parametrize("denied", ["pidfd"])
-def test_without_pidfd(supervised, denied, tmp_path):
+def test_without_pidfd(supervised, tmp_path):
     """Seccomp profiles and old kernels refuse pidfd_open; SIGCHLD and start times have to do."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
         "import os\ndef refuse(*_):\n    raise PermissionError(1, 'refused')\nos.pidfd_open = refuse\n"
     )
-    supervised.environment["PYTHONPATH"] = str(site)
+    supervised.environment["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
     supervised.start(*TREE, SERVING, "arrived", "hang")
     os.kill(supervised.worker, signal.SIGKILL)
     assert supervised.wait() == 137
-    assert sys.executable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         return 0
     if values.log_level != "debug":
         logs.quiet_runtime()
+    if values.log_format == "json":
+        os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     from dynamo_worker import launcher
 
     return launcher.run(values, plugins, engine_args)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Longest time the whole routine may take when nobody sets a nearer deadline.
 LIMIT = 15.0
 
+#: Time that the removal of the run directory gets in any case.
+_REMOVAL_LIMIT = 0.3
+
 #: Longest time a withdrawal may take.
 _WITHDRAWAL_LIMIT = 4.0
 
@@ -43,7 +46,7 @@ class Withdrawal:
         """The process that does it, if one was needed."""
         return self._helper.process if self._helper is not None else None
 
-    def result(self, wait: Wait, deadline: float) -> list[str]:
+    def result(self, wait: Wait, deadline: Callable[[], float]) -> list[str]:
         """Return what was done, in words, one for each registration."""
         if self._helper is None:
             return []
@@ -61,7 +64,7 @@ class Cleanup:
     :param reap: reaps our own children; returns True when none is left.
     :param wait: waits for the next thing to happen.
     :param segments: the watch over shared memory, where there is one; else the record counts.
-    :param worker: pid of the worker, which may have held GPU memory itself.
+    :param worker: pid of the worker if it was killed: it may have held GPU memory itself.
     """
 
     def __init__(
@@ -111,14 +114,14 @@ class Cleanup:
             report["gpu"] = held
         recorded = self._segments.recorded.items() if self._segments is not None else ledger.read_segments(path)
         report["segments"] = shared_memory.remove_unused(recorded)
-        report["withdrawn"] = self._withdrawal.result(self._wait, self.deadline)
+        report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
         for outcome in report["withdrawn"]:
             if ": failed" in outcome or outcome.startswith("failed"):
                 self._log.warning("Registration not withdrawn; it ends with its lease", outcome=outcome)
         if stuck:
             problems.append(f"{path}: left for the next start, because processes are left")
         else:
-            problems += self._run_directory.remove(self.deadline + 0.1)
+            problems += self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
         if problems:
             report["problems"] = problems
             self._log.warning("Run directory not removed", path=path, reason="; ".join(problems[:3]))
@@ -140,10 +143,9 @@ class Cleanup:
 
         def wait_released() -> str:
             try:
-                driver = gpu.Nvml()
-            except (OSError, AttributeError) as error:
+                return gpu.wait_released(gpu.Nvml(), killed, deadline, same_pids=gpu.pids_are_the_hosts())
+            except (OSError, AttributeError) as error:  # no driver, or one that lacks a function
                 return f"unknown: {error}"
-            return gpu.wait_released(driver, killed, deadline, same_pids=gpu.pids_are_the_hosts())
 
-        limit = max(0.1, deadline - time.monotonic())
-        return Helper(wait_released, limit + 0.2).result(self._wait, deadline + 0.1) or "no answer from the driver"
+        helper = Helper(wait_released, max(0.1, deadline - time.monotonic()) + 0.2)
+        return helper.result(self._wait, lambda: min(deadline + 0.1, self.deadline)) or "no answer from the driver"

@@ -21,7 +21,7 @@ LIMIT = 5.0
 _INTERVAL = 0.02
 
 #: In a container: memory counts as settled when it has not fallen for this long.
-_SETTLED = 0.3
+_SETTLED = 0.2
 
 #: The inode of the machine's first pid namespace (``PROC_PID_INIT_INO`` of the kernel).
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC

@@ -97,7 +97,7 @@ class Guardian:
             log=self._log,
             segments=self._segments,
             withdrawal=self._withdrawal,
-            worker=self._worker.pid if self._worker is not None else None,
+            worker=self._worker.pid if self._worker is not None and (self._exit_code or 0) < 0 else None,
         )
         if self._deadline is not None:
             self._cleanup.deadline = self._deadline

@@ -35,15 +35,18 @@ class Helper:
         #: The child, to leave it out of what is killed.
         self.process = linux.Process(pid, stat.start if stat is not None else 0)
 
-    def result(self, wait: Wait, deadline: float) -> str | None:
-        """Return what the function returned, or None if it had not by the deadline (it is ended then)."""
+    def result(self, wait: Wait, deadline: Callable[[], float]) -> str | None:
+        """Return what the function returned, or None if it had not by the deadline (it is ended then).
+
+        :param deadline: the current deadline on the monotonic clock; it may move while this waits.
+        """
         text = b""
         os.set_blocking(self._output, False)
         while True:
             try:
                 piece = os.read(self._output, _MOST_BYTES)
             except BlockingIOError:
-                remaining = deadline - time.monotonic()
+                remaining = deadline() - time.monotonic()
                 if remaining <= 0:
                     linux.send_signal(self.process, signal.SIGKILL)
                     break

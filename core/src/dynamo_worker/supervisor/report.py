@@ -14,6 +14,9 @@ from typing import Any
 #: A pipe with room for one page takes a write of this size at once or not at all.
 _MOST_BYTES = 4000
 
+#: Longer texts are cut, so that JSON stays JSON.
+_MOST_CHARACTERS = 700
+
 #: How long a reader of our log may keep us waiting. Then the line is dropped: a deadline matters more.
 _PATIENCE_MS = 50
 
@@ -50,12 +53,20 @@ class Log:
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
         if self._dropped:
             fields = {**fields, "log_lines_lost": self._dropped}
+        fields = {
+            name: value[:_MOST_CHARACTERS] + "…" if isinstance(value, str) and len(value) > _MOST_CHARACTERS else value
+            for name, value in fields.items()
+        }
         if self.as_json:
-            line = json.dumps({"time": stamp, "level": level, "logger": self.name, "message": message, **fields})
+            line = json.dumps(
+                {"time": stamp, "level": level, "logger": self.name, "message": message, **fields},
+                default=str,
+                ensure_ascii=False,
+            )
         else:
             line = f"{stamp} {level} {self.name}: {message}"
             line += "".join(f" {name}={_value(value)}" for name, value in fields.items())
-        data = line.encode("utf-8", "replace")[:_MOST_BYTES] + b"\n"
+        data = line.encode("utf-8", "replace")[:_MOST_BYTES].decode("utf-8", "ignore").encode() + b"\n"
         try:
             poll = select.poll()
             poll.register(2, select.POLLOUT)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 #: Where POSIX shared memory lives on Linux.
 DIRECTORY = "/dev/shm"  # noqa: S108 -- this is the place itself
 
-#: A new segment is looked up at once, then not again within this time, nor in more than 5 % of our time.
-_PAUSE = 0.1
+#: A new segment is looked up at once; the next lookup waits for so many times what the last one took, within limits.
+_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _SHARE = 20.0
 
 #: Lookups of one segment: its creator may not have mapped it yet at the first.
@@ -145,7 +145,7 @@ class SegmentWatch:
                 with contextlib.suppress(OSError):  # disk full? The copy in memory still serves this process
                     ledger.write_segments(self._run_dir, self.recorded.items())
         self._scanned = time.monotonic()
-        self._pause = max(_PAUSE, _SHARE * (self._scanned - started))
+        self._pause = min(max(_PAUSE, _SHARE * (self._scanned - started)), _LONGEST_PAUSE)
 
     def close(self) -> None:
         """Stop watching."""
@@ -154,6 +154,8 @@ class SegmentWatch:
 
 def _inode(name: str) -> int | None:
     """Return the inode of a segment that this user may own, or None."""
+    if "/" in name:  # no segment has such a name; a forged record must not lead elsewhere
+        return None
     try:
         status = os.lstat(os.path.join(DIRECTORY, name))
     except OSError:

@@ -108,6 +108,7 @@ class Supervisor:
         self._guardian = 0
         self._guardian_code: int | None = None
         self._guardian_told = False
+        self._guardian_lost = False
         self._report: dict[str, Any] | None = None
         self._cleanup: Cleanup | None = None
         self._cleaning_deadline = 0.0
@@ -182,8 +183,13 @@ class Supervisor:
         return (
             self._guardian_told
             or self._guardian_code is not None
-            or (self._worker_gone_at is not None and time.monotonic() >= self._worker_gone_at + _GUARDIAN_LIMIT)
+            or (self._worker_gone_at is not None and time.monotonic() >= self._worker_gone_at + self._patience)
         )
+
+    @property
+    def _patience(self) -> float:
+        """How long the guardian may take to say that the worker is gone."""
+        return _AT_ONCE / 3 if self._hurried else _GUARDIAN_LIMIT
 
     def _finish(self) -> int:
         """Wait until everything is cleaned, say why it ended, and return the exit code."""
@@ -208,7 +214,7 @@ class Supervisor:
 
     def _log_end(self, code: int, reason: str, gone_at: float, cleaned: Mapping[str, Any]) -> None:
         fields: dict[str, Any] = {"code": code, "reason": reason, "ran": gone_at - self._started}
-        if self._level:
+        if self._level and self._stop_at <= gone_at:
             fields["stopped_in"] = gone_at - self._stop_at
         if cleaned:
             fields["cleaned_in"] = float(cleaned.get("seconds", 0.0))
@@ -250,8 +256,7 @@ class Supervisor:
         if self._report is None and self._guardian_code is None:
             if self._hurried:
                 self._report = {}  # it is at work and finishes without us
-                return
-            self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
+            return
         while self._report is not None and self._guardian_code is None:  # it ends right after its report
             limit = time.monotonic() + 0.2
             self._pump(limit)
@@ -260,7 +265,9 @@ class Supervisor:
 
     def _take_over(self) -> None:
         """Clean up in the place of a guardian that is dead or does not answer."""
+        self._guardian_lost = self._guardian_code is not None and not self._guardian_told
         if self._guardian_code is None:
+            self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guardian, signal.SIGKILL)
         else:
@@ -297,7 +304,7 @@ class Supervisor:
             return int(ExitCode.FATAL), f"{said or 'fatal error'}; killed at its deadline"
         if killed_by_us:
             return int(ExitCode.DEADLINE), f"not stopped by its deadline, killed in state {self._state}"
-        if not self._guardian_told and self._guardian_code is not None and code in (None, -signal.SIGKILL):
+        if self._guardian_lost and code in (None, -signal.SIGKILL):
             return int(ExitCode.FATAL), "the guardian process was killed, the worker with it"
         if code is None:
             return SIGNAL_BASE + signal.SIGKILL, "worker is gone, its exit status unknown"
@@ -359,7 +366,7 @@ class Supervisor:
         self._log.info(
             "Received shutdown signal",
             signal=name,
-            level=self._level,
+            stop_level=self._level,
             next=then,
             deadline_s=max(0.0, limit - now) if limit is not None else None,
         )
@@ -380,7 +387,7 @@ class Supervisor:
             self._level, self._stop_at = 1, time.monotonic()
         self._hurried = impatient
         then = "leaving at once" if impatient else "cleaning up; another one leaves at once"
-        self._log.info("Received shutdown signal", signal=name, level=self._level, next=then)
+        self._log.info("Received shutdown signal", signal=name, stop_level=self._level, next=then)
         self._set_cleaning_deadline()
 
     def _tell_worker_to_stop(self, name: str, at: float) -> None:
@@ -526,7 +533,7 @@ class Supervisor:
         if self._kill_cause is None:
             timers.append(self._kill_time())
         if self._worker_gone_at is not None:
-            timers.append(self._worker_gone_at + _GUARDIAN_LIMIT)
+            timers.append(self._worker_gone_at + self._patience)
         if self._closed_at is not None:
             timers.append(self._closed_at + _GUARDIAN_LIMIT)
         timers.append(self._watchdog_due())

@@ -48,7 +48,7 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any],
                 return
             async for line in response.content:
                 _take(line, result)
-    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+    except Exception as error:  # broken connections, torn JSON, endless lines
         result.error = f"{type(error).__name__}: {error}"
 
 

@@ -10,7 +10,7 @@ for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP, sig
     with contextlib.suppress(OSError):
         signal.signal(number, signal.SIG_IGN)
 os.fork()
-os.close(1)
+os.write(1, b"up\n")
 sys.stdin.close()
 while True:
     time.sleep(1000)

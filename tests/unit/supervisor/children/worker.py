@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+running = []
 control = socket.socket(fileno=int(os.environ["DYNAMO_WORKER_CONTROL_FD"]))
 os.set_inheritable(control.fileno(), False)
 
@@ -27,10 +28,11 @@ def send(**message: object) -> None:
 
 
 def child(script: str) -> None:
-    """Start a script of this folder; it closes its stdout when it has arrived where it wants to be."""
+    """Start a script of this folder; it writes a line when it has arrived where it wants to be."""
     process = subprocess.Popen([sys.executable, str(HERE / script)], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    process.stdout.read()
+    running.append(process)
+    process.stdout.readline()
 
 
 def wait_for_stop() -> dict[str, object]:

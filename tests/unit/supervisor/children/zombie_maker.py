@@ -6,4 +6,4 @@ if os.fork() == 0:
     if os.fork() == 0:
         os._exit(7)
     os._exit(0)
-os.close(1)
+os.write(1, b"up\n")

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+
+import pytest
+
+from dynamo_worker.supervisor import discovery
+
+from .conftest import wait_until
+
+INSTANCE = "4ec5c2a6e8130c29"
+
+
+def soon() -> float:
+    return time.monotonic() + 5.0
+
+
+class TestFile:
+    def test_all_files_of_the_instance_and_no_other(self, tmp_path):
+        ours = [
+            f"v1/instances/dynamo%2Fbackend%2Fgenerate%2F{INSTANCE}",
+            f"v1/mdc/dynamo%2Fbackend%2Fgenerate%2F{INSTANCE}",
+            f"v1/mdc/dynamo%2Fbackend%2Fgenerate%2F{INSTANCE}%2Flora",
+            f"v1/event_channels/dynamo%2Fbackend%2F{INSTANCE}",
+        ]
+        other = "v1/instances/dynamo%2Fbackend%2Fgenerate%2F4ec5c2a6e8130c28"
+        for name in (*ours, other):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        outcome = discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": INSTANCE}, soon())
+        assert outcome == "file: 4 files removed"
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / other]
+
+    def test_nothing_there(self, tmp_path):
+        entry = {"backend": "file", "root": str(tmp_path / "missing"), "instance": INSTANCE}
+        assert discovery.withdraw(entry, soon()) == "file: 0 files removed"
+
+    def test_an_id_that_would_match_anything(self, tmp_path):
+        (tmp_path / "abc").touch()
+        outcome = discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": "a"}, soon())
+        assert "failed" in outcome
+        assert (tmp_path / "abc").exists()
+
+    def test_incomplete_entry(self):
+        assert discovery.withdraw({"backend": "file"}, soon()).startswith("file: failed: KeyError")
+
+
+@pytest.mark.parametrize("backend", ["kubernetes", "mem"])
+def test_backends_that_need_nothing(backend):
+    assert discovery.withdraw({"backend": backend, "instance": "1"}, soon()) == (
+        f"{backend}: nothing to withdraw from outside"
+    )
+
+
+def post(url: str, path: str, body: dict[str, object], token: str | None = None) -> dict[str, object]:
+    request = urllib.request.Request(url + path, json.dumps(body).encode())
+    if token:
+        request.add_header("Authorization", token)
+    with urllib.request.urlopen(request, timeout=5) as response:
+        return json.load(response)
+
+
+def text(value: str) -> str:
+    return base64.b64encode(value.encode()).decode()
+
+
+@pytest.fixture
+def etcd(tmp_path):
+    """A real etcd; yields its URL."""
+    program = shutil.which("etcd")
+    if program is None:
+        pytest.skip("etcd is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        client, peer = one.getsockname()[1], two.getsockname()[1]
+    url = f"http://127.0.0.1:{client}"
+    process = subprocess.Popen(
+        [
+            program, "--data-dir", str(tmp_path / "etcd"), "--listen-client-urls", url, "--advertise-client-urls", url,
+            "--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls",
+            f"http://127.0.0.1:{peer}", "--initial-cluster", f"default=http://127.0.0.1:{peer}",
+        ],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def up() -> bool:
+        try:
+            post(url, "/v3/kv/range", {"key": text("x")})
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_until(up, 20.0, "etcd up")
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def lease_with_key(url: str, lease: int, token: str | None = None) -> None:
+    post(url, "/v3/lease/grant", {"ID": str(lease), "TTL": "60"}, token)
+    post(url, "/v3/kv/put", {"key": text("v1/instances/x"), "value": text("{}"), "lease": str(lease)}, token)
+    assert int(keys(url, token)["count"]) == 1
+
+
+def keys(url: str, token: str | None = None) -> dict[str, object]:
+    return {"count": 0, **post(url, "/v3/kv/range", {"key": text("v1/instances/x")}, token)}
+
+
+class TestEtcd:
+    def test_the_lease_goes_with_all_its_keys(self, etcd):
+        lease = int(INSTANCE, 16)
+        lease_with_key(etcd, lease)
+        entry = {"backend": "etcd", "endpoints": ["http://127.0.0.1:1", etcd], "instance": INSTANCE}
+        assert discovery.withdraw(entry, soon()) == "etcd: lease revoked"
+        assert int(keys(etcd)["count"]) == 0
+        assert discovery.withdraw(entry, soon()) == "etcd: lease already gone"
+
+    def test_lease_other_than_the_instance_and_address_without_scheme(self, etcd):
+        lease_with_key(etcd, 4711)
+        address = etcd.removeprefix("http://")
+        entry = {"backend": "etcd", "endpoints": [address], "instance": INSTANCE, "lease": 4711}
+        assert discovery.withdraw(entry, soon()) == "etcd: lease revoked"
+
+    def test_with_a_password(self, etcd, monkeypatch):
+        post(etcd, "/v3/auth/user/add", {"name": "root", "password": "secret"})
+        post(etcd, "/v3/auth/role/add", {"name": "root"})
+        post(etcd, "/v3/auth/user/grant", {"user": "root", "role": "root"})
+        post(etcd, "/v3/auth/enable", {})
+        token = str(post(etcd, "/v3/auth/authenticate", {"name": "root", "password": "secret"})["token"])
+        lease_with_key(etcd, 4711, token)
+        entry = {"backend": "etcd", "endpoints": [etcd], "instance": INSTANCE, "lease": 4711}
+        monkeypatch.setenv("ETCD_AUTH_USERNAME", "root")
+        monkeypatch.setenv("ETCD_AUTH_PASSWORD", "wrong")
+        assert "authentication failed" in discovery.withdraw(entry, soon())
+        monkeypatch.setenv("ETCD_AUTH_PASSWORD", "secret")
+        assert discovery.withdraw(entry, soon()) == "etcd: lease revoked"
+        assert int(keys(etcd, token)["count"]) == 0
+
+    def test_nobody_there(self):
+        entry = {"backend": "etcd", "endpoints": ["http://127.0.0.1:1"], "instance": INSTANCE}
+        assert "Connection refused" in discovery.withdraw(entry, soon())
+
+    def test_a_server_that_does_not_answer(self):
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            started = time.monotonic()
+            outcome = discovery.withdraw(
+                {"backend": "etcd", "endpoints": [endpoint, endpoint], "instance": INSTANCE}, time.monotonic() + 0.3
+            )
+            assert "timed out" in outcome
+            assert time.monotonic() - started < 2.0
+
+    def test_something_else_at_that_address(self):
+        """An answer that is not etcd's is a failure with what it said."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            pid = os.fork()
+            if pid == 0:
+                connection, _ = server.accept()
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 404 Not Found\r\n\r\n<html>nope</html>")
+                os._exit(0)
+            entry = {
+                "backend": "etcd",
+                "endpoints": [f"http://127.0.0.1:{server.getsockname()[1]}"],
+                "instance": INSTANCE,
+            }
+            outcome = discovery.withdraw(entry, soon())
+            os.waitpid(pid, 0)
+        assert "failed" in outcome
+        assert "nope" in outcome
+
+    def test_end_to_end(self, etcd, supervised, measured):
+        lease_with_key(etcd, 4711)
+        supervised.start(f"register-etcd={etcd}#4711", "state=SERVING", "arrived", "hang")
+        started = time.monotonic()
+        os.kill(supervised.worker, 9)
+        measured("kill -9 of the worker: lease revoked", wait_until(lambda: not int(keys(etcd)["count"])), 0.5)
+        assert supervised.wait() == 137
+        measured("kill -9 of the worker with etcd: exit", time.monotonic() - started, 0.5)
+        assert 'withdrawn="etcd: lease revoked"' in supervised.text

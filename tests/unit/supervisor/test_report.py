@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+
+import pytest
+
+from dynamo_worker.supervisor import report, supervisor
+
+
+@contextlib.contextmanager
+def piped_stderr():
+    """Put a pipe in the place of descriptor 2; gives a function that reads what was written."""
+    reading, writing = os.pipe()
+    saved = os.dup(2)
+    os.dup2(writing, 2)
+    os.close(writing)
+    os.set_blocking(reading, False)
+
+    def read() -> str:
+        try:
+            return os.read(reading, 1 << 20).decode()
+        except BlockingIOError:
+            return ""
+
+    try:
+        yield read
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(reading)
+
+
+class TestLog:
+    def test_text(self):
+        with piped_stderr() as stderr:
+            report.Log("dynamo_worker.supervisor").info(
+                "Message here", a=1, b="two words", c=1.23456, d=None, e=True, f="x=y", g="", h="a\nb", i="…"
+            )
+            line = stderr()
+            assert re.match(
+                r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO dynamo_worker\.supervisor: Message here a=1", line
+            )
+            assert line.endswith(' b="two words" c=1.235 d=none e=true f="x=y" g="" h="a\\nb" i=…\n')
+
+    def test_json(self):
+        with piped_stderr() as stderr:
+            report.Log("dynamo_worker.guardian", as_json=True).error("It's over", pid=7, what="a b")
+            event = json.loads(stderr())
+            event.pop("time")
+            expected = {
+                "level": "ERROR",
+                "logger": "dynamo_worker.guardian",
+                "message": "It's over",
+                "pid": 7,
+                "what": "a b",
+            }
+            assert event == expected
+
+    def test_long_lines_are_cut(self):
+        with piped_stderr() as stderr:
+            report.Log("x").warning("m", text="ä" * 10000)
+            report.Log("x", as_json=True).warning("m", text="ä" * 10000)
+            text, event = stderr().splitlines()
+        assert len(text) < 1000
+        assert json.loads(event)["text"].endswith("ä…")
+
+    def test_a_reader_that_does_not_read_costs_lines_and_not_time(self):
+        with piped_stderr() as stderr:
+            log = report.Log("x")
+            for _ in range(40):
+                log.info("y" * 3900)
+            assert "log_lines_lost" not in stderr()
+            log.info("again")
+            assert re.search(r"again log_lines_lost=\d+\n$", stderr())
+            log.info("and on")
+            assert stderr().endswith("and on\n")
+
+    def test_a_closed_stderr(self):
+        saved = os.dup(2)
+        os.close(2)
+        try:
+            report.Log("x").info("nobody hears this")
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+class TestTerminationMessage:
+    def test_is_cut_to_what_kubernetes_reads(self, tmp_path):
+        path = tmp_path / "log"
+        path.write_text("x" * 9000)
+        report.write_termination_message(str(path), "reason " * 1000)
+        assert path.stat().st_size == 4096
+
+    def test_a_pipe_or_directory_in_its_place(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        report.write_termination_message(str(tmp_path / "fifo"), "x")
+        report.write_termination_message(str(tmp_path), "x")
+        report.write_termination_message("/dev/null", "x")
+
+
+class TestNotifier:
+    @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1"])
+    def test_without_a_socket_it_does_nothing(self, monkeypatch, address):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        notifier = report.Notifier()
+        notifier.send("READY=1")
+        assert not notifier.active
+        assert notifier.watchdog_interval is None
+
+    @pytest.mark.parametrize(
+        ("microseconds", "pid", "interval"),
+        [("3000000", None, 1.5), ("x", None, None), ("0", None, None), ("1", "1", None)],
+    )
+    def test_watchdog(self, monkeypatch, tmp_path, microseconds, pid, interval):
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+        monkeypatch.setenv("WATCHDOG_USEC", microseconds)
+        monkeypatch.setenv("WATCHDOG_PID", pid or str(os.getpid()))
+        notifier = report.Notifier()
+        assert notifier.watchdog_interval == interval
+        notifier.send("READY=1")
+        notifier._socket.close()
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("argv", "environment", "value"),
+        [
+            ([], None, "default"),
+            ([], "env", "env"),
+            (["--flag", "a"], "env", "a"),
+            (["--flag=b", "--other"], None, "b"),
+            (["--flag", "a", "--flag=b"], None, "b"),
+            (["--flag"], None, "default"),
+            (["--flagged=c"], None, "default"),
+        ],
+    )
+    def test_flag_before_environment_before_default(self, monkeypatch, argv, environment, value):
+        monkeypatch.delenv("DWTEST_SETTING", raising=False)
+        if environment:
+            monkeypatch.setenv("DWTEST_SETTING", environment)
+        assert supervisor._setting(argv, "--flag", "DWTEST_SETTING", "default") == value
+
+    @pytest.mark.parametrize(("text", "number"), [("5", 5.0), ("x", 30.0), ("", 30.0), ("-1", 30.0), ("nan", 30.0)])
+    def test_numbers_that_are_none(self, text, number):
+        assert supervisor._positive(text, 30.0) == number

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from dynamo_worker.supervisor import linux, run_directory
+from dynamo_worker.supervisor.linux import Process
+from dynamo_worker.supervisor.run_directory import RunDirectory
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def ourselves() -> Process:
+    stat = linux.read_stat(os.getpid())
+    assert stat is not None
+    return Process(os.getpid(), stat.start)
+
+
+def later() -> float:
+    return time.monotonic() + 10
+
+
+def test_create_and_remove(place):
+    directory = RunDirectory.create()
+    assert os.path.dirname(directory.path) == str(place)
+    assert os.path.basename(directory.path).startswith(f"dw-{os.getpid()}-")
+    assert os.stat(directory.path).st_mode & 0o777 == 0o700
+    deep = os.path.join(directory.temporary, *["d" * 200] * 10)
+    os.makedirs(deep)
+    outside = place / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    os.symlink(outside, os.path.join(directory.temporary, "link"))
+    os.symlink("/nonexistent", os.path.join(directory.temporary, "broken"))
+    os.mkfifo(os.path.join(directory.temporary, "fifo"))
+    assert directory.remove(later()) == []
+    assert os.listdir(place) == ["outside"]
+    assert (outside / "precious").exists()
+    assert directory.remove(later()) == []  # again: nothing to do, no problem
+    directory.close()
+
+
+def test_falls_back_when_tmpdir_cannot_be_used(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    directory = RunDirectory.create()
+    assert directory.base == "/tmp"
+    directory.remove(later())
+    directory.close()
+
+
+def test_no_place_at_all(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
+    monkeypatch.delenv("TEMP", raising=False)
+    monkeypatch.delenv("TMP", raising=False)
+    with pytest.raises(FileNotFoundError, match="/nonexistent"):
+        RunDirectory.create()
+
+
+def test_no_time_left(place):
+    directory = RunDirectory.create()
+    for number in range(3):
+        os.mkdir(os.path.join(directory.temporary, str(number)))
+    (problem,) = directory.remove(time.monotonic() - 1)
+    assert "the next start removes the rest" in problem
+    assert os.path.exists(os.path.join(directory.path, "owner"))
+    directory.remove(later())
+    directory.close()
+
+
+class TestTakeOver:
+    def test_a_living_owner_keeps_it(self, place):
+        directory = RunDirectory.create()
+        directory.record_owners([Process(999999999, 1)])
+        assert RunDirectory.take_over(directory.path) is None  # the lock says so, whatever the pids are
+        directory.remove(later())
+        directory.close()
+
+    def test_recorded_owners_count_where_locks_do_not_work(self, place):
+        directory = RunDirectory.create()
+        directory.record_owners([ourselves()])
+        directory.close()
+        assert RunDirectory.take_over(directory.path) is None
+
+    def test_a_reused_pid_is_not_the_owner(self, place):
+        directory = RunDirectory.create()
+        directory.record_owners([Process(os.getpid(), ourselves().start - 1)])
+        directory.close()
+        taken = RunDirectory.take_over(directory.path)
+        assert taken is not None
+        assert RunDirectory.take_over(directory.path) is None  # one sweep at a time
+        taken.remove(later())
+        taken.close()
+
+    def test_one_that_is_just_being_made(self, place):
+        directory = RunDirectory.create()
+        directory.close()
+        assert RunDirectory.take_over(directory.path) is None
+        os.utime(directory.path, (1, 1))
+        taken = RunDirectory.take_over(directory.path)
+        assert taken is not None
+        taken.remove(later())
+        taken.close()
+
+    def test_what_only_looks_like_one(self, place):
+        (place / "dw-file").touch()
+        (place / "dw-empty").mkdir()
+        (place / "dw-link").symlink_to(place / "dw-empty")
+        (place / "dw-trap").mkdir()
+        (place / "dw-trap" / "owner").symlink_to("/etc/passwd")
+        assert len(run_directory.candidates(str(place))) == 4
+        assert [RunDirectory.take_over(path) for path in run_directory.candidates(str(place))] == [None] * 4
+        assert run_directory.candidates(str(place / "missing")) == []
+
+    def test_of_another_user(self, place):
+        if os.geteuid() != 0:
+            pytest.skip("only root can make one")
+        directory = RunDirectory.create()
+        directory.record_owners([Process(999999999, 1)])
+        directory.close()
+        os.chown(directory.path, 12345, 12345)
+        assert RunDirectory.take_over(directory.path) is None
+
+
+def test_read_only_directories_as_an_ordinary_user(monkeypatch):
+    """Root can do everything; so drop to somebody else for this one."""
+    if os.geteuid() != 0:
+        pytest.skip("needs to change users")
+    place = tempfile.mkdtemp()  # pytest's own are closed to others
+    os.chmod(place, 0o777)
+    monkeypatch.setenv("TMPDIR", place)
+    code = """if True:
+        import os, sys, time
+        from dynamo_worker.supervisor.run_directory import RunDirectory
+        os.setgid(12345); os.setuid(12345)
+        d = RunDirectory.create()
+        closed = os.path.join(d.temporary, "a", "b")
+        os.makedirs(closed)
+        open(os.path.join(closed, "f"), "w").close()
+        os.chmod(closed, 0); os.chmod(os.path.dirname(closed), 0o500)
+        print(d.remove(time.monotonic() + 5), os.path.exists(d.path))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    os.rmdir(place)
+    assert done.stdout == "[] False\n", done.stderr

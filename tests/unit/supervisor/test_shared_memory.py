@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dynamo_worker.supervisor import ledger, shared_memory
+from dynamo_worker.supervisor.shared_memory import SegmentWatch
+
+SHM = Path(shared_memory.DIRECTORY)
+
+
+@pytest.fixture
+def make():
+    """Makes segments that are mapped here, open here, or neither; removes them afterwards."""
+    made = []
+    keep = []
+
+    def one(how: str) -> tuple[str, int]:
+        name = f"dwtest-{os.getpid()}-{len(made)}"
+        made.append(name)
+        descriptor = os.open(SHM / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.ftruncate(descriptor, 4096)
+        if how == "mapped":
+            keep.append(mmap.mmap(descriptor, 4096))
+        inode = os.fstat(descriptor).st_ino
+        if how == "open":
+            keep.append(os.fdopen(descriptor, "rb"))
+        else:
+            os.close(descriptor)
+        return name, inode
+
+    yield one
+    for thing in keep:
+        thing.close()
+    for name in made:
+        (SHM / name).unlink(missing_ok=True)
+
+
+def test_segments_of(make):
+    mapped, opened, unused = make("mapped"), make("open"), make("unused")
+    found = shared_memory.segments_of(os.getpid())
+    assert {mapped[1], opened[1]} <= found
+    assert unused[1] not in found
+    assert shared_memory.segments_of(2**22 + 1) == set()
+
+
+def test_only_what_nobody_uses_is_removed(make):
+    mapped, opened, unused = make("mapped"), make("open"), make("unused")
+    another = make("unused")
+    changed = (another[0], another[1] + 1)  # the name was recorded for a segment that is gone
+    assert shared_memory.remove_unused([mapped, opened, unused, changed, ("missing", 7)]) == [unused[0]]
+    assert not (SHM / unused[0]).exists()
+    assert all((SHM / name).exists() for name, _ in (mapped, opened, another))
+
+
+def test_names_cannot_lead_out_of_the_directory(tmp_path):
+    victim = tmp_path / "victim"
+    victim.touch()
+    name = os.path.relpath(victim, SHM)
+    assert shared_memory.remove_unused([(name, victim.stat().st_ino)]) == []
+    assert victim.exists()
+
+
+class TestWatch:
+    @pytest.fixture
+    def watch(self, tmp_path):
+        watch = SegmentWatch(str(tmp_path), lambda: [os.getpid()])
+        yield watch
+        watch.close()
+
+    def test_ours_are_recorded_and_others_are_not(self, watch, make, tmp_path):
+        mapped, unused = make("mapped"), make("unused")
+        assert watch.due() is None
+        watch.read()
+        assert watch.due() is not None
+        watch.look_up()
+        assert (watch.recorded.get(mapped[0]), watch.recorded.get(unused[0])) == (mapped[1], None)
+        assert mapped in ledger.read_segments(tmp_path)
+        watch.look_up()
+        assert unused[0] not in watch.recorded
+        assert unused[0] in watch._unknown
+
+    def test_removed_ones_are_forgotten(self, watch, make):
+        mapped, unused = make("mapped"), make("unused")
+        watch.read()
+        watch.look_up()
+        watch.look_up()
+        for name in (mapped[0], unused[0]):
+            (SHM / name).unlink()
+        watch.read()
+        assert mapped[0] not in watch.recorded
+        assert unused[0] not in watch._unknown
+
+    def test_a_renamed_one_is_found_under_its_new_name(self, watch, make):
+        name, inode = make("mapped")
+        new = name + "-new"
+        os.rename(SHM / name, SHM / new)
+        try:
+            watch.read()
+            watch.look_up()
+            assert watch.recorded[new] == inode
+            assert name not in watch.recorded
+        finally:
+            (SHM / new).unlink()
+
+    def test_the_last_look_includes_what_was_given_up(self, watch, make):
+        name, inode = make("unused")
+        watch.read()
+        watch.look_up()
+        watch.look_up()
+        with open(SHM / name, "rb"):
+            watch.look_up(last=True)
+        assert watch.recorded[name] == inode
+
+    def test_lookups_are_limited_in_their_share_of_time(self, watch, make):
+        make("unused")
+        watch.read()
+        started = time.monotonic()
+        watch.look_up()
+        assert watch.due() is None or watch.due() >= started + 0.1
+
+    def test_a_full_disk_is_no_end(self, watch, make, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(ledger, "write_segments", full)
+        name, inode = make("mapped")
+        watch.read()
+        watch.look_up()
+        assert watch.recorded[name] == inode

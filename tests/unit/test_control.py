@@ -1,0 +1,151 @@
+"""The worker's end of the control socket, over a real pair of sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from aio import settle, until
+
+from dynamo_worker.control import CONTROL_FD, ControlChannel
+from dynamo_worker.supervisor.channel import Channel
+
+
+@pytest.fixture
+def sockets():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@contextlib.contextmanager
+def loop_errors():
+    """Collect what callbacks of the loop raise."""
+    errors = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    yield errors
+
+
+def test_messages_arrive_at_the_supervisor_one_per_packet(sockets):
+    ours, theirs = sockets
+    control = ControlChannel(ours)
+    control.send("state", state="SERVING", deadline=None, in_flight=3, reason=None)
+    control.send("heartbeat", in_flight=4)
+    assert Channel(theirs).receive() == [
+        {"type": "state", "state": "SERVING", "deadline": None, "in_flight": 3, "reason": None},
+        {"type": "heartbeat", "in_flight": 4},
+    ]
+
+
+def test_messages_of_the_supervisor_arrive_in_order(sockets):
+    ours, theirs = sockets
+    received = []
+
+    async def main():
+        ControlChannel(ours).listen(asyncio.get_running_loop(), received.append)
+        supervisor = Channel(theirs)
+        for level in range(1, 21):
+            supervisor.send("stop", level=level, signal="SIGTERM", at=1.5)
+        await until(lambda: len(received) == 20)
+
+    asyncio.run(main())
+    assert [message["level"] for message in received] == list(range(1, 21))
+    assert received[0] == {"type": "stop", "level": 1, "signal": "SIGTERM", "at": 1.5}
+
+
+def test_what_is_no_object_is_ignored(sockets):
+    """A broken message must not stop the next one: it may be the request to stop."""
+    ours, theirs = sockets
+    received = []
+
+    async def main():
+        with loop_errors():
+            ControlChannel(ours).listen(asyncio.get_running_loop(), received.append)
+            for packet in (b"[1]", b'"stop"', b"{torn", b"\xff\xfe", json.dumps({"type": "stop"}).encode()):
+                theirs.send(packet)
+            await until(lambda: received)
+
+    asyncio.run(main())
+    assert received == [{"type": "stop"}]
+
+
+def test_a_supervisor_that_is_gone_costs_nothing(sockets):
+    ours, theirs = sockets
+
+    async def main():
+        with loop_errors() as errors:
+            loop = asyncio.get_running_loop()
+            control = ControlChannel(ours)
+            control.listen(loop, lambda message: pytest.fail(f"nobody sent {message}"))
+            theirs.close()
+            await asyncio.sleep(0.05)
+            assert not loop.remove_reader(ours.fileno()), "the loop would spin on the closed socket"
+            control.send("heartbeat", in_flight=0)
+            await settle()
+            assert errors == []
+
+    asyncio.run(main())
+
+
+def test_a_supervisor_that_does_not_read_blocks_nobody(sockets):
+    ours, _ = sockets
+    control = ControlChannel(ours)
+    for _ in range(5000):
+        control.send("heartbeat", in_flight=0)
+
+
+def test_a_message_too_large_for_the_socket_is_dropped(sockets):
+    """The reason of the end may hold a whole dump; failing to send it must not keep the worker from ending."""
+    ours, theirs = sockets
+    control = ControlChannel(ours)
+    control.send("exit", code=1, reason="x" * 10_000_000)
+    control.send("exit", code=1, reason="short")
+    assert Channel(theirs).receive() == [{"type": "exit", "code": 1, "reason": "short"}]
+
+
+def test_any_text_can_be_a_reason(sockets):
+    ours, theirs = sockets
+    reason = "ümläut \udcff\x00 \U0001f600"
+    ControlChannel(ours).send("exit", code=1, reason=reason)
+    assert Channel(theirs).receive()[0]["reason"] == reason
+
+
+def test_without_a_supervisor_nothing_happens(monkeypatch):
+    monkeypatch.delenv(CONTROL_FD, raising=False)
+    control = ControlChannel.from_environment()
+    assert not control.supervised
+    control.send("state", state="SERVING")
+
+    async def main():
+        control.listen(asyncio.get_running_loop(), lambda message: pytest.fail("nobody is there"))
+
+    asyncio.run(main())
+
+
+def test_the_channel_is_taken_from_the_environment_once_and_not_inherited(sockets, monkeypatch):
+    ours, theirs = sockets
+    descriptor = os.dup(ours.fileno())
+    os.set_inheritable(descriptor, True)
+    monkeypatch.setenv(CONTROL_FD, str(descriptor))
+    control = ControlChannel.from_environment()
+    assert control.supervised
+    assert CONTROL_FD not in os.environ
+    assert not ControlChannel.from_environment().supervised
+    seen = subprocess.run(
+        [sys.executable, "-c", f"import os; print(os.path.exists('/proc/self/fd/{descriptor}'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        close_fds=False,
+    )
+    assert seen.stdout.strip() == "False"
+    control.send("heartbeat", in_flight=0)
+    assert Channel(theirs).receive() == [{"type": "heartbeat", "in_flight": 0}]
+    control._socket.close()

@@ -1,0 +1,123 @@
+"""The documentation says what the code says: every hook, setting, exit code, state, metric and log line is there."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import dynamo_worker
+from dynamo_worker import engine, hookspecs
+from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.options import OPTIONS
+from dynamo_worker.plugins import hook_signatures
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+LEVELS = ("info", "warning", "error")
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_parts_are_up_to_date():
+    result = subprocess.run(
+        [sys.executable, str(DOCS / "generate.py"), "--check"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_stale_part_is_named(generate: ModuleType, tmp_path: Path):
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- generated:exit-codes -->\nold\n<!-- /generated -->\nafter\n")
+    assert generate.stale(path) == ["exit-codes"]
+    path.write_text(generate.regenerated(path.read_text()))
+    assert generate.stale(path) == []
+    assert path.read_text().startswith("before\n")
+    assert path.read_text().endswith("-->\nafter\n")
+    with pytest.raises(SystemExit, match="no generated part 'nonsense'"):
+        generate.regenerated("<!-- generated:nonsense -->\n<!-- /generated -->")
+
+
+@pytest.mark.parametrize("hook", hook_signatures())
+def test_every_hook_has_its_exact_signature_in_the_guide(generate: ModuleType, hook: str):
+    text = page("plugins.md")
+    assert f"### `{hook}`\n" in text
+    assert f"```python\n{generate.signature(getattr(hookspecs, hook))}\n```" in text
+    for argument in hook_signatures()[hook]:
+        assert f"- `{argument}`: " in text
+
+
+def test_every_capability_of_an_engine_is_in_the_guide():
+    text = page("plugins.md")
+    for name in ("Engine", "RequestContext", "EngineInfo", "EndpointSpec", "EngineContext"):
+        assert f"### `{name}`" in text
+    for name, kind in vars(engine).items():
+        if getattr(kind, "_is_runtime_protocol", False):
+            assert f"### `{name}`" in text
+
+
+def test_every_exit_code_is_in_the_manual():
+    text = page("operations.md")
+    for code in ExitCode:
+        assert f"| `{code.value}` | `{code.name}` | " in text
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_setting_is_in_the_reference(option):
+    text = page("settings.md")
+    for name in (*option.flags, option.env, option.name):
+        assert f"`{name}`" in text
+    assert option.help.replace("|", "\\|") in text
+
+
+def log_messages() -> set[str]:
+    """Return the constant messages of all log calls above the level of debugging."""
+    found = set()
+    for path in Path(dynamo_worker.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not node.args or isinstance(node.func, ast.Name):
+                continue
+            methods = [part for part in ast.walk(node.func) if isinstance(part, ast.Attribute)]
+            if any(m.attr in LEVELS and re.search(r"\b_?log$", ast.unparse(m.value)) for m in methods):
+                found |= {
+                    part.value
+                    for part in ast.walk(node.args[0])
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                }
+    return found
+
+
+def test_every_log_message_is_in_the_manual():
+    messages = log_messages()
+    assert {"Received shutdown signal", "Worker stopped", "Fatal error"} <= messages
+    text = page("operations.md")
+    missing = sorted(message for message in messages if message not in text)
+    assert not missing, f"docs/operations.md does not explain: {missing}"
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"

@@ -1,0 +1,255 @@
+"""The frontend beside a worker: its address, its command line, its start and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dynamo_worker import frontend
+from dynamo_worker.address import Address
+from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.frontend import FrontendProcess, parse_address
+from dynamo_worker.settings import WorkerSettings
+
+
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return Address("127.0.0.1", server.getsockname()[1])
+
+
+def process(program, address=None):
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    return child, FrontendProcess(child, address or free_address())
+
+
+# --------------------------------------------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("127.0.0.1:8000", ("127.0.0.1", 8000)),
+        ("0.0.0.0:1", ("0.0.0.0", 1)),
+        ("frontend.svc:65535", ("frontend.svc", 65535)),
+        (":9000", ("127.0.0.1", 9000)),
+        ("9000", ("127.0.0.1", 9000)),
+        ("localhost", ("localhost", 8000)),
+        ("[::1]:9000", ("::1", 9000)),
+        ("[::]", ("::", 8000)),
+    ],
+)
+def test_addresses(text, expected):
+    assert parse_address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["host:", "host:0", "host:65536", "host:http", "a b:1", "http://host:1", "::1:80"])
+def test_what_is_no_address_says_how_one_looks(text):
+    with pytest.raises(UsageError, match="HOST:PORT") as raised:
+        parse_address(text)
+    assert repr(text) in str(raised.value)
+
+
+@given(st.text(max_size=30) | st.from_regex("[a-z0-9.:\\[\\]-]{0,12}:[0-9\u0660-\u0669\u00b2]{0,7}", fullmatch=True))
+@example("1" * 5000)
+@example("host:" + "1" * 5000)
+@example("host:²")
+@example("host:٣")
+def test_any_text_is_an_address_or_refused(text):
+    try:
+        address = parse_address(text)
+    except UsageError:
+        return
+    assert 0 < address.port < 65536
+    assert address.host
+    assert parse_address(str(address)) == address, "what is printed can be typed"
+
+
+def test_an_address_in_use_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = Address("127.0.0.1", other.getsockname()[1])
+        with pytest.raises(StartError, match=f"{address.port} is in use") as raised:
+            frontend._check_free(address)
+        assert "--frontend" in raised.value.hint
+
+
+def test_an_address_that_is_not_ours_says_so():
+    with pytest.raises(StartError, match=r"192\.0\.2\.1:8000 cannot be used: "):
+        frontend._check_free(Address("192.0.2.1", 8000))
+
+
+def test_a_free_address_stays_free():
+    address = free_address()
+    frontend._check_free(address)
+    with socket.create_server(address):
+        pass
+
+
+def test_urls_can_be_opened():
+    child, started = process("", Address("::1", 8000))
+    child.communicate()
+    assert started.url == "http://[::1]:8000"
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Let a script stand in for the interpreter; return what it was called with."""
+    called = tmp_path / "called"
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {called}.new\nmv {called}.new {called}\nexec sleep 60\n')
+    script.chmod(0o755)
+
+    def start(settings, discovery_path):
+        monkeypatch.setattr(sys, "executable", str(script))
+        started = FrontendProcess.start(settings, discovery_path)
+        try:
+            assert os.getsid(started.pid) == started.pid, "a Ctrl-C meant for the worker would end it"
+            deadline = time.monotonic() + 10
+            while not called.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            return called.read_text().splitlines()
+        finally:
+            asyncio.run(started.stop())
+
+    return start
+
+
+def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
+    address = free_address()
+    settings = WorkerSettings(
+        engine="echo",
+        frontend=address,
+        discovery_backend="file",
+        request_plane="tcp",
+        event_plane="zmq",
+        migration_limit=7,
+        router_mode="kv",
+        namespace="ns",
+    )
+    called = arguments(settings, tmp_path / "kv")
+    assert called[:3] == ["-m", "dynamo_worker", "frontend"]
+    args = frontend.parser().parse_args(called[3:])
+    assert vars(args) == {
+        "http": str(address),
+        "discovery_backend": "file",
+        "discovery_path": str(tmp_path / "kv"),
+        "request_plane": "tcp",
+        "event_plane": "zmq",
+        "migration_limit": 7,
+        "router_mode": "kv",
+        "namespace": "ns",
+    }
+
+
+def test_every_router_mode_exists_in_dynamo():
+    from dynamo.llm import RouterMode
+
+    assert all(hasattr(RouterMode, name) for name in frontend.ROUTER_MODES.values())
+
+
+def test_dynamos_variables_are_the_defaults(monkeypatch):
+    monkeypatch.setenv("DYN_MIGRATION_LIMIT", "5")
+    monkeypatch.setenv("DYN_ROUTER_MODE", "random")
+    monkeypatch.setenv("DYN_NAMESPACE", "ns")
+    args = frontend.parser().parse_args([])
+    assert (args.migration_limit, args.router_mode, args.namespace) == (5, "random", "ns")
+    assert frontend.parser().parse_args(["--migration-limit", "0"]).migration_limit == 0
+
+
+def test_a_wrong_variable_is_a_mistake_of_the_usage(monkeypatch, capsys):
+    monkeypatch.setenv("DYN_MIGRATION_LIMIT", "many")
+    with pytest.raises(SystemExit) as raised:
+        frontend.parser().parse_args([])
+    assert raised.value.code == 2
+    assert "--migration-limit" in capsys.readouterr().err
+
+
+def test_an_address_in_use_is_found_before_anything_is_started(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        settings = WorkerSettings(engine="echo", frontend=f"127.0.0.1:{other.getsockname()[1]}")
+        with pytest.raises(StartError, match="in use"):
+            FrontendProcess.start(settings, None)
+
+
+# ----------------------------------------------------------------------------------------------------- start and end
+
+
+def test_it_is_ready_once_it_listens():
+    address = free_address()
+    child, started = process(
+        f"import socket, time; time.sleep(0.1); s = socket.create_server({tuple(address)!r}); time.sleep(60)", address
+    )
+    with child:
+        try:
+            begin = time.monotonic()
+            asyncio.run(started.wait_ready())
+            assert time.monotonic() - begin >= 0.05
+            with socket.create_connection(address):
+                pass
+        finally:
+            child.kill()
+
+
+def test_a_frontend_that_ends_at_once_is_a_failed_start():
+    child, started = process("raise SystemExit(4)")
+    with child, pytest.raises(StartError, match="exit code 4"):
+        asyncio.run(started.wait_ready())
+
+
+def test_a_frontend_that_never_listens_is_a_failed_start(monkeypatch):
+    monkeypatch.setattr(frontend, "_START_SECONDS", 0.1)
+    child, started = process("import time; time.sleep(60)")
+    with child:
+        try:
+            with pytest.raises(StartError, match="does not listen"):
+                asyncio.run(started.wait_ready())
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("import time; print('up', flush=True); time.sleep(60)", -15),
+        ("import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)", -9),
+        ("import os, signal; print('up', flush=True); os.kill(os.getpid(), signal.SIGSTOP)", -9),
+    ],
+    ids=["obedient", "stubborn", "stopped"],
+)
+def test_it_is_gone_after_stop_whatever_it_does(monkeypatch, program, code):
+    monkeypatch.setattr(frontend, "_STOP_SECONDS", 0.2)
+    child, started = process(program)
+    with child:
+        assert child.stdout.readline() == b"up\n"
+        if "SIGSTOP" in program:
+            state = Path(f"/proc/{child.pid}/stat")
+            deadline = time.monotonic() + 10
+            while state.read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+        begin = time.monotonic()
+        asyncio.run(started.stop())
+        assert time.monotonic() - begin < 3
+        assert child.returncode == code
+        assert not Path(f"/proc/{child.pid}").exists(), "reaped"
+
+
+def test_stopping_one_that_is_gone_is_no_error():
+    child, started = process("pass")
+    with child:
+        child.wait()
+        asyncio.run(started.stop())
+        asyncio.run(started.stop())

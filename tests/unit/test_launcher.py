@@ -1,0 +1,1126 @@
+"""The launcher executes the state table: what happens in which order, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from aio import settle, until
+from dynamo.llm.exceptions import Cancelled, EngineShutdown, WorkerUnavailable
+from dynamo.runtime import Context
+from prometheus_client import CollectorRegistry, Gauge
+
+from dynamo_worker import launcher as module
+from dynamo_worker.calling import Outcome
+from dynamo_worker.control import ControlChannel
+from dynamo_worker.engine import EndpointSpec, EngineInfo
+from dynamo_worker.errors import EngineDeadError, StartError, UsageError
+from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.launcher import RUN_DIR, Launcher
+from dynamo_worker.settings import WorkerSettings
+from dynamo_worker.supervisor import ledger
+from dynamo_worker.supervisor.channel import Channel, pair
+
+GRACEFUL = ["STARTING", "SERVING", "UNREGISTERING", "GRACE", "DRAINING", "CLEANUP", "STOPPED"]
+FATAL = ["STARTING", "SERVING", "FATAL", "STOPPED"]
+TOKENS = {"token_ids": [1]}
+
+
+class Engine:
+    """Answers every request with one chunk; a test changes what it needs to."""
+
+    def __init__(self, world):
+        self.world = world
+        self.info = EngineInfo("toy", "/models/toy")
+        self.pids = []
+        self.aborted = []
+        self.hold = None
+
+    async def start(self, worker_id):
+        self.world.note("engine started")
+        return self.info
+
+    async def generate(self, request, context):
+        yield {"token_ids": [1]}
+        if self.hold is not None and not context.id().startswith("canary"):
+            await self.hold.wait()
+        yield {"token_ids": [2], "finish_reason": "stop"}
+
+    async def abort(self, request_id):
+        self.aborted.append(request_id)
+
+    def processes(self):
+        return self.pids
+
+
+class EngineWithCanary(Engine):
+    def canary_request(self):
+        return dict(TOKENS)
+
+
+class FakeRuntime:
+    """Discovery and endpoints as the launcher sees them."""
+
+    status_port = None
+    worker_id = 0x4EC5
+
+    def __init__(self, world):
+        self.world = world
+        self.handlers = {}
+        self.closed = asyncio.Event()
+        self.serve_error = None
+        self.unregister_seconds = 0.0
+        self.withdrawn = True
+        self.registered = []
+        self.routes = {}
+        self.exposition = None
+
+    def endpoint(self, name):
+        return f"endpoint {name}"
+
+    def record_registration(self, run_dir):
+        self.world.note("recorded")
+        ledger.record_registration(run_dir, "mem", self.worker_id)
+
+    def serve(self, spec, handler):
+        self.world.note(f"served {spec.name}")
+        self.handlers[spec.name] = handler
+
+        async def serve():
+            await self.closed.wait()
+            if self.serve_error:
+                raise self.serve_error
+
+        return asyncio.ensure_future(serve())
+
+    async def register(self, info, *, endpoint):
+        self.world.note("registered")
+        self.registered.append(endpoint)
+
+    async def unregister(self):
+        await asyncio.sleep(self.unregister_seconds)
+        self.world.note("unregistered")
+        return self.withdrawn
+
+    def set_ready(self, ready):
+        self.world.note("ready" if ready else "not ready")
+
+    def expose_metrics(self, exposition, *, endpoint):
+        self.exposition = exposition
+
+    def add_routes(self, routes):
+        self.routes.update(routes)
+
+    async def shutdown(self, timeout):
+        self.world.note("runtime shut down")
+        self.closed.set()
+
+
+class FakePlugins:
+    """The hooks; ``hooks`` maps a name to an asynchronous function that replaces doing nothing."""
+
+    def __init__(self, world):
+        self.world = world
+        self.hooks = {}
+        self.fatal = []
+
+    def create_engine(self, args, context):
+        self.world.context = context
+        if isinstance(self.world.engine, Exception):
+            raise self.world.engine
+        self.world.note("engine created")
+        return self.world.engine
+
+    async def _call(self, hook):
+        if hook != "check_health":
+            self.world.note(hook)
+        if hook in self.hooks:
+            await self.hooks[hook]()
+        return [Outcome(hook, "toy", 0.0)]
+
+    async def check_health(self, engine, timeout):
+        return await self._call("check_health")
+
+    async def drain(self, engine, deadline):
+        return await self._call("drain")
+
+    async def on_fatal_error(self, engine, error, deadline):
+        self.fatal.append(error)
+        return await self._call("on_fatal_error")
+
+    async def cleanup(self, engine, deadline, limit):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._call("cleanup"), deadline.within(limit).remaining())
+
+
+class World:
+    """Everything around one launcher, and what happened in it."""
+
+    def __init__(self, tmp_path, monkeypatch):
+        self.happened = []
+        self.run_dir = tmp_path
+        self.monkeypatch = monkeypatch
+        self.engine = EngineWithCanary(self)
+        self.plugins = FakePlugins(self)
+        self.supervised = True
+        self.settings = {
+            "grace_period": 0,
+            "discovery_backend": "mem",
+            "health_check_interval": 0.02,
+            "stall_timeout": 0,
+            "termination_grace_period": 30,
+        }
+        self.create_error = None
+        self.code = None
+        self.messages = []
+
+    def note(self, what):
+        self.happened.append(what)
+
+    def order(self, *events):
+        """Whether these happened, in this order."""
+        rest = iter(self.happened)
+        return all(event in rest for event in events)
+
+    def run(self, scenario):
+        """Let a worker live while ``scenario(world)`` does things to it; return the exit code."""
+        asyncio.run(asyncio.wait_for(self._live(scenario), 30))
+        return self.code
+
+    async def _live(self, scenario):
+        self.runtime = FakeRuntime(self)
+
+        async def create(settings):
+            if self.create_error:
+                raise self.create_error
+            self.runtime.settings = settings
+            return self.runtime
+
+        self.monkeypatch.setattr(module.Runtime, "create", create)
+        theirs, ours = pair()
+        with ours:
+            self.supervisor = Channel(theirs)
+            if self.supervised:
+                self.monkeypatch.setenv(RUN_DIR, str(self.run_dir))
+                ours.setblocking(False)
+            control = ControlChannel(ours if self.supervised else None)
+            self.launcher = Launcher(WorkerSettings(engine="toy", **self.settings), self.plugins, "args", control)
+            life = asyncio.ensure_future(self.launcher.run())
+            started = time.monotonic()
+            try:
+                await scenario(self)
+                self.code = await life
+            finally:
+                life.cancel()
+                self.took = time.monotonic() - started
+                self.read()
+                self.supervisor.close()
+        await settle()
+
+    def read(self):
+        self.messages += self.supervisor.receive()
+        return self.messages
+
+    @property
+    def states(self):
+        """The states that the supervisor was told."""
+        return [message["state"] for message in self.read() if message["type"] == "state"]
+
+    @property
+    def reason(self):
+        return self.launcher.reason
+
+    async def serving(self):
+        await until(lambda: self.launcher._state.value == "SERVING")
+
+    def stop(self, level=1, signal_name="SIGTERM"):
+        at = time.monotonic()
+        self.supervisor.send("stop", level=level, signal=signal_name, at=at)
+        return at
+
+    def request(self, request_id="r", endpoint="generate"):
+        """Start one request, as the runtime does."""
+
+        async def consume():
+            handler = self.runtime.handlers[endpoint]
+            return [chunk async for chunk in handler(dict(TOKENS), Context(id=request_id))]
+
+        return asyncio.ensure_future(consume())
+
+    async def busy(self):
+        """Start a request that does not end by itself."""
+        await self.serving()
+        self.engine.hold = asyncio.Event()
+        running = self.request()
+        await until(lambda: len(self.launcher._registry) == 1)
+        return running
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.delenv(RUN_DIR, raising=False)
+    return World(tmp_path, monkeypatch)
+
+
+async def stop_when_serving(world):
+    await world.serving()
+    world.stop()
+
+
+# ---------------------------------------------------------------------------------------------------- a graceful life
+
+
+def test_a_graceful_life(world):
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert world.states == GRACEFUL
+    assert world.reason == "stopped by SIGTERM"
+    assert world.happened == [
+        "engine created",
+        "engine started",
+        "recorded",
+        "served generate",
+        "registered",
+        "ready",
+        "not ready",
+        "unregistered",
+        "drain",
+        "runtime shut down",
+        "cleanup",
+    ]
+    assert world.took < 5
+
+
+def test_the_deadline_is_announced_as_soon_as_it_is_known(world):
+    at = []
+
+    async def scenario(world):
+        await world.serving()
+        at.append(world.stop(signal_name="SIGINT"))
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    deadlines = {message["state"]: message["deadline"] for message in world.messages if message["type"] == "state"}
+    assert deadlines["SERVING"] is None
+    for state in GRACEFUL[2:]:
+        assert deadlines[state] == pytest.approx(at[0] + 30 - 2)
+    assert world.reason == "stopped by SIGINT"
+
+
+def test_the_grace_period_still_serves(world):
+    world.settings["grace_period"] = 0.3
+
+    async def scenario(world):
+        await world.serving()
+        world.stop()
+        await until(lambda: world.launcher._state.value == "GRACE")
+        assert [chunk["token_ids"] for chunk in await world.request()] == [[1], [2]]
+        assert "drain" not in world.happened
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.took >= 0.3
+
+
+def test_it_beats_while_it_serves(world):
+    world.settings["heartbeat_timeout"] = 0.1
+
+    async def scenario(world):
+        await world.serving()
+        await until(lambda: len([m for m in world.read() if m["type"] == "heartbeat"]) >= 3)
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+
+
+def test_messages_it_does_not_know_are_ignored(world):
+    async def scenario(world):
+        await world.serving()
+        world.supervisor.send("future", level=3)
+        world.stop()
+        world.stop()  # said twice
+
+    assert world.run(scenario) == ExitCode.STOPPED
+
+
+def test_metrics_follow_the_life(world):
+    async def scenario(world):
+        await world.serving()
+        assert 'dynamo_worker_state{state="SERVING"} 1.0' in world.runtime.exposition()
+        world.stop()
+
+    world.run(scenario)
+    shown = world.runtime.exposition()
+    assert 'dynamo_worker_state{state="STOPPED"} 1.0' in shown
+    for state in ("STARTING", "UNREGISTERING", "GRACE", "DRAINING", "CLEANUP"):
+        assert f'dynamo_worker_shutdown_stage_seconds{{stage="{state}"}}' in shown
+
+
+# ------------------------------------------------------------------------------------------------------------- drain
+
+
+def test_requests_in_flight_finish_and_new_ones_are_refused(world):
+    async def scenario(world):
+        running = await world.busy()
+        world.stop()
+        await until(lambda: world.launcher._state.value == "DRAINING")
+        with pytest.raises(WorkerUnavailable):
+            await world.request("late")
+        await asyncio.sleep(0.05)
+        assert not running.done()
+        assert "runtime shut down" not in world.happened
+        world.engine.hold.set()
+        assert [chunk["token_ids"] for chunk in await running] == [[1], [2]]
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.engine.aborted == []
+
+
+def test_what_does_not_finish_in_time_is_handed_off(world):
+    # 2 s for the supervisor, 1 s for leaving discovery, 0.2 s for the clean-up: 0.4 s to drain (the first is not used).
+    world.settings |= {"termination_grace_period": 3.6, "engine_shutdown_timeout": 0.2}
+
+    async def scenario(world):
+        running = await world.busy()
+        world.stop()
+        with pytest.raises(EngineShutdown):
+            await running
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.states == GRACEFUL
+    assert 1 <= world.took < 1.6 + 1
+    assert world.engine.aborted == ["r"]
+
+
+@pytest.mark.parametrize(("mode", "error"), [("handoff", EngineShutdown), ("abort", Cancelled)])
+def test_drain_modes_that_do_not_wait(world, mode, error):
+    world.settings["drain"] = mode
+
+    async def scenario(world):
+        running = await world.busy()
+        world.stop()
+        with pytest.raises(error):
+            await running
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.states == GRACEFUL
+    assert world.took < 3
+
+
+def test_endpoints_without_a_graceful_shutdown_are_handed_off_when_the_drain_starts(world):
+    world.engine.info = EngineInfo("toy", "/m", endpoints=[EndpointSpec("hasty", graceful_shutdown=False)])
+
+    async def scenario(world):
+        running = await world.busy()
+        hasty = world.request("hasty", endpoint="hasty")
+        await until(lambda: len(world.launcher._registry) == 2)
+        world.stop()
+        with pytest.raises(EngineShutdown):
+            await hasty
+        assert not running.done()
+        world.engine.hold.set()
+        await running
+
+    assert world.run(scenario) == ExitCode.STOPPED
+
+
+def test_a_drain_hook_that_hangs_is_bounded(world):
+    world.settings |= {"termination_grace_period": 4.0, "engine_shutdown_timeout": 0.6}
+    world.plugins.hooks["drain"] = lambda: asyncio.sleep(60)
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert world.took < 4
+    assert world.order("drain", "runtime shut down", "cleanup")
+
+
+def test_a_cleanup_hook_that_hangs_is_bounded(world):
+    world.settings["engine_shutdown_timeout"] = 0.2
+    world.plugins.hooks["cleanup"] = lambda: asyncio.sleep(60)
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert world.took < 3
+
+
+def test_a_bug_in_a_stage_does_not_stop_the_shutdown(world, caplog):
+    async def fail():
+        raise ZeroDivisionError
+
+    world.plugins.hooks["cleanup"] = fail
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert world.states == GRACEFUL
+    assert "Shutdown stage failed" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------------- discovery
+
+
+def test_a_withdrawal_is_recorded_so_that_the_supervisor_need_not_repeat_it(world):
+    async def scenario(world):
+        await world.serving()
+        assert len(ledger.open_registrations(world.run_dir)) == 1
+        world.stop()
+
+    world.run(scenario)
+    assert ledger.open_registrations(world.run_dir) == []
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_what_could_not_be_withdrawn_is_left_to_the_supervisor(world, trouble):
+    async def scenario(world):
+        if trouble == "hangs":
+            world.runtime.unregister_seconds = 60
+        else:
+            world.runtime.withdrawn = False
+        await stop_when_serving(world)
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.states == GRACEFUL
+    assert len(ledger.open_registrations(world.run_dir)) == 1
+    assert world.took < 4
+
+
+def test_a_ledger_that_cannot_be_written_does_not_stop_the_hand_off(world, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ledger, "record_withdrawal", full)
+
+    async def scenario(world):
+        running = await world.busy()
+        world.launcher._on_fatal(EngineDeadError("dead"))
+        with pytest.raises(EngineShutdown):
+            await running
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert "cleanup" in world.happened
+
+
+def test_a_runtime_that_ends_by_itself_is_the_loss_of_discovery(world):
+    async def scenario(world):
+        await world.serving()
+        world.runtime.closed.set()
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.states == FATAL
+    assert "mem discovery" in world.reason
+
+
+def test_an_endpoint_that_cannot_be_served_is_named(world):
+    async def scenario(world):
+        await world.serving()
+        world.runtime.serve_error = RuntimeError("address in use")
+        world.runtime.closed.set()
+
+    assert world.run(scenario) != ExitCode.STOPPED
+    assert "address in use" in world.reason
+
+
+# ------------------------------------------------------------------------------------------------------------- start
+
+
+async def nothing(world):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (StartError("no GPU", hint="check nvidia-smi"), ExitCode.START_FAILED, "no GPU"),
+        (UsageError("no such model"), ExitCode.USAGE, "no such model"),
+        (EngineDeadError("the core is dead"), ExitCode.START_FAILED, "the core is dead"),
+        (MemoryError("HBM"), ExitCode.START_FAILED, "MemoryError: HBM"),
+        (SystemExit(5), ExitCode.START_FAILED, "SystemExit: 5"),
+        (asyncio.CancelledError("inside"), ExitCode.START_FAILED, "CancelledError: inside"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_a_start_that_fails(world, error, code, reason):
+    async def fail(worker_id):
+        raise error
+
+    world.engine.start = fail
+    assert world.run(nothing) == code
+    assert world.states == ["STARTING", "FATAL", "STOPPED"]
+    assert world.reason == reason
+    assert world.order("on_fatal_error", "runtime shut down", "cleanup"), "what had started is cleaned up"
+    assert world.plugins.fatal == [error]
+    assert "served generate" not in world.happened
+
+
+def test_the_supervisor_is_told_why(world):
+    async def fail(worker_id):
+        raise StartError("no GPU")
+
+    world.engine.start = fail
+    world.run(nothing)
+    (message,) = [message for message in world.messages if message.get("state") == "FATAL"]
+    assert message["reason"] == "no GPU"
+    assert message["deadline"] > time.monotonic() - 30
+
+
+def test_a_runtime_that_does_not_start(world):
+    world.create_error = StartError("etcd cannot be reached")
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert world.happened == ["on_fatal_error"], "there is nothing to clean up"
+
+
+def test_an_engine_that_cannot_be_created(world):
+    world.engine = StartError("vllm is not installed")
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert world.happened == ["not ready", "unregistered", "on_fatal_error", "runtime shut down"]
+
+
+def test_a_warm_up_that_takes_too_long(world):
+    world.settings["warmup_timeout"] = 0.05
+
+    async def hang(request, context):
+        await asyncio.sleep(60)
+        yield {}
+
+    world.engine.generate = hang
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert "first request within 0.05 s" in world.reason
+    assert world.engine.aborted, "the engine forgets the request"
+
+
+def test_the_warm_up_comes_before_the_model_is_registered(world):
+    async def generate(request, context):
+        world.note("warm-up")
+        yield {"token_ids": [1], "finish_reason": "stop"}
+
+    world.engine.generate = generate
+    world.run(stop_when_serving)
+    assert world.order("engine started", "warm-up", "recorded", "registered")
+
+
+def test_the_warm_up_can_be_left_out(world):
+    world.settings["warmup"] = False
+    world.engine.generate = lambda request, context: pytest.fail("asked")
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+
+
+def test_an_engine_without_a_canary_serves_all_the_same(world, caplog):
+    world.engine = Engine(world)
+    world.settings["stall_timeout"] = 30
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert "no canary request" in caplog.text
+
+
+def test_a_stop_during_the_start(world):
+    async def slow(worker_id):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            world.note("start cancelled")
+
+    world.engine.start = slow
+
+    async def scenario(world):
+        await until(lambda: "engine created" in world.happened)
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.states == ["STARTING", "CLEANUP", "STOPPED"]
+    assert world.reason == "stopped during the start"
+    assert world.order("start cancelled", "runtime shut down", "cleanup")
+    assert world.took < 2
+
+
+def test_a_stop_during_a_start_that_ignores_its_cancellation(world, monkeypatch):
+    monkeypatch.setattr(module, "_CANCEL_START", 0.1)
+    go_on = []
+
+    async def stubborn(worker_id):
+        while not go_on:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        raise RuntimeError("too late to matter")
+
+    world.engine.start = stubborn
+
+    async def cleanup():
+        go_on.append(True)
+        await asyncio.sleep(0.05)
+
+    world.plugins.hooks["cleanup"] = cleanup
+
+    async def scenario(world):
+        await until(lambda: "engine created" in world.happened)
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.states == ["STARTING", "CLEANUP", "STOPPED"]
+
+
+# ------------------------------------------------------------------------------------------------------------- fatal
+
+
+@contextlib.contextmanager
+def child():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_engine_process_that_dies(world):
+    with child() as process:
+        world.engine.pids = [process.pid]
+
+        async def scenario(world):
+            running = await world.busy()
+            process.kill()
+            with pytest.raises(EngineShutdown):
+                await running
+            assert world.order("not ready", "unregistered"), "out of discovery before requests are handed off"
+            with pytest.raises(WorkerUnavailable):
+                await world.request("late")
+
+        assert world.run(scenario) == ExitCode.FATAL
+    assert world.states == FATAL
+    assert f"engine process {process.pid}" in world.reason
+    assert "killed by SIGKILL" in world.reason
+    assert world.order("unregistered", "on_fatal_error", "runtime shut down", "cleanup")
+    (error,) = world.plugins.fatal
+    assert isinstance(error, EngineDeadError)
+    assert 'dynamo_worker_fatal_errors_total{kind="EngineDeadError"} 1.0' in world.runtime.exposition()
+
+
+def test_the_first_error_is_the_cause(world):
+    """A dead core also breaks the start that waits for it: that is a consequence."""
+    with child() as process:
+        world.engine.pids = [process.pid]
+
+        async def generate(request, context):
+            process.kill()
+            await until(lambda: world.launcher._error is not None)
+            raise EngineDeadError("the connection is closed")
+            yield
+
+        world.engine.generate = generate
+        assert world.run(nothing) == ExitCode.START_FAILED
+    assert "killed by SIGKILL" in world.reason
+
+
+def test_what_follows_an_error_does_not_replace_it(world):
+    async def scenario(world):
+        await world.serving()
+        world.launcher._on_fatal(EngineDeadError("out of memory", hint="smaller batches"))
+        world.launcher._on_fatal(EngineDeadError("a consequence"))
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.reason == "out of memory", "the hint is for the log"
+
+
+def test_a_request_that_finds_the_engine_dead_ends_the_worker(world):
+    async def generate(request, context):
+        if not context.id().startswith("canary"):
+            raise EngineDeadError("out of memory")
+        yield {"token_ids": [1], "finish_reason": "stop"}
+
+    world.engine.generate = generate
+
+    async def scenario(world):
+        await world.serving()
+        with pytest.raises(EngineShutdown):
+            await world.request()
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.reason == "out of memory"
+
+
+def test_a_health_check_that_finds_the_engine_dead_ends_the_worker(world):
+    async def scenario(world):
+        await world.serving()
+
+        async def dead():
+            raise EngineDeadError("heart stopped")
+
+        world.plugins.hooks["check_health"] = dead
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.reason == "heart stopped"
+
+
+def test_an_engine_that_stalls_ends_the_worker(world):
+    world.settings["stall_timeout"] = 0.5
+
+    async def scenario(world):
+        await world.serving()
+
+        async def hang(request, context):
+            await asyncio.sleep(60)
+            yield {}
+
+        world.engine.generate = hang
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert "no progress" in world.reason
+    assert world.took < 3
+    assert world.engine.aborted, "the canary"
+
+
+def test_a_monitor_that_fails_is_not_silent(world, caplog):
+    world.settings["stall_timeout"] = 0.5
+
+    def progress():
+        raise AttributeError("steps")
+
+    world.engine.progress = progress
+
+    async def scenario(world):
+        await world.serving()
+        await until(lambda: "Monitor failed" in caplog.text)
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+
+
+def test_last_words_have_a_deadline(world):
+    seen = []
+
+    async def on_fatal_error(engine, error, deadline):
+        seen.append(deadline.remaining())
+
+    world.plugins.on_fatal_error = on_fatal_error
+
+    async def scenario(world):
+        await world.serving()
+        world.launcher._on_fatal(EngineDeadError("dead"))
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert 0 < seen[0] <= 2
+
+
+def test_a_stop_does_not_hide_a_fatal_error(world):
+    async def scenario(world):
+        await world.serving()
+        world.plugins.hooks["on_fatal_error"] = lambda: asyncio.sleep(0.2)
+        world.launcher._on_fatal(EngineDeadError("dead"))
+        await until(lambda: "on_fatal_error" in world.happened)
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.reason == "dead"
+
+
+def test_a_fatal_error_during_a_drain_ends_it(world):
+    async def scenario(world):
+        running = await world.busy()
+        world.stop()
+        await until(lambda: world.launcher._state.value == "DRAINING")
+        world.launcher._on_fatal(EngineDeadError("dead"))
+        with pytest.raises(EngineShutdown):
+            await running
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.states == [*GRACEFUL[:5], "FATAL", "STOPPED"]
+
+
+def test_an_error_during_the_clean_up_is_no_news(world):
+    async def scenario(world):
+        async def cleanup():
+            world.launcher._on_fatal(EngineDeadError("of course it is"))
+
+        world.plugins.hooks["cleanup"] = cleanup
+        await stop_when_serving(world)
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.states == GRACEFUL
+
+
+# --------------------------------------------------------------------------------------------------------- by force
+
+
+def test_a_second_signal_hands_off_and_is_quick(world):
+    async def scenario(world):
+        running = await world.busy()
+        world.stop()
+        await until(lambda: world.launcher._state.value == "DRAINING")
+        world.stop(2)
+        with pytest.raises(EngineShutdown):
+            await running
+
+    assert world.run(scenario) == 128 + signal.SIGTERM
+    assert world.states == [*GRACEFUL[:5], "CLEANUP", "STOPPED"]
+    assert world.reason == "forced to stop by a second SIGTERM"
+    assert world.took < 2
+    assert "cleanup" in world.happened
+
+
+def test_the_forced_deadline_is_announced(world):
+    at = []
+
+    async def scenario(world):
+        await world.busy()
+        world.stop()
+        at.append(world.stop(2, "SIGINT"))
+
+    assert world.run(scenario) == 128 + signal.SIGINT
+    (message,) = [message for message in world.messages if message.get("state") == "CLEANUP"]
+    assert message["deadline"] == pytest.approx(at[0] + 2)
+
+
+def test_two_signals_at_once_skip_nothing_that_matters(world):
+    """The first stage is left before it has begun: out of discovery all the same."""
+
+    async def scenario(world):
+        await world.busy()
+        world.stop()
+        world.stop(2)
+
+    assert world.run(scenario) == 128 + signal.SIGTERM
+    assert world.order("not ready", "unregistered", "runtime shut down", "cleanup")
+
+
+def test_a_second_signal_during_the_clean_up_changes_the_exit_code(world):
+    async def scenario(world):
+        world.plugins.hooks["cleanup"] = lambda: asyncio.sleep(0.2)
+        await stop_when_serving(world)
+        await until(lambda: "cleanup" in world.happened)
+        world.stop(2)
+
+    assert world.run(scenario) == 128 + signal.SIGTERM
+
+
+def test_a_forced_stop_during_the_start(world):
+    async def slow(worker_id):
+        await asyncio.sleep(60)
+
+    world.engine.start = slow
+
+    async def scenario(world):
+        await until(lambda: "engine created" in world.happened)
+        world.stop()
+        world.stop(2)
+
+    assert world.run(scenario) == 128 + signal.SIGTERM
+    assert world.took < 3
+
+
+def test_a_third_signal_ends_the_process_at_once(world, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    async def scenario(world):
+        await world.busy()
+        world.stop(3)
+        await until(lambda: codes)
+        world.launcher._events.put_nowait(module.Event.FORCE_STOP_REQUESTED)
+
+    world.run(scenario)
+    assert codes == [128 + signal.SIGTERM]
+
+
+# ----------------------------------------------------------------------------------------------- without a supervisor
+
+
+def test_without_a_supervisor_signals_go_to_the_worker_itself(world, caplog):
+    caplog.set_level("INFO")
+    world.supervised = False
+
+    async def scenario(world):
+        await world.serving()
+        assert world.context.private_dir.is_dir()
+        assert not world.context.supervised
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.reason == "stopped by SIGTERM"
+    assert not world.context.private_dir.exists(), "it removes what nobody else would"
+    (record,) = [record for record in caplog.records if record.getMessage() == "Received shutdown signal"]
+    assert "again to stop within 2 s" in record.fields["effect"]
+
+
+def test_with_a_supervisor_the_private_directory_is_the_supervisors(world):
+    async def scenario(world):
+        await world.serving()
+        assert world.context.private_dir == world.run_dir
+        assert world.context.component == "dynamo.backend"
+        world.stop()
+
+    world.run(scenario)
+    assert world.run_dir.exists()
+
+
+def test_without_a_supervisor_a_forced_stop_ends_even_if_nothing_answers(world, monkeypatch):
+    world.supervised = False
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(module, "FORCED_STOP", 0.1)
+
+    async def scenario(world):
+        await world.serving()
+
+        async def cleanup():
+            await until(lambda: codes)  # it would never end
+
+        world.plugins.hooks["cleanup"] = cleanup
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.02)
+
+    assert world.run(scenario) == 128 + signal.SIGINT
+    assert codes == [128 + signal.SIGINT]
+
+
+def test_a_run_directory_without_a_supervisor_is_not_ours_to_remove(world, monkeypatch):
+    """The variable may be inherited from another worker."""
+    world.supervised = False
+    monkeypatch.setenv(RUN_DIR, str(world.run_dir))
+    (world.run_dir / "of-another-worker").touch()
+    assert world.run(stop_itself) == ExitCode.STOPPED
+    assert (world.run_dir / "of-another-worker").exists()
+
+
+async def stop_itself(world):
+    await world.serving()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------- what an engine may offer
+
+
+def test_everything_an_engine_offers_is_wired(world):
+    class Rich(EngineWithCanary):
+        async def attach(self, endpoint):
+            self.world.note(f"attached to {endpoint}")
+
+        def metrics_registry(self):
+            registry = CollectorRegistry()
+            Gauge("toy_kv_usage", "Usage", registry=registry).set(0.5)
+            return registry
+
+        def control_routes(self):
+            return {"sleep": "route"}
+
+    world.engine = Rich(world)
+    world.engine.info = EngineInfo("toy", "/m", endpoints=[EndpointSpec("clear"), EndpointSpec("lora")])
+
+    async def scenario(world):
+        await world.serving()
+        assert "toy_kv_usage 0.5" in world.runtime.exposition()
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.order("attached to endpoint generate", "recorded", "served generate", "registered", "ready")
+    assert sorted(world.runtime.handlers) == ["clear", "generate", "lora"]
+    assert world.runtime.registered == ["generate"]
+    assert world.runtime.routes == {"sleep": "route"}
+
+
+def test_a_headless_rank_serves_only_what_it_offers(world):
+    world.engine.info = EngineInfo("toy", None, endpoints=[EndpointSpec("clear")])
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert list(world.runtime.handlers) == ["clear"]
+    assert "registered" not in world.happened
+
+
+# ---------------------------------------------------------------------------------------- status server and frontend
+
+
+def test_the_status_server_answers_from_the_first_moment_to_the_last(world, caplog):
+    caplog.set_level("INFO")
+    world.settings |= {"system_port": 0, "system_host": "127.0.0.1"}
+    answers = {}
+
+    async def probe(when):
+        (record,) = [record for record in caplog.records if record.getMessage() == "Status server listening"]
+        port = int(record.fields["url"].rpartition(":")[2])
+        for path in ("/live", "/health"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+            answers[when, path] = int((await reader.read()).split()[1])
+            writer.close()
+
+    async def start(worker_id):
+        await probe("starting")
+        return world.engine.info
+
+    world.engine.start = start
+    world.plugins.hooks["drain"] = lambda: probe("draining")
+    world.plugins.hooks["cleanup"] = lambda: probe("cleaning up")
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert answers == {
+        (when, path): 200 if path == "/live" else 503
+        for when in ("starting", "draining", "cleaning up")
+        for path in ("/live", "/health")
+    }
+
+
+def test_a_status_port_in_use_is_a_failed_start(world):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        world.settings |= {"system_port": other.getsockname()[1], "system_host": "127.0.0.1"}
+        assert world.run(nothing) == ExitCode.START_FAILED
+    assert "is in use" in world.reason
+    assert "engine created" not in world.happened
+
+
+class FakeFrontend:
+    url = "http://127.0.0.1:8000"
+
+    def __init__(self, world, process):
+        self.world = world
+        self.pid = process.pid
+
+    async def wait_ready(self):
+        self.world.note("frontend ready")
+
+    async def stop(self):
+        self.world.note("frontend stopped")
+
+
+@pytest.fixture
+def frontend(world, monkeypatch):
+    with child() as process:
+
+        def start(settings, discovery_path):
+            world.note("frontend started")
+            world.discovery_path = discovery_path
+            return FakeFrontend(world, process)
+
+        monkeypatch.setattr(module.FrontendProcess, "start", start)
+        world.settings |= {"frontend": "127.0.0.1:8000", "discovery_backend": "file"}
+        yield process
+
+
+def test_a_frontend_lives_as_long_as_the_worker(world, frontend):
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert world.order("frontend started", "engine created", "registered", "frontend ready", "ready")
+    assert world.order("drain", "cleanup", "frontend stopped")
+
+
+def test_frontend_and_worker_meet_in_the_private_directory(world, frontend):
+    world.run(stop_when_serving)
+    assert world.discovery_path == world.run_dir / "discovery"
+    assert world.discovery_path.is_dir()
+    assert world.runtime.settings.discovery_path == world.discovery_path
+
+
+def test_a_directory_that_was_asked_for_is_used(world, frontend, tmp_path):
+    world.settings["discovery_path"] = tmp_path / "a" / "kv"
+    world.run(stop_when_serving)
+    assert world.discovery_path == world.runtime.settings.discovery_path == tmp_path / "a" / "kv"
+
+
+def test_a_frontend_that_dies_ends_the_worker(world, frontend):
+    async def scenario(world):
+        await world.serving()
+        frontend.kill()
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert f"frontend process {frontend.pid}" in world.reason
+
+
+def test_no_private_directory_is_left_in_the_temporary_directory(world, tmp_path, monkeypatch):
+    world.supervised = False
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    world.create_error = StartError("no etcd")
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith("dw-")]

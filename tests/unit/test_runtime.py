@@ -1,0 +1,505 @@
+"""What surrounds the Dynamo runtime: servers it needs, directories, names, ports, and how it is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+
+import pytest
+from aio import settle, until
+from dynamo.llm import ModelType
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_worker import runtime as runtime_module
+from dynamo_worker.engine import EndpointSpec, EngineInfo
+from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.runtime import Runtime, model_type
+from dynamo_worker.settings import WorkerSettings
+from dynamo_worker.supervisor import ledger
+
+
+def worker_settings(**values):
+    return WorkerSettings(engine="echo", **values)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Keep what the module writes into the environment out of other tests."""
+    for name in ("ETCD_ENDPOINTS", "NATS_SERVER", "DYN_FILE_KV", "DYN_SYSTEM_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def closed_port():
+    """Return a port on which nobody listens, and nobody will while the test runs."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+class FakeEndpoint:
+    def __init__(self, path):
+        self.path = path
+        self.served = []
+        self.left = 0
+        self.closed = asyncio.Event()
+        self.error = None
+        self.metrics = self
+
+    def connection_id(self):
+        return 0x4EC5C2A6E8130C29
+
+    async def serve_endpoint(self, handler, graceful_shutdown, metrics_labels):
+        self.served.append((handler, graceful_shutdown, metrics_labels))
+        await self.closed.wait()
+
+    async def unregister_endpoint_instance(self):
+        self.left += 1
+        if self.error:
+            raise self.error
+
+    def register_prometheus_expfmt_callback(self, callback):
+        self.exposition = callback
+
+
+class FakeDistributedRuntime:
+    """The part of the runtime that is called, with a memory."""
+
+    def __init__(self):
+        self.endpoints = {}
+        self.health = []
+        self.routes = {}
+        self.shut_down = False
+
+    def endpoint(self, path):
+        assert path not in self.endpoints, "one object for each endpoint"
+        self.endpoints[path] = FakeEndpoint(path)
+        return self.endpoints[path]
+
+    def set_health_status(self, ready):
+        self.health.append(ready)
+
+    def register_engine_route(self, name, route):
+        self.routes[name] = route
+
+    def shutdown(self):
+        self.shut_down = True
+
+
+def make(**values):
+    fake = FakeDistributedRuntime()
+    return fake, Runtime(fake, worker_settings(**values), None)
+
+
+# ------------------------------------------------------------------------------------------------------- model types
+
+
+def test_model_types_are_those_of_dynamo():
+    assert str(model_type(["chat"])) == str(ModelType.Chat)
+    assert str(model_type(["chat", "completions"])) == str(ModelType.Chat | ModelType.Completions)
+    assert str(model_type(["completions", "chat", "chat"])) == str(ModelType.Chat | ModelType.Completions)
+
+
+def test_an_unknown_surface_is_named_with_the_known_ones():
+    with pytest.raises(UsageError, match="'chatt' is unknown") as raised:
+        model_type(["chat", "chatt"])
+    assert "completions" in str(raised.value)
+
+
+def test_no_surface_at_all():
+    with pytest.raises(UsageError, match="at least one"):
+        model_type([])
+
+
+def test_every_engines_default_is_known():
+    model_type(EngineInfo("m", "/m").endpoint_types)
+
+
+# ------------------------------------------------------------------------------------------------------------- ports
+
+
+def test_listening_ports_are_found_and_nothing_else():
+    before = runtime_module._listening_ports()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as server6,
+        socket.socket(type=socket.SOCK_DGRAM) as udp,
+        socket.socket() as bound,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        udp.bind(("127.0.0.1", 0))
+        bound.bind(("127.0.0.1", 0))  # bound, but it does not listen
+        unix.bind("\0dynamo-worker-test")
+        unix.listen()
+        found = runtime_module._listening_ports() - before
+        assert found == {server.getsockname()[1], server6.getsockname()[1]}
+    assert runtime_module._listening_ports() == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
+
+
+# ------------------------------------------------------------------------------------------------ servers it waits for
+
+
+def wait(**values):
+    return asyncio.run(runtime_module._wait_for_servers(worker_settings(**values)))
+
+
+def test_an_unreachable_etcd_ends_the_start_with_address_and_reason(closed_port, monkeypatch, caplog):
+    monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{closed_port}")
+    started = time.monotonic()
+    with pytest.raises(StartError) as raised:
+        wait(discovery_backend="etcd", discovery_timeout=0.3)
+    assert 0.3 <= time.monotonic() - started < 3
+    message = str(raised.value)
+    assert f"etcd cannot be reached (http://127.0.0.1:{closed_port}: Connection refused); waited 0.3 s" in message
+    assert "ETCD_ENDPOINTS" in raised.value.hint
+    assert "--discovery-backend file" in raised.value.hint
+    assert [record.getMessage() for record in caplog.records] == ["Waiting for a server"], "said once"
+
+
+def test_all_addresses_are_tried_and_named(closed_port, monkeypatch):
+    monkeypatch.setenv("ETCD_ENDPOINTS", f"127.0.0.1:{closed_port}, http://localhost:{closed_port},")
+    with pytest.raises(StartError) as raised:
+        wait(discovery_backend="etcd", discovery_timeout=0.1)
+    assert f"127.0.0.1:{closed_port}: Connection refused; http://localhost:{closed_port}: " in str(raised.value)
+
+
+def test_one_address_that_answers_is_enough(closed_port, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{closed_port},http://127.0.0.1:{port}")
+        wait(discovery_backend="etcd", discovery_timeout=5)
+
+
+def test_a_server_that_starts_late_is_waited_for(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        async def main():
+            waiting = asyncio.ensure_future(
+                runtime_module._wait_for_servers(worker_settings(discovery_backend="etcd", discovery_timeout=30))
+            )
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            server.listen()
+            await asyncio.wait_for(waiting, 5)
+
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "values", [{"request_plane": "nats"}, {"event_plane": "nats"}], ids=["request plane", "event plane"]
+)
+def test_nats_is_waited_for_where_it_is_used(closed_port, monkeypatch, values):
+    monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{closed_port}")
+    with pytest.raises(StartError, match="NATS cannot be reached") as raised:
+        wait(discovery_backend="file", discovery_timeout=0.1, **values)
+    assert "NATS_SERVER" in raised.value.hint
+
+
+def test_nothing_is_waited_for_that_is_not_used(closed_port, monkeypatch):
+    monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{closed_port}")
+    monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{closed_port}")
+    wait(discovery_backend="file")
+    wait(discovery_backend="mem")
+    wait(discovery_backend="kubernetes")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:99999", "http://127.0.0.1:port", "http://[::1"])
+def test_what_is_no_address_is_a_mistake_of_the_configuration(monkeypatch, address):
+    monkeypatch.setenv("ETCD_ENDPOINTS", address)
+    with pytest.raises(UsageError, match="ETCD_ENDPOINTS"):
+        wait(discovery_backend="etcd", discovery_timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nats://nats.svc", ("nats.svc", 4222)),
+        ("nats://user:secret@nats.svc:4333", ("nats.svc", 4333)),
+        ("10.0.0.1:4333", ("10.0.0.1", 4333)),
+        ("nats://[::1]:4333", ("::1", 4333)),
+    ],
+)
+def test_addresses(text, expected):
+    assert runtime_module._host_and_port(text, "NATS_SERVER", "nats://localhost:4222") == expected
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch):
+    for value in ("", " ", ",", " , "):
+        monkeypatch.setenv("ETCD_ENDPOINTS", value)
+        assert runtime_module._addresses("ETCD_ENDPOINTS", "http://localhost:2379") == ["http://localhost:2379"]
+
+
+@given(st.builds(OSError, st.none() | st.integers(1, 130), st.text()) | st.builds(asyncio.TimeoutError))
+def test_every_problem_has_a_reason(error):
+    assert runtime_module._connection_problem(error)
+
+
+def test_a_name_that_does_not_resolve_is_said_in_words():
+    problem = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    assert "Name or service not known" in runtime_module._connection_problem(problem)
+
+
+# --------------------------------------------------------------------------------------------------------- directories
+
+
+def test_the_discovery_directory_is_created(tmp_path):
+    directory = tmp_path / "a" / "b"
+    assert runtime_module._writable(directory) == directory
+    assert directory.is_dir()
+
+
+def test_without_a_setting_the_directory_is_dynamos(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "kv"))
+    assert runtime_module._writable(None) == tmp_path / "kv"
+
+
+def test_a_file_in_the_way_says_so(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    for directory in (path, path / "below"):
+        with pytest.raises(UsageError, match="cannot be created") as raised:
+            runtime_module._writable(directory)
+        assert str(directory) in str(raised.value)
+        assert "--discovery-path" in raised.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_of_somebody_else_says_so(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="is not writable"):
+        runtime_module._writable(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="is not writable"):
+        runtime_module._writable(tmp_path)
+
+
+def test_a_runtime_that_does_not_start_says_why(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("lease refused")
+
+    monkeypatch.setattr(runtime_module, "DistributedRuntime", fail)
+    with pytest.raises(StartError, match="lease refused"):
+        asyncio.run(Runtime.create(worker_settings(discovery_backend="file", discovery_path=tmp_path)))
+
+
+def test_the_runtime_gets_a_free_port_of_its_own_for_its_status_server(tmp_path, monkeypatch):
+    """It reads the port as a signed 16-bit number, and ours stands in front of it."""
+    servers = []
+
+    def start(loop, backend, plane, event_plane):
+        assert os.environ["DYN_SYSTEM_PORT"] == "0"
+        assert os.environ["DYN_FILE_KV"] == str(tmp_path)
+        assert (backend, plane, event_plane) == ("file", "tcp", None)
+        servers.append(socket.create_server(("127.0.0.1", 0)))
+        return FakeDistributedRuntime()
+
+    monkeypatch.setattr(runtime_module, "DistributedRuntime", start)
+    values = worker_settings(discovery_backend="file", discovery_path=tmp_path, system_port=60_000)
+    try:
+        assert asyncio.run(Runtime.create(values)).status_port == servers[0].getsockname()[1]
+    finally:
+        servers[0].close()
+
+
+def test_a_status_server_that_does_not_come_is_a_failed_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime_module, "DistributedRuntime", lambda *args, **options: FakeDistributedRuntime())
+    values = worker_settings(discovery_backend="file", discovery_path=tmp_path, system_port=0)
+    with pytest.raises(StartError, match="does not listen"):
+        asyncio.run(Runtime.create(values))
+
+
+# --------------------------------------------------------------------------------------------------------- life
+
+
+def test_endpoints_have_the_path_of_the_settings():
+    async def main():
+        fake, runtime = make(namespace="ns", component="comp", endpoint="gen")
+        runtime.endpoint("clear")
+        runtime.endpoint("clear")
+        assert runtime.worker_id == 0x4EC5C2A6E8130C29
+        assert sorted(fake.endpoints) == ["ns.comp.clear", "ns.comp.gen"]
+
+    asyncio.run(main())
+
+
+def test_registration_is_recorded_before_it_is_made(tmp_path, monkeypatch):
+    async def main():
+        _, runtime = make(discovery_backend="file")
+        monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "kv"))
+        runtime.record_registration(tmp_path)
+        (entry,) = ledger.open_registrations(tmp_path)
+        assert (entry["backend"], entry["root"]) == ("file", str(tmp_path / "kv"))
+        assert entry["instance"] == "4ec5c2a6e8130c29"
+        runtime.record_registration(None)
+
+    asyncio.run(main())
+
+
+def test_with_etcd_the_lease_is_recorded(tmp_path, monkeypatch):
+    async def main():
+        _, runtime = make(discovery_backend="etcd")
+        monkeypatch.setenv("ETCD_ENDPOINTS", "http://a:1, http://b:2")
+        runtime.record_registration(tmp_path)
+        (entry,) = ledger.open_registrations(tmp_path)
+        assert entry["endpoints"] == ["http://a:1", "http://b:2"]
+        assert entry["lease"] == 0x4EC5C2A6E8130C29
+
+    asyncio.run(main())
+
+
+def test_endpoints_are_served_as_they_are_specified():
+    async def main():
+        fake, runtime = make()
+
+        def handler():
+            pass
+
+        runtime.serve(EndpointSpec("generate", metrics_labels=(("model", "m"),)), handler)
+        runtime.serve(EndpointSpec("clear", graceful_shutdown=False), handler)
+        await settle()
+        assert fake.endpoints["dynamo.backend.generate"].served == [(handler, True, [("model", "m")])]
+        assert fake.endpoints["dynamo.backend.clear"].served == [(handler, False, None)]
+        for endpoint in fake.endpoints.values():
+            endpoint.closed.set()
+        await runtime.shutdown(5)
+        assert fake.shut_down
+
+    asyncio.run(main())
+
+
+def test_unregistering_tries_every_endpoint_and_tells_whether_all_are_out(caplog):
+    async def main():
+        fake, runtime = make()
+        for name in ("a", "b", "c"):
+            runtime.endpoint(name)
+        assert await runtime.unregister() is True
+        fake.endpoints["dynamo.backend.b"].error = RuntimeError("etcd: deadline exceeded")
+        assert await runtime.unregister() is False, "what is not out, the supervisor has to withdraw"
+        assert [endpoint.left for endpoint in fake.endpoints.values()] == [2, 2, 2]
+
+    asyncio.run(main())
+    (record,) = caplog.records
+    assert record.fields["endpoint"] == "b"
+
+
+def test_a_shutdown_that_does_not_end_is_bounded(caplog):
+    async def main():
+        _, runtime = make()
+        task = runtime.serve(EndpointSpec("generate"), None)
+        started = time.monotonic()
+        await runtime.shutdown(0.05)
+        assert 0.04 < time.monotonic() - started < 2
+        task.cancel()
+
+    asyncio.run(main())
+    assert "Endpoints still open" in caplog.text
+
+
+def test_a_shutdown_waits_until_the_endpoints_are_closed():
+    async def main():
+        fake, runtime = make()
+        task = runtime.serve(EndpointSpec("generate"), None)
+        await until(lambda: fake.endpoints)
+        asyncio.get_running_loop().call_later(0.02, fake.endpoints["dynamo.backend.generate"].closed.set)
+        await runtime.shutdown(5)
+        assert task.done()
+
+    asyncio.run(main())
+
+
+def test_readiness_metrics_and_routes_go_to_the_runtime():
+    async def main():
+        fake, runtime = make()
+        runtime.set_ready(True)
+        runtime.set_ready(False)
+        runtime.add_routes({"sleep": "sleep route", "wake": "wake route"})
+        runtime.expose_metrics(lambda: "metrics", endpoint="generate")
+        assert fake.health == [True, False]
+        assert fake.routes == {"sleep": "sleep route", "wake": "wake route"}
+        assert fake.endpoints["dynamo.backend.generate"].exposition() == "metrics"
+
+    asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------------------- registration
+
+
+def register(monkeypatch, info, **values):
+    calls = []
+
+    async def record(*args, **options):
+        calls.append((args, options))
+
+    monkeypatch.setattr(runtime_module, "register_model", record)
+
+    async def main():
+        _, runtime = make(**values)
+        await runtime.register(info, endpoint="generate")
+
+    asyncio.run(main())
+    return calls
+
+
+def test_a_model_is_registered_with_what_the_engine_knows(monkeypatch):
+    info = EngineInfo(
+        "llama",
+        "/models/llama",
+        model_aliases=("l",),
+        worker_type="prefill",
+        needs=(("decode",),),
+        kv_block_size=16,
+        context_length=4096,
+        total_kv_blocks=1000,
+        max_num_seqs=64,
+        bootstrap=("10.0.0.1", 8998),
+        runtime_data={"flavour": "sour", "ranks": [0, 1]},
+    )
+    ((args, options),) = register(monkeypatch, info, tool_call_parser="hermes")
+    assert args[3:5] == ("/models/llama", "llama")
+    assert str(args[1]) == str(ModelType.Chat | ModelType.Completions)
+    assert str(options["worker_type"]).lower().endswith("prefill")
+    assert [[str(peer).lower().rpartition(".")[2] for peer in peers] for peers in options["needs"]] == [["decode"]]
+    assert options["kv_cache_block_size"] == 16
+    assert options["model_aliases"] == ["l"]
+    config = options["runtime_config"]
+    assert (config.context_length, config.total_kv_blocks, config.max_num_seqs) == (4096, 1000, 64)
+    assert config.tool_call_parser == "hermes"
+    assert config.reasoning_parser is None
+    assert config.get_engine_specific("flavour") == "sour"
+
+
+def test_the_settings_overrule_the_engines_surfaces(monkeypatch):
+    ((args, _),) = register(monkeypatch, EngineInfo("m", "/m"), endpoint_types=("embedding",))
+    assert str(args[1]) == str(ModelType.Embedding)
+
+
+def test_a_headless_rank_registers_nothing(monkeypatch):
+    assert register(monkeypatch, EngineInfo("m", None)) == []
+
+
+def test_a_model_that_cannot_be_registered_is_named(monkeypatch):
+    async def fail(*args, **options):
+        raise RuntimeError("no tokenizer.json")
+
+    monkeypatch.setattr(runtime_module, "register_model", fail)
+
+    async def main():
+        _, runtime = make()
+        await runtime.register(EngineInfo("llama", "/models/llama"), endpoint="generate")
+
+    with pytest.raises(StartError, match=r"'llama' at /models/llama cannot be registered: no tokenizer\.json"):
+        asyncio.run(main())

@@ -1,0 +1,356 @@
+"""The probes, and the way through to a real little server behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dynamo_worker import status_server
+from dynamo_worker.errors import StartError
+from dynamo_worker.lifecycle import State
+from dynamo_worker.status_server import StatusServer
+
+
+class Upstream:
+    """The runtime's status server as far as it matters: answers every request with what it received."""
+
+    def __init__(self, body=None):
+        self.body = body
+        self.heads = []
+        self.server = None
+
+    async def start(self):
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self.server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(head)
+        length = next(
+            (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+        )
+        received = await reader.readexactly(length)
+        body = received or self.body or head.split(b" ")[1]
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nx-from: runtime\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+
+class Worker:
+    """A status server, and a client that speaks raw bytes."""
+
+    def __init__(self):
+        self.state = State.STARTING
+        self.server = StatusServer(lambda: self.state, live_path="/live", health_path="/health")
+        self.port = 0
+
+    async def send(self, data, *, finish=False):
+        """Send bytes and return everything that comes back until the connection ends."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(data)
+        if finish:
+            writer.write_eof()
+        try:
+            return await asyncio.wait_for(reader.read(), 5)
+        finally:
+            writer.close()
+
+    async def get(self, path, *headers):
+        """Make one request and return status, headers and body."""
+        lines = [f"GET {path} HTTP/1.1", "Host: x", *headers, "", ""]
+        answer = await self.send("\r\n".join(lines).encode())
+        head, _, body = answer.partition(b"\r\n\r\n")
+        status, *rest = head.decode().split("\r\n")
+        return int(status.split()[1]), {k.lower(): v for k, v in (line.split(": ", 1) for line in rest)}, body
+
+
+@contextlib.asynccontextmanager
+async def worker(upstream=None):
+    served = Worker()
+    served.port = await served.server.start("127.0.0.1", 0)
+    if upstream is not None:
+        served.server.forward_to("0.0.0.0", await upstream.start())
+    try:
+        yield served
+    finally:
+        served.server.close()
+        if upstream is not None:
+            upstream.server.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ probes
+
+
+def test_alive_in_every_state_ready_only_while_it_serves():
+    async def main():
+        async with worker(Upstream(b"runtime")) as served:
+            for state in State:
+                served.state = state
+                live, _, body = await served.get("/live")
+                assert live == 200
+                assert json.loads(body) == {"status": "live", "state": state.value}
+                ready, headers, body = await served.get("/health")
+                if state is State.SERVING:
+                    assert (ready, headers["x-from"], body) == (200, "runtime", b"runtime")
+                else:
+                    assert ready == 503
+                    assert json.loads(body) == {"status": "notready", "state": state.value}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/live?verbose=1", "/live?"])
+def test_a_query_does_not_matter(path):
+    async def main():
+        async with worker() as served:
+            assert (await served.get(path))[0] == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/livez", "/live/x", "//live", "/LIVE"])
+def test_another_path_is_not_the_probe(path):
+    async def main():
+        async with worker() as served:
+            assert (await served.get(path))[0] == 503
+
+    asyncio.run(main())
+
+
+def test_before_the_runtime_is_there_only_the_probe_answers():
+    async def main():
+        async with worker() as served:
+            assert (await served.get("/live"))[0] == 200
+            assert (await served.get("/metrics"))[0] == 503
+
+    asyncio.run(main())
+
+
+def test_answers_say_that_the_connection_ends_and_it_does():
+    """A prober with keep-alive must not be stuck with a connection on which its next probe is answered by others."""
+
+    async def main():
+        async with worker() as served:
+            # Returns only because the server closes; two requests on one connection get one answer.
+            answer = await served.send(b"GET /live HTTP/1.1\r\nconnection: keep-alive\r\n\r\n" * 2)
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert b"connection: close\r\n" in answer
+            length = int(answer.split(b"content-length: ")[1].split(b"\r\n")[0])
+            assert len(answer.partition(b"\r\n\r\n")[2]) == length
+
+    asyncio.run(main())
+
+
+# -------------------------------------------------------------------------------------------------------- forwarding
+
+
+def test_everything_else_goes_to_the_runtime():
+    async def main():
+        upstream = Upstream()
+        async with worker(upstream) as served:
+            status, headers, body = await served.get("/metrics?name[]=up", "accept: text/plain")
+            assert (status, headers["x-from"], body) == (200, "runtime", b"/metrics?name[]=up")
+            assert b"accept: text/plain\r\n" in upstream.heads[0]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("header", ["Connection: keep-alive", "connection:upgrade", "CONNECTION: keep-alive"])
+def test_the_runtime_is_asked_to_close(header):
+    async def main():
+        upstream = Upstream()
+        async with worker(upstream) as served:
+            assert (await served.get("/metrics", header))[0] == 200
+            lines = [line.lower() for line in upstream.heads[0].split(b"\r\n")]
+            assert [line for line in lines if line.startswith(b"connection")] == [b"connection: close"]
+
+    asyncio.run(main())
+
+
+def test_a_body_goes_through_in_both_directions():
+    body = bytes(range(256)) * 4096  # 1 MiB: more than any buffer on the way
+
+    async def main():
+        async with worker(Upstream()) as served:
+            request = b"POST /engine/profile HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+            answer = await served.send(request + body)
+            assert answer.partition(b"\r\n\r\n")[2] == body
+
+    asyncio.run(main())
+
+
+def test_a_runtime_that_is_gone_is_not_ready():
+    """Its server closes when its shutdown starts; the worker still lives and drains."""
+
+    async def main():
+        upstream = Upstream()
+        async with worker(upstream) as served:
+            served.state = State.SERVING
+            assert (await served.get("/health"))[0] == 200
+            upstream.server.close()
+            await upstream.server.wait_closed()
+            assert (await served.get("/health"))[0] == 503
+            assert (await served.get("/metrics"))[0] == 503
+            assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_runtime_that_dies_in_the_middle_of_an_answer():
+    async def main():
+        upstream = Upstream()
+
+        async def die(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+            await writer.drain()
+            writer.transport.abort()
+
+        upstream._serve = die
+        async with worker(upstream) as served:
+            answer = await served.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert answer.endswith(b"content-length: 100\r\n\r\nhalf"), "the client can see that it is torn"
+            assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------------------------------- rude clients
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\r\n\r\n", b"garbage\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 40 + b"\r\n\r\n"],
+    ids=["empty", "one word", "TLS"],
+)
+def test_what_is_no_request_is_refused(data):
+    async def main():
+        async with worker(Upstream()) as served:
+            answer = await served.send(data)
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_head_that_never_ends_is_refused():
+    async def main():
+        async with worker() as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    writer.write(b"x-padding: " + b"x" * 1000 + b"\r\n")
+                    await writer.drain()
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                answer = await asyncio.wait_for(reader.read(), 5)
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 400 ")
+            writer.close()
+            assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_an_oversized_head_that_is_sent_at_once_gets_an_answer():
+    async def main():
+        async with worker() as served:
+            answer = await served.send(b"GET /live HTTP/1.1\r\nx: " + b"x" * 20_000 + b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert (await served.get("/live", "x: " + "x" * 10_000))[0] == 200, "an ordinary cookie is no problem"
+
+    asyncio.run(main())
+
+
+def test_a_client_that_says_nothing_is_sent_away(monkeypatch):
+    monkeypatch.setattr(status_server, "_HEAD_TIMEOUT", 0.05)
+
+    async def main():
+        async with worker() as served:
+            assert (await served.send(b"GET /live HTT")).startswith(b"HTTP/1.1 400 ")
+
+    asyncio.run(main())
+
+
+def test_a_slow_client_does_not_keep_others_waiting():
+    async def main():
+        async with worker() as served:
+            writers = [(await asyncio.open_connection("127.0.0.1", served.port))[1] for _ in range(50)]
+            assert (await asyncio.wait_for(served.get("/live"), 2))[0] == 200
+            for writer in writers:
+                writer.close()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_goes_away_is_no_error(caplog):
+    async def main():
+        async with worker(Upstream()) as served:
+            for data in (b"", b"GET", b"GET /metrics HTTP/1.1\r\n\r\n", b"GET /live HTTP/1.1\r\n\r\n"):
+                _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                # Close with a reset, as a prober does that has run out of time.
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                writer.write(data)
+                await writer.drain()
+                writer.transport.abort()
+            await asyncio.sleep(0.05)
+            assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=200))
+def test_no_bytes_take_the_server_down(data):
+    async def main():
+        async with worker(Upstream(b"ok")) as served:
+            with contextlib.suppress(ConnectionError):
+                answer = await served.send(data, finish=True)
+                assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
+            assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------------------------------------- addresses
+
+
+def test_a_port_in_use_says_so():
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            with pytest.raises(StartError, match=f"127.0.0.1:{port} is in use") as raised:
+                await StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health").start(
+                    "127.0.0.1", port
+                )
+            assert "--system-port" in raised.value.hint
+
+    asyncio.run(main())
+
+
+def test_a_host_that_is_not_ours_says_so():
+    async def main():
+        server = StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health")
+        with pytest.raises(StartError, match=r"192\.0\.2\.1:0 cannot be used"):
+            await server.start("192.0.2.1", 0)
+
+    asyncio.run(main())
+
+
+def test_close_frees_the_port():
+    async def main():
+        async with worker() as served:
+            served.server.close()
+            await asyncio.sleep(0)
+            with socket.create_server(("127.0.0.1", served.port)):
+                pass
+        StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health").close()
+
+    asyncio.run(main())
