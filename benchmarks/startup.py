@@ -34,7 +34,7 @@ from common.processes import (
     reap_orphans,
 )
 from common.report import add_output_arguments, bar, machine, median, number, progress, seconds, table, write_json
-from common.workbench import WorkbenchError, free_port
+from common.workbench import WorkbenchError, free_ports
 
 _COMMANDS = ("--help", "--version", "engines")
 #: Modules that none of these commands may import.
@@ -108,7 +108,7 @@ def _ask(port: int) -> str | None:
 
 def _start(directory: Path, turn: int, logs: Path) -> tuple[Program, float]:
     """Start worker and frontend; return the program and the seconds until its first answer."""
-    port = free_port()
+    (port,) = free_ports(1)
     temporary = directory / f"t{turn}"
     temporary.mkdir()
     environment = loopback_environment(directory / f"kv{turn}", temporary)

@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
+
+# An example that takes long on a busy machine is no failure; the tests have a time limit of their own.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
 pytest_plugins = ["dynamo_worker.testing.plugin"]

@@ -59,7 +59,7 @@ def measure(bench: Workbench, mode: str, requests: int) -> InFlight:
     :param requests: number of requests in flight.
     """
     model = "many"
-    rate = (MAX_TOKENS - 1) / (_SECONDS + 4.0 * requests / _RAMP)
+    rate = (MAX_TOKENS - 1) / (_SECONDS + 2.0 * requests / _RAMP)
     flags = ["--tokens-per-second", f"{rate:.3f}", "--drain", mode, "--termination-grace-period", "120"]
     flags += ["--grace-period", f"{_GRACE_PERIOD if mode == 'complete' else 0:g}"]
     workers = [bench.start(OURS, model, flags)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import shutil
 import socket
 import sys
@@ -20,10 +21,8 @@ from common.processes import (
     Program,
     become_subreaper,
     command_line,
-    cpu_seconds,
     descendants,
     end_all,
-    is_alive,
     loopback_environment,
     raise_file_limit,
     reap_orphans,
@@ -86,10 +85,6 @@ class Worker:
             for pid in descendants(self.serving_pid())
             if not any("resource_tracker" in argument for argument in command_line(pid))
         ]
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU time of the process that serves requests."""
-        return cpu_seconds(self.serving_pid())
 
 
 class Workbench:
@@ -196,13 +191,6 @@ class Workbench:
         self._programs.append(program)
         return program, temporary
 
-    def restart_frontends(self) -> None:
-        """Replace the frontends, so that nothing is left in them of what was measured before."""
-        for program in self.frontends:
-            end_all(program.tree())
-            program.wait(5.0)
-        self._start_frontends()
-
     def orphans(self) -> list[int]:
         """Return processes that outlived the program that started them."""
         running = {program.pid for program in [*self._programs, *self.frontends] if program.running}
@@ -231,13 +219,11 @@ class Workbench:
 
     def _start_frontends(self) -> None:
         self.frontends = []
-        ports = []
-        for number in range(self._wanted_frontends):
-            port = free_port()
+        ports = free_ports(self._wanted_frontends)
+        for number, port in enumerate(ports):
             command = [sys.executable, str(_PROGRAMS / "frontend.py"), str(port)]
             log = self._logs / f"frontend-{number + 1}.log"
             self.frontends.append(Program(f"frontend-{number + 1}", command, self.environment(), log))
-            ports.append(port)
         self.ports = tuple(ports)
         for program, port in zip(self.frontends, ports, strict=True):
             wait_listening(program, port)
@@ -253,15 +239,18 @@ class Workbench:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def free_port() -> int:
-    """Return a TCP port that is free now on the loopback interface, below 32768 as the runtime wants it."""
-    for port in range(20000 + os.getpid() % 8000, 32768):
+def free_ports(count: int) -> list[int]:
+    """Return different TCP ports that are free now on the loopback interface, below 32768 as the runtime wants them."""
+    found: list[int] = []
+    for port in random.sample(range(20000, 32768), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        found.append(port)
+        if len(found) == count:
+            return found
     raise WorkbenchError("no free port")
 
 
@@ -295,8 +284,3 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
 def files_below(directory: Path) -> list[str]:
     """Return all files and sockets below a directory."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
-
-
-def alive(pids: Iterable[int]) -> list[int]:
-    """Return those of the processes that are alive."""
-    return [pid for pid in pids if is_alive(pid)]

@@ -30,6 +30,20 @@ def test_what_does_not_finish_in_time_is_handed_off(cluster: Cluster) -> None:
         assert result.text == echoed(f"0123456789{number}", 240)
 
 
+def test_a_worker_killed_while_it_drains_leaves_no_model_behind(cluster: Cluster) -> None:
+    """Its endpoint has left discovery by then, but not the model's card."""
+    cluster.start_frontend()
+    worker = cluster.worker("--tokens-per-second", "20", "--grace-period", "0")
+    cluster.wait_model()
+    load = cluster.load(1, 200)
+    worker.signal(signal.SIGTERM)
+    worker.wait_log("Draining")
+    worker.signal(signal.SIGKILL, worker.worker_pid)
+    assert worker.wait_gone() == 137
+    assert not [path for path in cluster.discovery.rglob("*") if worker.instance in path.name]
+    load.wait()
+
+
 def test_requests_that_come_late_are_served_elsewhere(cluster: Cluster) -> None:
     """Requests all the time, while one of two workers leaves: none is lost, whoever got it."""
     cluster.start_frontend()

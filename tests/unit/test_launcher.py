@@ -445,6 +445,31 @@ def test_a_cleanup_hook_that_hangs_is_bounded(world):
     assert world.took < 3
 
 
+@pytest.mark.parametrize("fatal", [False, True], ids=["stop", "fatal error"])
+def test_nobody_asks_an_engine_how_it_is_while_it_is_taken_down(world, fatal):
+    asked = []
+
+    async def check_health():
+        asked.append(len(world.happened))
+
+    async def cleanup():
+        asked.clear()
+        await asyncio.sleep(0.1)  # five intervals
+
+    world.plugins.hooks |= {"check_health": check_health, "cleanup": cleanup}
+
+    async def scenario(world):
+        await world.serving()
+        await until(lambda: asked)
+        if fatal:
+            world.launcher._on_fatal(EngineDeadError("dead"))
+        else:
+            world.stop()
+
+    world.run(scenario)
+    assert asked == []
+
+
 def test_a_bug_in_a_stage_does_not_stop_the_shutdown(world, caplog):
     async def fail():
         raise ZeroDivisionError
@@ -458,14 +483,13 @@ def test_a_bug_in_a_stage_does_not_stop_the_shutdown(world, caplog):
 # --------------------------------------------------------------------------------------------------------- discovery
 
 
-def test_a_withdrawal_is_recorded_so_that_the_supervisor_need_not_repeat_it(world):
+def test_the_registration_is_recorded_for_the_supervisor(world):
     async def scenario(world):
         await world.serving()
         assert len(ledger.open_registrations(world.run_dir)) == 1
         world.stop()
 
     world.run(scenario)
-    assert ledger.open_registrations(world.run_dir) == []
 
 
 @pytest.mark.parametrize("trouble", ["hangs", "fails"])
@@ -481,22 +505,6 @@ def test_what_could_not_be_withdrawn_is_left_to_the_supervisor(world, trouble):
     assert world.states == GRACEFUL
     assert len(ledger.open_registrations(world.run_dir)) == 1
     assert world.took < 4
-
-
-def test_a_ledger_that_cannot_be_written_does_not_stop_the_hand_off(world, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ledger, "record_withdrawal", full)
-
-    async def scenario(world):
-        running = await world.busy()
-        world.launcher._on_fatal(EngineDeadError("dead"))
-        with pytest.raises(EngineShutdown):
-            await running
-
-    assert world.run(scenario) == ExitCode.FATAL
-    assert "cleanup" in world.happened
 
 
 def test_a_runtime_that_ends_by_itself_is_the_loss_of_discovery(world):
@@ -694,18 +702,29 @@ def test_an_engine_process_that_dies(world):
 
 def test_the_first_error_is_the_cause(world):
     """A dead core also breaks the start that waits for it: that is a consequence."""
+
+    async def start(worker_id):
+        world.launcher._on_fatal(EngineDeadError("engine process 7 died: killed by SIGKILL"))
+        raise StartError("the connection is closed")
+
+    world.engine.start = start
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert world.reason == "engine process 7 died: killed by SIGKILL"
+
+
+def test_a_process_that_dies_during_the_start(world):
     with child() as process:
         world.engine.pids = [process.pid]
 
         async def generate(request, context):
             process.kill()
-            await until(lambda: world.launcher._error is not None)
-            raise EngineDeadError("the connection is closed")
-            yield
+            await asyncio.sleep(60)
+            yield {}
 
         world.engine.generate = generate
         assert world.run(nothing) == ExitCode.START_FAILED
     assert "killed by SIGKILL" in world.reason
+    assert world.took < 3
 
 
 def test_what_follows_an_error_does_not_replace_it(world):

@@ -491,7 +491,7 @@ def test_a_loop_that_was_held_up_is_not_blamed_on_the_engine_while_it_is_quiet()
         stall = Stall(answer)
         async with running(stall.monitor) as task:
             await asyncio.sleep(TIMEOUT * 0.1)
-            time.sleep(2 * TIMEOUT)  # noqa: ASYNC251 - holding up the loop is the point
+            time.sleep(2 * TIMEOUT)
             await asyncio.sleep(TIMEOUT * 0.1)
             assert stall.canaries == 0, "no time has passed in which a chunk could have arrived"
             assert not task.done()
@@ -506,7 +506,7 @@ def test_a_loop_that_was_held_up_is_not_blamed_on_the_engine_while_the_canary_is
     async def main():
         async def answer():
             await asyncio.sleep(0.01)
-            time.sleep(2 * TIMEOUT * StallMonitor.CANARY_SHARE)  # noqa: ASYNC251 - holding up the loop is the point
+            time.sleep(2 * TIMEOUT * StallMonitor.CANARY_SHARE)
             for _ in range(20):  # as many turns as an answer takes from the socket to the stream
                 await asyncio.sleep(0)
 
@@ -550,7 +550,7 @@ def test_a_late_loop_shows_in_the_metrics():
         metrics = WorkerMetrics(registry)
         async with running(Heartbeat(control, registry, metrics, timeout=0.25)):
             await until(lambda: control.sent)
-            time.sleep(0.3)  # noqa: ASYNC251 - holding up the loop is the point
+            time.sleep(0.3)
             await until(lambda: len(control.sent) >= 2)
             lag = next(
                 float(line.split()[1])

@@ -62,6 +62,8 @@ class EndpointSpec:
         migratable error as soon as the drain starts (False).
     :param metrics_labels: extra labels on the runtime's own metrics of this endpoint.
     :param registers_model: whether the model is registered on this endpoint.
+    :param takes_tokens: whether its requests carry a prompt as ``token_ids``, which is checked before the engine sees
+        them; operations on the engine itself take any object.
     """
 
     name: str
@@ -69,6 +71,7 @@ class EndpointSpec:
     graceful_shutdown: bool = True
     metrics_labels: Sequence[tuple[str, str]] = ()
     registers_model: bool = False
+    takes_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class EngineInfo:
     :param data_parallel_start_rank: first data-parallel rank served here.
     :param data_parallel_size: number of data-parallel ranks served here.
     :param bootstrap: host and port of the disaggregation bootstrap server.
+    :param runtime_config: further attributes of ``dynamo.llm.ModelRuntimeConfig``, such as
+        ``kv_event_publishing_enabled``.
     :param runtime_data: engine-specific values published with the model.
     :param endpoints: further endpoints beside the one that serves ``generate``.
     """
@@ -108,6 +113,7 @@ class EngineInfo:
     data_parallel_start_rank: int = 0
     data_parallel_size: int = 1
     bootstrap: tuple[str, int] | None = None
+    runtime_config: Mapping[str, Any] = field(default_factory=dict)
     runtime_data: Mapping[str, Any] = field(default_factory=dict)
     endpoints: Sequence[EndpointSpec] = ()
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import logs
 from dynamo_worker.address import Address
@@ -143,6 +143,17 @@ def _check_free(address: Address) -> None:
         ) from error
 
 
+def _one_of(*names: str) -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` that restrict a value; `choices` alone lets bad defaults through."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return {"type": check, "metavar": f"{{{','.join(names)}}}"}
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``dynamo-worker frontend``."""
     result = argparse.ArgumentParser(
@@ -156,17 +167,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--discovery-backend",
         default=environment("DYN_DISCOVERY_BACKEND", "file"),
-        choices=["file", "etcd", "kubernetes", "mem"],
+        **_one_of("file", "etcd", "kubernetes", "mem"),
         help="where workers are found",
     )
     result.add_argument(
         "--discovery-path", default=environment("DYN_FILE_KV"), metavar="DIR", help="directory of the file backend"
     )
     result.add_argument(
-        "--request-plane", default=environment("DYN_REQUEST_PLANE", "tcp"), choices=["tcp", "nats"], help="transport"
+        "--request-plane", default=environment("DYN_REQUEST_PLANE", "tcp"), **_one_of("tcp", "nats"), help="transport"
     )
     result.add_argument(
-        "--event-plane", default=environment("DYN_EVENT_PLANE"), choices=["nats", "zmq"], help="transport of KV events"
+        "--event-plane", default=environment("DYN_EVENT_PLANE"), **_one_of("nats", "zmq"), help="transport of KV events"
     )
     result.add_argument(
         "--migration-limit",
@@ -178,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--router-mode",
         default=environment("DYN_ROUTER_MODE", "round-robin"),
-        choices=sorted(ROUTER_MODES),
+        **_one_of(*ROUTER_MODES),
         help="how requests are spread over workers",
     )
     result.add_argument("--namespace", default=environment("DYN_NAMESPACE"), help="serve this Dynamo namespace only")

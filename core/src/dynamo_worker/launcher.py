@@ -43,7 +43,6 @@ from dynamo_worker.runtime import Runtime
 from dynamo_worker.serving import Cut, LocalContext, RequestHandler, RequestRegistry
 from dynamo_worker.shutdown_plan import FORCED_STOP, ShutdownPlan
 from dynamo_worker.status_server import StatusServer
-from dynamo_worker.supervisor import ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -67,7 +66,7 @@ _FATAL_CLEANUP = 5.0
 #: Seconds that requests which were cut have to send their last message.
 _CUT_SECONDS = 1.0
 #: Seconds for the runtime to close its connections once nothing is in flight.
-_RUNTIME_SHUTDOWN = 1.0
+_RUNTIME_SHUTDOWN = 3.0
 #: Seconds that an error found by a request waits for its cause.
 _CAUSE_SECONDS = 0.01
 #: Seconds between the end of the hooks' time and the end of their stage, to cancel, log and go on.
@@ -424,16 +423,9 @@ class Launcher:
         if runtime is None:
             return
         try:
-            withdrawn = await asyncio.wait_for(runtime.unregister(), deadline.remaining())
+            self._withdrawn = await asyncio.wait_for(runtime.unregister(), deadline.remaining())
         except (asyncio.TimeoutError, TimeoutError):
             log.warning("Discovery did not answer; the supervisor withdraws the registration at the end")
-            return
-        self._withdrawn = withdrawn
-        if withdrawn and self._run_dir is not None:
-            try:
-                ledger.record_withdrawal(self._run_dir, runtime.worker_id)
-            except OSError as error:  # a full disk must not keep requests from being handed off
-                log.warning("The withdrawal cannot be recorded", error=error)
 
     async def _grace(self) -> None:
         deadline = self._plan.grace_deadline(time.monotonic(), self._stopped_at)

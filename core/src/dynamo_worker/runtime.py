@@ -66,6 +66,9 @@ class Runtime:
         if settings.discovery_backend == "file":
             environment["DYN_FILE_KV"] = str(_writable(settings.discovery_path))
         os.environ.update(environment)
+        # One thread of the runtime's own costs a quarter less CPU per token than its default of one for each processor,
+        # which wake each other for every chunk (measured, see docs/design.md).
+        os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "1")
         if settings.system_port < 0:
             # Without a status server the model's files cannot come from it; the runtime would warn about that.
             os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
@@ -166,6 +169,7 @@ class Runtime:
             "data_parallel_size": info.data_parallel_size,
             "tool_call_parser": self._settings.tool_call_parser,
             "reasoning_parser": self._settings.reasoning_parser,
+            **info.runtime_config,
         }
         for name, value in values.items():
             if value is not None:  # the setters refuse None

@@ -171,7 +171,7 @@ class RequestHandler:
             gone = context.async_killed_or_stopped()
             gone.add_done_callback(lambda future: self._on_gone(future, entry))
             try:
-                stream = generate(validated(request), context)
+                stream = generate(validated(request) if endpoint.takes_tokens else request, context)
                 if response_sender is None:
                     async for chunk in stream:
                         registry.chunks += 1

@@ -24,6 +24,7 @@ TREE = (
     "child=shm_leaker.py",
     "temp",
 )
+SETTINGS = 'settings={"termination_grace_period":3}'
 INSTANCE = "4ec5c2a6e8130c29"
 
 
@@ -131,6 +132,19 @@ class TestTheGuardianIsKilled:
         os.kill(supervised.worker, signal.SIGKILL)
         assert supervised.wait() == 137
         assert "The guardian does not answer" in supervised.text
+
+    def test_hangs_while_cleaning(self, supervised, tmp_path):
+        """Reading the memory map of a process that is stuck in a driver can block for ever. The supervisor does not."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import dynamo_worker.supervisor.shared_memory as m, time\nm.segments_of = lambda pid: time.sleep(1000)\n"
+        )
+        supervised.environment["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        supervised.start(SETTINGS, "child=stubborn.py", SERVING, "arrived", "hang")
+        started = time.monotonic()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 6
+        assert "The guardian does not answer" in supervised.text
+        assert time.monotonic() - started < 5 * 3
 
     def test_signals_for_everybody_do_not_reach_it(self, supervised):
         supervised.start(SERVING, "arrived", "obey=0")

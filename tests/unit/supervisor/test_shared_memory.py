@@ -57,6 +57,15 @@ def test_only_what_nobody_uses_is_removed(make):
     assert all((SHM / name).exists() for name, _ in (mapped, opened, another))
 
 
+def test_in_use(make):
+    before, mapped, opened, unused = make("mapped"), make("mapped"), make("open"), make("unused")
+    os.utime(SHM / before[0])  # changes ctime to now, as any change does
+    assert shared_memory.in_use([os.getpid()], time.time() + 60) == {}
+    found = shared_memory.in_use([os.getpid(), 2**22 + 1], time.time() - 60)
+    assert dict([before, mapped, opened]).items() <= found.items()
+    assert unused[0] not in found
+
+
 def test_names_cannot_lead_out_of_the_directory(tmp_path):
     victim = tmp_path / "victim"
     victim.touch()
@@ -82,7 +91,7 @@ class TestWatch:
         assert mapped in ledger.read_segments(tmp_path)
         watch.look_up()
         assert unused[0] not in watch.recorded
-        assert unused[0] in watch._unknown
+        assert watch.due() is None  # twice is enough
 
     def test_removed_ones_are_forgotten(self, watch, make):
         mapped, unused = make("mapped"), make("unused")
@@ -93,7 +102,7 @@ class TestWatch:
             (SHM / name).unlink()
         watch.read()
         assert mapped[0] not in watch.recorded
-        assert unused[0] not in watch._unknown
+        assert watch.due() is None
 
     def test_a_renamed_one_is_found_under_its_new_name(self, watch, make):
         name, inode = make("mapped")
@@ -106,15 +115,6 @@ class TestWatch:
             assert name not in watch.recorded
         finally:
             (SHM / new).unlink()
-
-    def test_the_last_look_includes_what_was_given_up(self, watch, make):
-        name, inode = make("unused")
-        watch.read()
-        watch.look_up()
-        watch.look_up()
-        with open(SHM / name, "rb"):
-            watch.look_up(last=True)
-        assert watch.recorded[name] == inode
 
     def test_lookups_are_limited_in_their_share_of_time(self, watch, make):
         make("unused")

@@ -12,15 +12,25 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_worker.testing import leftovers as module
 from dynamo_worker.testing.leftovers import MARKER, Leftovers, marked_processes
 from dynamo_worker.testing.waiting import eventually
 
+REAL = Path(module._SHARED_MEMORY)
 SLEEP = "print('up', flush=True); import time; time.sleep(60)"
 
 
 @pytest.fixture
 def marker():
     return uuid.uuid4().hex
+
+
+@pytest.fixture(autouse=True)
+def segments(tmp_path_factory, monkeypatch):
+    """Look at a directory of the test's own: other programs on the machine have segments too."""
+    directory = tmp_path_factory.mktemp("shm")
+    monkeypatch.setattr(module, "_SHARED_MEMORY", str(directory))
+    return directory
 
 
 @pytest.fixture
@@ -44,8 +54,8 @@ def child(marker, program=SLEEP, **options):
 
 
 @contextlib.contextmanager
-def segment():
-    path = Path("/dev/shm") / f"dw-test-{uuid.uuid4().hex}"
+def segment(directory):
+    path = directory / f"psm_{uuid.uuid4().hex[:8]}"
     path.write_bytes(b"\0" * mmap.PAGESIZE)
     try:
         yield path
@@ -92,9 +102,13 @@ def test_the_dead_do_not_count(marker):
         assert marked_processes(marker) == {}
 
 
-def test_the_test_itself_does_not_count(marker, monkeypatch):
-    monkeypatch.setenv(MARKER, marker)
-    assert marked_processes(marker) == {}
+def test_the_process_that_looks_does_not_count(marker):
+    program = f"from dynamo_worker.testing.leftovers import marked_processes; print(marked_processes({marker!r}))"
+    environment = {**os.environ, MARKER: marker}
+    looked = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert looked.stdout.strip() == "{}"
 
 
 def test_check_fails_and_kills(leftovers, marker):
@@ -109,17 +123,17 @@ def test_check_waits_a_moment(leftovers, marker):
         leftovers.check(timeout=10)
 
 
-def test_shared_memory_is_found_unless_it_was_there_before(marker, tmp_path):
-    with segment() as before:
+def test_shared_memory_is_found_unless_it_was_there_before(segments, marker, tmp_path):
+    with segment(segments) as before:
         leftovers = Leftovers(marker, tmp_path)
-        with segment() as path:
+        with segment(segments) as path:
             found = leftovers.find()
-            assert str(path) in found
-            assert str(before) not in found
-        assert str(path) not in leftovers.find()
+            assert found == [str(path)]
+        assert leftovers.find() == []
+        assert before.exists()
 
 
-def test_shared_memory_of_other_programs_does_not_count(leftovers, marker):
+def test_shared_memory_of_other_programs_does_not_count(segments, leftovers, marker):
     """Something else on the machine may make segments while a test runs."""
     program = (
         "import mmap, sys, time\n"
@@ -128,7 +142,7 @@ def test_shared_memory_of_other_programs_does_not_count(leftovers, marker):
     )
     for owner, counts in ((None, False), (marker, True)):
         environment = {**os.environ, **({MARKER: owner} if owner else {})}
-        with segment() as path:
+        with segment(segments) as path:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, str(path)], env=environment, stdout=subprocess.PIPE
             )
@@ -136,6 +150,17 @@ def test_shared_memory_of_other_programs_does_not_count(leftovers, marker):
                 assert process.stdout.readline() == b"up\n"
                 assert (str(path) in leftovers.find()) == counts
                 process.kill()
+
+
+def test_the_kernels_directory_is_the_one_it_looks_at():
+    from multiprocessing.shared_memory import SharedMemory
+
+    memory = SharedMemory(create=True, size=1)
+    try:
+        assert (REAL / memory.name).exists()
+    finally:
+        memory.close()
+        memory.unlink()
 
 
 def test_files_are_found(leftovers, tmp_path):

@@ -64,6 +64,8 @@ class Cleanup:
     :param reap: reaps our own children; returns True when none is left.
     :param wait: waits for the next thing to happen.
     :param segments: the watch over shared memory, where there is one; else the record counts.
+    :param rough: look into no process, because that may hang: the kernel locks the memory map of a process that is
+        stuck in a driver. Then everything is killed alike, and shared memory is left to the next start.
     :param worker: pid of the worker if it was killed: it may have held GPU memory itself.
     """
 
@@ -78,6 +80,7 @@ class Cleanup:
         segments: shared_memory.SegmentWatch | None = None,
         withdrawal: Withdrawal | None = None,
         worker: int | None = None,
+        rough: bool = False,
     ) -> None:
         self._run_directory = run_directory
         self._find = find
@@ -87,6 +90,7 @@ class Cleanup:
         self._segments = segments
         self._withdrawal = withdrawal
         self._worker = worker
+        self._rough = rough
         #: When to be done (monotonic); may be moved while it runs.
         self.deadline = time.monotonic() + LIMIT
 
@@ -98,9 +102,10 @@ class Cleanup:
         path = self._run_directory.path
         if self._withdrawal is None:
             self._withdrawal = Withdrawal(ledger.open_registrations(path))
-        if self._segments is not None:
-            self._segments.look_up(last=True)
-        killing = process_tree.Killing(self._find_rest, self._reap, self._wait)
+        killing = process_tree.Killing(self._find_rest, self._reap, self._wait, spare_trackers=not self._rough)
+        segments = dict(self._segments.recorded if self._segments is not None else ledger.read_segments(path))
+        if not self._rough:
+            segments.update(shared_memory.in_use(killing.freeze(), self._run_directory.made_at))
         stuck = killing.run(lambda: self.deadline)
         report["processes"] = len(killing.seen)
         report["gone_after"] = time.monotonic() - started
@@ -112,14 +117,15 @@ class Cleanup:
         held = self._wait_for_gpus({process.pid for process in killing.seen})
         if held:
             report["gpu"] = held
-        recorded = self._segments.recorded.items() if self._segments is not None else ledger.read_segments(path)
-        report["segments"] = shared_memory.remove_unused(recorded)
+        report["segments"] = [] if self._rough else shared_memory.remove_unused(segments.items())
         report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
         for outcome in report["withdrawn"]:
             if ": failed" in outcome or outcome.startswith("failed"):
                 self._log.warning("Registration not withdrawn; it ends with its lease", outcome=outcome)
         if stuck:
             problems.append(f"{path}: left for the next start, because processes are left")
+        elif self._rough and segments:
+            problems.append(f"{path}: left for the next start, because shared memory may be left")
         else:
             problems += self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
         if problems:

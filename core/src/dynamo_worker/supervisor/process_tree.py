@@ -17,6 +17,9 @@ TRACKER_LIMIT = 1.0
 #: Longest pause between two scans while processes are dying (normally SIGCHLD ends it sooner).
 _SCAN_INTERVAL = 0.05
 
+#: Scans in which everything should stand still.
+_FREEZE_SCANS = 5
+
 #: Scans after which whole process groups are killed as well: what survives that many forks faster than we look.
 _PATIENT_SCANS = 10
 
@@ -98,14 +101,36 @@ class Killing:
     :param find: returns the processes that are left.
     :param reap: reaps our own children; returns True when there is not one left, dead or alive.
     :param wait: waits for the next thing to happen.
+    :param spare_trackers: whether resource trackers are left to end by themselves, for a while.
     """
 
-    def __init__(self, find: Callable[[], Mapping[Process, Stat]], reap: Callable[[], bool], wait: Wait) -> None:
+    def __init__(
+        self,
+        find: Callable[[], Mapping[Process, Stat]],
+        reap: Callable[[], bool],
+        wait: Wait,
+        *,
+        spare_trackers: bool = True,
+    ) -> None:
         self._find = find
+        self._spare_trackers = spare_trackers
         self._reap = reap
         self._wait = wait
         #: Every process that was sent SIGKILL, and every tracker seen, by name.
         self.seen: dict[Process, str] = {}
+
+    def freeze(self) -> list[int]:
+        """Stop everything but the resource trackers, so that it holds still to be looked at; return the pids."""
+        frozen: set[Process] = set()
+        for _ in range(_FREEZE_SCANS):
+            new = [process for process in self._find() if process not in frozen]
+            if not new:
+                break
+            for process in new:
+                if not is_resource_tracker(process.pid):
+                    linux.send_signal(process, signal.SIGSTOP)
+            frozen.update(new)
+        return [process.pid for process in frozen]
 
     def run(self, deadline: Callable[[], float]) -> list[Process]:
         """Kill until none is left or the deadline has passed.
@@ -127,7 +152,7 @@ class Killing:
                 continue
             empty_scans = 0
             now = time.monotonic()
-            trackers = [process for process in found if is_resource_tracker(process.pid)]
+            trackers = [process for process in found if self._spare_trackers and is_resource_tracker(process.pid)]
             for process, stat in found.items():
                 if process not in self.seen:
                     self.seen[process] = stat.name

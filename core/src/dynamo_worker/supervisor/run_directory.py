@@ -84,6 +84,11 @@ class RunDirectory:
         return os.path.dirname(self.path)
 
     @property
+    def made_at(self) -> float:
+        """When the directory was made, in seconds since the epoch and on the clock of file systems."""
+        return os.fstat(self._lock).st_mtime - 1.0  # the file is written once, a moment later
+
+    @property
     def temporary(self) -> str:
         """The worker's ``TMPDIR``."""
         return os.path.join(self.path, "tmp")

@@ -22,9 +22,6 @@ _SHARE = 20.0
 #: Lookups of one segment: its creator may not have mapped it yet at the first.
 _LOOKUPS = 2
 
-#: Most segments remembered whose owner is not known: others may be creating them by the thousand.
-_MOST_UNKNOWN = 4096
-
 
 def segments_of(pid: int) -> set[int]:
     """Return the inodes of the shared-memory segments that a process maps or holds open.
@@ -49,6 +46,25 @@ def segments_of(pid: int) -> set[int]:
         except OSError:
             continue
     return inodes
+
+
+def in_use(pids: Iterable[int], since: float) -> dict[str, int]:
+    """Return the segments that the given processes use and that were made since a point in time: inode by name.
+
+    :param since: seconds since the epoch; older segments were made by somebody else.
+    """
+    inodes: set[int] = set()
+    for pid in pids:
+        inodes |= segments_of(pid)
+    found: dict[str, int] = {}
+    if inodes:
+        with contextlib.suppress(OSError), os.scandir(DIRECTORY) as entries:
+            for entry in entries:
+                if entry.inode() in inodes and entry.stat(follow_symlinks=False).st_ctime >= since:
+                    inode = _inode(entry.name)
+                    if inode is not None:
+                        found[entry.name] = inode
+    return found
 
 
 def remove_unused(segments: Iterable[tuple[str, int]]) -> list[str]:
@@ -83,7 +99,6 @@ class SegmentWatch:
         self._run_dir = run_dir
         self._tree = tree
         self._lookups: dict[str, int] = {}
-        self._unknown: dict[str, None] = {}
         self._scanned = 0.0
         self._pause = _PAUSE
         #: Recorded segments: inode by name.
@@ -101,21 +116,14 @@ class SegmentWatch:
                 self._lookups[name] = 0
             else:
                 self._lookups.pop(name, None)
-                self._unknown.pop(name, None)
                 self.recorded.pop(name, None)
 
     def due(self) -> float | None:
         """Return when ``look_up`` should be called next (monotonic), or None."""
         return self._scanned + self._pause if self._lookups else None
 
-    def look_up(self, *, last: bool = False) -> None:
-        """Find out which of the new segments are used by our tree, and record those.
-
-        :param last: the tree is about to end: try everything once more.
-        """
-        if last:
-            self.read()
-            self._lookups.update(dict.fromkeys(self._unknown, 0))
+    def look_up(self) -> None:
+        """Find out which of the new segments are used by our tree, and record those."""
         started = time.monotonic()
         wanted: dict[int, str] = {}
         for name in list(self._lookups):
@@ -131,16 +139,11 @@ class SegmentWatch:
                 if len(found) == len(wanted):
                     break
             for inode, name in wanted.items():
+                self._lookups[name] += 1
                 if inode in found:
                     self.recorded[name] = inode
+                if inode in found or self._lookups[name] >= _LOOKUPS:
                     del self._lookups[name]
-                    self._unknown.pop(name, None)
-                else:
-                    self._lookups[name] += 1
-                    if self._lookups[name] >= _LOOKUPS:
-                        del self._lookups[name]
-                        if len(self._unknown) < _MOST_UNKNOWN:
-                            self._unknown[name] = None
             if found:
                 with contextlib.suppress(OSError):  # disk full? The copy in memory still serves this process
                     ledger.write_segments(self._run_dir, self.recorded.items())

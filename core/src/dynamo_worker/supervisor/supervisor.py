@@ -44,6 +44,12 @@ _DUMP_TIME = 1.0
 #: How long a guardian may take to say that the worker is gone, and to report when its time for cleaning is over.
 _GUARDIAN_LIMIT = 1.0
 
+#: How late its report may be while the termination grace period runs out.
+_LATENESS = 0.2
+
+#: Part of the grace period in which the supervisor could still do the cleaning itself, and the least that needs.
+_TAKE_OVER_RESERVE, _SHORTEST_CLEANING = 1.0, 0.5
+
 #: systemd is told so often, during a start or stop, that it takes more time.
 _EXTEND_INTERVAL = 10.0
 
@@ -237,7 +243,7 @@ class Supervisor:
         now = time.monotonic()
         deadline = now + LIMIT
         if self._level:
-            deadline = max(now + 1.0, min(deadline, self._stop_at + self._grace - 0.3))
+            deadline = max(now + _SHORTEST_CLEANING, min(deadline, self._stop_at + self._grace - _TAKE_OVER_RESERVE))
         if self._hurried:
             deadline = now + _AT_ONCE - 0.1
         self._cleaning_deadline = deadline
@@ -248,7 +254,7 @@ class Supervisor:
     def _await_report(self) -> None:
         """Wait for the guardian's report, as long as it lives and is within its time."""
         while self._report is None and self._guardian_code is None:
-            limit = self._cleaning_deadline + (0.1 if self._hurried else _GUARDIAN_LIMIT)
+            limit = self._cleaning_deadline + (_LATENESS if self._level else _GUARDIAN_LIMIT)
             if time.monotonic() >= limit:
                 break
             self._pump(min(limit, self._watchdog_due() or limit))
@@ -265,6 +271,8 @@ class Supervisor:
 
     def _take_over(self) -> None:
         """Clean up in the place of a guardian that is dead or does not answer."""
+        stat = linux.read_stat(self._guardian) if self._guardian_code is None else None
+        hangs = stat is not None and stat.state not in "TZX"  # neither dead nor stopped, and yet it does not answer
         self._guardian_lost = self._guardian_code is not None and not self._guardian_told
         if self._guardian_code is None:
             self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
@@ -282,6 +290,7 @@ class Supervisor:
             wait=self._wait,
             log=self._log,
             worker=self._worker.pid if self._worker is not None else None,
+            rough=hangs,
         )
         self._set_cleaning_deadline()
         self._report = self._cleanup.run()

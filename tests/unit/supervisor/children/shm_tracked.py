@@ -7,7 +7,7 @@ from multiprocessing import shared_memory
 
 
 def hold(child):
-    held = [shared_memory.SharedMemory(create=True, size=4096) for _ in range(2)]
+    held = [shared_memory.SharedMemory(create=True, size=12345) for _ in range(2)]
     semaphore = multiprocessing.get_context("spawn").Semaphore()
     with open(os.environ["SHM_NAMES"], "a") as file:
         file.writelines(segment._name.lstrip("/") + "\n" for segment in held)
