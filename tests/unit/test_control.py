@@ -13,7 +13,8 @@ import sys
 import pytest
 from aio import settle, until
 
-from dynamo_worker.control import CONTROL_FD, ControlChannel
+from dynamo_worker.contract import CONTROL_FD
+from dynamo_worker.control import ControlChannel
 from dynamo_worker.supervisor.channel import Channel
 
 

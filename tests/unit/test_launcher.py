@@ -21,11 +21,12 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from dynamo_worker import launcher as module
 from dynamo_worker.calling import Outcome
+from dynamo_worker.contract import RUN_DIR
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.launcher import RUN_DIR, Launcher
+from dynamo_worker.launcher import Launcher
 from dynamo_worker.settings import WorkerSettings
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.channel import Channel, pair

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_worker.contract import FORCED_STOP, KILL_RESERVE
 from dynamo_worker.settings import WorkerSettings
-from dynamo_worker.shutdown_plan import FORCED_STOP, KILL_RESERVE, ShutdownPlan
+from dynamo_worker.shutdown_plan import ShutdownPlan
 
 
 def slices(plan):

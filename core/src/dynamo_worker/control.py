@@ -7,6 +7,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
+from dynamo_worker.contract import CONTROL_FD
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = get_logger(__name__)
-
-#: Environment variable that names the inherited socket (SOCK_SEQPACKET) to the supervisor.
-CONTROL_FD = "DYNAMO_WORKER_CONTROL_FD"
 
 #: Largest message; the supervisor's are a few hundred bytes.
 _MAX_PACKET = 64 * 1024

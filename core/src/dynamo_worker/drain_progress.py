@@ -6,8 +6,8 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING
 
+from dynamo_worker.contract import FORCED_STOP
 from dynamo_worker.logs import get_logger
-from dynamo_worker.shutdown_plan import FORCED_STOP
 
 if TYPE_CHECKING:
     from types import TracebackType

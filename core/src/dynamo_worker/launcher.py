@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from dynamo_worker import __version__, logs, native_output
+from dynamo_worker.contract import FORCED_STOP, RUN_DIR
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.drain_progress import DrainProgress
@@ -41,7 +42,7 @@ from dynamo_worker.metrics import WorkerMetrics
 from dynamo_worker.monitors import HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
 from dynamo_worker.runtime import Runtime
 from dynamo_worker.serving import Cut, LocalContext, RequestHandler, RequestRegistry
-from dynamo_worker.shutdown_plan import FORCED_STOP, ShutdownPlan
+from dynamo_worker.shutdown_plan import ShutdownPlan
 from dynamo_worker.status_server import StatusServer
 
 if TYPE_CHECKING:
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
     Stage = Callable[[], Coroutine[Any, Any, None]]
 
 log = get_logger(__name__)
-
-#: Environment variable that names the private directory the supervisor made and will remove.
-RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
 
 #: Seconds a worker beyond repair has for leaving discovery; discovery itself may be what failed.
 _FATAL_UNREGISTER = 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from dynamo_worker.contract import FORCED_STOP, KILL_RESERVE
 from dynamo_worker.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -12,15 +13,11 @@ if TYPE_CHECKING:
 
     from dynamo_worker.settings import WorkerSettings
 
-#: Seconds at the very end that belong to the supervisor: kill what is left, reap it, clean up after it.
-KILL_RESERVE: Final = 2.0
 #: Seconds the endpoints have at most to leave discovery.
 UNREGISTER_LIMIT: Final = 1.0
 #: Seconds kept for the `cleanup` hooks: what engines really need. The cap of one hook (`engine_shutdown_timeout`) may
 #: be longer; it then lives on what the drain left over.
 CLEANUP_RESERVE: Final = 5.0
-#: Seconds for everything after a second signal.
-FORCED_STOP: Final = 2.0
 #: A drain shorter than this is reported as too short.
 SHORT_DRAIN: Final = 1.0
 

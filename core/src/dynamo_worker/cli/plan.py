@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.cli import arguments
 from dynamo_worker.cli.arguments import EngineParser
+from dynamo_worker.contract import FORCED_STOP
 from dynamo_worker.plugins import Plugins
-from dynamo_worker.shutdown_plan import FORCED_STOP, ShutdownPlan, Stage
+from dynamo_worker.shutdown_plan import ShutdownPlan, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

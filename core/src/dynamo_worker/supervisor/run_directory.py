@@ -16,9 +16,6 @@ from dynamo_worker.supervisor.linux import Process
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-#: Names the run directory to the worker and marks every process that descends from it.
-VARIABLE = "DYNAMO_WORKER_RUN_DIR"
-
 _PREFIX = "dw-"
 _OWNER = "owner"
 

@@ -10,8 +10,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from dynamo_worker.contract import CONTROL_FD, FORCED_STOP, KILL_RESERVE, RUN_DIR
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
-from dynamo_worker.supervisor import channel, linux, process_tree, report, run_directory, sweep
+from dynamo_worker.supervisor import channel, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.guardian import become_guardian
@@ -22,12 +23,6 @@ from dynamo_worker.supervisor.spawn import fork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-#: Part of the termination grace period that is kept for killing and cleaning.
-KILL_RESERVE = 2.0
-
-#: What a worker that has not started yet, or a forced stop, gets.
-_SHORT = 2.0
 
 #: What is left of the whole process after the third signal.
 _AT_ONCE = 0.35
@@ -521,10 +516,10 @@ class Supervisor:
         if self._stuck_at is not None:
             return self._stuck_at + _DUMP_TIME
         if self._level == 2:
-            return self._forced_at + _SHORT
+            return self._forced_at + FORCED_STOP
         if self._level == 1:
             if self._state == "STARTING":
-                return self._stop_at + _SHORT
+                return self._stop_at + FORCED_STOP
             last = self._stop_at + self._grace - KILL_RESERVE
             return last if self._announced is None else min(self._announced, last)
         return self._announced
@@ -632,8 +627,8 @@ def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
         environment.pop(name, None)
     for variable, name in _LASTING_CACHES:
         environment.setdefault(variable, os.path.join(directory.base, name.format(user=_user_name())))
-    environment["DYNAMO_WORKER_CONTROL_FD"] = str(control)
-    environment[run_directory.VARIABLE] = directory.path
+    environment[CONTROL_FD] = str(control)
+    environment[RUN_DIR] = directory.path
     environment["TMPDIR"] = directory.temporary
     return environment
 
@@ -715,4 +710,4 @@ def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> i
     return Supervisor([*own, *argv], argv).run()
 
 
-__all__ = ["KILL_RESERVE", "Supervisor", "supervise"]
+__all__ = ["Supervisor", "supervise"]

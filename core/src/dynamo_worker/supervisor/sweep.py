@@ -8,6 +8,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_worker.contract import RUN_DIR
 from dynamo_worker.supervisor import process_tree, run_directory, spawn
 from dynamo_worker.supervisor.cleanup import Cleanup
 from dynamo_worker.supervisor.loop import readable
@@ -52,7 +53,7 @@ def _sweep(path: str, log: Log) -> None:
         return
 
     def find() -> Mapping[Process, Stat]:
-        return process_tree.marked(run_directory.VARIABLE, path)
+        return process_tree.marked(RUN_DIR, path)
 
     def wait(seconds: float, descriptor: int | None) -> None:
         if descriptor is None:

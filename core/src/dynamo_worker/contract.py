@@ -1,0 +1,13 @@
+"""What supervisor and worker have to agree on. Imports nothing: the supervisor must stay small."""
+
+from __future__ import annotations
+
+#: Environment variable that names the worker's end of its socket to the supervisor.
+CONTROL_FD = "DYNAMO_WORKER_CONTROL_FD"
+#: Environment variable that names the worker's private directory, which the supervisor removes; it also marks every
+#: process that descends from the worker.
+RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
+#: Seconds at the very end of the termination grace period that belong to the supervisor: kill, reap, clean up.
+KILL_RESERVE = 2.0
+#: Seconds for everything after a second signal.
+FORCED_STOP = 2.0
