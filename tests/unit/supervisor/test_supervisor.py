@@ -473,7 +473,8 @@ class TestFootprint:
         }
         assert not heavy & set(modules)
         assert {name for name in modules if name.startswith("dynamo_worker.") and "supervisor" not in name} == {
-            "dynamo_worker.exit_codes"
+            "dynamo_worker.contract",
+            "dynamo_worker.exit_codes",
         }
 
 
