@@ -436,10 +436,10 @@ class TestFootprint:
             measured(f"PSS of the {name} in MB", pss / 1024, 15.0)
             assert pss < 15 * 1024
 
-        def ticks():
-            """Return the CPU time of both, in hundredths of a second."""
-            stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids.values()]
-            return sum(int(fields[11]) + int(fields[12]) for fields in stats)
+        def ticks(pid):
+            """Return the CPU time of a process, in hundredths of a second."""
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
 
         def switches():
             """Return the context switches of the supervisor: a process that blocks has none."""
@@ -447,10 +447,11 @@ class TestFootprint:
             return sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
 
         time.sleep(0.3)
-        before = ticks(), switches()
+        before = ticks(supervised.pid), ticks(supervised.guardian), switches()
         time.sleep(2.0)
-        assert ticks() - before[0] <= 1  # other processes' shared memory may wake the guardian
-        assert switches() - before[1] <= 2
+        assert ticks(supervised.pid) - before[0] <= 1
+        assert ticks(supervised.guardian) - before[1] <= 5  # the shared memory of others wakes it
+        assert switches() - before[2] <= 2
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
 

@@ -7,6 +7,7 @@ keeps files in the temporary directory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -55,8 +56,9 @@ def run_core(descriptor: int, tokens_per_second: float, private_dir: str) -> Non
         except subprocess.TimeoutExpired:  # it is stopped
             rank.kill()
             rank.wait()
-        segment.close()
         segment.unlink()
+        with contextlib.suppress(BufferError):  # the signal came while the segment was written to
+            segment.close()
         os.close(scratch)
         os.unlink(scratch_path)
 

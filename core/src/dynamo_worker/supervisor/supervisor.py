@@ -33,6 +33,9 @@ _DEBOUNCE = 0.1
 #: When we wake up later than this, it was us who did not run.
 _LATE = 0.2
 
+#: What the supervisor's own cleaning gets after a third signal: it is the last that can do it.
+_LAST_CLEANING = 2.0
+
 #: How long a worker that hangs gets to print where.
 _DUMP_TIME = 1.0
 
@@ -239,8 +242,8 @@ class Supervisor:
         deadline = now + LIMIT
         if self._level:
             deadline = max(now + _SHORTEST_CLEANING, min(deadline, self._stop_at + self._grace - _TAKE_OVER_RESERVE))
-        if self._hurried:
-            deadline = now + _AT_ONCE - 0.1
+        if self._hurried:  # the guardian goes on without us, but nobody would after us
+            deadline = now + (_AT_ONCE - 0.1 if self._cleanup is None else _LAST_CLEANING)
         self._cleaning_deadline = deadline
         self._to_guardian.send("deadline", at=deadline)
         if self._cleanup is not None:
