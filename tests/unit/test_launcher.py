@@ -487,7 +487,7 @@ def test_a_bug_in_a_stage_does_not_stop_the_shutdown(world, caplog):
 def test_the_registration_is_recorded_for_the_supervisor(world):
     async def scenario(world):
         await world.serving()
-        assert len(ledger.open_registrations(world.run_dir)) == 1
+        assert len(ledger.registrations(world.run_dir)) == 1
         world.stop()
 
     world.run(scenario)
@@ -504,7 +504,7 @@ def test_what_could_not_be_withdrawn_is_left_to_the_supervisor(world, trouble):
 
     assert world.run(scenario) == ExitCode.STOPPED
     assert world.states == GRACEFUL
-    assert len(ledger.open_registrations(world.run_dir)) == 1
+    assert len(ledger.registrations(world.run_dir)) == 1
     assert world.took < 4
 
 

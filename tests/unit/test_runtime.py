@@ -341,7 +341,7 @@ def test_registration_is_recorded_before_it_is_made(tmp_path, monkeypatch):
         _, runtime = make(discovery_backend="file")
         monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "kv"))
         runtime.record_registration(tmp_path)
-        (entry,) = ledger.open_registrations(tmp_path)
+        (entry,) = ledger.registrations(tmp_path)
         assert (entry["backend"], entry["root"]) == ("file", str(tmp_path / "kv"))
         assert entry["instance"] == "4ec5c2a6e8130c29"
         runtime.record_registration(None)
@@ -354,7 +354,7 @@ def test_with_etcd_the_lease_is_recorded(tmp_path, monkeypatch):
         _, runtime = make(discovery_backend="etcd")
         monkeypatch.setenv("ETCD_ENDPOINTS", "http://a:1, http://b:2")
         runtime.record_registration(tmp_path)
-        (entry,) = ledger.open_registrations(tmp_path)
+        (entry,) = ledger.registrations(tmp_path)
         assert entry["endpoints"] == ["http://a:1", "http://b:2"]
         assert entry["lease"] == 0x4EC5C2A6E8130C29
 

@@ -8,7 +8,7 @@ from dynamo_worker.supervisor import ledger
 def test_registrations_come_back(tmp_path):
     ledger.record_registration(tmp_path, "file", 0x4EC5C2A6E8130C29, root=tmp_path / "kv")
     ledger.record_registration(tmp_path, "etcd", 5676156927484300329, endpoints=["http://127.0.0.1:2379"])
-    assert ledger.open_registrations(tmp_path) == [
+    assert ledger.registrations(tmp_path) == [
         {"kind": "registration", "backend": "file", "instance": "4ec5c2a6e8130c29", "root": str(tmp_path / "kv")},
         {
             "kind": "registration",
@@ -22,23 +22,14 @@ def test_registrations_come_back(tmp_path):
 def test_a_relative_root_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ledger.record_registration("", "file", "ABCDEF0123456789", root="kv")
-    (entry,) = ledger.open_registrations(tmp_path)
+    (entry,) = ledger.registrations(tmp_path)
     assert (entry["root"], entry["instance"]) == (str(tmp_path / "kv"), "abcdef0123456789")
 
 
 def test_small_ids_have_all_their_digits(tmp_path):
     """File names hold the id as the runtime prints it: hexadecimal, without leading zeros."""
     ledger.record_registration(tmp_path, "file", 0xABC_DEF01, root="/x")
-    assert ledger.open_registrations(tmp_path)[0]["instance"] == "abcdef01"
-
-
-def test_what_was_withdrawn_is_closed(tmp_path):
-    ledger.record_registration(tmp_path, "file", 1, root="/x")
-    ledger.record_registration(tmp_path, "file", 2, root="/x")
-    ledger.record_withdrawal(tmp_path, 1)
-    assert [entry["instance"] for entry in ledger.open_registrations(tmp_path)] == ["2"]
-    ledger.record_registration(tmp_path, "file", 1, root="/x")
-    assert len(ledger.open_registrations(tmp_path)) == 2
+    assert ledger.registrations(tmp_path)[0]["instance"] == "abcdef01"
 
 
 def test_torn_and_foreign_lines_are_skipped(tmp_path):
@@ -47,11 +38,11 @@ def test_torn_and_foreign_lines_are_skipped(tmp_path):
     path.write_bytes(path.read_bytes() + b'[]\n"x"\n{"kind":"other","instance":"9"}\n{"kind":"registration","insta')
     ledger.record_registration(tmp_path, "file", 2, root="/x")
     path.write_bytes(path.read_bytes() + b'{"kind":"registr\xff')
-    assert [entry["instance"] for entry in ledger.open_registrations(tmp_path)] == ["1", "2"]
+    assert [entry["instance"] for entry in ledger.registrations(tmp_path)] == ["1", "2"]
 
 
 def test_nothing_recorded(tmp_path):
-    assert ledger.open_registrations(tmp_path / "missing") == []
+    assert ledger.registrations(tmp_path / "missing") == []
     assert ledger.read_segments(tmp_path / "missing") == []
 
 

@@ -101,7 +101,7 @@ class Cleanup:
         problems: list[str] = []
         path = self._run_directory.path
         if self._withdrawal is None:
-            self._withdrawal = Withdrawal(ledger.open_registrations(path))
+            self._withdrawal = Withdrawal(ledger.registrations(path))
         killing = process_tree.Killing(self._find_rest, self._reap, self._wait, spare_trackers=not self._rough)
         segments = dict(self._segments.recorded if self._segments is not None else ledger.read_segments(path))
         if not self._rough:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dynamo_worker.supervisor import linux, process_tree, shared_memory
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import Cleanup, Withdrawal
-from dynamo_worker.supervisor.ledger import open_registrations
+from dynamo_worker.supervisor.ledger import registrations
 from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.report import Log
 from dynamo_worker.supervisor.spawn import SpawnError, spawn
@@ -153,7 +153,7 @@ class Guardian:
                 if self._cleanup is not None:
                     self._cleanup.deadline = self._deadline
             elif kind == "withdraw" and self._withdrawal is None:
-                self._withdrawal = Withdrawal(open_registrations(self._run_directory.path))
+                self._withdrawal = Withdrawal(registrations(self._run_directory.path))
         if self._channel.closed and not self._orphaned:
             self._orphaned = True
             self._loop.remove(self._channel.socket.fileno())

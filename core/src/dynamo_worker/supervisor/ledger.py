@@ -31,13 +31,8 @@ def record_registration(run_dir: str | os.PathLike[str], backend: str, instance_
     _append(run_dir, {"kind": "registration", "backend": backend, "instance": _hex(instance_id), **where})
 
 
-def record_withdrawal(run_dir: str | os.PathLike[str], instance_id: int | str) -> None:
-    """Record that the worker has taken its registration back, so that nobody has to ask the discovery service again."""
-    _append(run_dir, {"kind": "withdrawal", "instance": _hex(instance_id)})
-
-
-def open_registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the recorded registrations that were not taken back. A torn or foreign line is skipped."""
+def registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the recorded registrations. A torn or foreign line is skipped."""
     found: dict[str, dict[str, Any]] = {}
     try:
         with open(os.path.join(run_dir, _LEDGER), "rb") as file:
@@ -52,8 +47,6 @@ def open_registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         if kind == "registration":
             found[f"{entry.get('backend')}/{instance}"] = entry
-        elif kind == "withdrawal":
-            found = {key: value for key, value in found.items() if value["instance"] != instance}
     return list(found.values())
 
 

@@ -176,6 +176,8 @@ class FaultTable:
         assert self.assert_gone(serving, since, 5.0, subject) == 0
         for message in ("Received shutdown signal", "DistributedRuntime shutdown complete", "Cleaning up worker"):
             assert message in serving.log
+        for trouble in (" ERROR ", " WARNING ", "Traceback"):
+            assert trouble not in serving.log
 
     def test_sigterm_completes_streams_longer_than_the_grace_period(
         self, cluster: Cluster, serving: Worker, subject: Subject
