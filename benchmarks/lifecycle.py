@@ -87,28 +87,17 @@ def _arguments() -> argparse.Namespace:
 def _stops(arguments: argparse.Namespace, peer: Path | None) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     rows: list[list[str]] = []
-    with Workbench(peer, arguments.keep_logs) as bench:
-        for scenario in scenarios.chosen(arguments.scenario):
-            for kind in scenario.kinds:
-                if kind == PEER and peer is None:
-                    continue
-                outcomes = []
-                for turn in range(arguments.repeat):
-                    progress(f"{scenario.name}: {TITLES[kind]}, {turn + 1} of {arguments.repeat}")
-                    try:
-                        outcome = scenarios.measure(bench, scenario, kind, arguments.grace, arguments.streams)
-                    except (WorkbenchError, LoadError) as error:
-                        progress(f"  not measured: {error}")
+    try:
+        with Workbench(peer, arguments.keep_logs) as bench:
+            for scenario in scenarios.chosen(arguments.scenario):
+                for kind in scenario.kinds:
+                    if kind == PEER and peer is None:
                         continue
-                    outcomes.append(outcome)
-                    _remarks(outcome)
-                if not outcomes:
-                    rows.append([f"{scenario.name}: {TITLES[kind]}", "not measured", *[""] * 8])
-                    results.append({"scenario": scenario.name, "worker": kind, "outcomes": []})
-                    continue
-                row, result = _row(scenario, kind, outcomes)
-                rows.append(row)
-                results.append(result)
+                    row, result = _measured(bench, scenario, kind, arguments)
+                    rows.append(row)
+                    results.append(result)
+    except KeyboardInterrupt:
+        progress("interrupted: the table has what was measured until now")
     table(
         f"Stops and faults, medians of {arguments.repeat}; after the signal, or after the grace period where marked +g",
         [
@@ -126,6 +115,26 @@ def _stops(arguments: argparse.Namespace, peer: Path | None) -> list[dict[str, A
         rows,
     )
     return results
+
+
+def _measured(
+    bench: Workbench, scenario: scenarios.Scenario, kind: str, arguments: argparse.Namespace
+) -> tuple[list[str], dict[str, Any]]:
+    """Measure one scenario with one worker as often as wanted; return its row and its values."""
+    outcomes = []
+    for turn in range(arguments.repeat):
+        progress(f"{scenario.name}: {TITLES[kind]}, {turn + 1} of {arguments.repeat}")
+        try:
+            outcome = scenarios.measure(bench, scenario, kind, arguments.grace, arguments.streams)
+        except (WorkbenchError, LoadError) as error:
+            progress(f"  not measured: {error}")
+            continue
+        outcomes.append(outcome)
+        _remarks(outcome)
+    if not outcomes:
+        title = f"{scenario.name}: {TITLES[kind]}"
+        return [title, "not measured", *[""] * 8], {"scenario": scenario.name, "worker": kind, "outcomes": []}
+    return _row(scenario, kind, outcomes)
 
 
 def _remarks(outcome: scenarios.Outcome) -> None:
