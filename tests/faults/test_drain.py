@@ -19,7 +19,7 @@ def test_what_does_not_finish_in_time_is_handed_off(cluster: Cluster) -> None:
     worker = cluster.worker(*slow)
     cluster.wait_model()
     load = cluster.load(8, 240, prompt="0123456789")
-    cluster.worker("--tokens-per-second", "200")
+    cluster.wait_routed(cluster.worker("--tokens-per-second", "200"))
     since = worker.signal(signal.SIGTERM)
     assert worker.wait_gone(10) == 0
     assert time.monotonic() - since < 10

@@ -38,7 +38,7 @@ def test_an_engine_found_dead_by_a_request(faulty: FaultyCluster) -> None:
     worker = faulty.serving("--tokens-per-second", "100", "-p", "witness")
     load = faulty.cluster.load(8, 200)
     faulty.cluster.engine_args = ["--engine", "echo"]
-    faulty.cluster.worker()
+    faulty.cluster.wait_routed(faulty.cluster.worker())
     deaths = Load(faulty.cluster.url, [chat("echo", "dead", 10) for _ in range(2)])
     assert worker.wait_gone(10) == 1
     assert 'kind=EngineDeadError error="CUDA error: an illegal memory access was encountered"' in worker.log

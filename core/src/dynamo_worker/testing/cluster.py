@@ -269,6 +269,20 @@ class Cluster:
         """Wait until the frontend offers the model."""
         eventually(lambda: self.model in self.models(), timeout, f"{self.model!r} in /v1/models")
 
+    def wait_routed(self, worker: Worker, timeout: float = 30.0) -> None:
+        """Wait until the frontend sends requests to this worker too: only then they can move to it."""
+
+        def routed() -> bool:
+            self.ask(1)
+            counted = re.search(
+                r'^dynamo_worker_requests_total\{outcome="completed"\} (\S+)',
+                worker.status("/metrics")[1],
+                re.MULTILINE,
+            )
+            return counted is not None and float(counted[1]) > 0
+
+        eventually(routed, timeout, f"requests to reach the worker with pid {worker.pid}")
+
     def load(self, streams: int, tokens: int, prompt: str = "The quick brown fox.", **options: Any) -> Load:
         """Start streams in the background and wait until every one of them has received text."""
         bodies = [chat(self.model, f"{prompt}{number}", tokens, **options) for number in range(streams)]

@@ -88,6 +88,7 @@ class FaultTable:
         """Start another worker, to which requests can move."""
         worker = cluster.start_worker()
         worker.wait_ready(subject.start_seconds)
+        cluster.wait_routed(worker)
         return worker
 
     def busy(self, cluster: Cluster, subject: Subject) -> Load:
