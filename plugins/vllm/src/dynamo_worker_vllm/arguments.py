@@ -1,0 +1,85 @@
+"""The command line: all of vLLM's own engine flags under their own names, and the few that only exist here."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from dynamo_worker import StartError
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+
+#: The roles a worker can have when prefill and decode run on different workers.
+MODES: Final = ("aggregated", "prefill", "decode")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add all flags.
+
+    :raises StartError: vLLM is not installed, or its installation is broken.
+    """
+    group = parser.add_argument_group("vLLM worker", "What dynamo-worker adds to vLLM's own flags.")
+    group.add_argument(
+        "--disaggregation-mode",
+        choices=MODES,
+        default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE", "aggregated"),
+        help="share of a request this worker does; prefill and decode need --kv-transfer-config (default: aggregated)",
+    )
+    group.add_argument(
+        "--publish-kv-events",
+        action="store_true",
+        help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
+    )
+    _engine_args().add_cli_args(parser)
+
+
+def _engine_args() -> Any:
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"the vLLM engine needs the Python package {error.name!r}, which is not installed",
+            hint="pip install 'dynamo-worker-vllm[cuda]' or 'dynamo-worker-vllm[cpu]'",
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise StartError(
+            f"vLLM cannot be imported: {error}", hint="`python -c 'import vllm'` shows the whole error"
+        ) from error
+    return AsyncEngineArgs
+
+
+def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
+    """Return vLLM's configuration for the parsed flags. Takes seconds and may download the model's files.
+
+    :param private_dir: a directory for sockets.
+    :raises StartError: vLLM refuses the flags, or there is no such model.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    engine_args = _engine_args().from_cli_args(args)
+    # Speculative, pooling and other exotic settings are vLLM's business: it checks them itself.
+    if args.publish_kv_events and engine_args.kv_events_config is None:
+        engine_args.kv_events_config = _kv_events_config(engine_args.data_parallel_size, private_dir)
+    try:
+        config: VllmConfig = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    except Exception as error:
+        raise StartError(f"vLLM refuses these settings: {_first_lines(error)}") from error
+    return config
+
+
+def _kv_events_config(ranks: int, private_dir: Path) -> Any:
+    from vllm.config import KVEventsConfig
+
+    # A socket that nobody else sees; with more ranks a free port for each, because vLLM can only count up ports.
+    endpoint = f"ipc://{private_dir}/kv-events" if ranks == 1 else "tcp://*:0"
+    return KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint, topic="")
+
+
+def _first_lines(error: Exception) -> str:
+    """Return what an exception says, without pydantic's addresses of web pages."""
+    lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+    return " ".join(line for line in lines if line)[:1000] or type(error).__name__

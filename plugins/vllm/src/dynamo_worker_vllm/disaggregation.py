@@ -1,0 +1,111 @@
+"""Prefill on one worker, decode on another: what vLLM's KV connectors have to be told on either side."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker import InvalidRequestError, StartError
+from dynamo_worker_vllm.sampling import section
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+#: The router's mark on a request that a decode worker shall prefill itself.
+_BYPASS = "bypass-remote-prefill"
+#: Connectors whose workers find each other's blocks by their content: nothing is said between them.
+_BY_CONTENT = ("ExampleConnector", "LMCacheConnectorV1", "LMCacheMPConnector", "OffloadingConnector")
+#: Connectors that are made of others.
+_COMPOSED = ("MultiConnector", "PdConnector")
+
+
+class Role:
+    """The share of a request that this worker does.
+
+    :param mode: ``aggregated``, ``prefill`` or ``decode``.
+    """
+
+    def __init__(self, mode: str, config: VllmConfig) -> None:
+        self.mode = mode
+        self._config = config
+        self._connector = _connector(config) if mode != "aggregated" else None
+
+    @property
+    def needs(self) -> tuple[tuple[str, ...], ...]:
+        """The workers without which this one cannot serve."""
+        return {"prefill": (("decode",),), "decode": (("prefill",),)}.get(self.mode, ())
+
+    def prepare(self, request: Mapping[str, Any], params: SamplingParams) -> None:
+        """Tell the connector, through the request's parameters, where the KV cache comes from or goes to.
+
+        :raises InvalidRequestError: the request cannot be divided.
+        """
+        if self.mode == "aggregated" or request.get("_HEALTH_CHECK"):
+            return
+        if self.mode == "prefill":
+            if params.n > 1:
+                raise InvalidRequestError("sampling_options.n: a prefill worker makes one answer")
+            params.max_tokens = params.min_tokens = 1
+            self._set(params, self._prefill_params())
+        elif _BYPASS not in (request.get("annotations") or ()):
+            handed_over = section(section(request, "prefill_result"), "disaggregated_params").get("kv_transfer_params")
+            if handed_over:
+                self._set(params, handed_over)
+
+    def hand_over(self, chunk: dict[str, Any], params: SamplingParams) -> None:
+        """Turn a prefill worker's only chunk into what the decode worker needs."""
+        transfer = chunk.pop("kv_transfer_params", None)
+        if self.mode != "prefill":
+            return
+        if self._connector == "MooncakeConnector":
+            transfer = self._mooncake(params)
+        # An empty object says: done, and there is nothing to know. Without it the router takes the prefill for failed.
+        chunk["disaggregated_params"] = {"kv_transfer_params": transfer or {}}
+
+    def _prefill_params(self) -> dict[str, Any]:
+        if self._connector in _BY_CONTENT:
+            return {}
+        params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+        if self._connector == "MooncakeConnector":
+            return {**params, "transfer_id": str(uuid.uuid4())}
+        return {**params, "remote_engine_id": None, "remote_block_ids": None, "remote_host": None, "remote_port": None}
+
+    def _mooncake(self, params: SamplingParams) -> dict[str, Any]:
+        from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import (
+            get_mooncake_bootstrap_addr,
+        )
+
+        host, port = get_mooncake_bootstrap_addr(self._config)
+        return {
+            "do_remote_decode": False,
+            "do_remote_prefill": True,
+            "transfer_id": params.extra_args["kv_transfer_params"]["transfer_id"],
+            "remote_bootstrap_addr": f"http://{host}:{port}",
+            "remote_engine_id": self._config.kv_transfer_config.engine_id,
+        }
+
+    @staticmethod
+    def _set(params: SamplingParams, transfer: Mapping[str, Any]) -> None:
+        if transfer:
+            params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": dict(transfer)}
+
+
+def _connector(config: VllmConfig) -> str:
+    """Return the name of the connector that takes part.
+
+    :raises StartError: there is none.
+    """
+    transfer = config.kv_transfer_config
+    if transfer is None or not transfer.kv_connector:
+        raise StartError(
+            "--disaggregation-mode prefill and decode need a KV connector",
+            hint='--kv-transfer-config \'{"kv_connector": "NixlConnector", "kv_role": "kv_both"}\'',
+        )
+    name: str = transfer.kv_connector
+    if name in _COMPOSED:
+        parts = [part["kv_connector"] for part in transfer.kv_connector_extra_config.get("connectors", ())]
+        return next((part for part in parts if part not in _BY_CONTENT), parts[0] if parts else name)
+    return name

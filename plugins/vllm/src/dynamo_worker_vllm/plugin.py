@@ -1,0 +1,57 @@
+"""The hooks of the vLLM engine. Importing this module imports nothing of vLLM: the list of engines does it too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_worker import hookimpl
+
+if TYPE_CHECKING:
+    import argparse
+
+    from dynamo_worker import Deadline, EngineContext
+    from dynamo_worker_vllm.engine import VllmEngine
+
+
+class VllmPlugin:
+    """Connects vLLM with the worker's lifecycle."""
+
+    dynamo_worker_api = "1"
+
+    @hookimpl
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add vLLM's own flags, and the few that only exist here."""
+        from dynamo_worker_vllm import arguments
+
+        arguments.add(parser)
+
+    @hookimpl
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> VllmEngine:
+        """Return the engine; `VllmEngine.start` starts it."""
+        from dynamo_worker_vllm.engine import VllmEngine
+
+        return VllmEngine(args, context)
+
+    @hookimpl
+    async def check_health(self, engine: VllmEngine) -> None:
+        """Raise EngineDeadError once vLLM itself says that it is dead."""
+        await engine.check_health()
+
+    @hookimpl
+    async def drain(self, engine: VllmEngine, deadline: Deadline) -> None:
+        """Wait for KV transfers that other workers have not fetched yet."""
+        await engine.drain(deadline)
+
+    @hookimpl
+    def on_fatal_error(self, engine: VllmEngine | None) -> None:
+        """Take note that there is nothing left to shut down in order."""
+        if engine is not None:
+            engine.condemn()
+
+    @hookimpl
+    async def cleanup(self, engine: VllmEngine, deadline: Deadline) -> None:
+        """End vLLM's processes."""
+        await engine.shutdown(deadline)
+
+
+plugin = VllmPlugin()

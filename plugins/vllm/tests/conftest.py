@@ -1,0 +1,63 @@
+"""A tiny random model, and an environment in which vLLM runs on two cores."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["dynamo_worker.testing.plugin"]
+
+#: What vLLM needs on a small machine. Kernels that were compiled once are kept: compiling takes 20 s each time.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Otherwise every worker binds itself to the same first core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHINDUCTOR_CACHE_DIR": str(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo-worker-tests" / "torchinductor"
+    ),
+}
+#: float32: vLLM's AMX kernels for bfloat16 end with SIGILL on virtual machines that advertise AMX without allowing it.
+FLAGS = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32", "--served-model-name", "tiny")
+
+
+for _name, _value in ENVIRONMENT.items():  # for this process and for the workers it starts
+    os.environ.setdefault(_name, _value)
+# What vLLM and torch deprecate while they are imported is not ours to mend.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    importlib.import_module("dynamo_worker_vllm.engine")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a Llama with two layers, random weights and a byte-level tokenizer."""
+    from tiny_model import make
+
+    return make(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def flags(model: Path) -> list[str]:
+    """Return the engine's flags for the tiny model."""
+    return ["--model", str(model), *FLAGS]
+
+
+@pytest.fixture
+def engine_args(flags: list[str]) -> list[str]:
+    """Return the arguments of a worker."""
+    return ["--engine", "vllm", *flags]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let vLLM and torch warn: what they deprecate is not ours to mend."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("default"))

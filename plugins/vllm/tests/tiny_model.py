@@ -1,0 +1,62 @@
+"""Makes a model that is tiny, random and always the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def make(directory: Path) -> Path:
+    """Write model and tokenizer, 600 kB, and return the directory."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|eos|>", "<|pad|>"]
+    tokenizer.train_from_iterator(
+        ["The quick brown fox jumps over the lazy dog. "] * 20,
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        # no token without a text: every token the model makes can be seen
+        vocab_size=len(wrapped),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for token in range(len(wrapped)):
+            if not _readable(wrapped.decode([token])):
+                model.lm_head.weight[token] = 0
+    # Greedy unless a request says otherwise: then it never makes a token that cannot be read, nor ends early.
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.0, do_sample=True)
+    model.save_pretrained(directory)
+    return directory
+
+
+def _readable(text: str) -> bool:
+    """Return whether a token has a text of its own: no special token and no part of a character."""
+    return text.isascii() and text.isprintable() and text.strip() != "" and not text.startswith("<|")
