@@ -65,6 +65,7 @@ def test_one_request_that_hangs_for_long_beside_an_idle_engine(faulty: FaultyClu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_five_minutes_of_saturating_load(cluster: Cluster) -> None:
     """The issue's bar; run it with `-m slow`."""
     cluster.start_frontend()

@@ -85,7 +85,7 @@ class FaultTable:
         return worker
 
     def second(self, cluster: Cluster, subject: Subject) -> Worker:
-        """Start another worker, to which requests can move."""
+        """Start another worker, to which requests can move: before the load, which a slow start would outlast."""
         worker = cluster.start_worker()
         worker.wait_ready(subject.start_seconds)
         cluster.wait_routed(worker)
@@ -130,8 +130,8 @@ class FaultTable:
     def test_engine_process_killed_busy(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
         if not subject.processes:
             pytest.skip("this engine has no process of its own")
-        load = self.busy(cluster, subject)
         self.second(cluster, subject)
+        load = self.busy(cluster, subject)
         since = serving.signal(signal.SIGKILL, serving.child(next(iter(subject.processes.values()))))
         assert self.assert_gone(serving, since, 1.0, subject) == 1
         self.assert_complete(load, subject)
@@ -139,8 +139,8 @@ class FaultTable:
     def test_engine_process_stopped_busy(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
         if not subject.processes:
             pytest.skip("this engine has no process of its own")
-        load = self.busy(cluster, subject)
         self.second(cluster, subject)
+        load = self.busy(cluster, subject)
         since = serving.signal(signal.SIGSTOP, serving.child(next(iter(subject.processes.values()))))
         assert self.assert_gone(serving, since, subject.stall_timeout + 1.0, subject) == 1
         assert "Fatal error kind=EngineStalledError" in serving.log
@@ -156,8 +156,8 @@ class FaultTable:
     # ------------------------------------------------------------------------------------------------ the worker
 
     def test_worker_killed_busy(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
-        load = self.busy(cluster, subject)
         self.second(cluster, subject)
+        load = self.busy(cluster, subject)
         since = serving.signal(signal.SIGKILL, serving.worker_pid)
         assert self.assert_gone(serving, since, 0.5, subject) == 128 + signal.SIGKILL
         self.assert_complete(load, subject)
@@ -193,8 +193,8 @@ class FaultTable:
         cluster.start_frontend()
         worker = cluster.start_worker("--drain", "handoff", "--grace-period", "0").wait_ready(subject.start_seconds)
         cluster.wait_model()
-        load = self.busy(cluster, subject)
         self.second(cluster, subject)
+        load = self.busy(cluster, subject)
         since = worker.signal(signal.SIGTERM)
         assert self.assert_gone(worker, since, 3.0, subject) == 0
         self.assert_complete(load, subject)
@@ -205,7 +205,6 @@ class FaultTable:
         worker = cluster.start_worker("--drain", "abort", "--grace-period", "0").wait_ready(subject.start_seconds)
         cluster.wait_model()
         load = self.busy(cluster, subject)
-        self.second(cluster, subject)
         since = worker.signal(signal.SIGTERM)
         assert self.assert_gone(worker, since, 3.0, subject) == 0
         assert not any(result.ok for result in load.wait())

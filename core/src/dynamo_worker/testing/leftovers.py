@@ -38,16 +38,21 @@ def marked_processes(marker: str) -> dict[int, str]:
 def mapped_by_others(names: set[str], marker: str) -> set[str]:
     """Return those of the segments that a living process without the marker maps: another program's, not ours."""
     ours = marked_processes(marker)
+    inodes: dict[str, str] = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            inodes[str(os.stat(f"{_SHARED_MEMORY}/{name}").st_ino)] = name
     found: set[str] = set()
-    for entry in os.listdir("/proc") if names else ():
+    for entry in os.listdir("/proc") if inodes else ():
         if not entry.isdigit() or int(entry) in ours:
             continue
         try:
             with open(f"/proc/{entry}/maps", encoding="utf-8", errors="replace") as file:
-                maps = file.read()
+                # By inode: a semaphore is mapped under the name it was made with, not the one it has.
+                mapped = {line.split(maxsplit=5)[4] for line in file if _SHARED_MEMORY in line}
         except OSError:
             continue
-        found |= {name for name in names if f"{_SHARED_MEMORY}/{name}" in maps}
+        found |= {inodes[inode] for inode in mapped & inodes.keys()}
     return found
 
 
