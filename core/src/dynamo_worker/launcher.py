@@ -341,11 +341,11 @@ class Launcher:
             start_s=seconds,
         )
         if self._frontend is not None:
-            log.info(
-                "Try it",
-                command=f"curl {self._frontend.url}/v1/chat/completions -H 'content-type: application/json' -d "
-                f'\'{{"model": "{info.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
-            )
+            # In the message, not a field: a field would be quoted, and this is there to be copied.
+            body = f'{{"model": "{info.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+            header = "-H 'content-type: application/json'"
+            hint = f"Try it: curl {self._frontend.url}/v1/chat/completions {header} -d '{body}'"
+            log.info(hint)
 
     def _start_frontend(self, private_dir: Path) -> WorkerSettings:
         """Start the frontend beside the worker; with file discovery both meet in the private directory."""
