@@ -657,3 +657,17 @@ def test_a_wrong_request_is_refused_by_name(request_, message):
 def test_a_local_context_is_a_request_context():
     context: RequestContext = LocalContext("canary-1")
     assert (context.id(), context.is_stopped(), context.trace_headers()) == ("canary-1", False, None)
+
+
+def test_an_endpoint_for_operations_takes_any_object():
+    """Only endpoints that take prompts have them checked; `sleep` and the like send what they want."""
+
+    async def main():
+        engine = FakeEngine()
+        requests = RequestHandler(engine, RequestRegistry(), lambda error: None)
+        handler = requests.handler(EndpointSpec("control", takes_tokens=False))
+        chunks = [item async for item in handler({"level": 1}, Context(id="r"))]
+        assert chunks == CHUNKS
+        assert engine.requests == [({"level": 1}, "r")]
+
+    asyncio.run(main())
