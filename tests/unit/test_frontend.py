@@ -136,7 +136,6 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
         event_plane="zmq",
         migration_limit=7,
         router_mode="kv",
-        namespace="ns",
     )
     called = arguments(settings, tmp_path / "kv")
     assert called[:3] == ["-m", "dynamo_worker", "frontend"]
@@ -149,7 +148,6 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
         "event_plane": "zmq",
         "migration_limit": 7,
         "router_mode": "kv",
-        "namespace": "ns",
     }
 
 
@@ -162,9 +160,8 @@ def test_every_router_mode_exists_in_dynamo():
 def test_dynamos_variables_are_the_defaults(monkeypatch):
     monkeypatch.setenv("DYN_MIGRATION_LIMIT", "5")
     monkeypatch.setenv("DYN_ROUTER_MODE", "random")
-    monkeypatch.setenv("DYN_NAMESPACE", "ns")
     args = frontend.parser().parse_args([])
-    assert (args.migration_limit, args.router_mode, args.namespace) == (5, "random", "ns")
+    assert (args.migration_limit, args.router_mode) == (5, "random")
     assert frontend.parser().parse_args(["--migration-limit", "0"]).migration_limit == 0
 
 

@@ -68,7 +68,6 @@ class FrontendProcess:
         command = [sys.executable, "-m", "dynamo_worker", "frontend", "--http", str(settings.frontend)]
         command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
         command += ["--migration-limit", str(settings.migration_limit), "--router-mode", settings.router_mode]
-        command += ["--namespace", settings.namespace]
         if settings.event_plane:
             command += ["--event-plane", settings.event_plane]
         if discovery_path is not None:
@@ -192,7 +191,6 @@ def parser() -> argparse.ArgumentParser:
         **_one_of(*ROUTER_MODES),
         help="how requests are spread over workers",
     )
-    result.add_argument("--namespace", default=environment("DYN_NAMESPACE"), help="serve this Dynamo namespace only")
     return result
 
 
@@ -228,7 +226,6 @@ async def _serve(address: Address, args: argparse.Namespace) -> None:
             EngineType.Dynamic,
             http_host=address.host,
             http_port=address.port,
-            namespace=args.namespace,
             router_config=RouterConfig(getattr(RouterMode, ROUTER_MODES[args.router_mode])),
             migration_limit=args.migration_limit,
         ),
