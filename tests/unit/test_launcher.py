@@ -103,6 +103,9 @@ class FakeRuntime:
 
         return asyncio.ensure_future(serve())
 
+    def completed(self, info):
+        return info
+
     async def register(self, info, *, endpoint):
         self.world.note("registered")
         self.registered.append(endpoint)
@@ -1009,8 +1012,8 @@ async def stop_itself(world):
 
 def test_everything_an_engine_offers_is_wired(world):
     class Rich(EngineWithCanary):
-        async def attach(self, endpoint):
-            self.world.note(f"attached to {endpoint}")
+        async def attach(self, endpoint, info):
+            self.world.note(f"attached to {endpoint} for {info.model_name}")
 
         def metrics_registry(self):
             registry = CollectorRegistry()
@@ -1029,7 +1032,7 @@ def test_everything_an_engine_offers_is_wired(world):
         world.stop()
 
     assert world.run(scenario) == ExitCode.STOPPED
-    assert world.order("attached to endpoint generate", "recorded", "served generate", "registered", "ready")
+    assert world.order("attached to endpoint generate for toy", "recorded", "served generate", "registered", "ready")
     assert sorted(world.runtime.handlers) == ["clear", "generate", "lora"]
     assert world.runtime.registered == ["generate"]
     assert world.runtime.routes == {"sleep": "route"}

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from dynamo_worker.engine import EndpointSpec, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
-from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry, validated
+from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry, pulled, validated
 
 REQUEST = {"token_ids": [5, 6, 7]}
 
@@ -61,6 +61,17 @@ class FakeEngine:
 
     async def abort(self, request_id):
         self.aborted.append(request_id)
+
+
+class PushingEngine(FakeEngine):
+    """The same, which hands its chunks over itself."""
+
+    async def push(self, request, context, send):
+        async for item in super().generate(request, context):
+            send(item)
+
+    def generate(self, request, context):
+        return pulled(self.push, request, context)
 
 
 class Sender:
@@ -104,10 +115,12 @@ class Served:
 # ------------------------------------------------------------------------------------------------------- completion
 
 
-@pytest.mark.parametrize("sender", [None, Sender()], ids=["pull", "push"])
-def test_a_request_brings_every_chunk_in_order(sender):
+@pytest.mark.parametrize("engine", [FakeEngine, PushingEngine])
+@pytest.mark.parametrize("push", [False, True], ids=["pull", "push"])
+def test_a_request_brings_every_chunk_in_order(push, engine):
     async def main():
-        served = Served(FakeEngine())
+        sender = Sender() if push else None
+        served = Served(engine())
         assert await served.request(sender=sender) == CHUNKS
         await settle()
         assert served.counted() == {Outcome.COMPLETED: 1}
@@ -198,6 +211,7 @@ def test_refusing_leaves_those_in_flight_alone():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("engine", [FakeEngine, PushingEngine])
 @pytest.mark.parametrize("push", [False, True], ids=["pull", "push"])
 @pytest.mark.parametrize(
     ("how", "error", "outcome"),
@@ -207,10 +221,10 @@ def test_refusing_leaves_those_in_flight_alone():
     ],
     ids=["handoff", "abort"],
 )
-def test_cut(how, error, outcome, push):
+def test_cut(how, error, outcome, push, engine):
     async def main():
         sender = Sender() if push else None
-        served = Served(FakeEngine(chunk(1), asyncio.Event()))
+        served = Served(engine(chunk(1), asyncio.Event()))
         running = served.start(sender=sender)
         await until(lambda: served.registry.chunks == 1)
         assert served.registry.cut(how) == 1
@@ -276,11 +290,12 @@ def test_wait_idle_waits_for_the_last_one():
 # ------------------------------------------------------------------------------------------------- the client is gone
 
 
+@pytest.mark.parametrize("engine", [FakeEngine, PushingEngine])
 @pytest.mark.parametrize("push", [False, True], ids=["pull", "push"])
-def test_a_client_that_goes_away_cancels_its_request_only(push):
+def test_a_client_that_goes_away_cancels_its_request_only(push, engine):
     async def main():
         go_on = asyncio.Event()
-        served = Served(FakeEngine(chunk(1), go_on, chunk(2, "stop")))
+        served = Served(engine(chunk(1), go_on, chunk(2, "stop")))
         leaving, staying = Context(id="leaving"), Context(id="staying")
         first = served.start(leaving, Sender() if push else None)
         second = served.start(staying, Sender() if push else None)
@@ -332,9 +347,10 @@ def test_a_sender_that_fails_for_another_reason_is_a_failure(caplog):
     assert "Request failed" in caplog.text
 
 
-def test_an_in_process_client_may_stop_iterating():
+@pytest.mark.parametrize("engine", [FakeEngine, PushingEngine])
+def test_an_in_process_client_may_stop_iterating(engine):
     async def main():
-        served = Served(FakeEngine())
+        served = Served(engine())
         stream = served.handler(dict(REQUEST), Context(id="r"))
         assert await stream.__anext__() == CHUNKS[0]
         await stream.aclose()
@@ -349,10 +365,11 @@ def test_an_in_process_client_may_stop_iterating():
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_a_dead_engine_is_reported_and_the_request_goes_on_elsewhere():
+@pytest.mark.parametrize("engine", [FakeEngine, PushingEngine])
+def test_a_dead_engine_is_reported_and_the_request_goes_on_elsewhere(engine):
     async def main():
         death = EngineDeadError("the core is gone", hint="look at dmesg")
-        served = Served(FakeEngine(chunk(1), death))
+        served = Served(engine(chunk(1), death))
         with pytest.raises(EngineShutdown, match="the core is gone"):
             await served.request(sender=Sender())
         await settle()

@@ -37,6 +37,9 @@ class RequestContext(Protocol):
 #: Turns one request into its stream of chunks.
 Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 
+#: Takes one chunk for the client. Raises RuntimeError once the client's stream is closed.
+Send = Callable[[Chunk], None]
+
 
 @dataclass(frozen=True)
 class EngineContext:
@@ -148,6 +151,17 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class PushesChunks(Protocol):
+    """An engine that hands chunks over where they arise, without waking a task of each request for each of them."""
+
+    async def push(self, request: Request, context: RequestContext, send: Send) -> None:
+        """Answer one request: call ``send`` for every chunk, and return after the last one.
+
+        Everything said of :meth:`Engine.generate` holds. What ``send`` raises must end this request only.
+        """
+
+
+@runtime_checkable
 class HasCanary(Protocol):
     """An engine that can say what its cheapest real request is."""
 
@@ -183,5 +197,8 @@ class HasControlRoutes(Protocol):
 class PublishesEvents(Protocol):
     """An engine that publishes KV events or load through the Dynamo runtime."""
 
-    async def attach(self, endpoint: Endpoint) -> None:
-        """Start publishing for this endpoint; called before the model is registered."""
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        """Start publishing for this endpoint; called before the model is registered.
+
+        :param info: what is going to be registered: the engine's own information, and what the worker's flags add.
+        """

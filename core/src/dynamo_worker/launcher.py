@@ -315,7 +315,7 @@ class Launcher:
         endpoints = [main, *info.endpoints] if info.model_path is not None else list(info.endpoints)
         handler = RequestHandler(engine, self._registry, self._on_request_found_dead)
         if isinstance(engine, PublishesEvents):
-            await engine.attach(runtime.endpoint(main.name))
+            await engine.attach(runtime.endpoint(main.name), runtime.completed(info))
         runtime.record_registration(self._run_dir)
         for spec in endpoints:
             runtime.serve(spec, handler.handler(spec)).add_done_callback(self._on_endpoint_closed)

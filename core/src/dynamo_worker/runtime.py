@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -129,6 +130,16 @@ class Runtime:
         self._serving.add(task)
         return task
 
+    def completed(self, info: EngineInfo) -> EngineInfo:
+        """Return what is registered: the engine's information, and what the worker's flags add to it."""
+        settings = self._settings
+        parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
+        return replace(
+            info,
+            endpoint_types=settings.endpoint_types or info.endpoint_types,
+            runtime_config={**parsers, **info.runtime_config},
+        )
+
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
         """Make the model known to frontends.
 
@@ -136,20 +147,20 @@ class Runtime:
         """
         if info.model_path is None:
             return
-        settings = self._settings
-        template = settings.custom_jinja_template
+        model_path, info = info.model_path, self.completed(info)
+        template = self._settings.custom_jinja_template
         try:
             await register_model(
                 ModelInput.Tokens,
-                model_type(settings.endpoint_types or info.endpoint_types),
+                model_type(info.endpoint_types),
                 self.endpoint(endpoint),
-                info.model_path,
+                model_path,
                 info.model_name,
                 worker_type=_worker_type(info.worker_type),
                 kv_cache_block_size=info.kv_block_size,
-                runtime_config=self._runtime_config(info),
+                runtime_config=_runtime_config(info),
                 custom_template_path=str(template) if template else None,
-                needs=[[_worker_type(name) for name in peers] for peers in info.needs] or None,
+                needs=_needs(info),
                 model_aliases=list(info.model_aliases) or None,
             )
         except Exception as error:
@@ -157,28 +168,6 @@ class Runtime:
                 f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
                 hint="the directory needs config.json and a tokenizer",
             ) from error
-
-    def _runtime_config(self, info: EngineInfo) -> ModelRuntimeConfig:
-        config = ModelRuntimeConfig()
-        values = {
-            "context_length": info.context_length,
-            "total_kv_blocks": info.total_kv_blocks,
-            "max_num_seqs": info.max_num_seqs,
-            "max_num_batched_tokens": info.max_num_batched_tokens,
-            "data_parallel_start_rank": info.data_parallel_start_rank,
-            "data_parallel_size": info.data_parallel_size,
-            "tool_call_parser": self._settings.tool_call_parser,
-            "reasoning_parser": self._settings.reasoning_parser,
-            **info.runtime_config,
-        }
-        for name, value in values.items():
-            if value is not None:  # the setters refuse None
-                setattr(config, name, value)
-        if info.bootstrap is not None:
-            config.set_disaggregated_endpoint(*info.bootstrap)
-        for key, value in info.runtime_data.items():
-            config.set_engine_specific(key, json.dumps(value))  # it takes JSON text only, whatever its stub says
-        return config
 
     async def unregister(self) -> bool:
         """Take every endpoint, and with it the model, out of discovery; return whether all of them are out."""
@@ -233,6 +222,53 @@ def model_type(names: Sequence[str]) -> ModelType:
 def _worker_type(name: str) -> WorkerType:
     worker_type: WorkerType = getattr(WorkerType, name.capitalize())
     return worker_type
+
+
+def _needs(info: EngineInfo) -> list[list[WorkerType]] | None:
+    return [[_worker_type(name) for name in peers] for peers in info.needs] or None
+
+
+def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
+    """Return what routers are told about the engine."""
+    config = ModelRuntimeConfig()
+    attributes = {
+        "context_length": info.context_length,
+        "total_kv_blocks": info.total_kv_blocks,
+        "max_num_seqs": info.max_num_seqs,
+        "max_num_batched_tokens": info.max_num_batched_tokens,
+        "data_parallel_start_rank": info.data_parallel_start_rank,
+        "data_parallel_size": info.data_parallel_size,
+        **info.runtime_config,
+    }
+    for name, value in attributes.items():
+        if value is not None:  # the setters refuse None
+            setattr(config, name, value)
+    if info.bootstrap is not None:
+        config.set_disaggregated_endpoint(*info.bootstrap)
+    for key, value in info.runtime_data.items():
+        config.set_engine_specific(key, json.dumps(value))  # it takes JSON text only, whatever its stub says
+    return config
+
+
+async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str, slots: int) -> None:
+    """Make a LoRA adapter of a registered model known to frontends, as a model of its own.
+
+    :param slots: adapters that the engine can serve in one batch.
+    """
+    await register_model(
+        ModelInput.Tokens,
+        model_type(info.endpoint_types),
+        endpoint,
+        info.model_path or "",
+        name,
+        worker_type=_worker_type(info.worker_type),
+        needs=_needs(info),
+        runtime_config=_runtime_config(info),
+        kv_cache_block_size=info.kv_block_size,
+        lora_name=name,
+        base_model_path=info.model_path,
+        max_gpu_lora_count=slots,
+    )
 
 
 def _writable(path: Path | None) -> Path:

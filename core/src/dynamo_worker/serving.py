@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamo.llm.exceptions import (
@@ -17,7 +17,7 @@ from dynamo.llm.exceptions import (
     WorkerUnavailable,
 )
 
-from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, Request
+from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, RequestContext, Send
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
 from dynamo_worker.logs import get_logger
 
@@ -47,6 +47,10 @@ class Outcome(str, enum.Enum):
     REFUSED = "refused"
     INVALID = "invalid"
     FAILED = "failed"
+
+
+#: After these the engine may still be at work on the request.
+_UNFINISHED = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF, Outcome.ABORTED, Outcome.FAILED})
 
 
 class Cut(enum.Enum):
@@ -132,6 +136,15 @@ class RequestRegistry:
                 cut += 1
         return cut
 
+    def counted(self, send: Send) -> Send:
+        """Return ``send`` with every chunk counted."""
+
+        def count_and_send(chunk: Chunk) -> None:
+            self.chunks += 1
+            send(chunk)
+
+        return count_and_send
+
     async def wait_idle(self) -> None:
         """Wait until nothing is in flight."""
         await self._idle.wait()
@@ -159,6 +172,7 @@ class RequestHandler:
         without a sender (canary, warm-up, in-process clients).
         """
         generate: Generate = endpoint.generate or self._engine.generate
+        push = self._engine.push if endpoint.generate is None and isinstance(self._engine, PushesChunks) else None
         registry = self._registry
         graceful = endpoint.graceful_shutdown
 
@@ -171,7 +185,13 @@ class RequestHandler:
             gone = context.async_killed_or_stopped()
             gone.add_done_callback(lambda future: self._on_gone(future, entry))
             try:
-                stream = generate(validated(request) if endpoint.takes_tokens else request, context)
+                if endpoint.takes_tokens:
+                    request = validated(request)
+                if push is not None and response_sender is not None:
+                    await push(request, context, registry.counted(response_sender.send))
+                    outcome = Outcome.COMPLETED
+                    return
+                stream = generate(request, context)
                 if response_sender is None:
                     async for chunk in stream:
                         registry.chunks += 1
@@ -221,7 +241,7 @@ class RequestHandler:
             finally:
                 gone.cancel()
                 registry.release(entry, outcome)
-                if outcome is not Outcome.COMPLETED and stream is not None:
+                if outcome in _UNFINISHED:
                     self._abandon(entry.request_id, stream)
 
         return handle
@@ -231,7 +251,7 @@ class RequestHandler:
         if not future.cancelled() and entry.task is not None:
             entry.task.cancel()
 
-    def _abandon(self, request_id: str, stream: AsyncIterator[Chunk]) -> None:
+    def _abandon(self, request_id: str, stream: AsyncIterator[Chunk] | None) -> None:
         """Stop the engine's work for a request that ended early, beside the event loop's other work."""
 
         async def abandon() -> None:
@@ -279,6 +299,21 @@ def validated(request: Any) -> Request:
     if not tokens:
         raise InvalidRequestError("token_ids: the prompt is empty")
     return request
+
+
+async def pulled(
+    push: Callable[[Request, RequestContext, Send], Awaitable[None]], request: Request, context: RequestContext
+) -> AsyncGenerator[Chunk, None]:
+    """Yield what an engine pushes (:class:`~dynamo_worker.engine.PushesChunks`): its ``generate`` in one line."""
+    chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
+    task = asyncio.ensure_future(push(request, context, chunks.put_nowait))
+    task.add_done_callback(lambda _: chunks.put_nowait(None))
+    try:
+        while (chunk := await chunks.get()) is not None:
+            yield chunk
+        await task
+    finally:
+        task.cancel()
 
 
 class LocalContext:

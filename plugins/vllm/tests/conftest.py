@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_worker.testing import Cluster
+
 pytest_plugins = ["dynamo_worker.testing.plugin"]
 
 #: What vLLM needs on a small machine. Kernels that were compiled once are kept: compiling takes 20 s each time.
@@ -38,7 +40,7 @@ with warnings.catch_warnings():
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a Llama with two layers, random weights and a byte-level tokenizer."""
-    from tiny_model import make
+    from dynamo_worker.testing.tiny_model import make
 
     return make(tmp_path_factory.mktemp("model") / "tiny")
 
@@ -53,6 +55,14 @@ def flags(model: Path) -> list[str]:
 def engine_args(flags: list[str]) -> list[str]:
     """Return the arguments of a worker."""
     return ["--engine", "vllm", *flags]
+
+
+@pytest.fixture
+def cluster(cluster: Cluster) -> Cluster:
+    """Return a cluster of workers that serve the tiny model."""
+    cluster.model = "tiny"
+    cluster.start_seconds = 180.0
+    return cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

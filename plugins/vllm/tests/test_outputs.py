@@ -13,7 +13,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from dynamo_worker_vllm.outputs import LEAST_LOGPROB, DeltaProcessor, OutputReader, finite
+from dynamo_worker.chunks import LEAST_LOGPROB
+from dynamo_worker_vllm.outputs import DeltaProcessor, OutputReader
 
 
 class Harness:
@@ -62,6 +63,45 @@ def test_the_end(harness: Harness) -> None:
     assert not harness.processor.external_req_ids
 
 
+def test_connected_chunks_go_straight_to_the_client(harness: Harness) -> None:
+    sent: list[Any] = []
+    harness.step(5)
+    harness.processor.connect(harness.queue, sent.append)
+    harness.step(6)
+    harness.step(7, 8)
+    assert sent == [{"token_ids": tokens, "index": 0} for tokens in ([5], [6], [7, 8])]
+    assert harness.queue.output is None
+    harness.step(9, reason=FinishReason.STOP)
+    last: Any = harness.queue.output
+    assert last["token_ids"] == [9]
+    assert last["completion_usage"]["completion_tokens"] == 5
+
+
+def test_what_was_disconnected_is_sent_nothing(harness: Harness) -> None:
+    sent: list[Any] = []
+    disconnect = harness.processor.connect(harness.queue, sent.append)
+    disconnect()
+    harness.step(6)
+    assert sent == []
+
+
+def test_a_client_that_is_gone_harms_nobody_else(harness: Harness) -> None:
+    def send(chunk: Any) -> None:
+        raise RuntimeError("closed")
+
+    harness.processor.connect(harness.queue, send)
+    harness.step(5)
+    assert isinstance(harness.queue.output, RuntimeError)
+    assert harness.queue.ready.is_set()
+    harness.step(6)
+
+
+def test_a_request_that_has_ended_already_stays_in_its_mailbox(harness: Harness) -> None:
+    harness.step(5, reason=FinishReason.LENGTH)
+    harness.processor.connect(harness.queue, lambda _: pytest.fail("sent"))()
+    assert harness.queue.output is not None
+
+
 def test_nothing_follows_an_error(harness: Harness) -> None:
     harness.queue.put(RuntimeError("dead"))
     harness.step(5)
@@ -105,8 +145,3 @@ def test_logprobs_are_json() -> None:
 def test_logprobs_that_do_not_match_are_left_out() -> None:
     (chunk,) = OutputReader(2, 1, None).read(output([{4: Logprob(-0.5, 1, None)}], [9]))
     assert "log_probs" not in chunk
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_finite(value: float) -> None:
-    assert finite(value) == LEAST_LOGPROB

@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
-import urllib.error
-import urllib.request
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dynamo_worker.testing import Cluster, Worker, eventually
+from dynamo_worker.testing import Cluster, Load, Worker, eventually
+from dynamo_worker.testing.client import chat
 
-START = 180.0
 pytestmark = pytest.mark.timeout(400)
-
-
-def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def complete(cluster: Cluster, prompt: str = "The quick brown fox", **options: Any) -> tuple[int, Any]:
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, **options}
-    return post(f"{cluster.url}/v1/completions", body)
-
-
-def chat(cluster: Cluster, **options: Any) -> tuple[int, Any]:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, **options}
-    return post(f"{cluster.url}/v1/chat/completions", body)
-
-
-def operate(worker: Worker, name: str, body: dict[str, Any] | None = None) -> Any:
-    return post(f"http://127.0.0.1:{worker.status_port}/engine/{name}", body or {})[1]
-
-
-def serve(cluster: Cluster, *arguments: str, frontend: tuple[str, ...] = ()) -> Worker:
-    cluster.model = "tiny"
-    cluster.start_frontend(*frontend)
-    worker = cluster.start_worker("--grace-period", "0", *arguments).wait_ready(START)
-    cluster.wait_model()
-    return worker
-
-
-def stop(worker: Worker) -> None:
-    worker.signal(signal.SIGTERM)
-    assert worker.wait_gone() == 0, worker.log[-3000:]
 
 
 @pytest.fixture
@@ -75,27 +38,27 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_answers(cluster: Cluster) -> None:
-    worker = serve(cluster)
-    status, answer = chat(cluster)
+    (worker,) = cluster.serve(1, "--grace-period", "0")
+    status, answer = cluster.chat()
     assert status == 200
     assert answer["usage"]["completion_tokens"] == 8
     assert answer["choices"][0]["finish_reason"] == "length"
     # greedy, by the model's own generation configuration
-    assert chat(cluster)[1]["choices"][0]["message"] == answer["choices"][0]["message"]
+    assert cluster.chat()[1]["choices"][0]["message"] == answer["choices"][0]["message"]
 
-    status, answer = chat(cluster, logprobs=True, top_logprobs=3)
+    status, answer = cluster.chat(logprobs=True, top_logprobs=3)
     content = answer["choices"][0]["logprobs"]["content"]
     assert len(content) == 8
     assert all(len(entry["top_logprobs"]) == 3 for entry in content)
     assert all(entry["logprob"] <= 0 for entry in content)
 
-    status, answer = complete(cluster, n=3, temperature=1.0)
+    status, answer = cluster.complete(n=3, temperature=1.0)
     assert status == 200
     assert {choice["index"] for choice in answer["choices"]} == {0, 1, 2}
 
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     answer_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    status, answer = chat(cluster, response_format=answer_format, max_tokens=200, temperature=1.0)
+    status, answer = cluster.chat(response_format=answer_format, max_tokens=200, temperature=1.0)
     assert status == 200, answer
     text = answer["choices"][0]["message"]["content"]
     assert text.lstrip().startswith("{"), text
@@ -105,102 +68,137 @@ def test_answers(cluster: Cluster) -> None:
         ({"n": 2}, "greedy"),
         ({"temperature": 0.5, "best_of": 3}, "best_of"),
     ):
-        status, answer = complete(cluster, **wrong)
+        status, answer = cluster.complete(**wrong)
         assert 400 <= status < 500, (wrong, answer)
         assert message in json.dumps(answer), (wrong, answer)
-    assert complete(cluster)[0] == 200
+    assert cluster.complete()[0] == 200
 
     code, metrics = worker.status("/metrics")
     assert code == 200
     assert "vllm:generation_tokens_total" in metrics
-    stop(worker)
+    worker.stop()
 
 
 def test_operations(cluster: Cluster, adapter: Path) -> None:
-    worker = serve(cluster, "--enable-lora", "--max-lora-rank", "8")
-    plain = complete(cluster)[1]["choices"][0]["text"]
+    (worker,) = cluster.serve(1, "--enable-lora", "--max-lora-rank", "8", "--grace-period", "0")
+    plain = cluster.complete()[1]["choices"][0]["text"]
 
-    assert (
-        "adapter_config" in operate(worker, "load_lora", {"lora_name": "x", "source": {"uri": "/nowhere"}})["message"]
-    )
+    assert "adapter_config" in worker.operate("load_lora", {"lora_name": "x", "source": {"uri": "/nowhere"}})["message"]
     load = {"lora_name": "adapted", "source": {"uri": f"file://{adapter}"}}
-    assert operate(worker, "load_lora", load)["status"] == "success"
-    assert operate(worker, "load_lora", load)["status"] == "success"
-    assert operate(worker, "list_loras")["count"] == 1
+    assert worker.operate("load_lora", load)["status"] == "success"
+    assert worker.operate("load_lora", load)["status"] == "success"
+    assert worker.operate("list_loras")["count"] == 1
     eventually(lambda: "adapted" in cluster.models(), 10, "the adapter in /v1/models")
-    status, answer = complete(cluster, model="adapted")
+    status, answer = cluster.complete(model="adapted")
     assert status == 200, answer
     assert answer["choices"][0]["text"] != plain
-    assert complete(cluster)[1]["choices"][0]["text"] == plain
-    assert operate(worker, "unload_lora", {"lora_name": "adapted"})["status"] == "success"
+    assert cluster.complete()[1]["choices"][0]["text"] == plain
+    assert worker.operate("unload_lora", {"lora_name": "adapted"})["status"] == "success"
     eventually(lambda: "adapted" not in cluster.models(), 10, "the adapter to leave /v1/models")
 
-    assert operate(worker, "reset_prefix_cache")["status"] == "success"
-    assert operate(worker, "start_profile")["status"] == "error"  # vLLM was not told where to write
+    assert worker.operate("reset_prefix_cache")["status"] == "success"
+    assert worker.operate("start_profile")["status"] == "error"  # vLLM was not told where to write
 
-    assert operate(worker, "sleep", {"level": 0})["status"] == "success"
+    assert worker.operate("sleep", {"level": 0})["status"] == "success"
     eventually(lambda: not cluster.models(), 10, "the sleeping worker to leave discovery")
-    assert operate(worker, "wake_up")["status"] == "success"
+    assert worker.operate("wake_up")["status"] == "success"
     cluster.wait_model()
-    eventually(lambda: complete(cluster)[0] == 200, 10, "an answer after waking up")
-    stop(worker)
+    eventually(lambda: cluster.complete()[0] == 200, 10, "an answer after waking up")
+    worker.stop()
 
 
 def test_a_repeated_prefix_goes_to_the_worker_that_holds_it(cluster: Cluster) -> None:
-    flags = ("--publish-kv-events", "--block-size", "32")
-    first = serve(cluster, *flags, frontend=("--router-mode", "kv"))
-    second = cluster.start_worker("--grace-period", "0", *flags).wait_ready(START)
+    flags = ("--publish-kv-events", "--block-size", "32", "--grace-period", "0")
+    workers = cluster.serve(2, *flags, frontend=("--router-mode", "kv"))
     prompts = [str(number) * 200 for number in range(8)]
     for prompt in prompts:
-        assert complete(cluster, prompt)[0] == 200
+        assert cluster.complete(prompt)[0] == 200
 
     def hits() -> int:
-        return sum(
-            bool((complete(cluster, prompt + "x")[1]["usage"].get("prompt_tokens_details") or {}).get("cached_tokens"))
-            for prompt in prompts
-        )
+        answers = [cluster.complete(prompt + "x")[1] for prompt in prompts]
+        details = [answer["usage"].get("prompt_tokens_details") or {} for answer in answers]
+        return sum(bool(detail.get("cached_tokens")) for detail in details)
 
     eventually(lambda: hits() == len(prompts), 20, "every repeated prefix to be found in a cache")
-    served = [requests_of(worker) for worker in (first, second)]
+    served = [worker.metric("vllm:request_success_total") for worker in workers]
     assert all(served), f"one worker got everything: {served}"
-    stop(first)
-    stop(second)
+    for worker in workers:
+        worker.stop()
 
 
-def requests_of(worker: Worker) -> float:
-    """Return the number of requests that ended on a worker."""
-    lines = worker.status("/metrics")[1].splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:request_success_total"))
-
-
-@pytest.fixture
-def divided(cluster: Cluster, tmp_path: Path) -> tuple[Worker, Worker]:
-    """Return a prefill worker and a decode worker that share a folder."""
+def test_prefill_here_and_decode_there(cluster: Cluster, tmp_path: Path) -> None:
+    """Two of each, which share a folder; one of each is killed with requests in flight."""
     transfer = {
         "kv_connector": "ExampleConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "kv")},
     }
     flags = ("--kv-transfer-config", json.dumps(transfer), "--block-size", "32", "--grace-period", "0")
-    cluster.model = "tiny"
     cluster.start_frontend()
-    decode = cluster.start_worker("--disaggregation-mode", "decode", *flags)
-    decode.wait_ready(START)
-    prefill = cluster.start_worker("--disaggregation-mode", "prefill", "--component", "prefill", *flags)
-    prefill.wait_ready(START)
+    decode = [cluster.start_worker("--disaggregation-mode", "decode", *flags) for _ in range(2)]
+    prefill = [
+        cluster.start_worker("--disaggregation-mode", "prefill", "--component", "prefill", *flags) for _ in range(2)
+    ]
+    for worker in (*decode, *prefill):
+        worker.wait_ready()
     cluster.wait_model()
-    return prefill, decode
+    eventually(lambda: cluster.chat()[0] == 200, 20, "an answer")
 
+    def served(worker: Worker) -> float:
+        return worker.metric("vllm:request_success_total")
 
-def test_prefill_here_and_decode_there(cluster: Cluster, divided: tuple[Worker, Worker], tmp_path: Path) -> None:
-    prefill, decode = divided
-    before = requests_of(prefill), requests_of(decode)
-    eventually(lambda: chat(cluster)[0] == 200, 20, "an answer")
-    status, answer = complete(cluster, "0123456789" * 20, max_tokens=20)
-    assert status == 200, answer
-    assert answer["usage"]["completion_tokens"] == 20
-    assert requests_of(prefill) > before[0], prefill.log[-2000:]
-    assert requests_of(decode) > before[1]
+    before = [served(worker) for worker in (*prefill, *decode)]
+    for number in range(4):
+        status, answer = cluster.complete(f"{number}23456789" * 20, max_tokens=20)
+        assert status == 200, answer
+        assert answer["usage"]["completion_tokens"] == 20
+    after = [served(worker) for worker in (*prefill, *decode)]
+    assert all(now > then for now, then in zip(after, before, strict=True)), (before, after)
     assert list((tmp_path / "kv").rglob("*.safetensors")), "nothing went through the folder"
-    stop(prefill)
-    stop(decode)
+
+    load = cluster.load(8, 1000, prompt="0123456789" * 20)
+    assert decode[0].metric("dynamo_worker_in_flight") > 0
+    decode[0].signal(signal.SIGKILL, decode[0].worker_pid)
+    assert decode[0].wait_gone() == 128 + signal.SIGKILL
+    assert all(result.ok for result in load.wait()), load.summary()
+
+    # What is sent to a stopped worker is in flight there until it is killed.
+    prefill[0].signal(signal.SIGSTOP, prefill[0].worker_pid)
+    load = Load(cluster.url, [chat("tiny", f"{number}" * 300, 50) for number in range(8)])
+    time.sleep(1)
+    assert not load.started()
+    prefill[0].signal(signal.SIGKILL, prefill[0].worker_pid)
+    assert prefill[0].wait_gone() == 128 + signal.SIGKILL
+    assert all(result.ok for result in load.wait()), load.summary()
+    before = served(prefill[1])
+    assert cluster.complete("abcdefghij" * 20)[0] == 200
+    assert served(prefill[1]) > before
+    for worker in (prefill[1], decode[1]):
+        worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("flag", "processes"),
+    [
+        ("--tensor-parallel-size", ("VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1")),
+        ("--data-parallel-size", ("VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1", "VLLM::DP")),
+    ],
+)
+def test_two_ranks(cluster: Cluster, flag: str, processes: tuple[str, ...]) -> None:
+    """Each rank works; the death of the last one is that of the worker."""
+    worker, spare = cluster.serve(2, flag, "2", "--grace-period", "0")
+    print(worker.children())
+    cluster.wait_routed(spare)
+    for pattern in processes:
+        assert worker.child(pattern)
+    load = cluster.load(8, 1000)
+    since = worker.signal(signal.SIGKILL, worker.child(processes[1]))
+    assert worker.wait_gone(3) == 1
+    print(f"gone after {time.monotonic() - since:.3f} s")
+    assert "Fatal error kind=EngineDeadError" in worker.log
+    assert all(result.ok for result in load.wait()), load.summary()
+    engines = re.findall(
+        r'^vllm:generation_tokens_total{engine="(\d)".*} (\S+)', spare.status("/metrics")[1], re.MULTILINE
+    )
+    assert all(float(tokens) for _, tokens in engines), engines
+    spare.stop()

@@ -72,7 +72,7 @@ def _take(line: bytes, result: Result) -> None:
 
 
 def chat(model: str, prompt: str, max_tokens: int | None, **options: Any) -> dict[str, Any]:
-    """Return the body of a streaming chat request."""
+    """Return the body of a chat request, streaming unless an option says otherwise."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, **options}
     if max_tokens is not None:
         body["max_tokens"] = max_tokens

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,6 @@ from dynamo_worker.testing.leftovers import MARKER
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -37,6 +38,16 @@ def free_port() -> int:
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", candidate))
                 return candidate
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Post a JSON object; return status and answer."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310 - our own servers
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 class Worker:
@@ -92,9 +103,10 @@ class Worker:
         assert found is not None
         return found
 
-    def wait_ready(self, timeout: float = 60.0) -> Worker:
-        """Wait until the worker serves."""
-        self.instance = self.wait_log(r"Worker ready .*instance=([0-9a-f]+)", timeout)[1]
+    def wait_ready(self, timeout: float | None = None) -> Worker:
+        """Wait until the worker serves, as long as the cluster allows for a start unless ``timeout`` is given."""
+        seconds = self._cluster.start_seconds if timeout is None else timeout
+        self.instance = self.wait_log(r"Worker ready .*instance=([0-9a-f]+)", seconds)[1]
         return self
 
     def wait_gone(self, timeout: float = 40.0) -> int:
@@ -118,6 +130,15 @@ class Worker:
         """Whether it is in discovery."""
         return any(self.instance in path.name for path in self._cluster.discovery.rglob("*"))
 
+    def stop(self) -> None:
+        """Ask it to end, and wait until it has.
+
+        :raises AssertionError: it did not end well.
+        """
+        self.signal(signal.SIGTERM)
+        code = self.wait_gone()
+        assert code == 0, f"exit code {code}:\n{self.log[-4000:]}"
+
     def signal(self, number: signal.Signals, pid: int | None = None) -> float:
         """Send a signal to the started process or to another one; return the moment it was sent."""
         now = time.monotonic()
@@ -133,6 +154,15 @@ class Worker:
             return error.code, error.read().decode()
         except OSError:
             return 0, ""
+
+    def operate(self, name: str, body: dict[str, Any] | None = None) -> Any:
+        """Call the control route ``/engine/NAME`` and return its answer."""
+        return post(f"http://127.0.0.1:{self.status_port}/engine/{name}", body or {})[1]
+
+    def metric(self, name: str) -> float:
+        """Return the sum of all samples of one metric on ``/metrics``, 0 if there are none."""
+        samples = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)", self.status("/metrics")[1], re.MULTILINE)
+        return sum(map(float, samples))
 
     def children(self) -> dict[int, str]:
         """Return all processes below the started one: pid and command line."""
@@ -176,7 +206,11 @@ class Cluster:
         self.discovery.mkdir()
         self.tmp = tmp
         self.engine_args = list(engine_args) or ["--engine", "echo"]
+        #: Name under which clients ask for the model.
         self.model = "echo"
+        #: Seconds a worker may take until it serves.
+        self.start_seconds = 60.0
+        #: The frontend, once there is one.
         self.url = ""
         self._directory = directory
         self._marker = marker
@@ -229,6 +263,21 @@ class Cluster:
     def worker(self, *arguments: str, **environment: str | None) -> Worker:
         """Start a worker and wait until it serves."""
         return self.start_worker(*arguments, **environment).wait_ready()
+
+    def serve(self, count: int, *arguments: str, frontend: Sequence[str] = ()) -> list[Worker]:
+        """Start workers, all at once, and a frontend if there is none yet; wait until it offers the model.
+
+        :param count: how many workers.
+        :param arguments: of every worker.
+        :param frontend: arguments of the frontend.
+        """
+        if not self.url:
+            self.start_frontend(*frontend)
+        workers = [self.start_worker(*arguments) for _ in range(count)]
+        for worker in workers:
+            worker.wait_ready()
+        self.wait_model()
+        return workers
 
     def start_frontend(self, *arguments: str, **environment: str | None) -> str:
         """Start a frontend that migrates requests, and return its URL."""
@@ -289,6 +338,16 @@ class Cluster:
         load = Load(self.url, bodies)
         eventually(load.started, 60, f"{streams} streams to start")
         return load
+
+    def chat(self, prompt: str = "Hello, world!", max_tokens: int = 8, **options: Any) -> tuple[int, Any]:
+        """Make one chat request without streaming; return status and answer."""
+        body = chat(self.model, prompt, max_tokens, **{"stream": False, **options})
+        return post(f"{self.url}/v1/chat/completions", body)
+
+    def complete(self, prompt: str = "Hello, world!", max_tokens: int = 8, **options: Any) -> tuple[int, Any]:
+        """Make one completion request without streaming; return status and answer."""
+        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, **options}
+        return post(f"{self.url}/v1/completions", body)
 
     def ask(self, tokens: int = 8, prompt: str = "Hello, world!") -> Result:
         """Make one request and return what came back."""

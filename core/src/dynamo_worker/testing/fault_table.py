@@ -24,10 +24,13 @@ import pytest
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_worker.testing.client import Load
     from dynamo_worker.testing.cluster import Cluster, Worker
+
+    #: Starts so many workers with further arguments and returns them once they serve.
+    Start = Callable[..., list[Worker]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Subject:
     :param expected: returns the exact text of an answer for a prompt and a number of tokens, for engines whose output
         is known; None checks the end of the stream only.
     :param start_seconds: most time until the worker serves.
+    :param start_stages: patterns of lines in the log that mark how far a start has come; a stop at each must work.
     :param stall_timeout: seconds in which a standstill must be noticed.
     :param patience: factor on all time limits.
     """
@@ -54,6 +58,7 @@ class Subject:
     streams: int = 8
     expected: Callable[[str, int], str] | None = None
     start_seconds: float = 30.0
+    start_stages: Sequence[str] = ()
     stall_timeout: float = 5.0
     patience: float = 3.0
 
@@ -75,21 +80,23 @@ class FaultTable:
         return [*subject.args, *self.GRACE]
 
     @pytest.fixture
-    def serving(self, cluster: Cluster, subject: Subject) -> Worker:
-        """Return a worker that serves behind a frontend."""
+    def start(self, cluster: Cluster, subject: Subject) -> Start:
+        """Return a function that starts workers behind a frontend, and waits until requests reach all of them."""
         cluster.model = subject.model
-        cluster.start_frontend()
-        worker = cluster.start_worker("--stall-timeout", str(subject.stall_timeout))
-        worker.wait_ready(subject.start_seconds)
-        cluster.wait_model()
-        return worker
+        cluster.start_seconds = subject.start_seconds
 
-    def second(self, cluster: Cluster, subject: Subject) -> Worker:
-        """Start another worker, to which requests can move: before the load, which a slow start would outlast."""
-        worker = cluster.start_worker()
-        worker.wait_ready(subject.start_seconds)
-        cluster.wait_routed(worker)
-        return worker
+        def start(count: int, *arguments: str) -> list[Worker]:
+            workers = cluster.serve(count, *arguments)
+            for worker in workers[1:]:
+                cluster.wait_routed(worker)
+            return workers
+
+        return start
+
+    @pytest.fixture
+    def serving(self, start: Start) -> Worker:
+        """Return a worker that serves behind a frontend."""
+        return start(1)[0]
 
     def busy(self, cluster: Cluster, subject: Subject) -> Load:
         """Return streams that are in flight."""
@@ -113,62 +120,85 @@ class FaultTable:
 
     # ------------------------------------------------------------------------------------------------ the engine
 
-    def test_engine_process_killed_idle(self, serving: Worker, subject: Subject) -> None:
-        for name, pattern in subject.processes.items():
-            worker = serving
-            since = worker.signal(signal.SIGKILL, worker.child(pattern))
-            assert self.assert_gone(worker, since, 1.0, subject) == 1, name
+    def each_process(
+        self, subject: Subject, start: Start, *arguments: str
+    ) -> Iterator[tuple[Worker, int, Worker, int]]:
+        """Yield a worker, one of its engine's processes, a spare worker, and another of that one's processes.
+
+        So often that every process had its turn on a busy worker and on an idle one.
+        """
+        if not subject.processes:
+            pytest.skip("this engine has no process of its own")
+        patterns = list(subject.processes.values())
+        for busy, idle in zip(patterns, [*patterns[1:], patterns[0]], strict=True):
+            worker, spare = start(2, *arguments)
+            yield worker, worker.child(busy), spare, spare.child(idle)
+
+    def test_engine_process_killed(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        for worker, process, spare, idle_process in self.each_process(subject, start):
+            load = self.busy(cluster, subject)
+            since = worker.signal(signal.SIGKILL, process)
+            assert self.assert_gone(worker, since, 1.0, subject) == 1
             assert "Fatal error kind=EngineDeadError" in worker.log
-            break
+            self.assert_complete(load, subject)
+            since = spare.signal(signal.SIGKILL, idle_process)
+            assert self.assert_gone(spare, since, 1.0, subject) == 1
+            assert "Fatal error kind=EngineDeadError" in spare.log
 
-    def test_every_engine_process_is_watched(self, cluster: Cluster, subject: Subject) -> None:
-        for pattern in list(subject.processes.values())[1:]:
-            worker = cluster.start_worker().wait_ready(subject.start_seconds)
-            since = worker.signal(signal.SIGKILL, worker.child(pattern))
-            assert self.assert_gone(worker, since, 1.0, subject) == 1, pattern
+    def test_engine_process_stopped(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        self.check_standstill(cluster, subject, start, subject.stall_timeout)
 
-    def test_engine_process_killed_busy(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
-        if not subject.processes:
-            pytest.skip("this engine has no process of its own")
-        self.second(cluster, subject)
-        load = self.busy(cluster, subject)
-        since = serving.signal(signal.SIGKILL, serving.child(next(iter(subject.processes.values()))))
-        assert self.assert_gone(serving, since, 1.0, subject) == 1
-        self.assert_complete(load, subject)
+    @pytest.mark.slow
+    def test_engine_process_stopped_at_the_default_bound(
+        self, cluster: Cluster, subject: Subject, start: Start
+    ) -> None:
+        self.check_standstill(cluster, subject, start, None)
 
-    def test_engine_process_stopped_busy(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
-        if not subject.processes:
-            pytest.skip("this engine has no process of its own")
-        self.second(cluster, subject)
-        load = self.busy(cluster, subject)
-        since = serving.signal(signal.SIGSTOP, serving.child(next(iter(subject.processes.values()))))
-        assert self.assert_gone(serving, since, subject.stall_timeout + 1.0, subject) == 1
-        assert "Fatal error kind=EngineStalledError" in serving.log
-        self.assert_complete(load, subject)
+    def check_standstill(self, cluster: Cluster, subject: Subject, start: Start, timeout: float | None) -> None:
+        """Stop every process of the engine, busy and idle; both workers have to notice in time.
 
-    def test_engine_process_stopped_idle(self, serving: Worker, subject: Subject) -> None:
-        if not subject.processes:
-            pytest.skip("this engine has no process of its own")
-        since = serving.signal(signal.SIGSTOP, serving.child(list(subject.processes.values())[-1]))
-        assert self.assert_gone(serving, since, subject.stall_timeout + 1.0, subject) == 1
-        assert "Fatal error kind=EngineStalledError" in serving.log
+        :param timeout: bound for the detection in seconds; None is the worker's default.
+        """
+        arguments = [] if timeout is None else ["--stall-timeout", str(timeout)]
+        bound = DEFAULT_STALL_TIMEOUT if timeout is None else timeout
+        for worker, process, spare, idle_process in self.each_process(subject, start, *arguments):
+            load = self.busy(cluster, subject)
+            since = worker.signal(signal.SIGSTOP, process)
+            assert self.assert_gone(worker, since, bound + 1.0, subject) == 1
+            assert "Fatal error kind=EngineStalledError" in worker.log
+            self.assert_complete(load, subject)
+            since = spare.signal(signal.SIGSTOP, idle_process)
+            assert self.assert_gone(spare, since, bound + 1.0, subject) == 1
+            assert "Fatal error kind=EngineStalledError" in spare.log
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    def test_no_false_alarm_under_saturating_load(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        (worker,) = start(1, "--stall-timeout", str(subject.stall_timeout))
+        until = time.monotonic() + SATURATED_SECONDS
+        streams = 32 * subject.streams
+        while time.monotonic() < until:
+            load = cluster.load(streams, subject.stream_tokens, prompt=PROMPT)
+            assert all(result.ok for result in load.wait(SATURATED_SECONDS)), load.summary()
+        assert "Stalled" not in worker.log
+        worker.stop()
 
     # ------------------------------------------------------------------------------------------------ the worker
 
-    def test_worker_killed_busy(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
-        self.second(cluster, subject)
+    def test_worker_killed_busy(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        worker, spare = start(2)
         load = self.busy(cluster, subject)
-        since = serving.signal(signal.SIGKILL, serving.worker_pid)
-        assert self.assert_gone(serving, since, 0.5, subject) == 128 + signal.SIGKILL
+        since = worker.signal(signal.SIGKILL, worker.worker_pid)
+        assert self.assert_gone(worker, since, 0.5, subject) == 128 + signal.SIGKILL
         self.assert_complete(load, subject)
+        spare.stop()
 
-    def test_supervisor_killed(self, serving: Worker, subject: Subject) -> None:
-        since = serving.signal(signal.SIGKILL)
-        assert self.assert_gone(serving, since, 1.0, subject) == 128 + signal.SIGKILL
-
-    def test_guardian_killed(self, serving: Worker, subject: Subject) -> None:
-        since = serving.signal(signal.SIGKILL, serving.guardian_pid)
-        assert self.assert_gone(serving, since, 1.0, subject) != 0
+    def test_supervisor_killed_and_guardian_killed(self, subject: Subject, start: Start) -> None:
+        first, second = start(2)
+        since = first.signal(signal.SIGKILL)
+        assert self.assert_gone(first, since, 1.0, subject) == 128 + signal.SIGKILL
+        since = second.signal(signal.SIGKILL, second.guardian_pid)
+        assert self.assert_gone(second, since, 1.0, subject) != 0
 
     # --------------------------------------------------------------------------------------------------- stopping
 
@@ -177,7 +207,7 @@ class FaultTable:
         assert self.assert_gone(serving, since, 5.0, subject) == 0
         for message in ("Received shutdown signal", "DistributedRuntime shutdown complete", "Cleaning up worker"):
             assert message in serving.log
-        for trouble in (" ERROR ", " WARNING ", "Traceback"):
+        for trouble in (" ERROR ", " WARNING dynamo_worker", "Traceback"):
             assert trouble not in serving.log
 
     def test_sigterm_completes_streams_longer_than_the_grace_period(
@@ -188,25 +218,19 @@ class FaultTable:
         assert self.assert_gone(serving, since, 25.0, subject) == 0
         self.assert_complete(load, subject)
 
-    def test_handoff(self, cluster: Cluster, subject: Subject) -> None:
-        cluster.model = subject.model
-        cluster.start_frontend()
-        worker = cluster.start_worker("--drain", "handoff", "--grace-period", "0").wait_ready(subject.start_seconds)
-        cluster.wait_model()
-        self.second(cluster, subject)
+    def test_handoff(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        worker, spare = start(2, "--drain", "handoff", "--grace-period", "0")
         load = self.busy(cluster, subject)
         since = worker.signal(signal.SIGTERM)
-        assert self.assert_gone(worker, since, 3.0, subject) == 0
+        assert self.assert_gone(worker, since, 2.0, subject) == 0
         self.assert_complete(load, subject)
+        spare.stop()
 
-    def test_abort(self, cluster: Cluster, subject: Subject) -> None:
-        cluster.model = subject.model
-        cluster.start_frontend()
-        worker = cluster.start_worker("--drain", "abort", "--grace-period", "0").wait_ready(subject.start_seconds)
-        cluster.wait_model()
+    def test_abort(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        (worker,) = start(1, "--drain", "abort", "--grace-period", "0")
         load = self.busy(cluster, subject)
         since = worker.signal(signal.SIGTERM)
-        assert self.assert_gone(worker, since, 3.0, subject) == 0
+        assert self.assert_gone(worker, since, 2.0, subject) == 0
         assert not any(result.ok for result in load.wait())
 
     def test_second_signal(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
@@ -229,15 +253,20 @@ class FaultTable:
         load.wait()
 
     def test_sigterm_during_the_start(self, cluster: Cluster, subject: Subject) -> None:
-        worker = cluster.start_worker()
-        worker.wait_log("Starting worker")
-        since = worker.signal(signal.SIGTERM)
-        code = worker.wait_gone(3.0 * subject.patience)
-        print(f"gone after {time.monotonic() - since:.3f} s")
-        assert code == 0
+        for stage in ("Starting worker", *subject.start_stages):
+            worker = cluster.start_worker()
+            worker.wait_log(stage, subject.start_seconds)
+            since = worker.signal(signal.SIGTERM)
+            code = worker.wait_gone(3.0 * subject.patience)
+            print(f"{stage}: gone after {time.monotonic() - since:.3f} s")
+            assert code == 0, worker.log
 
 
 #: Signals closer together than 0.1 s count once: a terminal and a script often send two.
 DEBOUNCE = 0.2
+#: The worker's own ``--stall-timeout``, in seconds.
+DEFAULT_STALL_TIMEOUT = 30.0
+#: How long an engine has more to do than it can, in seconds.
+SATURATED_SECONDS = 180.0
 #: What the streams of the table ask for; a number is added for each.
 PROMPT = "The quick brown fox jumps over the lazy dog."

@@ -1,4 +1,4 @@
-"""Finding what a worker leaves behind: processes, shared memory, files."""
+"""Finding what a worker leaves behind: processes, shared memory, GPU memory, files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dynamo_worker.supervisor import gpu
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 #: Every process of a test carries this variable, however far it strays from its parents.
 MARKER = "DYNAMO_WORKER_TEST"
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where the kernel keeps it
+#: How much more GPU memory may be in use after a test than before it, in bytes: the driver's own use varies a little.
+_GPU_TOLERANCE = 64 << 20
 
 
 def marked_processes(marker: str) -> dict[int, str]:
@@ -61,6 +65,11 @@ def shared_memory() -> set[str]:
     return set(os.listdir(_SHARED_MEMORY))
 
 
+def gpu_memory() -> int:
+    """Return the bytes in use on all GPUs of this machine, 0 where there is none."""
+    return gpu.Nvml().used_memory() if gpu.present() else 0
+
+
 @dataclass
 class Leftovers:
     """Remembers what was there before a test and tells what is there after it.
@@ -72,6 +81,7 @@ class Leftovers:
     marker: str
     tmp: Path
     _segments: set[str] = field(default_factory=shared_memory)
+    _gpu_memory: int = field(default_factory=gpu_memory)
 
     def find(self) -> list[str]:
         """Return what is left now, one line each."""
@@ -80,6 +90,9 @@ class Leftovers:
         segments -= mapped_by_others(segments, self.marker)
         left += [f"{_SHARED_MEMORY}/{name}" for name in sorted(segments)]
         left += [str(path) for path in sorted(self.tmp.iterdir())]
+        more = gpu_memory() - self._gpu_memory
+        if more > _GPU_TOLERANCE:
+            left.append(f"GPU memory: {more >> 20} MiB more than before")
         return left
 
     def check(self, timeout: float = 0.5) -> None:

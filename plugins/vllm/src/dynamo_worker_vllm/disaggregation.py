@@ -6,7 +6,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import InvalidRequestError, StartError
-from dynamo_worker_vllm.sampling import section
+from dynamo_worker.translation import section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ class Role:
             params.max_tokens = params.min_tokens = 1
             self._set(params, self._prefill_params())
         elif _BYPASS not in (request.get("annotations") or ()):
-            handed_over = section(section(request, "prefill_result"), "disaggregated_params").get("kv_transfer_params")
+            handed_over = section(request, "prefill_result", "disaggregated_params").get("kv_transfer_params")
             if handed_over:
                 self._set(params, handed_over)
 

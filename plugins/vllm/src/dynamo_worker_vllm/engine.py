@@ -13,14 +13,17 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError, engine_processes, translation
+from dynamo_worker.adapters import Adapters
+from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
-from dynamo_worker.serving import LocalContext
-from dynamo_worker_vllm import arguments, outputs, processes, sampling
-from dynamo_worker_vllm.control import Control
+from dynamo_worker.routing import LoadPublisher, publish_kv_events
+from dynamo_worker.serving import LocalContext, pulled
+from dynamo_worker_vllm import arguments, outputs, sampling
+from dynamo_worker_vllm.control import Control, LoraLoader
 from dynamo_worker_vllm.disaggregation import Role
-from dynamo_worker_vllm.load import LoadPublisher, metrics_registry, publish_kv_events
-from dynamo_worker_vllm.outputs import FINISH_REASONS, OutputReader, usage
+from dynamo_worker_vllm.load import kv_event_sources, metrics_registry, stat_logger
+from dynamo_worker_vllm.outputs import FINISH_REASONS, OutputReader
 
 if TYPE_CHECKING:
     import argparse
@@ -29,14 +32,18 @@ if TYPE_CHECKING:
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
     from vllm.config import VllmConfig
-    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
 
     from dynamo_worker import Chunk, Deadline, EngineContext, Request, RequestContext
+    from dynamo_worker.adapters import Adapter
+    from dynamo_worker.engine import Send
     from dynamo_worker_vllm.outputs import DeltaProcessor
 
 log = get_logger(__name__)
 
+#: vLLM names its processes like this (``VLLM_PROCESS_NAME_PREFIX`` changes it): ``VLLM::EngineCore``,
+#: ``VLLM::Worker_TP0``.
+TITLE = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b"::"
 #: Seconds between two lines of vLLM about its own load.
 _LOG_STATS_SECONDS = 10.0
 #: Seconds that vLLM's processes get to end by themselves. Nothing is in flight any more; what they release takes
@@ -64,7 +71,6 @@ class VllmEngine:
         self._load = LoadPublisher()
         self._control: Control | None = None
         self._role: Role | None = None
-        self._info: EngineInfo | None = None
         self._publishers: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -98,8 +104,7 @@ class VllmEngine:
         # What was made during the start lives as long as the worker: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        self._info = self._describe()
-        return self._info
+        return self._describe()
 
     async def _warm_up(self) -> None:
         """Compile what samples; the worker's own warm-up request is greedy."""
@@ -115,7 +120,7 @@ class VllmEngine:
                 enable_log_requests=self._args.enable_log_requests,
                 disable_log_stats=self._args.disable_log_stats,
                 aggregate_engine_logging=self._args.aggregate_engine_logging,
-                stat_loggers=None if self._args.disable_log_stats else [self._load.logger],
+                stat_loggers=None if self._args.disable_log_stats else [stat_logger(self._load)],
             )
         except Exception as error:
             if self._stopping:
@@ -173,8 +178,12 @@ class VllmEngine:
 
     # ------------------------------------------------------------------------------------------------- requests
 
-    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
-        """Hand one request to vLLM and yield its tokens."""
+    def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        """Return the chunks of one request, for callers inside this process."""
+        return pulled(self.push, request, context)
+
+    async def push(self, request: Request, context: RequestContext, send: Send) -> None:
+        """Hand one request to vLLM, and its tokens to ``send``."""
         llm, table = self._llm, self._table
         if llm is None or table is None:
             raise EngineDeadError("vLLM is not started")
@@ -182,44 +191,47 @@ class VllmEngine:
         assert self._control is not None
         params = table.translate(request)
         if params is None:
-            yield {"token_ids": [], "index": 0, "finish_reason": "length"}
+            send({"token_ids": [], "index": 0, "finish_reason": "length"})
             return
         self._role.prepare(request, params)
         adapters = self._control.adapters
-        adapter = adapters.begin(_model_of(request))
+        adapter = None if adapters is None else adapters.begin(translation.adapter_name(request))
+        disconnect = None
         try:
-            queue = await self._submit(llm, request, params, context, adapter)
-            prompt_tokens = len(request["token_ids"])
-            completion_tokens = 0
+            mailbox = await self._submit(llm, request, params, context, adapter)
+            if self._processor is not None:
+                disconnect = self._processor.connect(mailbox, send)
             reader: OutputReader | None = None
-            ready = queue.ready
             while True:
-                output = queue.output
+                output = mailbox.output
                 if output is None:
-                    await ready.wait()
+                    await mailbox.ready.wait()
                     continue
-                queue.output = None
-                ready.clear()
-                if type(output) is dict:
-                    completion_tokens += len(output["token_ids"])
-                    if "finish_reason" not in output:
-                        yield output
-                        continue
-                    output["completion_usage"] = usage(prompt_tokens, completion_tokens, output.pop("cached"))
-                    self._role.hand_over(output, params)
-                    yield _finished(output)
-                    return
+                mailbox.output = None
+                mailbox.ready.clear()
                 if isinstance(output, BaseException):
                     raise _translated(output)
+                if type(output) is dict:
+                    send(self._completed(output, params))
+                    if "finish_reason" in output:
+                        return
+                    continue
                 if reader is None:
-                    reader = OutputReader(prompt_tokens, params.num_logprobs, self._decode)
+                    reader = OutputReader(len(request["token_ids"]), params.num_logprobs, self._decode)
                 for chunk in reader.read(output):
-                    self._role.hand_over(chunk, params)
-                    yield _finished(chunk)
+                    send(self._completed(chunk, params))
                 if output.finished:
                     return
         finally:
-            adapters.end(adapter)
+            if disconnect is not None:
+                disconnect()
+            Adapters.end(adapter)
+
+    def _completed(self, chunk: Chunk, params: SamplingParams) -> Chunk:
+        """Return a chunk with what Dynamo wants to know when it is the last one."""
+        assert self._role is not None
+        self._role.hand_over(chunk, params)
+        return _finished(chunk)
 
     async def _submit(
         self,
@@ -227,21 +239,22 @@ class VllmEngine:
         request: Request,
         params: SamplingParams,
         context: RequestContext,
-        adapter: LoRARequest | None,
+        adapter: Adapter | None,
     ) -> Any:
         """Give a request to vLLM and return the mailbox of its outputs."""
-        extra = sampling.section(request, "extra_args")
+        extra = translation.section(request, "extra_args")
         try:
             return await llm.add_request(
                 context.id(),
-                tokens_input(request["token_ids"], cache_salt=sampling.cache_salt(request)),
+                tokens_input(request["token_ids"], cache_salt=translation.cache_salt(request)),
                 params,
-                lora_request=adapter,
+                lora_request=None if adapter is None else LoraLoader.request(adapter),
                 trace_headers=context.trace_headers(),
-                priority=sampling.priority(request),
-                session_id=sampling.session_id(request),
+                priority=-translation.priority(request),  # vLLM: the lowest number goes first
+                session_id=translation.session_id(request),
                 data_parallel_rank=self._rank(request),
                 reasoning_ended=extra.get("reasoning_ended"),
+                kv_hints=sampling.kv_hints(request),
                 reasoning_parser_kwargs=extra.get("reasoning_parser_kwargs"),
             )
         except Exception as error:
@@ -249,7 +262,7 @@ class VllmEngine:
 
     def _rank(self, request: Mapping[str, Any]) -> int | None:
         """Return the data-parallel rank the router chose, counted from the first one here."""
-        rank = sampling.section(request, "routing").get("dp_rank")
+        rank = translation.section(request, "routing").get("dp_rank")
         ranks = self.ranks
         if rank is None or len(ranks) == 1:
             return None
@@ -264,7 +277,7 @@ class VllmEngine:
 
     def processes(self) -> Iterable[int]:
         """Return the pids of all of vLLM's processes."""
-        return [] if self._llm is None else processes.serving()
+        return [] if self._llm is None else engine_processes.named(TITLE)
 
     def canary_request(self) -> Request:
         """Return a request for one token, made from the model's own first token.
@@ -312,15 +325,18 @@ class VllmEngine:
 
     # ------------------------------------------------------------------------------------- routers and operators
 
-    async def attach(self, endpoint: Endpoint) -> None:
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
         """Publish load and KV events, and remember where this worker stands in discovery."""
         assert self._llm is not None
         assert self._control is not None
-        assert self._info is not None
-        self._control.attach(endpoint, self._info)
+        self._control.attach(endpoint, info)
         if not self._args.disable_log_stats:
             await self._load.attach(endpoint, self.ranks)
-        self._publishers = publish_kv_events(self._llm, endpoint, self.ranks)
+        config = self._llm.vllm_config
+        sources = kv_event_sources(self._llm, self.ranks)
+        if sources:
+            topic = config.kv_events_config.topic
+            self._publishers = publish_kv_events(endpoint, config.cache_config.block_size, sources, topic)
 
     def metrics_registry(self) -> CollectorRegistry:
         """Return vLLM's own metrics."""
@@ -338,7 +354,7 @@ class VllmEngine:
         for task in self._tasks:
             task.cancel()
         llm, self._llm = self._llm, None
-        tree = processes.Tree()
+        tree = EngineProcesses(TITLE)
         if llm is None or self._condemned:
             # A start that was interrupted, or an engine beyond repair: there is nothing to shut down in order.
             tree.signal_leaders()
@@ -351,12 +367,6 @@ class VllmEngine:
         await asyncio.wait({shutdown}, timeout=deadline.remaining())
         if shutdown.done() and shutdown.exception() is not None:
             log.warning("vLLM's own shutdown failed", exc_info=shutdown.exception())
-
-
-def _model_of(request: Mapping[str, Any]) -> str | None:
-    """Return the name that decides about the LoRA adapter."""
-    name = sampling.section(request, "routing").get("lora_name") or request.get("model")
-    return name if isinstance(name, str) else None
 
 
 def _finished(chunk: Chunk) -> Chunk:

@@ -1,13 +1,12 @@
 """From vLLM's outputs to Dynamo's chunks, with as little Python per token as possible.
 
-vLLM makes two objects for every token of every request and merges them if the reader is late. For the requests that
-ask for tokens and nothing else, nearly all of them, :class:`DeltaProcessor` puts a finished chunk into the reader's
-mailbox instead. Everything else (log-probabilities, several answers, KV transfer …) takes vLLM's own way.
+vLLM makes two objects for every token of every request, and wakes a task of the request to read them. For the requests
+that ask for tokens and nothing else, nearly all of them, :class:`DeltaProcessor` hands a finished chunk straight to the
+client's stream instead. Everything else (log-probabilities, several answers, KV transfer …) takes vLLM's own way.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +14,7 @@ from vllm.outputs import STREAM_FINISHED, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
+from dynamo_worker.chunks import finite, prompt_logprob, top_logprob, usage
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
     from dynamo_worker import Chunk
+    from dynamo_worker.engine import Send
 
 log = get_logger(__name__)
-
-#: Stands for a log-probability of minus infinity, as in vLLM's own server: JSON has no word for it.
-LEAST_LOGPROB: Final = -9999.0
 
 #: vLLM's reasons by their names in Dynamo. An error inside the engine is raised instead, so that the request migrates.
 FINISH_REASONS: Final = {"stop": "stop", "length": "length", "abort": "cancelled", "repetition": "stop"}
@@ -63,6 +62,30 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
             and not self.tracing_enabled
             and not state.streaming_input
         )
+        state.send = None
+        state.generated = 0
+
+    def connect(self, mailbox: RequestOutputCollector, send: Send) -> Callable[[], None]:
+        """Hand the chunks of a request straight to ``send`` from now on, all but the last one.
+
+        The last chunk, an error, and everything of a request that does not take the short way come into its mailbox.
+
+        :returns: what ends it.
+        """
+        state = self.request_states.get(mailbox.request_id)
+        if state is None or not state.plain:
+            return _nothing
+
+        def disconnect() -> None:
+            state.send = None
+
+        waiting = mailbox.output
+        if type(waiting) is dict:
+            mailbox.output = None
+            mailbox.ready.clear()
+            send(waiting)
+        state.send = send
+        return disconnect
 
     def process_outputs(
         self,
@@ -90,20 +113,29 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
                 if prefill is not None:
                     state.num_cached_tokens = prefill.num_cached_tokens
                 state.is_prefilling = False
+            tokens = output.new_token_ids
+            state.generated += len(tokens)
+            reason = output.finish_reason
+            if reason is None and state.send is not None:
+                try:
+                    state.send({"token_ids": tokens, "index": 0})
+                except Exception as error:  # the client is gone; that must not harm the others
+                    state.send = None
+                    state.queue.put(error)
+                continue
             queue = state.queue
             if queue.output is None:
-                queue.output = {"token_ids": output.new_token_ids, "index": 0}
+                queue.output = {"token_ids": tokens, "index": 0}
                 queue.ready.set()
             elif isinstance(queue.output, BaseException):  # nothing comes after it
                 continue
-            else:  # the reader is late
-                queue.output["token_ids"] += output.new_token_ids
-            reason = output.finish_reason
+            else:
+                queue.output["token_ids"] += tokens
             if reason is not None:
                 chunk = queue.output
                 chunk["finish_reason"] = reason
                 chunk["stop_reason"] = output.stop_reason
-                chunk["cached"] = state.num_cached_tokens
+                chunk["completion_usage"] = usage(state.prompt_len, state.generated, state.num_cached_tokens)
                 self._finish_request(state)
                 self._update_stats_from_finished(state, reason, iteration_stats)
         if others is None:
@@ -119,6 +151,10 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
 _NOTHING: Final = OutputProcessorOutput([], [])
 
 
+def _nothing() -> None:
+    """There is nothing to disconnect."""
+
+
 def install(llm: AsyncLLM) -> DeltaProcessor | None:
     """Give an engine that has not seen a request yet the short way; return None if it cannot have it."""
     processor = llm.output_processor
@@ -128,16 +164,6 @@ def install(llm: AsyncLLM) -> DeltaProcessor | None:
     processor.__class__ = DeltaProcessor
     plain: DeltaProcessor = processor
     return plain
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """Return the numbers of tokens of a finished request."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens} if cached_tokens else None,
-    }
 
 
 class OutputReader:
@@ -190,42 +216,26 @@ class OutputReader:
             chosen.append(finite(entry.logprob))
             # vLLM adds the chosen token where it is none of the likeliest.
             likeliest = (self._top is None or (value.rank or 0) <= self._top for value in position.values())
-            top.append([self._entry(other, position[other]) for other in compress(position, likeliest)])
+            top.append(
+                [
+                    top_logprob(other, value.logprob, value.rank or 0, self._text(other, value))
+                    for other, value in compress(position.items(), likeliest)
+                ]
+            )
         if len(chosen) == len(tokens):
             chunk["log_probs"] = chosen
             chunk["top_logprobs"] = top
 
-    def _entry(self, token: int, value: Any) -> dict[str, Any]:
-        text = self._text(token, value)
-        return {
-            "rank": value.rank or 0,
-            "token_id": token,
-            "token": text,
-            "logprob": finite(value.logprob),
-            "bytes": None if text is None else list(text.encode(errors="replace")),
-        }
-
     def _prompt_position(self, position: Any) -> dict[str, dict[str, Any]] | None:
         if position is None:
             return None
-        entries = {}
-        for token, value in position.items():
-            entry: dict[str, Any] = {"logprob": finite(value.logprob)}
-            if value.rank is not None:
-                entry["rank"] = int(value.rank)
-            text = self._text(token, value)
-            if text is not None:
-                entry["decoded_token"] = text
-            entries[str(token)] = entry
-        return entries
+        return {
+            str(token): prompt_logprob(value.logprob, value.rank, self._text(token, value))
+            for token, value in position.items()
+        }
 
     def _text(self, token: int, value: Any) -> str | None:
         if value.decoded_token is not None:
             text: str = value.decoded_token
             return text
         return None if self._decode is None else self._decode(token)
-
-
-def finite(value: float) -> float:
-    """Return a number that JSON can carry."""
-    return float(value) if math.isfinite(value) else LEAST_LOGPROB

@@ -1,8 +1,11 @@
-"""Makes a model that is tiny, random and always the same."""
+"""Makes a model that is tiny, random and always the same: for engines that need a real one (torch, transformers)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 

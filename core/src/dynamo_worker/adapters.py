@@ -1,0 +1,160 @@
+"""LoRA adapters that are loaded and unloaded while the worker serves, each registered as a model of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from dynamo.llm import LoRADownloader, lora_name_to_id, unregister_model
+
+from dynamo_worker import operations
+from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.logs import get_logger
+from dynamo_worker.runtime import register_adapter
+
+if TYPE_CHECKING:
+    from dynamo.runtime import Endpoint
+
+    from dynamo_worker.engine import EndpointSpec, EngineInfo
+
+log = get_logger(__name__)
+
+#: Seconds between two looks at whether an adapter is still in use.
+_POLL_SECONDS = 0.05
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter that is served.
+
+    :ivar name: under which clients ask for it.
+    :ivar number: its id in Dynamo, made from the name.
+    :ivar path: directory of its weights.
+    :ivar in_use: requests that run with it.
+    """
+
+    name: str
+    number: int
+    path: str
+    in_use: int = 0
+
+
+class AdapterLoader(Protocol):
+    """The engine's side of it."""
+
+    async def load(self, adapter: Adapter) -> None:
+        """Make the engine able to serve an adapter; raises whatever is wrong with it."""
+
+    async def unload(self, adapter: Adapter) -> None:
+        """Free what an adapter holds; it is no longer in use."""
+
+
+class Adapters:
+    """The LoRA adapters of one worker."""
+
+    def __init__(self, loader: AdapterLoader, slots: int) -> None:
+        """Start without any.
+
+        :param slots: adapters that the engine can serve in one batch; routers are told.
+        """
+        self._loader = loader
+        self._slots = slots
+        self._lock = asyncio.Lock()
+        self._endpoint: Endpoint | None = None
+        self._info: EngineInfo | None = None
+        self._loaded: dict[str, Adapter] = {}
+
+    def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        """Remember where adapters are registered."""
+        self._endpoint, self._info = endpoint, info
+
+    def operations(self) -> dict[str, operations.Operation]:
+        """Return the operations by route name."""
+        return {"load_lora": self.load, "unload_lora": self.unload, "list_loras": self.list}
+
+    def endpoints(self) -> list[EndpointSpec]:
+        """Return the operations as endpoints, by the names that Dynamo's tools use."""
+        return [operations.endpoint(name, operation) for name, operation in self.operations().items()]
+
+    def begin(self, name: str | None) -> Adapter | None:
+        """Return the adapter for a request, None for the model itself; it stays loaded until :meth:`end`.
+
+        :raises InvalidRequestError: there is neither a model nor an adapter of this name.
+        """
+        info = self._info
+        adapter = None if name is None else self._loaded.get(name)
+        if adapter is not None:
+            adapter.in_use += 1
+        elif (
+            name is not None
+            and info is not None
+            and name not in (info.model_name, info.model_path, *info.model_aliases)
+        ):
+            raise InvalidRequestError(f"there is no model or LoRA adapter {name!r} on this worker")
+        return adapter
+
+    @staticmethod
+    def end(adapter: Adapter | None) -> None:
+        """Take note that a request has ended."""
+        if adapter is not None:
+            adapter.in_use -= 1
+
+    async def load(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Load ``lora_name`` from ``source.uri`` and register it as a model of its own."""
+        name, uri = body.get("lora_name"), (body.get("source") or {}).get("uri")
+        if not isinstance(name, str) or not name or not isinstance(uri, str) or not uri:
+            raise InvalidRequestError('needed: {"lora_name": NAME, "source": {"uri": "file:///…" or "s3://…"}}')
+        async with self._lock:
+            adapter = self._loaded.get(name)
+            if adapter is not None:
+                return _answer(adapter, "is loaded already")
+            adapter = Adapter(name, lora_name_to_id(name), await _fetch(uri))
+            await self._loader.load(adapter)
+            self._loaded[name] = adapter
+            try:
+                if self._endpoint is not None and self._info is not None:
+                    await register_adapter(self._endpoint, self._info, name, self._slots)
+            except Exception:
+                del self._loaded[name]
+                await self._loader.unload(adapter)
+                raise
+        log.info("LoRA adapter loaded", name=name, path=adapter.path)
+        return _answer(adapter, "loaded")
+
+    async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Take ``lora_name`` out of discovery, wait for its requests, and unload it."""
+        name = body.get("lora_name")
+        async with self._lock:
+            adapter = self._loaded.get(name) if isinstance(name, str) else None
+            if adapter is None:
+                raise InvalidRequestError(f"there is no LoRA adapter {name!r}; loaded: {sorted(self._loaded)}")
+            if self._endpoint is not None:
+                await unregister_model(endpoint=self._endpoint, lora_name=adapter.name)
+            while adapter.in_use:
+                await asyncio.sleep(_POLL_SECONDS)
+            del self._loaded[adapter.name]
+            await self._loader.unload(adapter)
+        log.info("LoRA adapter unloaded", name=adapter.name)
+        return _answer(adapter, "unloaded")
+
+    async def list(self, body: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - every operation has a body
+        """Return the loaded adapters and their ids."""
+        return {"loras": {name: adapter.number for name, adapter in self._loaded.items()}, "count": len(self._loaded)}
+
+
+def _answer(adapter: Adapter, what: str) -> dict[str, Any]:
+    return {"message": f"{adapter.name} {what}", "lora_name": adapter.name, "lora_id": adapter.number}
+
+
+async def _fetch(uri: str) -> str:
+    """Return the directory of an adapter, downloaded if need be."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        return str(await LoRADownloader().download_if_needed(uri))
+    path = Path(unquote(parts.path))
+    if not (path / "adapter_config.json").is_file():
+        raise InvalidRequestError(f"{path} is no LoRA adapter: it has no adapter_config.json")
+    return str(path)

@@ -1,0 +1,275 @@
+"""From Dynamo's requests to an engine's parameters: every field is passed on, left to the frontend, or refused by name.
+
+An engine writes its tables down (which field becomes which parameter, read how); reading them is the same for all. A
+field that no table knows is refused: it must never be dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.json_schema import check_references
+
+#: Reads one value of a request and returns it for the engine. Gets the field's full name for its error message.
+Reader = Callable[[str, Any], Any]
+#: A field that concerns text, stop strings or routing: the frontend has dealt with it.
+FRONTEND: Final = None
+#: One section of a request: for every field the engine's name and the reader, or :data:`FRONTEND`. Fields with the same
+#: engine's name add up (lists); an empty name checks the value only.
+Fields = Mapping[str, "tuple[str, Reader] | None"]
+
+#: A request for the log-probabilities of the whole vocabulary: -1, which the frontend sends as an unsigned number.
+_WHOLE_VOCABULARY: Final = 2**32 - 1
+#: Marks a cache salt of ours in KV events, where it stands untyped among other strings (Dynamo's convention).
+_SALT_PREFIX: Final = "dynamo-cache-salt:"
+
+#: What else stands in a request, besides the four sections, and who takes care of it.
+_HANDLED: Final = frozenset(
+    {
+        # read by every engine
+        *("model", "token_ids", "sampling_options", "stop_conditions", "output_options", "routing", "extra_args"),
+        *("prefill_result", "nvext", "agent_context"),
+        # by the frontend, the router or the core
+        *("annotations", "mdc_sum", "router_config_override", "migration_link", "migration_state", "jail_seed"),
+        *("_HEALTH_CHECK", "request_id", "tracker", "mm_routing_info", "estimated_prefix_hit_num_blocks"),
+        *("backend_instance_id", "bootstrap_info"),
+        # engines know the model's own end-of-sequence tokens; the frontend stops at these as well
+        "eos_token_ids",
+    }
+)
+
+#: The keys of ``guided_decoding`` (Dynamo 1.6.1).
+GUIDED: Final = ("json", "regex", "choice", "grammar", "whitespace_pattern", "structural_tag")
+
+
+def refusal(name: str, expected: str, value: object) -> InvalidRequestError:
+    """Return the error for a value of the wrong kind."""
+    return InvalidRequestError(f"{name}: {expected} is needed, not {value!r:.80}")
+
+
+def integer(name: str, value: Any) -> int:
+    """Read a 64-bit integer; a float without a fraction is one too."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise refusal(name, "an integer", value)
+    if not -(2**63) <= value < 2**63:
+        raise refusal(name, "a 64-bit integer", value)
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """Read a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise refusal(name, "a finite number", value)
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Read true or false."""
+    if not isinstance(value, bool):
+        raise refusal(name, "true or false", value)
+    return value
+
+
+def tokens(name: str, value: Any) -> list[int]:
+    """Read a list of token ids."""
+    if not isinstance(value, (list, tuple)):
+        raise refusal(name, "a list of tokens", value)
+    return [integer(name, token) for token in value]
+
+
+def count(name: str, value: Any) -> int:
+    """Read a number of log-probabilities; -1 is the whole vocabulary."""
+    number_of = integer(name, value)
+    if number_of == _WHOLE_VOCABULARY:
+        return -1
+    if number_of < -1:
+        raise refusal(name, "a number of tokens", value)
+    return number_of
+
+
+def length(name: str, value: Any) -> int:
+    """Read a number of tokens."""
+    number_of = integer(name, value)
+    if number_of < 0:
+        raise refusal(name, "a number of tokens", value)
+    return number_of
+
+
+def logit_bias(name: str, value: Any) -> dict[int, float]:
+    """Read what is added to the logits of tokens, kept between -100 and 100 as in the OpenAI interface."""
+    if not isinstance(value, Mapping):
+        raise refusal(name, "an object of tokens and numbers", value)
+    try:
+        ids = [int(token) for token in value]
+    except (TypeError, ValueError):
+        raise refusal(name, "an object of tokens and numbers", value) from None
+    return {token: min(100.0, max(-100.0, number(name, bias))) for token, bias in zip(ids, value.values(), strict=True)}
+
+
+def unsupported(*harmless: object) -> Reader:
+    """Return the reader of a field that the engine has nothing for; the ``harmless`` values ask for nothing."""
+
+    def read(name: str, value: Any) -> None:
+        if value not in harmless:
+            raise InvalidRequestError(f"{name} = {value!r:.80} is not supported by this engine")
+
+    return read
+
+
+def guided_decoding(value: Any) -> dict[str, Any]:
+    """Return the constraint on the output's text, checked: an object with one or more of :data:`GUIDED`, or empty.
+
+    ``structural_tag`` is JSON text. The engine as a whole has one grammar backend, so ``backend`` can only be ``auto``.
+
+    :raises InvalidRequestError: a key is unknown or wrong, or a JSON schema refers to itself without ever getting on.
+    """
+    if not isinstance(value, Mapping):
+        raise refusal("guided_decoding", "an object", value)
+    given = {key: entry for key, entry in value.items() if entry is not None}
+    backend = given.pop("backend", "auto")
+    if backend != "auto":
+        raise InvalidRequestError(
+            f"guided_decoding.backend = {backend!r:.80} is not supported: a flag of the engine chooses the backend"
+        )
+    for key in given:
+        if key not in GUIDED:
+            raise InvalidRequestError(f"guided_decoding.{key} is not supported by this engine")
+    for key in ("regex", "grammar", "whitespace_pattern"):
+        if key in given and not isinstance(given[key], str):
+            raise refusal(f"guided_decoding.{key}", "a string", given[key])
+    choice = given.get("choice")
+    if choice is not None and not (
+        isinstance(choice, (list, tuple)) and choice and all(isinstance(entry, str) for entry in choice)
+    ):
+        raise refusal("guided_decoding.choice", "a list of strings", choice)
+    if "json" in given:
+        schema = given["json"]
+        if not isinstance(schema, (str, Mapping)):
+            raise refusal("guided_decoding.json", "a JSON schema", schema)
+        check_references(schema)
+    if "structural_tag" in given and not isinstance(given["structural_tag"], str):
+        given["structural_tag"] = json.dumps(given["structural_tag"])
+    return given if given.keys() - {"whitespace_pattern"} else {}
+
+
+def section(request: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """Return one object of a request, however deep; empty when it is missing or null.
+
+    :raises InvalidRequestError: it is no object.
+    """
+    current: Any = request
+    for name in names:
+        current = current.get(name)
+        if current is None:
+            return {}
+        if not isinstance(current, Mapping):
+            raise refusal(name, "an object", current)
+    found: Mapping[str, Any] = current
+    return found
+
+
+@dataclass(frozen=True)
+class RequestTable:
+    """What an engine makes of each field of a request.
+
+    :param sampling: ``sampling_options``.
+    :param stop: ``stop_conditions``.
+    :param output: ``output_options``.
+    :param extra: ``extra_args.sampling_options``, options that Dynamo has no field for.
+    :param handled: further parts of a request that the engine, or nobody, needs to take care of.
+    """
+
+    sampling: Fields
+    stop: Fields
+    output: Fields
+    extra: Fields = field(default_factory=dict)
+    handled: frozenset[str] = frozenset()
+
+    def read(self, request: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the engine's parameters: the defaults, and what the request says.
+
+        :raises InvalidRequestError: a field is unknown, not supported or wrong; the message names it.
+        """
+        for key in request:
+            if key not in _HANDLED and key not in self.handled and request[key]:
+                raise InvalidRequestError(f"{key} is not supported by this engine")
+        values = dict(defaults)
+        _read("sampling_options", self.sampling, section(request, "sampling_options"), values)
+        extra = section(request, "extra_args", "sampling_options")
+        _read("extra_args.sampling_options", self.extra, extra, values)
+        _read("stop_conditions", self.stop, section(request, "stop_conditions"), values)
+        _read("output_options", self.output, section(request, "output_options"), values)
+        best_of = section(request, "sampling_options").get("best_of")
+        if best_of is not None and best_of not in (1, values.get("n", 1)):
+            raise InvalidRequestError(f"sampling_options.best_of = {best_of!r:.80} is not supported by this engine")
+        return values
+
+
+def _read(where: str, table: Fields, options: Mapping[str, Any], values: dict[str, Any]) -> None:
+    for key, value in options.items():
+        if value is None:
+            continue
+        try:
+            entry = table[key]
+        except KeyError:
+            raise InvalidRequestError(f"{where}.{key} is not supported by this engine") from None
+        if entry is FRONTEND:
+            continue
+        target, read = entry
+        result = read(f"{where}.{key}", value)
+        if not target:
+            continue
+        if isinstance(result, list) and target in values:
+            result = [*values[target], *result]
+        values[target] = result
+
+
+def room_for_answer(request: Mapping[str, Any], context_length: int) -> int:
+    """Return how many tokens an answer can have.
+
+    :raises InvalidRequestError: not even one.
+    """
+    prompt = len(request["token_ids"])
+    room = context_length - prompt
+    if room < 1:
+        raise InvalidRequestError(
+            f"the prompt has {prompt} tokens; the model's context length is {context_length}, and at least one token "
+            "must be left for the answer"
+        )
+    return room
+
+
+def cache_salt(request: Mapping[str, Any]) -> str | None:
+    """Return what keeps this request's share of the prefix cache apart from that of others."""
+    for source in (section(request, "routing"), section(request, "nvext"), section(request, "extra_args", "nvext")):
+        salt = source.get("cache_salt")
+        if salt:
+            if not isinstance(salt, str):
+                raise refusal("cache_salt", "a string", salt)
+            return _SALT_PREFIX + salt
+    return None
+
+
+def priority(request: Mapping[str, Any]) -> int:
+    """Return the priority; the highest number goes first."""
+    value = section(request, "routing").get("priority")
+    return 0 if value is None else integer("routing.priority", value)
+
+
+def session_id(request: Mapping[str, Any]) -> str | None:
+    """Return the id of the agent's session that the request belongs to."""
+    value = section(request, "agent_context").get("session_id")
+    return (value.strip() or None) if isinstance(value, str) else None
+
+
+def adapter_name(request: Mapping[str, Any]) -> str | None:
+    """Return the name that decides about the LoRA adapter: the router's choice, or the model asked for."""
+    name = section(request, "routing").get("lora_name") or request.get("model")
+    return name if isinstance(name, str) else None
