@@ -24,11 +24,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import in_flight, peer_environment, rolling, scenarios
+from common import in_flight, peer_environment, rolling, scenarios, stops
 from common.load import LoadError
 from common.processes import raise_file_limit
-from common.report import add_output_arguments, machine, median, number, progress, seconds, table, write_json
-from common.workbench import OURS, PEER, TITLES, Workbench, WorkbenchError
+from common.report import add_output_arguments, machine, number, progress, seconds, table, write_json
+from common.subjects import OURS, PEER, TITLES, Echo
+from common.workbench import Workbench, WorkbenchError
 
 _PARTS = ("stops", "in-flight", "rolling")
 
@@ -84,104 +85,6 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _stops(arguments: argparse.Namespace, peer: Path | None) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
-    try:
-        with Workbench(peer, arguments.keep_logs) as bench:
-            for scenario in scenarios.chosen(arguments.scenario):
-                for kind in scenario.kinds:
-                    if kind == PEER and peer is None:
-                        continue
-                    row, result = _measured(bench, scenario, kind, arguments)
-                    rows.append(row)
-                    results.append(result)
-    except KeyboardInterrupt:
-        progress("interrupted: the table has what was measured until now")
-    table(
-        f"Stops and faults, medians of {arguments.repeat}; after the signal, or after the grace period where marked +g",
-        [
-            "",
-            "out of discovery",
-            "out of frontend",
-            "exit",
-            "all gone",
-            "after last answer",
-            "code",
-            "streams",
-            "left: proc/shm/files/entries",
-            "bars",
-        ],
-        rows,
-    )
-    return results
-
-
-def _measured(
-    bench: Workbench, scenario: scenarios.Scenario, kind: str, arguments: argparse.Namespace
-) -> tuple[list[str], dict[str, Any]]:
-    """Measure one scenario with one worker as often as wanted; return its row and its values."""
-    outcomes = []
-    for turn in range(arguments.repeat):
-        progress(f"{scenario.name}: {TITLES[kind]}, {turn + 1} of {arguments.repeat}")
-        try:
-            outcome = scenarios.measure(bench, scenario, kind, arguments.grace, arguments.streams)
-        except (WorkbenchError, LoadError) as error:
-            progress(f"  not measured: {error}")
-            continue
-        outcomes.append(outcome)
-        _remarks(outcome)
-    if not outcomes:
-        title = f"{scenario.name}: {TITLES[kind]}"
-        return [title, "not measured", *[""] * 8], {"scenario": scenario.name, "worker": kind, "outcomes": []}
-    return _row(scenario, kind, outcomes)
-
-
-def _remarks(outcome: scenarios.Outcome) -> None:
-    for reason, times in outcome.losses.items():
-        progress(f"  lost: {times} x {reason}")
-    for what in (*outcome.processes_left, *outcome.shared_memory_left, *outcome.files_left, *outcome.entries_left):
-        progress(f"  left: {what}")
-
-
-def _row(
-    scenario: scenarios.Scenario, kind: str, outcomes: list[scenarios.Outcome]
-) -> tuple[list[str], dict[str, Any]]:
-    values = {
-        key: median(getattr(outcome, key) for outcome in outcomes)
-        for key in ("leave", "frontend", "exited", "gone", "after_last_answer")
-    }
-    never = f"not in {scenario.bound:.0f} s"
-    codes = sorted({"-" if outcome.code is None else str(outcome.code) for outcome in outcomes})
-    missed = sorted({name for outcome in outcomes for name in outcome.missed(scenario)}) if kind == OURS else []
-    streams = sum(outcome.streams for outcome in outcomes)
-    completed = sum(outcome.completed for outcome in outcomes)
-    left = [
-        max(len(getattr(outcome, key)) for outcome in outcomes)
-        for key in ("processes_left", "shared_memory_left", "files_left", "entries_left")
-    ]
-    row = [
-        f"{scenario.name}{' +g' if scenario.after_grace else ''}: {TITLES[kind]}",
-        (seconds(values["leave"]) if values["leave"] is not None else never) if scenario.ready else "-",
-        seconds(values["frontend"]),
-        seconds(values["exited"]) if values["exited"] is not None else never,
-        seconds(values["gone"]) if values["gone"] is not None else never,
-        seconds(values["after_last_answer"]),
-        "/".join(codes),
-        f"{completed}/{streams}" if streams else "-",
-        "/".join(map(str, left)),
-        "" if kind != OURS else "ok" if not missed else "MISSED " + ", ".join(missed),
-    ]
-    result = {
-        "scenario": scenario.name,
-        "worker": kind,
-        "medians": values,
-        "missed": missed,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
-    return row, result
-
-
 def _in_flight(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     counts = [int(count) for count in arguments.in_flight.split(",")]
     frontends = in_flight.frontends_for(max(counts), raise_file_limit())
@@ -191,7 +94,7 @@ def _in_flight(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for count in counts:
             # A fresh frontend for each: thousands of streams leave their traces in one.
             try:
-                with Workbench(None, arguments.keep_logs, frontends) as bench:
+                with Workbench(keep_logs=arguments.keep_logs, frontends=frontends) as bench:
                     result = in_flight.measure(bench, mode, count)
             except (WorkbenchError, LoadError) as error:
                 progress(f"{mode}, {count} requests: not measured: {error}")
@@ -228,31 +131,17 @@ def _rolling(arguments: argparse.Namespace, peer: Path | None) -> list[rolling.R
     series = []
     for kind, mode, restarts in modes:
         try:
-            with Workbench(peer, arguments.keep_logs) as bench:
-                result = rolling.measure(bench, kind, mode, restarts, min(arguments.grace, 0.5), 4 * arguments.streams)
+            with Workbench(Echo(peer, tokens_per_second=rolling.RATE), arguments.keep_logs) as bench:
+                title = f"{TITLES[kind]}, {mode}" if mode else TITLES[kind]
+                grace = min(arguments.grace, 0.5)
+                result = rolling.measure(bench, kind, title, mode, restarts, grace, 4 * arguments.streams)
         except (WorkbenchError, LoadError) as error:
             progress(f"{TITLES[kind]}, {mode or 'rolling'}: not measured: {error}")
             continue
         series.append(result)
         for reason, times in result.losses.items():
             progress(f"{result.title}: {times} x {reason}")
-    table(
-        "Rolling restarts of 2 workers under steady load",
-        ["", "restarts", "time per restart", "requests", "lost", "exit codes", "files left", "bar"],
-        [
-            [
-                result.title,
-                str(len(result.restarts)),
-                seconds(median(end - start for start, end in result.restarts)),
-                str(len(result.requests)),
-                str(result.lost),
-                ", ".join(f"{code}: {times}" for code, times in sorted(result.codes.items())),
-                str(result.files_left),
-                "" if result.title == TITLES[PEER] else "ok" if result.lost == 0 else "MISSED",
-            ]
-            for result in series
-        ],
-    )
+    rolling.print_table(series)
     return series
 
 
@@ -268,7 +157,7 @@ def main() -> int:
     arguments = _arguments()
     try:
         if arguments.list:
-            for scenario in scenarios.scenarios():
+            for scenario in scenarios.of_echo():
                 print(scenario.name)
             return 0
         if arguments.plot_from:
@@ -286,7 +175,10 @@ def main() -> int:
             peer = peer_environment.ensure(arguments.peer_env)
         results: dict[str, Any] = {}
         if "stops" in parts:
-            results["stops"] = _stops(arguments, peer)
+            stops_of = [kind for kind in (PEER, OURS) if kind == OURS or peer is not None]
+            with Workbench(Echo(peer, tokens_per_second=scenarios.RATE), arguments.keep_logs) as bench:
+                chosen = scenarios.chosen(scenarios.of_echo(), arguments.scenario)
+                results["stops"] = stops.measure(bench, chosen, stops_of, TITLES, arguments)
         if "in-flight" in parts:
             results["in_flight"] = _in_flight(arguments)
         if "rolling" in parts:

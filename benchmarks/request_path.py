@@ -34,7 +34,8 @@ from common.report import (
     table,
     write_json,
 )
-from common.workbench import BARE, OURS, PEER, TITLES, Workbench, WorkbenchError, Worker
+from common.subjects import BARE, OURS, PEER, TITLES, Echo
+from common.workbench import Workbench, WorkbenchError, Worker
 
 
 def _arguments() -> argparse.Namespace:
@@ -199,7 +200,7 @@ def main() -> int:
     rounds: list[list[dict[str, Any]]] = []
     try:
         peer = peer_environment.ensure(arguments.peer_env) if PEER in kinds else None
-        with Workbench(peer, arguments.keep_logs) as bench:
+        with Workbench(Echo(peer), arguments.keep_logs) as bench:
             workers = []
             for kind in kinds:
                 progress(f"starting {TITLES[kind]}")

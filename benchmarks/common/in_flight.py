@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from common.load import Load, LoadSpecification, echo_text
 from common.processes import TreeWatch
 from common.report import progress
-from common.workbench import OURS, Workbench, WorkbenchError
+from common.subjects import OURS
+from common.workbench import Workbench, WorkbenchError
 
 #: Few tokens at a slow rate, so that thousands of streams are in flight without a load that hides what is measured.
 MAX_TOKENS = 8

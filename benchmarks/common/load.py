@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _TOKEN = b'"content":"'
 _CONTENT = re.compile(rb'"content":"((?:[^"\\]|\\.)*)"')
+_USAGE = re.compile(rb'"completion_tokens":(\d+)')
 _END = b"0\r\n\r\n"
 _KEPT = len(_TOKEN) - 1
 
@@ -48,6 +49,8 @@ class LoadSpecification:
     :param max_tokens: tokens of each request; it is lost when the client does not get exactly that many.
     :param prompt: what the user says.
     :param expected: the whole text of the answer; a request with another text is lost. None: only count tokens.
+    :param count_by_usage: whether the server is asked for the number of tokens: engines put several into one chunk when
+        they are in a hurry. False: every chunk with text is one.
     :param ramp: streams started per second; 0: all at once.
     :param timeout: bound of one request in seconds.
     :param time_limit: bound of the whole run in seconds.
@@ -60,6 +63,7 @@ class LoadSpecification:
     max_tokens: int
     prompt: str = PROMPT
     expected: str | None = None
+    count_by_usage: bool = False
     ramp: float = 0.0
     timeout: float = 60.0
     time_limit: float = 300.0
@@ -293,6 +297,9 @@ class _Stream(asyncio.Protocol):
 
     def _finish(self) -> None:
         tail = b"".join(self._recent)
+        if self._generator.specification.count_by_usage:
+            counts = _USAGE.findall(tail)
+            self.tokens = int(counts[-1]) if counts else 0
         wanted = self._generator.specification.max_tokens
         if b'"finish_reason":"length"' not in tail or b"data: [DONE]" not in tail:
             self._end(f"no clean finish: {_error_text(tail)}")
@@ -349,6 +356,7 @@ class _Generator:
                 "stream": True,
                 "max_tokens": specification.max_tokens,
                 "messages": [{"role": "user", "content": specification.prompt}],
+                **({"stream_options": {"include_usage": True}} if specification.count_by_usage else {}),
             }
         ).encode()
         self.request = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,16 +21,42 @@ _WITHOUT_DEPENDENCIES = (f"ai-dynamo=={PEER_VERSION}", f"ai-dynamo-runtime=={PEE
 _NEEDED = ("uvloop>=0.21", "pydantic>=2.10.6,<=2.13.5", "typing-extensions")
 _CHECK = "import dynamo.common.backend.run, sys; from importlib.metadata import version; print(version('ai-dynamo'))"
 
+#: What NVIDIA's workers for engines import beside the engine.
+_ENGINE_WORKER_NEEDS = ("redis==8.1.0", "torchvision==0.28.0")
+#: torchvision from the package index is built for CUDA: on a CPU its import fails for two operators it does not find.
+_TORCHVISION_OPERATORS = """
+import importlib.abc
+import sys
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            global library
+            library = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, _Finder())
+"""
+
 
 class PeerEnvironmentError(Exception):
     """The peer's environment cannot be made here."""
 
 
+def cache_directory() -> Path:
+    """Return where things are kept between runs: below the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo-worker-benchmarks"
+
+
 def default_location() -> Path:
-    """Return where the peer's environment is kept between runs: below the user's cache directory."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    python = f"py{sys.version_info.major}.{sys.version_info.minor}"
-    return cache / "dynamo-worker-benchmarks" / f"peer-{PEER_VERSION}-{python}"
+    """Return where the peer's environment is kept."""
+    return cache_directory() / f"peer-{PEER_VERSION}-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def ensure(location: Path | None = None) -> Path:
@@ -55,6 +82,30 @@ def ensure(location: Path | None = None) -> Path:
         raise PeerEnvironmentError(f"{python} cannot import dynamo.common.backend; remove {directory} and try again")
     progress(f"peer: ready after {time.monotonic() - start:.0f} s")
     return python
+
+
+def ensure_packages(module: str) -> Path:
+    """Return a directory with NVIDIA's own worker for an engine, to be put on the path of this very environment.
+
+    So both workers run on the same engine, the same torch and the same runtime.
+
+    :param module: the worker, ``dynamo.vllm`` for one.
+    :raises PeerEnvironmentError: it cannot be installed, or not be imported.
+    """
+    directory = cache_directory() / f"peer-packages-{PEER_VERSION}"
+    if not (directory / "dynamo").exists():
+        progress(f"peer: installing ai-dynamo {PEER_VERSION} into {directory} (once, about 50 MB)")
+        packages = [_WITHOUT_DEPENDENCIES[0], *_ENGINE_WORKER_NEEDS]
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+        _run(*pip, "--no-deps", "--target", str(directory), *packages)
+        if importlib.util.find_spec("torchvision") is None:
+            (directory / "sitecustomize.py").write_text(_TORCHVISION_OPERATORS)
+    environment = {**os.environ, "PYTHONPATH": str(directory)}
+    check = [sys.executable, "-c", f"import {module}.main"]
+    result = subprocess.run(check, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode != 0:
+        raise PeerEnvironmentError(f"{module} cannot be imported from {directory}:\n{result.stderr.strip()[-1500:]}")
+    return directory
 
 
 def _works(python: Path) -> bool:

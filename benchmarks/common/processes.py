@@ -193,6 +193,8 @@ class Program:
                 stdout=output,
                 stderr=output,
                 env=dict(environment),
+                # `python -m` looks for modules where it is started, and benchmarks are named like engines.
+                cwd=log.parent,
                 start_new_session=True,
             )
         self.pid = self._process.pid

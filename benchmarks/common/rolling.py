@@ -7,9 +7,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.load import Load, LoadSpecification, echo_text
-from common.report import progress
-from common.workbench import OURS, TITLES, Workbench, WorkbenchError, files_below
+from common.load import Load, LoadSpecification
+from common.report import median, progress, seconds, table
+from common.subjects import OURS
+from common.workbench import Workbench, WorkbenchError, files_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 RATE = 100.0
 MAX_TOKENS = 100
-_TIME_PER_RESTART = 30.0
+#: Bounds of a stop, and of a restart beside the worker's start.
+_STOP_SECONDS = 30.0
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Rolling:
     """What came of a series of rolling restarts; times in seconds after the start of the load.
 
     :param title: what was restarted.
+    :param ours: whether the bar of no lost request holds.
     :param restarts: when each restart began and ended (the new worker was registered).
     :param requests: the time at which each request ended, and whether it was completed.
     :param losses: reasons of the lost ones.
@@ -33,6 +36,7 @@ class Rolling:
     """
 
     title: str
+    ours: bool
     restarts: list[tuple[float, float]] = field(default_factory=list)
     requests: list[tuple[float, bool]] = field(default_factory=list)
     losses: dict[str, int] = field(default_factory=dict)
@@ -49,22 +53,32 @@ class Rolling:
         return asdict(self)
 
 
-def measure(bench: Workbench, kind: str, mode: str | None, restarts: int, grace: float, streams: int) -> Rolling:
+def measure(
+    bench: Workbench,
+    kind: str,
+    title: str,
+    mode: str | None,
+    restarts: int,
+    grace: float,
+    streams: int,
+    tokens: int = MAX_TOKENS,
+    request_seconds: float = MAX_TOKENS / RATE,
+) -> Rolling:
     """Restart two workers in turn.
 
     :param kind: `peer` or `ours`.
+    :param title: what tables and plot call it.
     :param mode: drain mode of dynamo-worker.
     :param restarts: how many restarts.
     :param grace: grace period in seconds (`handoff` has none).
     :param streams: number of concurrent streams, each sending one request after the other.
+    :param tokens: of each request.
+    :param request_seconds: how long a request takes, roughly.
     """
-    title = f"{TITLES[kind]}, {mode}" if mode else TITLES[kind]
-    rolling = Rolling(title)
+    rolling = Rolling(title, kind == OURS)
     model = "rolling"
-    flags = ["--tokens-per-second", str(RATE)]
+    flags = [] if mode is None else ["--drain", mode]
     additions = {}
-    if mode is not None:
-        flags += ["--drain", mode]
     if mode in (None, "complete"):
         additions["DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"] = f"{grace:g}"
     workers = [bench.start(kind, model, flags, additions) for _ in range(2)]
@@ -75,27 +89,28 @@ def measure(bench: Workbench, kind: str, mode: str | None, restarts: int, grace:
             model,
             streams,
             None,
-            MAX_TOKENS,
-            expected=echo_text(MAX_TOKENS) if kind == OURS else None,
+            tokens,
+            expected=bench.subject.expected(kind, tokens),
+            count_by_usage=bench.subject.expected(kind, tokens) is None,
             # Spread over the length of a request, so that requests end all the time and not all at once.
-            ramp=streams * RATE / MAX_TOKENS,
-            timeout=30.0,
-            time_limit=restarts * _TIME_PER_RESTART + 60.0,
+            ramp=streams / request_seconds,
+            timeout=60.0,
+            time_limit=restarts * (_STOP_SECONDS + bench.subject.start_seconds) + 60.0,
         )
     )
     try:
-        load.wait_streaming(20.0)
+        load.wait_streaming(30.0)
         start = time.monotonic()
         for number in range(restarts):
             worker = workers.pop(0)
             began = worker.program.signal(signal.SIGTERM)
-            code = worker.program.wait(_TIME_PER_RESTART)
+            code = worker.program.wait(_STOP_SECONDS)
             rolling.codes[str(code)] = rolling.codes.get(str(code), 0) + 1
             rolling.files_left += len(files_below(worker.temporary))
             bench.end([worker])
             workers.append(bench.start(kind, model, flags, additions))
             rolling.restarts.append((began - start, time.monotonic() - start))
-            if (number + 1) % 10 == 0 or number + 1 == restarts:
+            if (number + 1) % 10 == 0 or number + 1 == restarts or bench.subject.spare_first:
                 progress(f"{title}: {number + 1} of {restarts} restarts")
             # The frontend has seen the new worker in the discovery directory; it still has to connect to it.
             time.sleep(0.2)
@@ -107,6 +122,27 @@ def measure(bench: Workbench, kind: str, mode: str | None, restarts: int, grace:
     finally:
         load.close()
         bench.end(workers)
+
+
+def print_table(series: Sequence[Rolling]) -> None:
+    """Print what came of them."""
+    table(
+        "Rolling restarts of 2 workers under steady load",
+        ["", "restarts", "time per restart", "requests", "lost", "exit codes", "files left", "bar"],
+        [
+            [
+                result.title,
+                str(len(result.restarts)),
+                seconds(median(end - start for start, end in result.restarts)),
+                str(len(result.requests)),
+                str(result.lost),
+                ", ".join(f"{code}: {times}" for code, times in sorted(result.codes.items())),
+                str(result.files_left),
+                "ok" if result.lost == 0 else "MISSED" if result.ours else "",
+            ]
+            for result in series
+        ],
+    )
 
 
 def plot(series: Sequence[Rolling], path: Path) -> bool:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from common.discovery import VanishedModel
-from common.load import Load, LoadError, LoadResult, LoadSpecification, echo_text
+from common.load import Load, LoadError, LoadResult, LoadSpecification
 from common.processes import TreeWatch, command_line, pin_and_signal
+from common.subjects import OURS, PEER, RealEngine
 from common.workbench import (
-    OURS,
-    PEER,
     Workbench,
     WorkbenchError,
     Worker,
@@ -24,9 +23,8 @@ from common.workbench import (
     shared_memory_of,
 )
 
-#: Tokens per second of a stream, and tokens of a request: streams of 6 s, longer than any grace period used here.
+#: Tokens per second of a stream of the echo engine: streams of 6 s, longer than any grace period used here.
 RATE = 40.0
-MAX_TOKENS = 240
 _names = itertools.count(1)
 #: Does something to a worker; returns since when its end counts, on CLOCK_MONOTONIC.
 Action = Callable[[Worker], float]
@@ -49,8 +47,10 @@ class Scenario:
     :param bound: how long to wait for the end in seconds.
     :param leave: bar: seconds to leave discovery.
     :param gone: bar: seconds until every process is gone.
+    :param gone_after_leaving: bar: the same, from when it has left discovery.
     :param code: bar: the exit code.
     :param completed: bar: whether every stream must complete.
+    :param loading: for a worker that is still starting: what its log says when the action is due; None: after 1.5 s.
     """
 
     name: str
@@ -66,8 +66,10 @@ class Scenario:
     bound: float = 20.0
     leave: float | None = None
     gone: float | None = None
+    gone_after_leaving: float | None = None
     code: int | None = None
     completed: bool = False
+    loading: str | None = None
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Outcome:
     exited: float | None = None
     gone: float | None = None
     after_last_answer: float | None = None
+    gone_after_leaving: float | None = None
     code: int | None = None
     streams: int = 0
     completed: int = 0
@@ -100,7 +103,11 @@ class Outcome:
     def missed(self, scenario: Scenario) -> list[str]:
         """Return the names of the bars that were missed."""
         missed = []
-        for name, value, most in (("leave", self.leave, scenario.leave), ("gone", self.gone, scenario.gone)):
+        for name, value, most in (
+            ("leave", self.leave, scenario.leave),
+            ("gone", self.gone, scenario.gone),
+            ("gone after leaving", self.gone_after_leaving, scenario.gone_after_leaving),
+        ):
             if most is not None and (value is None or value > most):
                 missed.append(name)
         if scenario.code is not None and self.code != scenario.code:
@@ -149,6 +156,18 @@ def to_last_engine(worker: Worker) -> int:
     return worker.engine_pids()[-1]
 
 
+def to_named(title: str) -> Callable[[Worker], int]:
+    """Return what finds the engine's process whose command line begins with `title`."""
+
+    def find(worker: Worker) -> int:
+        for pid in worker.engine_pids():
+            if command_line(pid) and command_line(pid)[0].startswith(title):
+                return pid
+        raise WorkbenchError(f"{worker.program.name} has no process {title}")
+
+    return find
+
+
 def repeated(number: int, count: int, pause: float, stopped: bool = False) -> Action:
     """Return the action that sends a signal to a worker's program several times; its time is that of the last one.
 
@@ -167,8 +186,8 @@ def repeated(number: int, count: int, pause: float, stopped: bool = False) -> Ac
     return action
 
 
-def scenarios() -> list[Scenario]:
-    """Return all scenarios, in the order of the report."""
+def of_echo() -> list[Scenario]:
+    """Return what is done to workers with the echo engine, in the order of the report."""
     terminate = send(signal.SIGTERM, to_program)
     own = (OURS,)
     stall = ("--stall-timeout", "5")
@@ -257,6 +276,47 @@ def scenarios() -> list[Scenario]:
     ]
 
 
+def of_real(engine: RealEngine, bounds: Sequence[float]) -> list[Scenario]:
+    """Return what is done to workers with a real engine, in the order of the report.
+
+    :param bounds: seconds within which a standstill must be noticed; one pair of rows for each.
+    """
+    terminate = send(signal.SIGTERM, to_program)
+    own = (OURS,)
+    moved: dict[str, Any] = {"busy": True, "spare": True, "completed": True}
+    fatal: dict[str, Any] = {"leave": 0.05, "gone": 1.0, "code": 1}
+    found = [
+        Scenario("SIGTERM while loading", terminate, ready=False, loading=engine.loading, gone=3.0, bound=90.0),
+        Scenario("SIGTERM, idle", terminate, after_grace=True, code=0),
+        Scenario("SIGTERM, busy, complete, one worker", terminate, busy=True, code=0, completed=True, bound=60.0),
+        Scenario(
+            "SIGTERM, busy, handoff, spare worker",
+            terminate,
+            own,
+            flags=("--drain", "handoff", "--grace-period", "0"),
+            gone_after_leaving=2.0,
+            code=0,
+            **moved,
+        ),
+        Scenario("worker killed, busy, spare worker", send(signal.SIGKILL, to_worker), leave=0.5, gone=1.0, **moved),
+        Scenario("supervisor killed, busy, spare worker", send(signal.SIGKILL, to_program), own, gone=1.0, **moved),
+    ]
+    for name, title in engine.processes.items():
+        kill, stop = send(signal.SIGKILL, to_named(title)), send(signal.SIGSTOP, to_named(title))
+        found.append(Scenario(f"{name} killed, idle", kill, bound=90.0, **fatal))
+        found.append(Scenario(f"{name} killed, busy, spare worker", kill, bound=90.0, **fatal, **moved))
+        for bound in bounds:
+            stalls: dict[str, Any] = {
+                "flags": ("--stall-timeout", f"{bound:g}"),
+                "bound": bound + 15.0,
+                "gone": bound + 1.0,
+                "code": 1,
+            }
+            found.append(Scenario(f"{name} stopped, idle, bound {bound:g} s", stop, **stalls))
+            found.append(Scenario(f"{name} stopped, busy, bound {bound:g} s", stop, **stalls, **moved))
+    return found
+
+
 def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, streams: int) -> Outcome:
     """Start the workers of a scenario, do it, and see what comes of it.
 
@@ -269,9 +329,7 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
     outcome = Outcome(scenario.name, kind)
     # A name of its own for each measurement, so that nothing of the last one is taken for it.
     model = f"{kind}{next(_names)}"
-    flags = ["--tokens-per-second", str(RATE)]
-    if scenario.process_tree:
-        flags.append("--process-tree")
+    flags = ["--process-tree"] if scenario.process_tree else []
     additions = {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": f"{grace:g}"}
     if kind == OURS:
         flags += scenario.flags
@@ -285,12 +343,16 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
         else:
             program, temporary = bench.launch(kind, model, flags, additions)
             worker = Worker(kind, program, model, "", temporary)
-            time.sleep(1.5)
+            _wait_loading(worker, scenario.loading, bench.subject.start_seconds)
         workers.append(worker)
+        spare_first = scenario.spare and bench.subject.spare_first
+        if spare_first:
+            workers.append(bench.start(kind, model, flags, additions))
+            time.sleep(0.5)
         if scenario.busy:
             load = Load(_load(bench, model, kind, streams))
             load.wait_streaming(20.0)
-        if scenario.spare:
+        if scenario.spare and not spare_first:
             workers.append(bench.start(kind, model, flags, additions))
             time.sleep(0.3)
         tree = worker.program.tree()
@@ -310,7 +372,10 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
         outcome.code = worker.program.code
         if scenario.ready:
             remaining = max(0.0, begun + scenario.bound - time.monotonic())
-            outcome.leave = _after(begun, bench.discovery.wait_vanished(worker.instance, remaining))
+            left_at = bench.discovery.wait_vanished(worker.instance, remaining)
+            outcome.leave = _after(begun, left_at)
+            if left_at is not None:
+                outcome.gone_after_leaving = _after(left_at, watch.gone_at)
         if vanished is not None:
             outcome.frontend = _after(begun, vanished.join())
         if load is not None:
@@ -340,11 +405,31 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
 
 
 def _load(bench: Workbench, model: str, kind: str, streams: int) -> LoadSpecification:
-    # Only the echo engine goes on where a stream was cut; the peer's minimal engine begins its text anew.
-    expected = echo_text(MAX_TOKENS) if kind == OURS else None
+    tokens = bench.subject.stream_tokens
+    expected = bench.subject.expected(kind, tokens)
     return LoadSpecification(
-        bench.ports, model, streams, streams, MAX_TOKENS, expected=expected, timeout=45.0, time_limit=50.0
+        bench.ports,
+        model,
+        streams,
+        streams,
+        tokens,
+        expected=expected,
+        count_by_usage=expected is None,
+        timeout=90.0,
+        time_limit=100.0,
     )
+
+
+def _wait_loading(worker: Worker, mark: str | None, timeout: float) -> None:
+    """Wait until a worker is in the middle of its start."""
+    if mark is None:
+        time.sleep(1.5)
+        return
+    deadline = time.monotonic() + timeout
+    while mark not in worker.program.log_tail():
+        if time.monotonic() > deadline or not worker.program.running:
+            raise WorkbenchError(f"{worker.program.name} never says {mark!r}:\n{worker.program.log_tail()}")
+        time.sleep(0.02)
 
 
 def _end_of(load: Load) -> LoadResult:
@@ -363,12 +448,11 @@ def _remove(paths: set[str]) -> None:
             Path(path).unlink()
 
 
-def chosen(names: Sequence[str]) -> list[Scenario]:
+def chosen(everything: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
     """Return the scenarios whose name contains one of the given texts; all when none is given.
 
     :raises WorkbenchError: nothing matches one of them.
     """
-    everything = scenarios()
     found = [scenario for scenario in everything if not names or any(name in scenario.name for name in names)]
     for name in names:
         if not any(name in scenario.name for scenario in everything):

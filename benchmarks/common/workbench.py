@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.discovery import DiscoveryWatch, FrontendModels
-from common.model import model_directory
 from common.processes import (
     Program,
     become_subreaper,
@@ -27,6 +26,7 @@ from common.processes import (
     raise_file_limit,
     reap_orphans,
 )
+from common.subjects import OURS, Echo, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _PROGRAMS = Path(__file__).parent.parent / "workers"
-PEER, BARE, OURS = "peer", "bare", "ours"
-#: What the tables call them.
-TITLES = {PEER: "peer's Worker", BARE: "bare push handler", OURS: "dynamo-worker"}
 
 
 class WorkbenchError(Exception):
@@ -90,13 +87,13 @@ class Worker:
 class Workbench:
     """Frontends and workers; a context manager that ends everything it has started.
 
-    :param peer_python: Python of the peer's environment, where the peer takes part.
+    :param subject: what runs behind the workers.
     :param keep_logs: directory in which the logs are kept; they are thrown away when None.
     :param frontends: how many frontends to start.
     """
 
-    def __init__(self, peer_python: Path | None = None, keep_logs: Path | None = None, frontends: int = 1) -> None:
-        self._peer_python = peer_python
+    def __init__(self, subject: Subject | None = None, keep_logs: Path | None = None, frontends: int = 1) -> None:
+        self.subject = subject or Echo()
         self._keep_logs = keep_logs
         self._wanted_frontends = frontends
         self._numbers = itertools.count(1)
@@ -130,26 +127,12 @@ class Workbench:
         own = temporary or self.directory / "t"
         return loopback_environment(self.directory / "kv", own, **dict(additions or {}))
 
-    def command(self, kind: str, model: str, component: str, flags: Sequence[str] = ()) -> list[str]:
-        """Return the command line of a worker."""
-        common = ["--model-name", model, "--component", component, *flags]
-        if kind == OURS:
-            return [sys.executable, "-m", "dynamo_worker", "--engine", "echo", *common]
-        if kind == PEER:
-            if self._peer_python is None:
-                raise WorkbenchError("the peer's environment is not there")
-            python = str(self._peer_python)
-        else:
-            python = sys.executable
-        return [python, str(_PROGRAMS / f"{kind}_worker.py"), "--model-path", str(self._model), *common]
-
     def start(
         self,
         kind: str,
         model: str,
         flags: Sequence[str] = (),
         additions: Mapping[str, str] | None = None,
-        timeout: float = 60.0,
     ) -> Worker:
         """Start a worker and wait until it is registered and the frontends offer its model.
 
@@ -157,12 +140,11 @@ class Workbench:
         :param model: name of the model; workers of one kind with the same model serve it together.
         :param flags: further flags.
         :param additions: further environment variables.
-        :param timeout: bound of the start in seconds.
         :raises WorkbenchError: it ended or is not registered in time.
         """
         before = set(self.discovery.instances(model))
         program, temporary = self.launch(kind, model, flags, additions)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + self.subject.start_seconds
         while not (new := set(self.discovery.instances(model)) - before):
             if not program.running or time.monotonic() > deadline:
                 what = "is not registered" if program.running else f"ended with code {program.code}"
@@ -186,8 +168,9 @@ class Workbench:
         name = f"{kind}-{next(self._numbers)}"
         temporary = self.directory / name
         temporary.mkdir()
-        command = self.command(kind, model, model, flags)
-        program = Program(name, command, self.environment(temporary, additions), self._logs / f"{name}.log")
+        command = self.subject.command(kind, self._model, model, model, flags)
+        environment = self.environment(temporary, {**self.subject.environment(kind), **(additions or {})})
+        program = Program(name, command, environment, self._logs / f"{name}.log")
         self._programs.append(program)
         return program, temporary
 
@@ -213,7 +196,7 @@ class Workbench:
             (self.directory / name).mkdir()
         self._logs = self._keep_logs or self.directory / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._model = model_directory(self.directory)
+        self._model = self.subject.model_directory(self.directory)
         self.discovery = DiscoveryWatch(self.directory / "kv")
         self._start_frontends()
 
