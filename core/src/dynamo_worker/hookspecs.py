@@ -17,7 +17,7 @@ import pluggy
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine, EngineContext
@@ -34,10 +34,23 @@ hookimpl: Final = pluggy.HookimplMarker(PROJECT_NAME)
 
 
 @hookspec
+def prepare(arguments: Sequence[str]) -> None:
+    """Begin what takes long and needs no parsed flags: importing in other processes, for one.
+
+    Called first, and only when a worker is about to start: not for ``--help`` and its like. What is begun here must
+    end with this process, because the flags may turn out to be wrong. Must return at once. Not awaited.
+
+    An exception is logged, and the start goes on.
+
+    :param arguments: everything on the command line that the worker does not know.
+    """
+
+
+@hookspec
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's own command-line flags, under its own names and in a group of its own.
 
-    Called before anything else, and for ``--engine NAME --help`` too: import the engine itself only if its flags
+    Called for ``--engine NAME --help`` too: import the engine itself only if its flags
     cannot be known otherwise. The worker's own flags are not on this parser; a flag of the same name goes to the
     worker, unless it stands behind a bare ``--``.
 

@@ -308,7 +308,8 @@ class Launcher:
         info = await engine.start(runtime.worker_id)
         assert self._processes is not None
         self._processes.watch(engine.processes(), "engine process")
-        await self._warm_up(engine)
+        if info.model_path is not None:
+            await self._warm_up(engine)
         main = EndpointSpec(
             settings.endpoint, metrics_labels=(("model", info.model_name),), registers_model=info.model_path is not None
         )

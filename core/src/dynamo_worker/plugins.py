@@ -35,6 +35,7 @@ from dynamo_worker.discovery import (
 )
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError, WorkerError
 from dynamo_worker.hookspecs import API_VERSION, PROJECT_NAME
+from dynamo_worker.logs import get_logger
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine, EngineContext
+
+log = get_logger(__name__)
 
 #: Where the plugin declares which version of the hooks it was written for.
 API_ATTRIBUTE: Final = "dynamo_worker_api"
@@ -144,6 +147,14 @@ class Plugins:
         return cls(manager, chosen, extensions)
 
     # --- The hooks, in lifecycle order
+
+    def prepare(self, arguments: Sequence[str]) -> None:
+        """Let every plugin begin what takes long; what fails is missed later, if at all."""
+        for record in self.records:
+            try:
+                self._call(record.name, "prepare", arguments=arguments)
+            except Exception as error:  # noqa: PERF203 - each plugin has its own message
+                log.warning("Plugin hook failed", hook="prepare", plugin=record.name, error=error)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Let every plugin add its flags, the engine first.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_worker.supervisor import gpu
 from dynamo_worker.testing import Cluster
 
 pytest_plugins = ["dynamo_worker.testing.plugin"]
@@ -19,18 +20,23 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     # Otherwise every worker binds itself to the same first core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(Path(__file__).parent / "few_cores"), os.environ.get("PYTHONPATH")))
+    ),
     "TORCHINDUCTOR_CACHE_DIR": str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo-worker-tests" / "torchinductor"
     ),
 }
 #: float32: vLLM's AMX kernels for bfloat16 end with SIGILL on virtual machines that advertise AMX without allowing it.
 FLAGS = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32", "--served-model-name", "tiny")
+#: Up to four workers share one GPU; by default each takes nearly all of it.
+GPU_FLAGS = ("--gpu-memory-utilization", "0.2") if gpu.present() else ()
 
 
-for _name, _value in ENVIRONMENT.items():  # for this process and for the workers it starts
-    os.environ.setdefault(_name, _value)
+os.environ.update(ENVIRONMENT)  # for this process and for the workers it starts
 # What vLLM and torch deprecate while they are imported is not ours to mend.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -48,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flags(model: Path) -> list[str]:
     """Return the engine's flags for the tiny model."""
-    return ["--model", str(model), *FLAGS]
+    return ["--model", str(model), *FLAGS, *GPU_FLAGS]
 
 
 @pytest.fixture

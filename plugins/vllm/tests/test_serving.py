@@ -9,32 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from dynamo_worker.supervisor import gpu
 from dynamo_worker.testing import Cluster, Load, Worker, eventually
 from dynamo_worker.testing.client import chat
+from dynamo_worker.testing.tiny_model import make_adapter
 
 pytestmark = pytest.mark.timeout(400)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    """Return the directory of a LoRA adapter that changes every answer."""
-    import torch
-    from safetensors.torch import save_file
-
-    directory = tmp_path / "adapter"
-    directory.mkdir()
-    torch.manual_seed(1)
-    tensors = {}
-    for layer in range(2):
-        for module in ("q_proj", "v_proj"):
-            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(8, 64)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(64, 8)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
-    (directory / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
-    return directory
 
 
 def test_answers(cluster: Cluster) -> None:
@@ -79,7 +61,8 @@ def test_answers(cluster: Cluster) -> None:
     worker.stop()
 
 
-def test_operations(cluster: Cluster, adapter: Path) -> None:
+def test_operations(cluster: Cluster, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
     (worker,) = cluster.serve(1, "--enable-lora", "--max-lora-rank", "8", "--grace-period", "0")
     plain = cluster.complete()[1]["choices"][0]["text"]
 
@@ -177,6 +160,7 @@ def test_prefill_here_and_decode_there(cluster: Cluster, tmp_path: Path) -> None
         worker.stop()
 
 
+@pytest.mark.skipif(gpu.present() and torch.cuda.device_count() < 2, reason="every rank needs a GPU of its own")
 @pytest.mark.parametrize(
     ("flag", "processes"),
     [
@@ -187,7 +171,6 @@ def test_prefill_here_and_decode_there(cluster: Cluster, tmp_path: Path) -> None
 def test_two_ranks(cluster: Cluster, flag: str, processes: tuple[str, ...]) -> None:
     """Each rank works; the death of the last one is that of the worker."""
     worker, spare = cluster.serve(2, flag, "2", "--grace-period", "0")
-    print(worker.children())
     cluster.wait_routed(spare)
     for pattern in processes:
         assert worker.child(pattern)

@@ -108,6 +108,26 @@ def test_a_status_server_that_is_not_there_has_status_0(program):
     assert program("").status("/live") == (0, "")
 
 
+def test_a_metric_is_the_sum_of_its_samples(program, monkeypatch):
+    worker = program("")
+    text = 'up 1\nrequests{model="a b"} 2\nrequests{model="c"} 3.5\nrequests_total 100\n# TYPE requests counter\n'
+    monkeypatch.setattr(worker, "status", lambda path: (200, text))
+    assert worker.metric("requests") == 5.5
+    assert worker.metric('requests{model="c"}') == 3.5
+    assert worker.metric("absent") == 0
+
+
+def test_a_stop_that_fails_is_told_with_the_log(program):
+    worker = program(
+        "import signal, sys, time\n"
+        "signal.signal(15, lambda *_: sys.exit(7))\n"
+        "print('meant', flush=True); time.sleep(60)"
+    )
+    worker.wait_log("meant")
+    with pytest.raises(AssertionError, match=r"exit code 7:\nmeant"):
+        worker.stop()
+
+
 def test_registered_is_what_discovery_says(program, cluster):
     worker = program("print('Worker ready instance=4ec5c2a6e8130c29')").wait_ready()
     assert not worker.registered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 
@@ -176,6 +177,15 @@ def test_a_process_that_survives():
         with pytest.raises(AssertionError, match=f"process {process.pid} survived"):
             run("test_processes_are_gone_after_cleanup", engine)
         process.kill()
+
+
+def test_a_dead_process_that_nobody_has_reaped_yet_is_gone():
+    engine = Engine()
+    with subprocess.Popen([sys.executable, "-c", "print('up', flush=True)"], stdout=subprocess.PIPE) as process:
+        process.stdout.read()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        engine.pids = [process.pid]
+        run("test_processes_are_gone_after_cleanup", engine)
 
 
 def test_a_start_that_takes_too_long(monkeypatch):

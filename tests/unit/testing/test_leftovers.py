@@ -67,6 +67,14 @@ def test_nothing_is_left_when_nothing_was_there(leftovers):
     leftovers.check()
 
 
+def test_gpu_memory_that_is_not_given_back(leftovers, monkeypatch):
+    monkeypatch.setattr(module, "gpu_memory", lambda: leftovers._gpu_memory + (10 << 20))
+    leftovers.check()
+    monkeypatch.setattr(module, "gpu_memory", lambda: leftovers._gpu_memory + (900 << 20))
+    with pytest.raises(AssertionError, match="GPU memory: 900 MiB more than before"):
+        leftovers.check(timeout=0)
+
+
 def test_a_process_is_found_by_its_marker(leftovers, marker):
     with child(marker) as process, child(uuid.uuid4().hex), child(None):
         (line,) = leftovers.find()

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     from dynamo_worker.plugins import Plugins
 
     plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
+    if not print_only:
+        plugins.prepare(line.rest)
     parser = arguments.engine_parser(plugins)
     engine_args = arguments.parse_engine_args(parser, line.rest, config)
     if print_only:

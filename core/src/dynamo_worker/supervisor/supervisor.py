@@ -62,6 +62,10 @@ _ENDING = ("UNREGISTERING", "GRACE", "DRAINING", "CLEANUP", "FATAL")
 #: Directories for caches that must outlive the worker although they lie in TMPDIR by default.
 _LASTING_CACHES = (("TORCHINDUCTOR_CACHE_DIR", "torchinductor_{user}"),)
 
+#: PyTorch compiles its C++ headers into TMPDIR, whatever its cache directory is: 4 s at every start, for kernels that
+#: are in the cache already.
+_NO_PRECOMPILED_HEADERS = ("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+
 
 class Supervisor:
     """Runs one worker from its start to the last trace of it.
@@ -630,6 +634,7 @@ def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
         environment.pop(name, None)
     for variable, name in _LASTING_CACHES:
         environment.setdefault(variable, os.path.join(directory.base, name.format(user=_user_name())))
+    environment.setdefault(*_NO_PRECOMPILED_HEADERS)
     environment[CONTROL_FD] = str(control)
     environment[RUN_DIR] = directory.path
     environment["TMPDIR"] = directory.temporary

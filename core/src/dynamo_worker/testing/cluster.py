@@ -323,12 +323,7 @@ class Cluster:
 
         def routed() -> bool:
             self.ask(1)
-            counted = re.search(
-                r'^dynamo_worker_requests_total\{outcome="completed"\} (\S+)',
-                worker.status("/metrics")[1],
-                re.MULTILINE,
-            )
-            return counted is not None and float(counted[1]) > 0
+            return worker.metric('dynamo_worker_requests_total{outcome="completed"}') > 0
 
         eventually(routed, timeout, f"requests to reach the worker with pid {worker.pid}")
 

@@ -14,19 +14,22 @@ tests are busy. The real figures come from ``benchmarks/lifecycle.py``.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 
+from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from dynamo_worker.testing.client import Load
+    from dynamo_worker.testing.client import Result
     from dynamo_worker.testing.cluster import Cluster, Worker
 
     #: Starts so many workers with further arguments and returns them once they serve.
@@ -87,7 +90,7 @@ class FaultTable:
 
         def start(count: int, *arguments: str) -> list[Worker]:
             workers = cluster.serve(count, *arguments)
-            for worker in workers[1:]:
+            for worker in workers:
                 cluster.wait_routed(worker)
             return workers
 
@@ -98,9 +101,33 @@ class FaultTable:
         """Return a worker that serves behind a frontend."""
         return start(1)[0]
 
-    def busy(self, cluster: Cluster, subject: Subject) -> Load:
-        """Return streams that are in flight."""
-        return cluster.load(subject.streams, subject.stream_tokens, prompt=PROMPT)
+    def busy(self, cluster: Cluster, subject: Subject, worker: Worker) -> Load:
+        """Return streams, some of which are in flight on this worker."""
+        load = cluster.load(subject.streams, subject.stream_tokens, prompt=PROMPT)
+        assert worker.metric("dynamo_worker_in_flight") > 0, "no stream is on this worker, or it has ended already"
+        return load
+
+    @contextlib.contextmanager
+    def steady(self, cluster: Cluster, subject: Subject) -> Iterator[list[Result]]:
+        """Keep streams in flight for the length of a ``with`` block; its list has all of them at the end."""
+        results: list[Result] = []
+        over = threading.Event()
+
+        def client(number: int) -> None:
+            body = chat(subject.model, f"{PROMPT}{number}", subject.stream_tokens)
+            # Pauses, because workers start meanwhile: on two cores an engine that never rests takes minutes for it.
+            while not over.wait(STEADY_PAUSE):
+                results.extend(Load(cluster.url, [body]).wait())
+
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(STEADY_CLIENTS)]
+        for thread in clients:
+            thread.start()
+        try:
+            yield results
+        finally:
+            over.set()
+            for thread in clients:
+                thread.join()
 
     def assert_complete(self, load: Load, subject: Subject) -> None:
         """Check that no stream lost anything."""
@@ -136,7 +163,7 @@ class FaultTable:
 
     def test_engine_process_killed(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         for worker, process, spare, idle_process in self.each_process(subject, start):
-            load = self.busy(cluster, subject)
+            load = self.busy(cluster, subject, worker)
             since = worker.signal(signal.SIGKILL, process)
             assert self.assert_gone(worker, since, 1.0, subject) == 1
             assert "Fatal error kind=EngineDeadError" in worker.log
@@ -162,7 +189,7 @@ class FaultTable:
         arguments = [] if timeout is None else ["--stall-timeout", str(timeout)]
         bound = DEFAULT_STALL_TIMEOUT if timeout is None else timeout
         for worker, process, spare, idle_process in self.each_process(subject, start, *arguments):
-            load = self.busy(cluster, subject)
+            load = self.busy(cluster, subject, worker)
             since = worker.signal(signal.SIGSTOP, process)
             assert self.assert_gone(worker, since, bound + 1.0, subject) == 1
             assert "Fatal error kind=EngineStalledError" in worker.log
@@ -187,7 +214,7 @@ class FaultTable:
 
     def test_worker_killed_busy(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         worker, spare = start(2)
-        load = self.busy(cluster, subject)
+        load = self.busy(cluster, subject, worker)
         since = worker.signal(signal.SIGKILL, worker.worker_pid)
         assert self.assert_gone(worker, since, 0.5, subject) == 128 + signal.SIGKILL
         self.assert_complete(load, subject)
@@ -213,28 +240,44 @@ class FaultTable:
     def test_sigterm_completes_streams_longer_than_the_grace_period(
         self, cluster: Cluster, serving: Worker, subject: Subject
     ) -> None:
-        load = self.busy(cluster, subject)
+        load = self.busy(cluster, subject, serving)
         since = serving.signal(signal.SIGTERM)
         assert self.assert_gone(serving, since, 25.0, subject) == 0
         self.assert_complete(load, subject)
 
     def test_handoff(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         worker, spare = start(2, "--drain", "handoff", "--grace-period", "0")
-        load = self.busy(cluster, subject)
+        load = self.busy(cluster, subject, worker)
         since = worker.signal(signal.SIGTERM)
         assert self.assert_gone(worker, since, 2.0, subject) == 0
         self.assert_complete(load, subject)
         spare.stop()
 
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("mode", ["complete", "handoff"])
+    def test_ten_rolling_restarts(self, cluster: Cluster, subject: Subject, start: Start, mode: str) -> None:
+        workers = start(2, "--drain", mode)
+        with self.steady(cluster, subject) as results:
+            for _ in range(10):
+                workers += start(1, "--drain", mode)
+                cluster.wait_routed(workers[-1], subject.start_seconds)
+                workers.pop(0).stop()
+        lost = [result.error or "torn" for result in results if not result.ok]
+        print(f"{len(results)} streams, {len(lost)} lost")
+        assert not lost
+        for worker in workers:
+            worker.stop()
+
     def test_abort(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         (worker,) = start(1, "--drain", "abort", "--grace-period", "0")
-        load = self.busy(cluster, subject)
+        load = self.busy(cluster, subject, worker)
         since = worker.signal(signal.SIGTERM)
         assert self.assert_gone(worker, since, 2.0, subject) == 0
         assert not any(result.ok for result in load.wait())
 
     def test_second_signal(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
-        load = self.busy(cluster, subject)
+        load = self.busy(cluster, subject, serving)
         serving.signal(signal.SIGTERM)
         serving.wait_log("Grace period|Draining")
         time.sleep(DEBOUNCE)
@@ -243,7 +286,7 @@ class FaultTable:
         load.wait()
 
     def test_third_signal(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
-        load = self.busy(cluster, subject)
+        load = self.busy(cluster, subject, serving)
         serving.signal(signal.SIGSTOP, serving.worker_pid)
         for _ in range(2):
             serving.signal(signal.SIGTERM)
@@ -266,6 +309,9 @@ class FaultTable:
 DEBOUNCE = 0.2
 #: The worker's own ``--stall-timeout``, in seconds.
 DEFAULT_STALL_TIMEOUT = 30.0
+#: Clients that make one stream after the other while workers are replaced, and the seconds between two of them.
+STEADY_CLIENTS = 4
+STEADY_PAUSE = 3.0
 #: How long an engine has more to do than it can, in seconds.
 SATURATED_SECONDS = 180.0
 #: What the streams of the table ask for; a number is added for each.

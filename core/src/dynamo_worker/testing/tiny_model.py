@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +58,25 @@ def make(directory: Path) -> Path:
     # Greedy unless a request says otherwise: then it never makes a token that cannot be read, nor ends early.
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.0, do_sample=True)
     model.save_pretrained(directory)
+    return directory
+
+
+def make_adapter(directory: Path) -> Path:
+    """Write a LoRA adapter of the model that changes every answer, and return the directory."""
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in range(2):
+        for module in ("q_proj", "v_proj"):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(8, 64)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(64, 8)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
     return directory
 
 

