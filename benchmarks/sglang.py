@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""SGLang under dynamo-worker and under NVIDIA's `dynamo.sglang`, side by side on the same SGLang, and by itself.
+
+Run it with the Python of an environment that has SGLang and dynamo-worker-sglang; the peer's packages are installed
+beside it, once. The model is a Llama with two layers and random weights, made here.
+
+Parts:
+  start    from the start of the program to the model in /v1/models
+  load     tokens per second, CPU time per token in the worker's main process, time to the first token; and the tokens
+           per second of SGLang's own Engine in a loop, without frontend and clients, before and after that
+  stops    SIGTERM, kill -9 and SIGSTOP to workers and SGLang's processes, with streams in flight
+  rolling  two workers under steady load, restarted in turn; lost requests counted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import engine_benchmark
+from common.report import progress
+from common.subjects import OURS, RealEngine
+
+if TYPE_CHECKING:
+    import argparse
+
+SGLANG = RealEngine(
+    name="sglang",
+    model_flag="--model-path",
+    flags=(
+        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--disable-overlap-schedule", "--max-total-tokens", "32768", "--max-running-requests", "64"),
+    ),
+    # The peer has a detokenizer too, whose death is SGLang's own business there.
+    processes={"scheduler": "sglang::scheduler"},
+    loading="Load weight begin",
+    variables={
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "TRITON_INTERPRET": "1",
+        "HF_HUB_OFFLINE": "1",
+    },
+)
+#: The most, and the least, that ours / peer may be. Issue 4 of the project only says what ours / bare may be.
+BARS: engine_benchmark.Bars = {
+    "ready_s": (1.0, None),
+    "tokens_per_second": (None, 1.0),
+    "cpu_us_per_token": (1.0, None),
+    "time_to_first_token_s": (1.0, None),
+}
+_BARE = Path(__file__).parent / "workers" / "bare_sglang.py"
+
+
+def bare(arguments: argparse.Namespace) -> list[float]:
+    """Return tokens per second of the bare engine, one number a round."""
+    with tempfile.TemporaryDirectory(prefix="bare-") as directory:
+        model = SGLANG.model_directory(Path(directory))
+        command = [sys.executable, str(_BARE), "--model-path", str(model), *SGLANG.flags]
+        for name, value in (
+            ("streams", arguments.load_streams),
+            ("requests", arguments.requests),
+            ("tokens", arguments.tokens),
+            ("rounds", arguments.rounds),
+        ):
+            command += [f"--bench-{name}", str(value)]
+        environment = {**os.environ, **SGLANG.environment(OURS), "TMPDIR": directory}
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+    values: list[float] = json.loads(output.stdout.strip().splitlines()[-1])["tokens_per_second"]
+    progress(f"bare engine: {', '.join(f'{value:.0f}' for value in values)} tokens/s")
+    return values
+
+
+if __name__ == "__main__":
+    arguments = engine_benchmark.parse(__doc__, "python benchmarks/sglang.py --parts start,load --plot sglang.png")
+    measures = "load" in arguments.parts.split(",") and not arguments.list
+    before = bare(arguments) if measures else []
+    code = engine_benchmark.main(SGLANG, BARS, arguments)
+    if measures:
+        values = sorted([*before, *bare(arguments)])
+        progress(f"bare engine, before and after: median {values[len(values) // 2]:.0f} tokens/s")
+    raise SystemExit(code)
