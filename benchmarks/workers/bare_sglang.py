@@ -1,4 +1,4 @@
-"""SGLang's own `Engine` in a loop, with nothing around it: what a worker could reach at most. Prints one JSON object."""
+"""SGLang's own `Engine` in a loop, with nothing around it: what a worker could reach. Prints one JSON object."""
 
 from __future__ import annotations
 

@@ -418,6 +418,53 @@ def test_command_line_wins_over_the_file(site):
     assert parsed(site, ["--size", "7", "-pp", "4"], size=3, pipeline_size=2, fast=False, options=None).size == 7
 
 
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        (["--pipeline_size", "3"], {"pipeline_size": 3}),
+        (["--pipeline_size=3"], {"pipeline_size": 3}),
+        (
+            ["--options.a", "1", "--options.b.c=x", "--options.b.d", "[1]"],
+            {"options": '{"a": 1, "b": {"c": "x", "d": [1]}}'},
+        ),
+        (["--options.fast", "--size", "4"], {"options": '{"fast": true}', "size": 4}),
+        (["--options.a"], {"options": '{"a": true}'}),
+    ],
+)
+def test_other_spellings_of_flags(site, rest, expected):
+    args = vars(parsed(site, rest))
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        (["--options", "{}", "--options.a", "1"], r"--options is given as a whole and by its keys \(--options.a\)"),
+        (["--options.a", "1", "--options.a.b", "2"], "a has a value already"),
+        (["--optoins.a", "1"], "unknown flag --optoins.a"),
+        (["--pipe_line", "1"], "unknown flag --pipe_line"),
+    ],
+)
+def test_wrong_spellings_of_flags(site, rest, message):
+    with pytest.raises(UsageError, match=message):
+        parsed(site, rest)
+
+
+def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys):
+    from dynamo_worker.cli import main
+    from dynamo_worker.plugins import Plugins
+
+    begun = []
+    monkeypatch.setattr(Plugins, "prepare", lambda self, rest: begun.append(list(rest)))
+    monkeypatch.setattr("dynamo_worker.launcher.run", lambda *_: 0)
+    site.install_engine()
+    assert main(["--engine", "toy", "--print-config"]) == 0
+    assert main(["--engine", "toy", "--help"]) == 0
+    assert begun == []
+    assert main(["--engine", "toy", "--size", "5", RUN]) == 0
+    assert begun == [["--size", "5"]]
+
+
 def test_frontend_is_its_own_command(monkeypatch):
     from dynamo_worker import frontend
     from dynamo_worker.cli import main

@@ -140,11 +140,61 @@ def parse_engine_args(parser: EngineParser, rest: Sequence[str], config: ConfigF
     :raises UsageError: a flag that nobody knows, or a wrong value.
     """
     words = _words(parser, config) if config is not None else []
-    arguments, unknown = parser.parse_known_args([*words, *rest])
+    arguments, unknown = parser.parse_known_args([*words, *_respelled(rest, parser)])
     if unknown:
         where = f"{config.path}: {ENGINE_ARGS_KEY}: " if config is not None and unknown[0] in words else ""
         raise UsageError(where + _unknown(unknown[0], parser), hint=f"`{parser.prog} --help` shows all flags")
     return arguments
+
+
+def _respelled(words: Sequence[str], parser: EngineParser) -> list[str]:
+    """Return the command line with every flag spelt as the engine has it.
+
+    Engines' own command lines take ``--max_model_len`` for ``--max-model-len``, and ``--config.key 3`` for one key of a
+    flag whose value is a JSON object.
+
+    :raises UsageError: a flag is given as a whole and by its keys.
+    """
+    known = set(parser.flags)
+    result: list[str] = []
+    parts: dict[str, dict[str, Any]] = {}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--":
+            result += [word, *waiting]
+            break
+        flag, equals, value = word.partition("=")
+        head, dot, path = flag.partition(".")
+        dashed = head if head in known else head.replace("_", "-")
+        if not word.startswith("-") or dashed not in known:
+            result.append(word)
+        elif not dot:
+            result.append(dashed + equals + value)
+        else:
+            if not equals:
+                value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+            _put(parts.setdefault(dashed, {}), path.split("."), value)
+    for flag, given in parts.items():
+        if any(word.partition("=")[0] == flag for word in result):
+            raise UsageError(f"{flag} is given as a whole and by its keys ({flag}.{next(iter(given))})")
+    # Before a bare `--`, behind which nothing is a flag.
+    at = result.index("--") if "--" in result else len(result)
+    return [*result[:at], *(f"{flag}={json.dumps(given)}" for flag, given in parts.items()), *result[at:]]
+
+
+def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
+    """Set one key, however deep, of a JSON object; what is no JSON is a string."""
+    *above, last = path
+    for key in above:
+        inner = into.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"{'.'.join(path)}: {key} has a value already")
+        into = inner
+    try:
+        into[last] = json.loads(text)
+    except ValueError:
+        into[last] = text
 
 
 def check_spelling(rest: Sequence[str]) -> None:
