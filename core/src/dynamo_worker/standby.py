@@ -147,6 +147,9 @@ def _changed(environment: dict[str, str]) -> list[str]:
 def main(connection: int, task: str) -> None:
     """Import, wait, and become what is asked for."""
     levels, harmless = json.loads(task)
+    # Names processes; it finds the memory for the name only as long as the environment is where the kernel has put it.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").getproctitle()
     channel = socket.socket(fileno=connection)
     length = int.from_bytes(_received(channel, 8), "big")
     os.environ.clear()

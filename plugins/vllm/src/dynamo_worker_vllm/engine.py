@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -284,7 +285,11 @@ class VllmEngine:
 
     def processes(self) -> Iterable[int]:
         """Return the pids of all of vLLM's processes."""
-        return [] if self._llm is None else engine_processes.named(TITLE)
+        if self._llm is None:
+            return []
+        # The EngineCores are children of this process, whether or not they could name themselves.
+        cores = (child.pid for child in multiprocessing.active_children() if child.pid is not None)
+        return {*cores, *engine_processes.named(TITLE)}
 
     def canary_request(self) -> Request:
         """Return a request for one token, made from the model's own first token.
