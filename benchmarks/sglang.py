@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import engine_benchmark
-from common.report import progress
+from common.report import bar, median, number, progress, table
 from common.subjects import OURS, RealEngine
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ BARS: engine_benchmark.Bars = {
     "cpu_us_per_token": (1.0, None),
     "time_to_first_token_s": (1.0, None),
 }
+#: The same: the least that ours / bare may be.
+OURS_OF_BARE = 0.9
 _BARE = Path(__file__).parent / "workers" / "bare_sglang.py"
 
 
@@ -76,12 +78,33 @@ def bare(arguments: argparse.Namespace) -> list[float]:
     return values
 
 
+def compare(arguments: argparse.Namespace, before: list[float]) -> None:
+    """Print what dynamo-worker reaches of what the bare engine does."""
+    whole = json.loads(arguments.json.read_text())["results"]
+    alone = median([*before, *bare(arguments)])
+    ours = median([entry["tokens_per_second"] for entry in whole["load"] if entry["worker"] == OURS])
+    table(
+        "tokens/s: dynamo-worker behind its frontend / bare engine, medians",
+        ["dynamo-worker", "bare engine", "ratio", "bar", ""],
+        [
+            [
+                f"{ours:.0f}",
+                f"{alone:.0f}",
+                number(ours / alone),
+                f"≥ {OURS_OF_BARE}",
+                bar(ours / alone, None, OURS_OF_BARE),
+            ]
+        ],
+    )
+
+
 if __name__ == "__main__":
     arguments = engine_benchmark.parse(__doc__, "python benchmarks/sglang.py --parts start,load --plot sglang.png")
     measures = "load" in arguments.parts.split(",") and not arguments.list
-    before = bare(arguments) if measures else []
-    code = engine_benchmark.main(SGLANG, BARS, arguments)
-    if measures:
-        values = sorted([*before, *bare(arguments)])
-        progress(f"bare engine, before and after: median {values[len(values) // 2]:.0f} tokens/s")
+    with tempfile.TemporaryDirectory() as directory:
+        arguments.json = arguments.json or Path(directory) / "results.json"
+        before = bare(arguments) if measures else []
+        code = engine_benchmark.main(SGLANG, BARS, arguments)
+        if measures and code == 0:
+            compare(arguments, before)
     raise SystemExit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import signal
@@ -58,7 +59,24 @@ def test_answers(cluster: Cluster) -> None:
     code, metrics = worker.status("/metrics")
     assert code == 200
     assert "vllm:generation_tokens_total" in metrics
+    check_that_a_client_who_leaves_costs_nothing(cluster, worker)
     worker.stop()
+
+
+def check_that_a_client_who_leaves_costs_nothing(cluster: Cluster, worker: Worker) -> None:
+    before = worker.metric("vllm:generation_tokens_total")
+    body = {"model": "tiny", "prompt": "The quick brown fox", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    connection = http.client.HTTPConnection(cluster.url.removeprefix("http://"), timeout=30)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    while b"text" not in response.readline():
+        pass
+    response.close()
+    connection.close()
+    # A step takes some milliseconds: the request would run for seconds.
+    eventually(lambda: worker.metric("vllm:num_requests_running") == 0, 2, "the end of the abandoned request")
+    made = worker.metric("vllm:generation_tokens_total") - before
+    assert made < 1000, made
 
 
 def test_operations(cluster: Cluster, tmp_path: Path) -> None:
