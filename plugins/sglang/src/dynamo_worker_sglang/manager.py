@@ -1,0 +1,257 @@
+"""The parts of SGLang that run inside the worker, changed where they would decide about the worker's life.
+
+SGLang's own :class:`Engine` kills the whole process some seconds after one of its children died, replaces the signal
+handlers, and ends with everything below this process. None of that is left: what happens to SGLang's processes the
+worker learns from the kernel, and what follows it decides itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sglang.srt.entrypoints import engine as entrypoint
+from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+from dynamo_worker import EngineDeadError, StartError
+from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    from sglang.srt.server_args import ServerArgs
+
+    from dynamo_worker_sglang.outputs import Answer
+
+log = get_logger(__name__)
+
+#: SGLang names its processes like this: ``sglang::scheduler``, ``sglang::data_parallel_controller``.
+TITLE: Final = b"sglang::"
+#: Seconds until the kernel has killed the processes of a thread that has ended.
+KILLED_SECONDS: Final = 0.3
+#: Seconds that a process of SGLang gets to end after it has reported that it failed.
+_FAILED_SECONDS: Final = 1.0
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class GenerateRequest(GenerateReqInput):  # type: ignore[misc]
+    """A request with the answer that its outputs go to."""
+
+    answer: Answer | None = None
+
+
+class Manager(TokenizerManager):  # type: ignore[misc]
+    """SGLang's side of requests: hands them to the scheduler and its outputs to the answers.
+
+    It takes the place of the detokenizer, which has nothing to do where the frontend makes the text: the scheduler's
+    outputs come straight here, as they do with ``--skip-tokenizer-init``. Unlike with that flag the scheduler keeps its
+    tokenizer, which grammars and ``min_tokens`` need.
+
+    :ivar batches: how many batches of outputs have come.
+    :ivar failure: why nothing comes any more, or None.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches = 0
+        self.failure: str | None = None
+        self._short_way = not (self.enable_metrics or self.enable_trace or self.request_logger.log_requests)
+
+    def init_ipc_channels(self, port_args: Any) -> None:
+        """Listen where the detokenizer would."""
+        super().init_ipc_channels(port_args)
+        self.recv_from_detokenizer.bind(port_args.detokenizer_ipc_name)
+
+    def auto_create_handle_loop(self) -> None:
+        """Receive outputs on the running loop: without signal handlers, and without ending the process on an error."""
+        if self.event_loop is not None:
+            return
+        self.event_loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        task = asyncio.ensure_future(self.handle_loop())
+        self.asyncio_tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("SGLang's outputs cannot be read", exc_info=error)
+            self.fail(f"SGLang's outputs cannot be read: {type(error).__name__}: {error}")
+
+    def fail(self, reason: str) -> None:
+        """Take note that nothing will come any more, and end all requests."""
+        self.failure = self.failure or reason
+        for state in list(self.rid_to_state.values()):
+            answer = getattr(state.obj, "answer", None)
+            if answer is not None:
+                answer.fail(EngineDeadError(reason))
+
+    def stop(self) -> None:
+        """Stop receiving."""
+        for task in self.asyncio_tasks:
+            task.cancel()
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    def _init_req_state(self, obj: Any, request: Any = None) -> None:
+        super()._init_req_state(obj, request)
+        if isinstance(obj, GenerateRequest) and obj.answer is not None:
+            obj.answer.follow(self.rid_to_state[obj.rid])
+
+    def _wait_one_response(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        if isinstance(obj, GenerateRequest) and obj.answer is not None:
+            return _nothing_until_the_end(obj.answer)
+        stream: AsyncIterator[Any] = super()._wait_one_response(obj, request)
+        return stream
+
+    async def run(self, request: GenerateRequest) -> None:
+        """Have one request answered; returns when its answer is complete."""
+        async for _ in self.generate_request(request):
+            pass
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside everything else."""
+        task = asyncio.ensure_future(work)
+        self.asyncio_tasks.add(task)
+        task.add_done_callback(self.asyncio_tasks.discard)
+
+    async def _handle_batch_output(self, recv_obj: Any) -> None:
+        self.batches += 1
+        if not (self._short_way and isinstance(recv_obj, BatchTokenIDOutput) and self._hand_out(recv_obj)):
+            await super()._handle_batch_output(recv_obj)
+
+    def _hand_out(self, batch: BatchTokenIDOutput) -> bool:
+        """Send a batch of plain answers on their way; return False if there is another request among them.
+
+        SGLang's own way makes a dozen objects for every token of every request.
+        """
+        states = [self.rid_to_state.get(rid) for rid in batch.rids]
+        for state in states:
+            if state is not None:
+                answer = getattr(state.obj, "answer", None)
+                if answer is None or not answer.plain:
+                    return False
+        for position, (rid, state) in enumerate(zip(batch.rids, states, strict=True)):
+            if state is None:
+                continue  # it was cancelled meanwhile
+            reason = batch.finished_reasons[position]
+            if reason is not None:
+                state.finished = True
+                del self.rid_to_state[rid]
+                if self.enable_lora and state.obj.lora_path:
+                    self._keep(self.lora_registry.release(state.obj.lora_id))
+            state.obj.answer.add(batch.output_ids[position], reason, batch.cached_tokens[position])
+        return True
+
+
+async def _nothing_until_the_end(answer: Answer) -> AsyncIterator[Any]:
+    await answer.wait()
+    nothing: tuple[Any, ...] = ()
+    for output in nothing:
+        yield output
+
+
+class Processes(entrypoint.Engine):  # type: ignore[misc]
+    """SGLang's processes, and the manager that talks with them."""
+
+    @staticmethod
+    def init_tokenizer_manager_func(server_args: Any, port_args: Any) -> tuple[Manager, Any]:
+        """Make the manager; there are no templates, the frontend has them."""
+        return Manager(server_args, port_args), None
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(cls, **_: Any) -> tuple[list[Any], list[str]]:
+        return [], []
+
+    def shutdown(self) -> None:
+        """Do nothing: the original kills everything below this process. Called when the interpreter ends, too."""
+
+
+def build(settings: ServerArgs) -> Processes:
+    """Start SGLang's processes, and wait until they are ready. Takes long.
+
+    :raises StartError: it does not start.
+    """
+    try:
+        return Processes(server_args=settings)
+    except Exception as error:
+        raise StartError(f"SGLang does not start: {error}", hint="its own messages stand above this line") from error
+
+
+def on_failed_process(fail: Callable[[], None]) -> None:
+    """Take the signal with which SGLang's processes announce that they failed; by default it would end the worker.
+
+    :param fail: called if a process has not ended some time after that. If it has, the kernel tells more about it.
+    """
+    loop = asyncio.get_running_loop()
+
+    def failed() -> None:
+        log.error("A process of SGLang reports that it has failed")
+        loop.call_later(_FAILED_SECONDS, fail)
+
+    loop.add_signal_handler(signal.SIGQUIT, failed)
+
+
+class _NoWatchdog:
+    """Stands in for the thread that looks every second whether a process has died, and then ends this one."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+def _keep_logging(*_: Any) -> None:
+    """Leave the worker's log as it is. SGLang's own processes set theirs up by themselves."""
+
+
+entrypoint.SubprocessWatchdog = _NoWatchdog
+entrypoint.configure_logger = _keep_logging
+
+
+class LastingThread:
+    """A thread that stays until it is released: with the one that made them the kernel kills SGLang's processes."""
+
+    def __init__(self) -> None:
+        self._released = threading.Event()
+
+    async def run(self, function: Callable[[], _T]) -> _T:
+        """Return what the function returns, which runs in the thread. Called once."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[_T] = loop.create_future()
+
+        def deliver(value: _T | None, error: BaseException | None) -> None:
+            if result.done():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)  # type: ignore[arg-type]
+
+        def work() -> None:
+            value, error = None, None
+            try:
+                value = function()
+            except BaseException as raised:
+                error = raised
+            try:
+                loop.call_soon_threadsafe(deliver, value, error)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return
+            self._released.wait()
+
+        threading.Thread(target=work, name="sglang", daemon=True).start()
+        return await result
+
+    def release(self) -> None:
+        """Let the thread end."""
+        self._released.set()

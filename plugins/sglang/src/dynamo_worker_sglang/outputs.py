@@ -1,0 +1,190 @@
+"""From SGLang's outputs to Dynamo's chunks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from dynamo.llm.exceptions import EngineShutdown
+
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.chunks import finite, prompt_logprob, top_logprob, usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from dynamo_worker import Chunk
+    from dynamo_worker.engine import Send
+
+_BAD_REQUEST: Final = 400
+
+
+class Answer:
+    """One answer to one request: makes chunks of what SGLang reports and sends them on.
+
+    SGLang takes it for the event that wakes the reader of a request: it calls :meth:`set` after it has put outputs
+    into the request's list. They are sent right there, without waking anybody.
+
+    :ivar plain: whether it consists of tokens and nothing else.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        *,
+        index: int = 0,
+        prompt_tokens: int,
+        stop_tokens: Collection[int] = (),
+        top: int | None = None,
+        prompt_top: int | None = None,
+        decode: Callable[[int], str] | None = None,
+    ) -> None:
+        """Start an answer.
+
+        :param index: number of the answer.
+        :param stop_tokens: tokens at which the client wants it to stop; only these are named as the reason.
+        :param top: how many of the likeliest tokens are reported with each; negative: all there are; None: no
+            log-probabilities at all.
+        :param prompt_top: the same for the prompt.
+        :param decode: returns the text of a token; None if there is no tokenizer.
+        """
+        self._send = send
+        self._index = index
+        self._prompt_tokens = prompt_tokens
+        self._stop_tokens = stop_tokens
+        self._top = top
+        self._prompt_top = prompt_top
+        self._decode = decode
+        self._completion_tokens = 0
+        self._state: Any = None
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._done.add_done_callback(_looked_at)
+        #: Set at the first sign of life of this answer.
+        self.begun = asyncio.Event()
+        self.plain = top is None and prompt_top is None
+
+    def follow(self, state: Any) -> None:
+        """Take the place of the event in SGLang's record of the request."""
+        self._state = state
+        state.event = self
+
+    async def wait(self) -> None:
+        """Wait for the end.
+
+        :raises InvalidRequestError: SGLang refuses the request.
+        :raises EngineShutdown: SGLang could not finish it: another worker can.
+        """
+        await self._done
+
+    def fail(self, error: BaseException) -> None:
+        """End the answer with an error; nothing comes after it."""
+        self.begun.set()
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def set(self) -> None:
+        """Send what SGLang has put into the request's list."""
+        outputs, self._state.out_list = self._state.out_list, []
+        for output in outputs:
+            meta = output["meta_info"]
+            self.add(output["output_ids"], meta.get("finish_reason"), meta.get("cached_tokens"), meta)
+
+    def clear(self) -> None:
+        """Do nothing: there is nothing left to be read."""
+
+    def add(
+        self,
+        tokens: Sequence[int],
+        reason: Mapping[str, Any] | None,
+        cached_tokens: int | None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Send new tokens.
+
+        :param reason: why these are the last ones; None if they are not.
+        :param cached_tokens: tokens of the prompt that were in the KV cache.
+        :param meta: what else SGLang says about them, if not plain.
+        """
+        if self._done.done():
+            return
+        try:
+            chunk: Chunk = {"token_ids": list(tokens), "index": self._index}
+            self._completion_tokens += len(tokens)
+            if meta is not None and self._top is not None and tokens:
+                self._add_logprobs(chunk, meta)
+            if reason is not None:
+                if reason["type"] == "abort":
+                    self._aborted(chunk, reason)
+                else:
+                    chunk["finish_reason"] = reason["type"]
+                    if reason.get("matched") in self._stop_tokens:
+                        chunk["stop_reason"] = reason["matched"]
+                chunk["completion_usage"] = usage(self._prompt_tokens, self._completion_tokens, cached_tokens)
+                if meta is not None and self._prompt_top is not None:
+                    chunk["engine_data"] = {"prompt_logprobs": self._prompt_logprobs(meta)}
+            self._send(chunk)
+        except Exception as error:  # the client is gone, for one: that must not harm the others
+            self.fail(error)
+        else:
+            self.begun.set()
+            if reason is not None:
+                self._done.set_result(None)
+
+    @staticmethod
+    def _aborted(chunk: Chunk, reason: Mapping[str, Any]) -> None:
+        status, message = reason.get("status_code"), reason.get("message") or "aborted"
+        if status is None:
+            # An operator has asked for it, or we have: those who ask for it do not read the answer.
+            chunk["finish_reason"] = "cancelled"
+            chunk["token_ids"] = []
+        elif status == _BAD_REQUEST:
+            raise InvalidRequestError(message)
+        else:
+            raise EngineShutdown(f"SGLang ended the request: {message}")
+
+    def _add_logprobs(self, chunk: Chunk, meta: Mapping[str, Any]) -> None:
+        chosen = meta.get("output_token_logprobs") or ()
+        if len(chosen) != len(chunk["token_ids"]):  # the lists would not match the tokens
+            return
+        chunk["log_probs"] = [finite(logprob) for logprob, *_ in chosen]
+        likeliest: Sequence[Any] = meta.get("output_top_logprobs") or ([],) * len(chosen)
+        chunk["top_logprobs"] = [
+            [
+                top_logprob(token, logprob, rank, self._text(token))
+                for rank, (logprob, token, *_) in enumerate(_first(position, self._top), start=1)
+            ]
+            for position in likeliest
+        ]
+
+    def _prompt_logprobs(self, meta: Mapping[str, Any]) -> list[Any]:
+        """Return the entries of every token of the prompt; there are none for the first."""
+        chosen = meta.get("input_token_logprobs") or ()
+        likeliest = meta.get("input_top_logprobs") or (None,) * len(chosen)
+        positions: list[Any] = []
+        for (logprob, token, *_), top in zip(chosen, likeliest, strict=False):
+            if logprob is None:
+                positions.append(None)
+                continue
+            entries = {
+                str(other): prompt_logprob(value, rank, self._text(other))
+                for rank, (value, other, *_) in enumerate(_first(top, self._prompt_top), start=1)
+            }
+            entries.setdefault(str(token), prompt_logprob(logprob, None, self._text(token)))
+            positions.append(entries)
+        return positions
+
+    def _text(self, token: int) -> str | None:
+        return None if self._decode is None else self._decode(token)
+
+
+def _first(entries: Sequence[Any] | None, number: int | None) -> Sequence[Any]:
+    """Return so many entries; all of them if the number is negative."""
+    if not entries or number is None:
+        return ()
+    return entries if number < 0 else entries[:number]
+
+
+def _looked_at(done: asyncio.Future[None]) -> None:
+    """Keep the event loop from complaining about an error whose request was cancelled before it could be told."""
+    if not done.cancelled():
+        done.exception()

@@ -1,0 +1,210 @@
+"""The translation table: every field of a Dynamo request, and what becomes of it in SGLang."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from dynamo_worker import InvalidRequestError, translation
+from dynamo_worker.translation import (
+    FRONTEND,
+    RequestTable,
+    boolean,
+    count,
+    integer,
+    length,
+    logit_bias,
+    number,
+    refusal,
+    tokens,
+    unsupported,
+)
+
+
+def _top_k(name: str, value: Any) -> int:
+    """Read how many of the likeliest tokens are left; 0 is all of them, which is -1 in SGLang."""
+    return integer(name, value) or -1
+
+
+def _biases(name: str, value: Any) -> dict[str, float]:
+    return {str(token): bias for token, bias in logit_bias(name, value).items()}
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
+        raise refusal(name, "a string or a list of strings", value)
+    return list(strings)
+
+
+def _string(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise refusal(name, "a string", value)
+    return value
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise refusal(name, "an object", value)
+    return dict(value)
+
+
+def _grammar(_: str, value: Any) -> dict[str, str]:
+    """Return the one constraint on the text, by its name in SGLang."""
+    constraint = translation.guided_decoding(value)
+    if constraint.pop("whitespace_pattern", None) is not None:
+        raise InvalidRequestError(
+            "guided_decoding.whitespace_pattern is not supported by this engine: "
+            "--constrained-json-whitespace-pattern sets it for all requests"
+        )
+    if len(constraint) > 1:
+        raise InvalidRequestError(f"guided_decoding: only one of {', '.join(sorted(constraint))} can be given")
+    for kind, given in constraint.items():
+        if kind == "json":
+            return {"json_schema": given if isinstance(given, str) else json.dumps(given)}
+        if kind == "choice":
+            return {"regex": "(" + "|".join(map(re.escape, given)) + ")"}
+        return {{"grammar": "ebnf"}.get(kind, kind): given}
+    return {}
+
+
+#: ``sampling_options``: the name in :class:`SamplingParams` and the reader.
+SAMPLING: Final[translation.Fields] = {
+    "n": ("n", integer),
+    "presence_penalty": ("presence_penalty", number),
+    "frequency_penalty": ("frequency_penalty", number),
+    "repetition_penalty": ("repetition_penalty", number),
+    "temperature": ("temperature", number),
+    "top_p": ("top_p", number),
+    "top_k": ("top_k", _top_k),
+    "min_p": ("min_p", number),
+    "seed": ("sampling_seed", integer),
+    "best_of": ("", integer),  # only the same as n
+    "use_beam_search": ("", unsupported(False)),
+    "length_penalty": ("", unsupported(1)),  # of beam search
+    "include_stop_str_in_output": FRONTEND,
+    "guided_decoding": ("guided_decoding", _grammar),
+}
+
+#: ``stop_conditions``. SGLang stops at tokens, the frontend at strings.
+STOP: Final[translation.Fields] = {
+    "max_tokens": ("max_new_tokens", integer),
+    "min_tokens": ("min_new_tokens", integer),
+    "stop": FRONTEND,
+    "stop_token_ids": ("stop_token_ids", tokens),
+    "stop_token_ids_visible": ("stop_token_ids", tokens),
+    "stop_token_ids_hidden": ("stop_token_ids", tokens),  # the frontend hides them
+    "ignore_eos": ("ignore_eos", boolean),
+    "max_thinking_tokens": ("max_thinking_tokens", length),
+}
+
+#: ``output_options``.
+OUTPUT: Final[translation.Fields] = {
+    "logprobs": ("logprobs", count),
+    "prompt_logprobs": ("prompt_logprobs", count),
+    "skip_special_tokens": FRONTEND,
+    "formatted_prompt": FRONTEND,
+    "return_tokens_as_token_ids": FRONTEND,
+    "no_stop_trim": FRONTEND,
+}
+
+#: ``extra_args.sampling_options``: options of SGLang that Dynamo has no field for.
+EXTRA: Final[translation.Fields] = {
+    **SAMPLING,
+    "logit_bias": ("logit_bias", _biases),
+    "stop_regex": ("stop_regex", _strings),
+    "stream_interval": ("stream_interval", integer),
+    "custom_params": ("custom_params", _object),
+    "custom_logit_processor": ("custom_logit_processor", _string),
+}
+
+TABLE: Final = RequestTable(
+    SAMPLING, STOP, OUTPUT, EXTRA, handled=frozenset({"require_reasoning", "kv_hint", "bootstrap_info"})
+)
+
+#: What :meth:`SamplingTable.translate` puts beside the sampling parameters.
+_OF_THE_REQUEST: Final[tuple[str, ...]] = ("max_thinking_tokens", "custom_logit_processor")
+
+
+@dataclass
+class Translated:
+    """A request in SGLang's terms.
+
+    :param sampling: the arguments of ``SamplingParams``.
+    :param n: number of answers.
+    :param options: further arguments of ``GenerateReqInput``.
+    :param top: how many of the likeliest tokens are reported with each token; None if no log-probabilities are.
+    :param prompt_top: the same for the tokens of the prompt.
+    """
+
+    sampling: dict[str, Any]
+    n: int
+    options: dict[str, Any]
+    top: int | None
+    prompt_top: int | None
+
+
+class SamplingTable:
+    """Translates requests for one model."""
+
+    def __init__(
+        self, defaults: Mapping[str, Any], context_length: int, vocabulary: int, *, deterministic: bool = False
+    ) -> None:
+        """Remember the model.
+
+        :param defaults: what holds unless a request says otherwise, by the names of ``SamplingParams``.
+        :param context_length: longest sequence in tokens.
+        :param vocabulary: number of tokens there are.
+        :param deterministic: whether the engine's answers depend on nothing but the request.
+        """
+        self._defaults = dict(defaults)
+        self._context_length = context_length
+        self._vocabulary = vocabulary
+        self._deterministic = deterministic
+
+    def translate(self, request: Mapping[str, Any]) -> Translated | None:
+        """Return the request in SGLang's terms, or None if it asks for no token at all.
+
+        :raises InvalidRequestError: a field is unknown, not supported or wrong; the message names it.
+        """
+        room = translation.room_for_answer(request, self._context_length)
+        values = TABLE.read(request, self._defaults)
+        limit = values.get("max_new_tokens")
+        if limit == 0:
+            return None
+        # SGLang's own default is 128 tokens, and it refuses a limit that does not fit.
+        values["max_new_tokens"] = room if limit is None else min(limit, room)
+        values.update(values.pop("guided_decoding", {}))
+        n = values.pop("n", 1)
+        if n < 1:
+            raise refusal("sampling_options.n", "a positive number", n)
+        top, prompt_top = values.pop("logprobs", None), values.pop("prompt_logprobs", None)
+        options = {name: values.pop(name) for name in _OF_THE_REQUEST if name in values}
+        if request.get("require_reasoning"):
+            options["require_reasoning"] = True
+        if request.get("kv_hint") is not None:
+            options["kv_hints"] = request["kv_hint"]
+        if top is not None or prompt_top is not None:
+            options["return_logprob"] = True
+            options["top_logprobs_num"] = max(self._number(top), self._number(prompt_top))
+            options["logprob_start_len"] = -1 if prompt_top is None else 0
+        try:
+            checked = SamplingParams(**values)
+            checked.verify(self._vocabulary)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequestError(str(error)) from error
+        if checked.sampling_seed is not None and checked.top_k != 1 and not self._deterministic:
+            raise InvalidRequestError(
+                "sampling_options.seed is not supported by this engine without --enable-deterministic-inference"
+            )
+        return Translated(values, n, options, top, prompt_top)
+
+    def _number(self, top: int | None) -> int:
+        if top is None:
+            return 0
+        return self._vocabulary if top < 0 else top

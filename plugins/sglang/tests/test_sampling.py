@@ -1,0 +1,168 @@
+"""The translation table: every field of a Dynamo request is passed on, left to the frontend, or refused by its name."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.testing.translation import Translation
+from dynamo_worker_sglang import sampling
+from dynamo_worker_sglang.disaggregation import Role
+from dynamo_worker_sglang.sampling import SamplingTable
+
+VOCABULARY = 500
+TABLE = SamplingTable({}, Translation.CONTEXT_LENGTH, VOCABULARY, deterministic=True)
+
+
+class TestTranslation(Translation):
+    SECTIONS: ClassVar = {
+        "sampling_options": sampling.SAMPLING,
+        "stop_conditions": sampling.STOP,
+        "output_options": sampling.OUTPUT,
+    }
+    PASSED_ON: ClassVar = {
+        ("sampling_options", "n"): (2, "n", 2),
+        ("sampling_options", "presence_penalty"): (0.5, "presence_penalty", 0.5),
+        ("sampling_options", "frequency_penalty"): (-0.5, "frequency_penalty", -0.5),
+        ("sampling_options", "repetition_penalty"): (1.25, "repetition_penalty", 1.25),
+        ("sampling_options", "temperature"): (0.5, "temperature", 0.5),
+        ("sampling_options", "top_p"): (0.5, "top_p", 0.5),
+        ("sampling_options", "top_k"): (7, "top_k", 7),
+        ("sampling_options", "min_p"): (0.25, "min_p", 0.25),
+        ("sampling_options", "seed"): (42, "sampling_seed", 42),
+        ("stop_conditions", "max_tokens"): (9, "max_new_tokens", 9),
+        ("stop_conditions", "min_tokens"): (4, "min_new_tokens", 4),
+        ("stop_conditions", "stop_token_ids"): ([3, 4], "stop_token_ids", [3, 4]),
+        ("stop_conditions", "stop_token_ids_visible"): ([3, 4], "stop_token_ids", [3, 4]),
+        ("stop_conditions", "stop_token_ids_hidden"): ([3, 4], "stop_token_ids", [3, 4]),
+        ("stop_conditions", "ignore_eos"): (True, "ignore_eos", True),
+        ("stop_conditions", "max_thinking_tokens"): (11, "max_thinking_tokens", 11),
+        ("output_options", "logprobs"): (3, "top_logprobs_num", 3),
+        ("output_options", "prompt_logprobs"): (2, "logprob_start_len", 0),
+    }
+    GUIDES: ClassVar = {
+        "json": ({"type": "object"}, {"json_schema": '{"type": "object"}'}),
+        "regex": ("a+", {"regex": "a+"}),
+        "choice": (["yes", "n.o"], {"regex": r"(yes|n\.o)"}),
+        "grammar": ('root ::= "a"', {"ebnf": 'root ::= "a"'}),
+        "structural_tag": ({"type": "structural_tag"}, {"structural_tag": '{"type": "structural_tag"}'}),
+    }
+    WRONG_GUIDES: ClassVar = {**Translation.WRONG_GUIDES, "white space": {"json": {}, "whitespace_pattern": " "}}
+
+    def translate(self, request: dict[str, Any]) -> Any:
+        return TABLE.translate(request)
+
+    def value_of(self, translated: Any, name: str) -> Any:
+        if name == "guided_decoding":
+            grammars = ("json_schema", "regex", "ebnf", "structural_tag")
+            return {kind: translated.sampling[kind] for kind in grammars if kind in translated.sampling}
+        if name == "n":
+            return translated.n
+        if name in translated.options or name not in SamplingParams.__struct_fields__:
+            return translated.options.get(name)
+        value = getattr(SamplingParams(**translated.sampling), name)
+        return sorted(value) if isinstance(value, set) else value
+
+    def check(self, translated: Any) -> None:
+        params = SamplingParams(**translated.sampling)
+        params.verify(VOCABULARY)
+        params.normalize(object())
+
+
+def translated(table: SamplingTable = TABLE, **sections: Any) -> Any:
+    result = table.translate({"token_ids": [5, 6, 7], **sections})
+    assert result is not None
+    return result
+
+
+def test_the_answer_fits_into_the_context() -> None:
+    assert translated().sampling["max_new_tokens"] == 97
+    assert translated(stop_conditions={"max_tokens": 1000}).sampling["max_new_tokens"] == 97
+
+
+def test_the_models_defaults_and_what_overrides_them() -> None:
+    table = SamplingTable({"temperature": 0.6, "top_k": 20}, 100, VOCABULARY)
+    sampled = translated(table, sampling_options={"temperature": 0.2, "top_k": None}).sampling
+    assert (sampled["temperature"], sampled["top_k"]) == (0.2, 20)
+
+
+def test_a_seed_that_would_do_nothing_is_refused() -> None:
+    table = SamplingTable({}, 100, VOCABULARY)
+    with pytest.raises(InvalidRequestError, match=r"seed.*--enable-deterministic-inference"):
+        translated(table, sampling_options={"seed": 1, "temperature": 1.0})
+    assert translated(table, sampling_options={"seed": 1, "temperature": 0.0})
+
+
+def test_the_whole_vocabulary() -> None:
+    for all_of_it in (-1, 2**32 - 1):
+        options = translated(output_options={"logprobs": all_of_it, "prompt_logprobs": 1})
+        assert (options.top, options.prompt_top) == (-1, 1)
+        assert options.options["top_logprobs_num"] == VOCABULARY
+
+
+def test_no_logprobs_are_made_unless_they_are_asked_for() -> None:
+    assert "return_logprob" not in translated().options
+    assert translated(output_options={"logprobs": 0}).options["return_logprob"]
+
+
+def test_what_sglang_alone_has() -> None:
+    extra = {"sampling_options": {"logit_bias": {"7": 200}, "stop_regex": "a+", "custom_params": {"a": 1}}}
+    sampled = translated(extra_args=extra).sampling
+    assert sampled["logit_bias"] == {"7": 100.0}
+    assert sampled["stop_regex"] == ["a+"]
+    with pytest.raises(InvalidRequestError, match="logit_bias"):
+        translated(extra_args={"sampling_options": {"logit_bias": {str(VOCABULARY): 1}}})
+    with pytest.raises(InvalidRequestError, match=r"extra_args\.sampling_options\.token_ids_logprob"):
+        translated(extra_args={"sampling_options": {"token_ids_logprob": [1]}})
+
+
+# --- prefill and decode
+
+
+def test_a_prefill_worker_says_where_the_two_meet() -> None:
+    role = Role("prefill", ("10.0.0.1", 9000))
+    request = translated(stop_conditions={"max_tokens": 50, "min_tokens": 5})
+    meeting = role.prepare({"token_ids": [5]}, request)
+    assert meeting is not None
+    assert (meeting["bootstrap_host"], meeting["bootstrap_port"]) == ("10.0.0.1", 9000)
+    assert request.options["bootstrap_room"] == meeting["bootstrap_room"]
+    assert request.sampling["max_new_tokens"] == 1
+    assert "min_new_tokens" not in request.sampling
+
+    given = {"bootstrap_info": {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 7}}
+    assert role.prepare(given, translated()) == given["bootstrap_info"]
+
+
+@pytest.mark.parametrize("key", ["bootstrap_info", "prefill_result"])
+def test_a_decode_worker_goes_there(key: str) -> None:
+    role = Role("decode", ("10.0.0.2", 9001))
+    meeting = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 9000, "bootstrap_room": 0}
+    request = translated()
+    body = {key: meeting if key == "bootstrap_info" else {"disaggregated_params": meeting}}
+    assert role.prepare(body, request) is None
+    assert request.options == meeting
+
+
+@pytest.mark.parametrize(
+    ("mode", "request_", "message"),
+    [
+        ("decode", {}, "bootstrap_info.*bootstrap_host, bootstrap_port, bootstrap_room"),
+        ("decode", {"annotations": ["x-bypass-remote-prefill"]}, "cannot prefill"),
+        ("prefill", {"sampling_options": {"n": 2}}, "n: .*one answer"),
+    ],
+)
+def test_what_cannot_be_divided(mode: str, request_: dict[str, Any], message: str) -> None:
+    request = translated(sampling_options=request_.get("sampling_options"))
+    with pytest.raises(InvalidRequestError, match=message):
+        Role(mode, ("h", 1)).prepare(request_, request)
+
+
+def test_an_undivided_request_stays_as_it_is() -> None:
+    role = Role("null", ("h", 1))
+    request = translated()
+    assert role.prepare({}, request) is None
+    assert request == translated()
+    assert role.canary() == {}
