@@ -304,6 +304,7 @@ def of_real(engine: RealEngine, bounds: Sequence[float]) -> list[Scenario]:
     for name, title in engine.processes.items():
         kill, stop = send(signal.SIGKILL, to_named(title)), send(signal.SIGSTOP, to_named(title))
         found.append(Scenario(f"{name} killed, idle", kill, bound=90.0, **fatal))
+        found.append(Scenario(f"{name} killed, busy, one worker", kill, busy=True, bound=90.0, **fatal))
         found.append(Scenario(f"{name} killed, busy, spare worker", kill, bound=90.0, **fatal, **moved))
         for bound in bounds:
             stalls: dict[str, Any] = {

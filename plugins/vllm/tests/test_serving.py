@@ -15,6 +15,7 @@ import torch
 from dynamo_worker.supervisor import gpu
 from dynamo_worker.testing import Cluster, Load, Worker, eventually
 from dynamo_worker.testing.client import chat
+from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.tiny_model import make_adapter
 
 pytestmark = pytest.mark.timeout(400)
@@ -198,8 +199,36 @@ def test_two_ranks(cluster: Cluster, flag: str, processes: tuple[str, ...]) -> N
     print(f"gone after {time.monotonic() - since:.3f} s")
     assert "Fatal error kind=EngineDeadError" in worker.log
     assert all(result.ok for result in load.wait()), load.summary()
-    engines = re.findall(
-        r'^vllm:generation_tokens_total{engine="(\d)".*} (\S+)', spare.status("/metrics")[1], re.MULTILINE
-    )
-    assert all(float(tokens) for _, tokens in engines), engines
+    tokens = by_rank(spare, "generation_tokens_total")
+    assert all(tokens.values()), tokens
     spare.stop()
+
+
+@pytest.mark.skipif(gpu.present() and torch.cuda.device_count() < 2, reason="every rank needs a GPU of its own")
+def test_a_headless_node(cluster: Cluster) -> None:
+    """Another node's ranks serve through the leader; the death of one ends its node's worker, with the reason."""
+    flags = ["--data-parallel-size", "2", "--data-parallel-size-local", "1", "--grace-period", "0"]
+    flags += ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(free_port())]
+    node = cluster.start_worker(*flags, "--headless", "--data-parallel-start-rank", "1")
+    (leader,) = cluster.serve(1, *flags)
+    for _ in range(4):
+        assert cluster.complete()[0] == 200
+    served = by_rank(leader, "request_success_total")
+    assert set(served) == {"0", "1"}
+    assert all(served.values()), served
+    node.wait_ready()
+    assert cluster.models() == ["tiny"]
+    node.signal(signal.SIGKILL, node.child("VLLM::EngineCore_DP1"))
+    assert node.wait_gone(3) == 1
+    assert "VLLM::EngineCor) died: killed by SIGKILL" in node.log
+    leader.stop()
+
+
+def by_rank(worker: Worker, name: str) -> dict[str, float]:
+    """Return one of vLLM's metrics for each data-parallel rank."""
+    sums: dict[str, float] = {}
+    for line in worker.status("/metrics")[1].splitlines():
+        sample = re.match(rf'vllm:{name}{{engine="(\d+)".*}} (\S+)$', line)
+        if sample:
+            sums[sample[1]] = sums.get(sample[1], 0.0) + float(sample[2])
+    return sums
