@@ -83,6 +83,8 @@ def compare(arguments: argparse.Namespace, before: list[float]) -> None:
     whole = json.loads(arguments.json.read_text())["results"]
     alone = median([*before, *bare(arguments)])
     ours = median([entry["tokens_per_second"] for entry in whole["load"] if entry["worker"] == OURS])
+    assert alone is not None
+    assert ours is not None
     table(
         "tokens/s: dynamo-worker behind its frontend / bare engine, medians",
         ["dynamo-worker", "bare engine", "ratio", "bar", ""],

@@ -20,6 +20,7 @@ from common.workbench import (
     WorkbenchError,
     Worker,
     files_below,
+    remove,
     shared_memory_of,
 )
 
@@ -394,7 +395,7 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
             if worker.instance:
                 entries = bench.discovery.entries(worker.instance)
                 outcome.entries_left = [str(Path(*path.parts[-2:])) for path in entries]
-        _remove(segments)
+        remove(segments)
         return outcome
     finally:
         if load is not None:
@@ -441,12 +442,6 @@ def _end_of(load: Load) -> LoadResult:
 
 def _after(at: float, then: float | None) -> float | None:
     return None if then is None else then - at
-
-
-def _remove(paths: set[str]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
 
 
 def chosen(everything: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:

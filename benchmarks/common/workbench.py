@@ -181,15 +181,22 @@ class Workbench:
         return reap_orphans(running)
 
     def end(self, workers: Iterable[Worker]) -> None:
-        """Kill workers with all their processes, and orphans."""
+        """Kill workers with all their processes, and orphans; remove what nobody can remove who is killed like this."""
         for worker in workers:
-            end_all(worker.program.tree())
-            worker.program.wait(5.0)
+            self._end(worker.program)
             if worker.instance:
                 self.discovery.withdraw(worker.instance)
             if worker.program in self._programs:
                 self._programs.remove(worker.program)
         end_all(self.orphans())
+
+    @staticmethod
+    def _end(program: Program) -> None:
+        tree = program.tree()
+        segments = shared_memory_of(tree)
+        end_all(tree)
+        program.wait(5.0)
+        remove(segments)
 
     def _set_up(self) -> None:
         for name in ("kv", "t", "logs"):
@@ -213,8 +220,7 @@ class Workbench:
 
     def _tear_down(self) -> None:
         for program in [*self._programs, *self.frontends]:
-            end_all(program.tree())
-            program.wait(5.0)
+            self._end(program)
         with contextlib.suppress(OSError):
             end_all(self.orphans())
         if hasattr(self, "discovery"):
@@ -253,15 +259,26 @@ def wait_listening(program: Program, port: int, timeout: float = 30.0) -> None:
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Return the files in /dev/shm that these processes have mapped."""
-    found: set[str] = set()
+    """Return the files in /dev/shm that these processes have mapped.
+
+    They are told by their inodes: a semaphore is mapped under a name that it had only while it was made.
+    """
+    mapped: set[int] = set()
     for pid in pids:
         try:
             lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
-        found |= {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
-    return {path for path in found if not path.endswith(" (deleted)")}
+        mapped |= {int(line.split(maxsplit=5)[4]) for line in lines if "/dev/shm/" in line}
+    with os.scandir("/dev/shm") as entries:
+        return {entry.path for entry in entries if entry.inode() in mapped}
+
+
+def remove(paths: Iterable[str]) -> None:
+    """Remove files that may be gone already."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
 
 
 def files_below(directory: Path) -> list[str]:
