@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_worker.lifecycle import State
-from dynamo_worker.metrics import WorkerMetrics
+from dynamo_worker.metrics import PrefixCollector, WorkerMetrics
 from dynamo_worker.serving import Outcome, RequestRegistry
 
 
@@ -104,3 +104,17 @@ def test_two_workers_in_one_process_share_nothing():
     first, second = WorkerMetrics(RequestRegistry()), WorkerMetrics(RequestRegistry())
     first.health_check_failures.inc()
     assert samples(second)["dynamo_worker_health_check_failures_total",] == 0
+
+
+def test_an_engines_own_metrics_of_the_process_wide_registry():
+    own, other = Gauge("toy:kv_usage", "Usage"), Gauge("somebody_elses", "Usage")
+    try:
+        own.set(0.5)
+        registry = CollectorRegistry()
+        registry.register(PrefixCollector("toy:"))
+        text = generate_latest(registry).decode()
+    finally:
+        REGISTRY.unregister(own)
+        REGISTRY.unregister(other)
+    assert "toy:kv_usage 0.5" in text
+    assert "somebody_elses" not in text

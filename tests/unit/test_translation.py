@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,14 @@ def test_the_routers_adapter_comes_before_the_model() -> None:
     assert translation.adapter_name({"model": "m", "routing": {"lora_name": "a"}}) == "a"
     assert translation.adapter_name({"model": "m"}) == "m"
     assert translation.adapter_name({"model": None}) is None
+
+
+def test_the_first_token() -> None:
+    tokenizer, config = SimpleNamespace(bos_token_id=None, eos_token_id=3), SimpleNamespace(bos_token_id=[1, 2])
+    assert translation.first_token(tokenizer, config) == 3
+    assert translation.first_token(tokenizer, SimpleNamespace(bos_token_id=7)) == 7
+    assert translation.first_token(SimpleNamespace(bos_token_id=5), SimpleNamespace(bos_token_id=7)) == 5
+    assert translation.first_token(None, None) == 0
 
 
 json_values = st.recursive(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,6 +31,17 @@ class _RegistryCollector(Collector):
         for outcome, count in self._requests.outcomes.items():
             outcomes.add_metric([outcome.value], count)
         yield outcomes
+
+
+class PrefixCollector(Collector):
+    """The metrics of the process-wide registry whose names begin like an engine's own, and no others."""
+
+    def __init__(self, *prefixes: str) -> None:
+        self._prefixes = prefixes
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield them."""
+        return (metric for metric in REGISTRY.collect() if metric.name.startswith(self._prefixes))
 
 
 class WorkerMetrics:

@@ -175,6 +175,43 @@ def section(request: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return found
 
 
+#: What engines have under Dynamo's own names, or nobody has: they write down where theirs differ.
+SAMPLING: Final[Fields] = {
+    "n": ("n", integer),
+    "presence_penalty": ("presence_penalty", number),
+    "frequency_penalty": ("frequency_penalty", number),
+    "repetition_penalty": ("repetition_penalty", number),
+    "temperature": ("temperature", number),
+    "top_p": ("top_p", number),
+    "top_k": ("top_k", integer),
+    "min_p": ("min_p", number),
+    "seed": ("seed", integer),
+    "best_of": ("", integer),  # only the same as n
+    "use_beam_search": ("", unsupported(False)),
+    "length_penalty": ("", unsupported(1)),  # of beam search
+    "include_stop_str_in_output": FRONTEND,
+}
+#: Engines stop at tokens, the frontend at strings.
+STOP: Final[Fields] = {
+    "max_tokens": ("max_tokens", integer),
+    "min_tokens": ("min_tokens", integer),
+    "stop": FRONTEND,
+    "stop_token_ids": ("stop_token_ids", tokens),
+    "stop_token_ids_visible": ("stop_token_ids", tokens),
+    "stop_token_ids_hidden": ("stop_token_ids", tokens),  # the frontend hides them
+    "ignore_eos": ("ignore_eos", boolean),
+    "max_thinking_tokens": ("max_thinking_tokens", length),
+}
+OUTPUT: Final[Fields] = {
+    "logprobs": ("logprobs", count),
+    "prompt_logprobs": ("prompt_logprobs", count),
+    "skip_special_tokens": FRONTEND,
+    "formatted_prompt": FRONTEND,
+    "return_tokens_as_token_ids": FRONTEND,
+    "no_stop_trim": FRONTEND,
+}
+
+
 @dataclass(frozen=True)
 class RequestTable:
     """What an engine makes of each field of a request.
@@ -273,3 +310,17 @@ def adapter_name(request: Mapping[str, Any]) -> str | None:
     """Return the name that decides about the LoRA adapter: the router's choice, or the model asked for."""
     name = section(request, "routing").get("lora_name") or request.get("model")
     return name if isinstance(name, str) else None
+
+
+def first_token(tokenizer: object, text_config: object) -> int:
+    """Return the token with which a model's prompts begin: what a canary or warm-up request is made of.
+
+    :param tokenizer: of the Hugging Face kind; None where there is none.
+    :param text_config: the model's Hugging Face configuration.
+    """
+    candidates = (
+        getattr(tokenizer, "bos_token_id", None),
+        getattr(text_config, "bos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return next((token for token in candidates if isinstance(token, int)), 0)

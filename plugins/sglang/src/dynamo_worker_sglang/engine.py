@@ -296,22 +296,14 @@ class SglangEngine:
     def canary_request(self) -> Request:
         """Return a request for one token, made from the model's own first token."""
         assert self._role is not None
+        assert self._manager is not None
+        model = self._manager.model_config
         return {
-            "token_ids": [self._first_token()],
+            "token_ids": [translation.first_token(self._manager.tokenizer, model.hf_text_config)],
             "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
             "sampling_options": {"temperature": 0.0},
             **self._role.canary(),
         }
-
-    def _first_token(self) -> int:
-        assert self._manager is not None
-        tokenizer = self._manager.tokenizer
-        candidates = (
-            getattr(tokenizer, "bos_token_id", None),
-            getattr(self._manager.model_config.hf_text_config, "bos_token_id", None),
-            getattr(tokenizer, "eos_token_id", None),
-        )
-        return next((token for token in candidates if isinstance(token, int)), 0)
 
     def progress(self) -> int:
         """Return how often the engine was seen to advance: with outputs, or while it still reads a long prompt."""

@@ -6,13 +6,12 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, multiprocess
+
+from dynamo_worker.metrics import PrefixCollector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from prometheus_client.core import Metric
+    from collections.abc import Sequence
 
     from dynamo_worker.routing import LoadPublisher
     from dynamo_worker_sglang.manager import Manager
@@ -70,13 +69,6 @@ def kv_event_sources(configuration: str | None, ranks: Sequence[int]) -> tuple[d
     return {rank: ZmqEventPublisher.offset_endpoint_port(events.endpoint, rank) for rank in ranks}, events.topic
 
 
-class _OnlySglang(Collector):
-    def collect(self) -> Iterator[Metric]:
-        for metric in REGISTRY.collect():
-            if metric.name.startswith(_PREFIX):
-                yield metric
-
-
 def metrics_registry() -> CollectorRegistry:
     """Return SGLang's metrics, those of all its processes; empty without ``--enable-metrics``."""
     registry = CollectorRegistry()
@@ -84,5 +76,5 @@ def metrics_registry() -> CollectorRegistry:
         # The schedulers write theirs into files. Those of this process are in its registry: it had imported
         # prometheus_client before SGLang said where the files are.
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        registry.register(_OnlySglang())
+        registry.register(PrefixCollector(_PREFIX))
     return registry

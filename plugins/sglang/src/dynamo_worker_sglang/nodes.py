@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Final
 
 from torch.distributed import TCPStore
 
-from dynamo_worker import EngineInfo, StartError, engine_processes
+from dynamo_worker import EngineInfo, StartError
 from dynamo_worker.engine_processes import EngineProcesses
-from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import arguments
 from dynamo_worker_sglang.manager import KILLED_SECONDS, TITLE, LastingThread, Processes, build, on_failed_process
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Iterable
 
-    from dynamo_worker import Chunk, Deadline, EngineContext, Request, RequestContext
+    from dynamo_worker import Deadline, EngineContext
 
 log = get_logger(__name__)
 
@@ -44,8 +43,10 @@ async def announce(address: str) -> None:
     await asyncio.to_thread(store.set, _WORD, "serves")
 
 
-class Follower:
+class Follower(HeadlessNode):
     """The part of an engine on a node that serves no requests itself (``--node-rank`` above 0)."""
+
+    TITLE = TITLE
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         self._args = args
@@ -66,23 +67,6 @@ class Follower:
         except RuntimeError as error:
             raise StartError(f"the first node is gone: {error}") from error
         return EngineInfo(model_name=settings.served_model_name or settings.model_path, model_path=None)
-
-    def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:  # noqa: ARG002
-        """Refuse: requests go to the first node."""
-        raise InvalidRequestError("this node serves no requests, the first one does")
-
-    async def abort(self, request_id: str) -> None:
-        """Do nothing: there are no requests."""
-
-    def processes(self) -> Iterable[int]:
-        """Return the pids of all of SGLang's processes here."""
-        return [] if self._processes is None else engine_processes.named(TITLE)
-
-    async def check_health(self) -> None:
-        """Do nothing: the end of a process is seen at once, and requests are the first node's business."""
-
-    async def drain(self, deadline: Deadline) -> None:
-        """Do nothing: the first node drains."""
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the processes."""

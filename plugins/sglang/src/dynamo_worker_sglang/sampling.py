@@ -11,19 +11,7 @@ from typing import Any, Final
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import (
-    FRONTEND,
-    RequestTable,
-    boolean,
-    count,
-    integer,
-    length,
-    logit_bias,
-    number,
-    refusal,
-    tokens,
-    unsupported,
-)
+from dynamo_worker.translation import RequestTable, integer, logit_bias, refusal
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -75,43 +63,21 @@ def _grammar(_: str, value: Any) -> dict[str, str]:
 
 #: ``sampling_options``: the name in :class:`SamplingParams` and the reader.
 SAMPLING: Final[translation.Fields] = {
-    "n": ("n", integer),
-    "presence_penalty": ("presence_penalty", number),
-    "frequency_penalty": ("frequency_penalty", number),
-    "repetition_penalty": ("repetition_penalty", number),
-    "temperature": ("temperature", number),
-    "top_p": ("top_p", number),
+    **translation.SAMPLING,
     "top_k": ("top_k", _top_k),
-    "min_p": ("min_p", number),
     "seed": ("sampling_seed", integer),
-    "best_of": ("", integer),  # only the same as n
-    "use_beam_search": ("", unsupported(False)),
-    "length_penalty": ("", unsupported(1)),  # of beam search
-    "include_stop_str_in_output": FRONTEND,
     "guided_decoding": ("guided_decoding", _grammar),
 }
 
-#: ``stop_conditions``. SGLang stops at tokens, the frontend at strings.
+#: ``stop_conditions``.
 STOP: Final[translation.Fields] = {
+    **translation.STOP,
     "max_tokens": ("max_new_tokens", integer),
     "min_tokens": ("min_new_tokens", integer),
-    "stop": FRONTEND,
-    "stop_token_ids": ("stop_token_ids", tokens),
-    "stop_token_ids_visible": ("stop_token_ids", tokens),
-    "stop_token_ids_hidden": ("stop_token_ids", tokens),  # the frontend hides them
-    "ignore_eos": ("ignore_eos", boolean),
-    "max_thinking_tokens": ("max_thinking_tokens", length),
 }
 
 #: ``output_options``.
-OUTPUT: Final[translation.Fields] = {
-    "logprobs": ("logprobs", count),
-    "prompt_logprobs": ("prompt_logprobs", count),
-    "skip_special_tokens": FRONTEND,
-    "formatted_prompt": FRONTEND,
-    "return_tokens_as_token_ids": FRONTEND,
-    "no_stop_trim": FRONTEND,
-}
+OUTPUT: Final = translation.OUTPUT
 
 #: ``extra_args.sampling_options``: options of SGLang that Dynamo has no field for.
 EXTRA: Final[translation.Fields] = {

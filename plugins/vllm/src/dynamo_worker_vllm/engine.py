@@ -296,22 +296,13 @@ class VllmEngine:
 
         Twice that token: vLLM's ExampleConnector miscounts the blocks of a prompt of one (0.31).
         """
+        assert self._config is not None
+        tokenizer = None if self._llm is None else self._llm.tokenizer
         return {
-            "token_ids": [self._first_token()] * 2,
+            "token_ids": [translation.first_token(tokenizer, self._config.model_config.hf_text_config)] * 2,
             "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
             "sampling_options": {"temperature": 0.0},
         }
-
-    def _first_token(self) -> int:
-        assert self._config is not None
-        tokenizer = None if self._llm is None else self._llm.tokenizer
-        text_config = self._config.model_config.hf_text_config
-        candidates = (
-            getattr(tokenizer, "bos_token_id", None),
-            getattr(text_config, "bos_token_id", None),
-            getattr(tokenizer, "eos_token_id", None),
-        )
-        return next((token for token in candidates if isinstance(token, int)), 0)
 
     def progress(self) -> int:
         """Return the number of engine steps that were reported."""

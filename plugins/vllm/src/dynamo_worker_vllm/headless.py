@@ -14,20 +14,19 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from dynamo_worker import EngineInfo, StartError, engine_processes, standby
+from dynamo_worker import EngineInfo, StartError, standby
 from dynamo_worker.engine_processes import EngineProcesses
-from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_vllm import arguments
 from dynamo_worker_vllm.processes import TITLE
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Iterable
 
     from vllm.config import VllmConfig
 
-    from dynamo_worker import Chunk, Deadline, EngineContext, Request, RequestContext
+    from dynamo_worker import Deadline, EngineContext
 
 log = get_logger(__name__)
 
@@ -36,8 +35,10 @@ _TERMINATE_SECONDS = 1.0
 _POLL_SECONDS = 0.1
 
 
-class HeadlessEngine:
+class HeadlessEngine(HeadlessNode):
     """vLLM's processes of one node, without endpoints."""
+
+    TITLE = TITLE
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         self._args = args
@@ -78,26 +79,6 @@ class HeadlessEngine:
             executor_class=Executor.get_class(config),
             log_stats=True,
         )
-
-    def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:  # noqa: ARG002
-        """Refuse: requests go to the leader."""
-        raise InvalidRequestError("a headless node serves no requests")
-
-    async def abort(self, request_id: str) -> None:
-        """Do nothing: there are no requests."""
-
-    def processes(self) -> Iterable[int]:
-        """Return the pids of all of vLLM's processes."""
-        return engine_processes.named(TITLE)
-
-    async def check_health(self) -> None:
-        """Do nothing: the end of a process is seen at once, and requests are the leader's business."""
-
-    def condemn(self) -> None:
-        """Do nothing: the processes are ended the same way."""
-
-    async def drain(self, deadline: Deadline) -> None:
-        """Do nothing: the leader drains."""
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the processes: ask them, wait, kill what is left."""

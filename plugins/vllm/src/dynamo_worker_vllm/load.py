@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+from dynamo_worker.metrics import PrefixCollector
 
-    from prometheus_client.core import Metric
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -57,15 +57,8 @@ def kv_event_sources(llm: AsyncLLM, ranks: Sequence[int]) -> dict[int, str]:
     }
 
 
-class _OnlyVllm(Collector):
-    def collect(self) -> Iterator[Metric]:
-        for metric in REGISTRY.collect():
-            if metric.name.startswith(_PREFIXES):
-                yield metric
-
-
 def metrics_registry() -> CollectorRegistry:
     """Return a view of vLLM's own metrics without what else is in its registry."""
     registry = CollectorRegistry()
-    registry.register(_OnlyVllm())
+    registry.register(PrefixCollector(*_PREFIXES))
     return registry

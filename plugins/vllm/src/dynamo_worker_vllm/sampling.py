@@ -10,18 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.kv_hints import KvHintsEnvelope
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import (
-    FRONTEND,
-    RequestTable,
-    boolean,
-    count,
-    integer,
-    length,
-    logit_bias,
-    number,
-    tokens,
-    unsupported,
-)
+from dynamo_worker.translation import RequestTable, boolean, integer, length, logit_bias, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,43 +26,15 @@ def _structured_outputs(_: str, value: Any) -> StructuredOutputsParams | None:
 
 #: ``sampling_options``: the name in :class:`SamplingParams` and the reader.
 SAMPLING: Final[translation.Fields] = {
-    "n": ("n", integer),
-    "presence_penalty": ("presence_penalty", number),
-    "frequency_penalty": ("frequency_penalty", number),
-    "repetition_penalty": ("repetition_penalty", number),
-    "temperature": ("temperature", number),
-    "top_p": ("top_p", number),
-    "top_k": ("top_k", integer),
-    "min_p": ("min_p", number),
-    "seed": ("seed", integer),
-    "best_of": ("", integer),  # only the same as n
-    "use_beam_search": ("", unsupported(False)),
-    "length_penalty": ("", unsupported(1)),  # of beam search
-    "include_stop_str_in_output": FRONTEND,
+    **translation.SAMPLING,
     "guided_decoding": ("structured_outputs", _structured_outputs),
 }
 
-#: ``stop_conditions``. vLLM stops at tokens, the frontend at strings.
-STOP: Final[translation.Fields] = {
-    "max_tokens": ("max_tokens", integer),
-    "min_tokens": ("min_tokens", integer),
-    "stop": FRONTEND,
-    "stop_token_ids": ("stop_token_ids", tokens),
-    "stop_token_ids_visible": ("stop_token_ids", tokens),
-    "stop_token_ids_hidden": ("stop_token_ids", tokens),  # the frontend hides them
-    "ignore_eos": ("ignore_eos", boolean),
-    "max_thinking_tokens": ("thinking_token_budget", length),
-}
+#: ``stop_conditions``.
+STOP: Final[translation.Fields] = {**translation.STOP, "max_thinking_tokens": ("thinking_token_budget", length)}
 
 #: ``output_options``.
-OUTPUT: Final[translation.Fields] = {
-    "logprobs": ("logprobs", count),
-    "prompt_logprobs": ("prompt_logprobs", count),
-    "skip_special_tokens": FRONTEND,
-    "formatted_prompt": FRONTEND,
-    "return_tokens_as_token_ids": FRONTEND,
-    "no_stop_trim": FRONTEND,
-}
+OUTPUT: Final = translation.OUTPUT
 
 #: ``extra_args.sampling_options``: options of vLLM that Dynamo has no field for.
 EXTRA: Final[translation.Fields] = {
