@@ -68,6 +68,7 @@ class SglangEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._probe: asyncio.Task[Any] | None = None
         self._answers: dict[str, list[str]] = {}
+        self._announced = False
 
     # ---------------------------------------------------------------------------------------------------- start
 
@@ -322,6 +323,10 @@ class SglangEngine:
             return
         if manager.failure is not None:
             raise EngineDeadError(manager.failure)
+        if self._settings["nnodes"] > 1 and not self._announced:
+            # Health checks begin when the worker is ready: not before may the other nodes be.
+            await nodes.announce(self._settings["dist_init_addr"])
+            self._announced = True
         # One question at a time: a second one would wait behind the first.
         if self._probe is None or self._probe.done():
             self._probe = asyncio.ensure_future(manager.get_internal_state())
@@ -346,8 +351,6 @@ class SglangEngine:
         sources, topic = kv_event_sources(self._settings["kv_events_config"], self.ranks)
         if sources:
             self._publishers = publish_kv_events(endpoint, self._block_size, sources, topic)
-        if self._settings["nnodes"] > 1:
-            await nodes.announce(self._settings["dist_init_addr"])
 
     def metrics_registry(self) -> CollectorRegistry:
         """Return SGLang's own metrics."""
