@@ -12,7 +12,7 @@ from aio import settle
 from dynamo_worker import EngineInfo, InvalidRequestError, adapters
 from dynamo_worker.adapters import Adapter, Adapters
 
-INFO = EngineInfo("model", "/m", model_aliases=["other"])
+INFO = EngineInfo("model", "/m", model_aliases=["other"], max_loras=4)
 
 
 class Loader:
@@ -35,17 +35,17 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
         self.loader = Loader()
         self.refuses = False
-        self.adapters = Adapters(self.loader, slots=4)
+        self.adapters = Adapters(self.loader)
         self.adapters.attach("endpoint", INFO)  # type: ignore[arg-type]
         monkeypatch.setattr(adapters, "register_adapter", self.register)
         monkeypatch.setattr(adapters, "unregister_model", self.unregister)
         (directory / "adapter_config.json").write_text("{}")
         self.load = {"lora_name": "poet", "source": {"uri": f"file://{directory}"}}
 
-    async def register(self, endpoint: Any, info: EngineInfo, name: str, slots: int) -> None:
+    async def register(self, endpoint: Any, info: EngineInfo, name: str) -> None:
         if self.refuses:
             raise ConnectionError("discovery is gone")
-        self.loader.calls.append(f"register {name} {slots}")
+        self.loader.calls.append(f"register {name} {info.max_loras}")
 
     async def unregister(self, *, endpoint: Any, lora_name: str) -> None:
         self.loader.calls.append(f"unregister {lora_name}")
@@ -54,6 +54,20 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     return World(monkeypatch, tmp_path)
+
+
+def test_what_the_engine_has_loaded_by_itself() -> None:
+    async def main() -> None:
+        loader = Loader()
+        own = Adapters(loader, {"painter": "/painter"})
+        assert own.names() == ("painter",)
+        adapter = own.begin("painter")
+        assert adapter is not None
+        Adapters.end(adapter)
+        await own.unload({"lora_name": "painter"})
+        assert loader.calls == ["unload painter"]
+
+    asyncio.run(main())
 
 
 def test_load_list_unload(world: World, tmp_path: Path) -> None:

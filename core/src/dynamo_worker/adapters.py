@@ -16,6 +16,8 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.runtime import register_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dynamo.runtime import Endpoint
 
     from dynamo_worker.engine import EndpointSpec, EngineInfo
@@ -55,21 +57,24 @@ class AdapterLoader(Protocol):
 class Adapters:
     """The LoRA adapters of one worker."""
 
-    def __init__(self, loader: AdapterLoader, slots: int) -> None:
-        """Start without any.
+    def __init__(self, loader: AdapterLoader, loaded: Mapping[str, str] | None = None) -> None:
+        """Start with those that the engine has loaded by itself.
 
-        :param slots: adapters that the engine can serve in one batch; routers are told.
+        :param loaded: their names, and the directories of their weights.
         """
         self._loader = loader
-        self._slots = slots
         self._lock = asyncio.Lock()
         self._endpoint: Endpoint | None = None
         self._info: EngineInfo | None = None
-        self._loaded: dict[str, Adapter] = {}
+        self._loaded = {name: Adapter(name, lora_name_to_id(name), path) for name, path in (loaded or {}).items()}
 
     def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
         """Remember where adapters are registered."""
         self._endpoint, self._info = endpoint, info
+
+    def names(self) -> Sequence[str]:
+        """Return the names of the loaded adapters."""
+        return tuple(self._loaded)
 
     def operations(self) -> dict[str, operations.Operation]:
         """Return the operations by route name."""
@@ -116,7 +121,7 @@ class Adapters:
             self._loaded[name] = adapter
             try:
                 if self._endpoint is not None and self._info is not None:
-                    await register_adapter(self._endpoint, self._info, name, self._slots)
+                    await register_adapter(self._endpoint, self._info, name)
             except Exception:
                 del self._loaded[name]
                 await self._loader.unload(adapter)

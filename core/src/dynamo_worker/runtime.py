@@ -163,6 +163,8 @@ class Runtime:
                 needs=_needs(info),
                 model_aliases=list(info.model_aliases) or None,
             )
+            for name in info.adapters:
+                await register_adapter(self.endpoint(endpoint), info, name)
         except Exception as error:
             raise StartError(
                 f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
@@ -250,11 +252,8 @@ def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
     return config
 
 
-async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str, slots: int) -> None:
-    """Make a LoRA adapter of a registered model known to frontends, as a model of its own.
-
-    :param slots: adapters that the engine can serve in one batch.
-    """
+async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:
+    """Make a LoRA adapter of a registered model known to frontends, as a model of its own."""
     await register_model(
         ModelInput.Tokens,
         model_type(info.endpoint_types),
@@ -267,7 +266,7 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str, slot
         kv_cache_block_size=info.kv_block_size,
         lora_name=name,
         base_model_path=info.model_path,
-        max_gpu_lora_count=slots,
+        max_gpu_lora_count=info.max_loras,
     )
 
 

@@ -89,18 +89,22 @@ def test_a_cancelled_request_leaves_the_engine(cluster: Cluster) -> None:
 
 def test_operations(cluster: Cluster, adapter: Path, model: Path) -> None:
     lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "v_proj")
+    lora += ("--lora-paths", f"preloaded={adapter}")
     if not torch.cuda.is_available():
         lora += ("--lora-backend", "torch_native")
     (worker,) = cluster.serve(1, *QUICK, *lora)
     plain = cluster.complete()[1]["choices"][0]["text"]
 
+    assert set(cluster.models()) == {"tiny", "preloaded"}
+    preloaded = cluster.complete(model="preloaded")[1]["choices"][0]["text"]
+    assert preloaded != plain
     load = {"lora_name": "adapted", "source": {"uri": f"file://{adapter}"}}
     assert worker.operate("load_lora", load)["status"] == "success", worker.log[-3000:]
-    assert worker.operate("list_loras")["count"] == 1
+    assert worker.operate("list_loras")["count"] == 2
     eventually(lambda: "adapted" in cluster.models(), 10, "the adapter in /v1/models")
     status, answer = cluster.complete(model="adapted")
     assert status == 200, answer
-    assert answer["choices"][0]["text"] != plain
+    assert answer["choices"][0]["text"] == preloaded
     assert cluster.complete()[1]["choices"][0]["text"] == plain
     assert worker.operate("unload_lora", {"lora_name": "adapted"})["status"] == "success"
     eventually(lambda: "adapted" not in cluster.models(), 10, "the adapter to leave /v1/models")

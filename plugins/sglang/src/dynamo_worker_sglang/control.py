@@ -56,16 +56,16 @@ class Control:
     :ivar adapters: the LoRA adapters; None without ``--enable-lora``.
     """
 
-    def __init__(self, manager: Manager, *, lora_slots: int | None) -> None:
-        """Remember whom to ask.
-
-        :param lora_slots: adapters that can be used in one batch; None if there can be none.
-        """
+    def __init__(self, manager: Manager) -> None:
         self._manager = manager
         self._presence = Presence()
         self._released: set[str] = set()
         self._paused = False
-        self.adapters = None if lora_slots is None else Adapters(LoraLoader(manager), lora_slots)
+        self.adapters = (
+            Adapters(LoraLoader(manager), {name: ref.lora_path for name, ref in manager.lora_ref_cache.items()})
+            if manager.enable_lora
+            else None
+        )
 
     def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
         """Remember the endpoint that leaves discovery while the engine cannot serve."""

@@ -85,7 +85,7 @@ class SglangEngine:
         manager: Manager = processes.tokenizer_manager
         self._manager = manager
         manager.auto_create_handle_loop()
-        self._control = Control(manager, lora_slots=self._lora_slots)
+        self._control = Control(manager)
         self._role = Role(self._settings["disaggregation_mode"], self._bootstrap())
         self._reader = LoadReader(manager, self._settings["page_size"])
         self._table = SamplingTable(
@@ -113,11 +113,6 @@ class SglangEngine:
         own: int = self._manager.context_len - self._manager.num_reserved_tokens
         pool: int = self._manager.max_req_input_len + 1
         return min(own, pool)
-
-    @property
-    def _lora_slots(self) -> int | None:
-        slots: int = self._settings["max_loras_per_batch"]
-        return slots if self._settings["enable_lora"] else None
 
     @property
     def ranks(self) -> range:
@@ -158,6 +153,8 @@ class SglangEngine:
             max_num_batched_tokens=settings["max_prefill_tokens"],
             data_parallel_start_rank=self.ranks.start,
             data_parallel_size=len(self.ranks),
+            max_loras=settings["max_loras_per_batch"] if control.adapters is not None else None,
+            adapters=() if control.adapters is None else control.adapters.names(),
             bootstrap=role.bootstrap,
             runtime_config={
                 # A decode worker's cache says nothing about where a prefix was computed.

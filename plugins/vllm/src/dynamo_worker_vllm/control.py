@@ -53,7 +53,7 @@ class Control:
         self._llm = llm
         self._presence = Presence()
         lora = llm.vllm_config.lora_config
-        self.adapters = None if lora is None else Adapters(LoraLoader(llm), lora.max_loras)
+        self.adapters = None if lora is None else Adapters(LoraLoader(llm))
 
     def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
         """Remember the endpoint that leaves discovery while the engine sleeps."""

@@ -165,6 +165,7 @@ class VllmEngine:
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             data_parallel_start_rank=ranks[0],
             data_parallel_size=len(ranks),
+            max_loras=None if config.lora_config is None else config.lora_config.max_loras,
             runtime_config={
                 "enable_local_indexer": True,
                 "kv_event_publishing_enabled": events is not None and events.enable_kv_cache_events,
