@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
+from dynamo_worker.engine import Engine, PushesChunks
+from dynamo_worker.plugins import Plugins
+from dynamo_worker.serving import LocalContext
 from dynamo_worker.testing.conformance import EngineConformance
 
 
@@ -14,3 +20,21 @@ class TestSglang(EngineConformance):
     @pytest.fixture(autouse=True)
     def _arguments(self, flags: list[str]) -> None:
         self.ARGS = flags
+
+    def test_an_aborted_request_ends_within_a_step(self, plugins: Plugins, engine: Engine) -> None:
+        async def check() -> None:
+            assert isinstance(engine, PushesChunks)
+            async with self.started(plugins, engine):
+                chunks: list[dict[str, Any]] = []
+                request = self.request(engine, 10_000)
+                answer = asyncio.ensure_future(engine.push(request, LocalContext("long"), chunks.append))
+                while len(chunks) < 20:
+                    await asyncio.sleep(0.001)
+                before = len(chunks)
+                await engine.abort("long")
+                await asyncio.wait_for(answer, 10)
+                assert chunks[-1]["finish_reason"] == "cancelled"
+                # What was on its way, the step that had begun, and the end.
+                assert len(chunks) - before <= 3
+
+        asyncio.run(check())
