@@ -203,13 +203,23 @@ class FakePlugins:
         return outcomes
 
 
+class Pausing:
+    """An engine that an operator has paused."""
+
+    def __init__(self):
+        self.now = True
+
+    def paused(self):
+        return self.now
+
+
 class Health:
-    def __init__(self, interval=0.01, timeout=1.0, **hooks):
+    def __init__(self, interval=0.01, timeout=1.0, engine="engine", **hooks):
         self.plugins = FakePlugins(**hooks)
         self.metrics = WorkerMetrics(RequestRegistry())
         self.reported = []
         self.monitor = HealthMonitor(
-            self.plugins, "engine", self.metrics, self.reported.append, interval=interval, timeout=timeout
+            self.plugins, engine, self.metrics, self.reported.append, interval=interval, timeout=timeout
         )
 
     def sample(self, name):
@@ -298,6 +308,27 @@ def test_a_timeout_of_the_checks_own_is_an_ordinary_error():
             await until(lambda: health.plugins.rounds >= 2)
             assert not task.done()
         assert health.reported == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ends_meanwhile", [False, True])
+def test_a_check_of_a_paused_engine_may_take_its_time(ends_meanwhile):
+    """It loads other weights, for one; when that ends, a check that was begun before may still not have an answer."""
+
+    async def main():
+        engine = Pausing()
+
+        async def late(_):
+            engine.now = not ends_meanwhile or health.plugins.rounds > 1
+            await asyncio.sleep(60)
+
+        health = Health(toy=late, timeout=0.03, engine=engine)
+        async with running(health.monitor) as task:
+            await until(lambda: health.plugins.rounds >= 2)
+            assert not task.done()
+            assert health.reported == []
+            assert health.sample("dynamo_worker_health_check_failures_total") == 0
 
     asyncio.run(main())
 
@@ -402,6 +433,25 @@ def test_steps_without_tokens_are_progress():
         stall = Stall(engine=engine)
         await busy_for(stall, 2 * TIMEOUT, lambda: setattr(engine, "steps", engine.steps + 1))
         assert stall.canaries == 0
+
+    asyncio.run(main())
+
+
+def test_a_paused_engine_is_left_alone_until_it_goes_on():
+    async def main():
+        engine = Pausing()
+        stall = Stall(engine=engine)
+        async with running(stall.monitor) as task:
+            await asyncio.sleep(2 * TIMEOUT)
+            assert stall.canaries == 0
+            engine.now = False
+            await until(lambda: stall.canaries)
+            engine.now = True  # while it is asked
+            await asyncio.sleep(TIMEOUT)
+            assert stall.reported == []
+            engine.now = False
+            await asyncio.wait_for(task, 10)
+        assert isinstance(stall.reported[0][0], EngineStalledError)
 
     asyncio.run(main())
 

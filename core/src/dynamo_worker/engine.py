@@ -182,6 +182,14 @@ class ReportsProgress(Protocol):
 
 
 @runtime_checkable
+class MayPause(Protocol):
+    """An engine that an operator can take out of service for a while: pauses, sleep, loading other weights."""
+
+    def paused(self) -> bool:
+        """Return whether it does not serve on purpose: then neither silence nor a late health check is a failure."""
+
+
+@runtime_checkable
 class HasMetrics(Protocol):
     """An engine with Prometheus metrics of its own."""
 

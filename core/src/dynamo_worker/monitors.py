@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from dynamo_worker.calling import report
-from dynamo_worker.engine import Engine, ReportsProgress
+from dynamo_worker.engine import Engine, MayPause, ReportsProgress
 from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
 from dynamo_worker.logs import get_logger
 
@@ -91,11 +91,15 @@ def _how_it_died(pidfd: int) -> str:
         return f": killed by signal {result.si_status}"
 
 
+def _paused(engine: Engine) -> bool:
+    return isinstance(engine, MayPause) and engine.paused()
+
+
 class HealthMonitor:
     """Calls every plugin's ``check_health`` at an interval.
 
-    Fatal are an EngineDeadError and a check that does not return in time. Any other error is logged and counted: a
-    check that is broken itself must not end a healthy engine.
+    Fatal are an EngineDeadError and a check that does not return in time, unless the engine is paused. Any other error
+    is logged and counted: a check that is broken itself must not end a healthy engine.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class HealthMonitor:
         while True:
             await asyncio.sleep(self._interval)
             started = time.monotonic()
+            paused = _paused(self._engine)
             try:
                 outcomes = await self._plugins.check_health(self._engine, timeout=self._timeout)
             except EngineDeadError as error:
@@ -127,10 +132,13 @@ class HealthMonitor:
                 return
             finally:
                 self._metrics.health_check_seconds.observe(time.monotonic() - started)
+            paused = paused or _paused(self._engine)
             for outcome in outcomes:
                 if outcome.error is None:
                     continue
                 if isinstance(outcome.error, TimeoutError) and outcome.duration >= self._timeout - _TIMER_SLACK:
+                    if paused:
+                        continue
                     self._on_fatal(
                         EngineStalledError(
                             f"the health check of {outcome.plugin} did not answer within {self._timeout:g} s"
@@ -146,7 +154,7 @@ class StallMonitor:
 
     Any progress at all vouches for the engine: a chunk of any request, a step that the engine itself reports. Without
     any, busy or idle, one canary request is sent; only if that does not produce a chunk either, and nothing else has
-    moved meanwhile, the engine is held to be stalled.
+    moved meanwhile, the engine is held to be stalled. One that is paused is not expected to do anything.
     """
 
     #: Share of the stall timeout after which a quiet engine is asked, and share that the canary gets to answer. The
@@ -194,7 +202,7 @@ class StallMonitor:
             if late > tick:
                 since += late
             current = self._progress()
-            if current != seen:
+            if current != seen or _paused(self._engine):
                 seen, since = current, now
             elif now - since >= quiet_after:
                 if not await self._answers(seen):
@@ -212,7 +220,7 @@ class StallMonitor:
                 await asyncio.wait({canary}, timeout=tick)
                 # Here too, time in which this process itself was held up does not count.
                 left -= min(time.monotonic() - started, 2 * tick)
-                if self._progress() != seen:
+                if self._progress() != seen or _paused(self._engine):
                     return True
                 if canary.done():
                     return self._judge(canary)
