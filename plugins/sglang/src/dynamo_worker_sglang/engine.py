@@ -104,7 +104,7 @@ class SglangEngine:
 
     def _fail(self) -> None:
         if self._manager is not None:
-            self._manager.fail("a process of SGLang has failed, and does not end")
+            self._manager.fail("a process of SGLang reports that it has failed")
 
     @property
     def _context_length(self) -> int:

@@ -33,8 +33,6 @@ log = get_logger(__name__)
 TITLE: Final = b"sglang::"
 #: Seconds until the kernel has killed the processes of a thread that has ended.
 KILLED_SECONDS: Final = 0.3
-#: Seconds that a process of SGLang gets to end after it has reported that it failed.
-_FAILED_SECONDS: Final = 1.0
 
 _T = TypeVar("_T")
 
@@ -186,15 +184,14 @@ def build(settings: ServerArgs) -> Processes:
 def on_failed_process(fail: Callable[[], None]) -> None:
     """Take the signal with which SGLang's processes announce that they failed; by default it would end the worker.
 
-    :param fail: called if a process has not ended some time after that. If it has, the kernel tells more about it.
+    They send it about a second before they end, after they have written down why.
     """
-    loop = asyncio.get_running_loop()
 
     def failed() -> None:
-        log.error("A process of SGLang reports that it has failed")
-        loop.call_later(_FAILED_SECONDS, fail)
+        log.error("A process of SGLang reports that it has failed; its own messages stand above this line")
+        fail()
 
-    loop.add_signal_handler(signal.SIGQUIT, failed)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, failed)
 
 
 class _NoWatchdog:
