@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -14,32 +15,19 @@ from dynamo_worker_sglang.disaggregation import Role
 from dynamo_worker_sglang.sampling import SamplingTable
 
 VOCABULARY = 500
-TABLE = SamplingTable({}, Translation.CONTEXT_LENGTH, VOCABULARY, deterministic=True)
+
+
+def table(defaults: Mapping[str, Any], *, deterministic: bool = True) -> SamplingTable:
+    return SamplingTable(defaults, Translation.CONTEXT_LENGTH, VOCABULARY, deterministic=deterministic)
 
 
 class TestTranslation(Translation):
-    SECTIONS: ClassVar = {
-        "sampling_options": sampling.SAMPLING,
-        "stop_conditions": sampling.STOP,
-        "output_options": sampling.OUTPUT,
-    }
+    TABLE: ClassVar = sampling.TABLE
     PASSED_ON: ClassVar = {
-        ("sampling_options", "n"): (2, "n", 2),
-        ("sampling_options", "presence_penalty"): (0.5, "presence_penalty", 0.5),
-        ("sampling_options", "frequency_penalty"): (-0.5, "frequency_penalty", -0.5),
-        ("sampling_options", "repetition_penalty"): (1.25, "repetition_penalty", 1.25),
-        ("sampling_options", "temperature"): (0.5, "temperature", 0.5),
-        ("sampling_options", "top_p"): (0.5, "top_p", 0.5),
-        ("sampling_options", "top_k"): (7, "top_k", 7),
-        ("sampling_options", "min_p"): (0.25, "min_p", 0.25),
+        **Translation.PASSED_ON,
         ("sampling_options", "seed"): (42, "sampling_seed", 42),
         ("stop_conditions", "max_tokens"): (9, "max_new_tokens", 9),
         ("stop_conditions", "min_tokens"): (4, "min_new_tokens", 4),
-        ("stop_conditions", "stop_token_ids"): ([3, 4], "stop_token_ids", [3, 4]),
-        ("stop_conditions", "stop_token_ids_visible"): ([3, 4], "stop_token_ids", [3, 4]),
-        ("stop_conditions", "stop_token_ids_hidden"): ([3, 4], "stop_token_ids", [3, 4]),
-        ("stop_conditions", "ignore_eos"): (True, "ignore_eos", True),
-        ("stop_conditions", "max_thinking_tokens"): (11, "max_thinking_tokens", 11),
         ("output_options", "logprobs"): (3, "top_logprobs_num", 3),
         ("output_options", "prompt_logprobs"): (2, "logprob_start_len", 0),
     }
@@ -52,8 +40,8 @@ class TestTranslation(Translation):
     }
     WRONG_GUIDES: ClassVar = {**Translation.WRONG_GUIDES, "white space": {"json": {}, "whitespace_pattern": " "}}
 
-    def translate(self, request: dict[str, Any]) -> Any:
-        return TABLE.translate(request)
+    def translate(self, request: dict[str, Any], defaults: Mapping[str, Any]) -> Any:
+        return table(defaults).translate(request)
 
     def value_of(self, translated: Any, name: str) -> Any:
         if name == "guided_decoding":
@@ -72,28 +60,20 @@ class TestTranslation(Translation):
         params.normalize(object())
 
 
-def translated(table: SamplingTable = TABLE, **sections: Any) -> Any:
-    result = table.translate({"token_ids": [5, 6, 7], **sections})
+def translated(*, deterministic: bool = True, **sections: Any) -> Any:
+    result = table({}, deterministic=deterministic).translate({"token_ids": [5, 6, 7], **sections})
     assert result is not None
     return result
 
 
 def test_the_answer_fits_into_the_context() -> None:
-    assert translated().sampling["max_new_tokens"] == 97
     assert translated(stop_conditions={"max_tokens": 1000}).sampling["max_new_tokens"] == 97
 
 
-def test_the_models_defaults_and_what_overrides_them() -> None:
-    table = SamplingTable({"temperature": 0.6, "top_k": 20}, 100, VOCABULARY)
-    sampled = translated(table, sampling_options={"temperature": 0.2, "top_k": None}).sampling
-    assert (sampled["temperature"], sampled["top_k"]) == (0.2, 20)
-
-
 def test_a_seed_that_would_do_nothing_is_refused() -> None:
-    table = SamplingTable({}, 100, VOCABULARY)
     with pytest.raises(InvalidRequestError, match=r"seed.*--enable-deterministic-inference"):
-        translated(table, sampling_options={"seed": 1, "temperature": 1.0})
-    assert translated(table, sampling_options={"seed": 1, "temperature": 0.0})
+        translated(deterministic=False, sampling_options={"seed": 1, "temperature": 1.0})
+    assert translated(deterministic=False, sampling_options={"seed": 1, "temperature": 0.0})
 
 
 def test_the_whole_vocabulary() -> None:

@@ -1,13 +1,15 @@
 """What every engine's translation of requests has to keep: each field is passed on, left to the frontend, or refused.
 
-A plugin's tests derive from :class:`Translation` and write down, for every field that Dynamo sends, what it becomes::
+A plugin's tests derive from :class:`Translation` and write down what becomes of those fields that have another name in
+the engine than in Dynamo::
 
     class TestTranslation(Translation):
-        SECTIONS = {"sampling_options": sampling.SAMPLING, ...}
-        PASSED_ON = {("sampling_options", "temperature"): (0.5, "temperature", 0.5), ...}
+        TABLE = sampling.TABLE
+        PASSED_ON = {**Translation.PASSED_ON, ("sampling_options", "seed"): (42, "random_seed", 42)}
+        GUIDES = {"regex": ("a+", {"pattern": "a+"}), ...}
 
-        def translate(self, request):
-            return TABLE.translate(request)
+        def translate(self, request, defaults):
+            return SamplingTable(defaults, self.CONTEXT_LENGTH).translate(request)
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from dynamo_worker.translation import GUIDED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from dynamo_worker.translation import RequestTable
 
 #: What Dynamo 1.6.1 sends.
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -76,13 +80,33 @@ _IN_RANGE = st.fixed_dictionaries(
 
 
 class Translation:
-    """The tests. The model they are about has a context of 100 tokens and no defaults of its own."""
+    """The tests. The model they are about has a context of 100 tokens."""
 
     CONTEXT_LENGTH = 100
-    #: The engine's tables by section.
-    SECTIONS: ClassVar[Mapping[str, Mapping[str, Any]]]
-    #: For every field that is passed on a value, the engine's name of it, and what the value becomes.
-    PASSED_ON: ClassVar[Mapping[tuple[str, str], tuple[Any, str, Any]]]
+    #: What the engine makes of each field.
+    TABLE: ClassVar[RequestTable]
+    #: For every field that is passed on a value, the engine's name of it, and what the value becomes; here for an
+    #: engine that has all of Dynamo's names.
+    PASSED_ON: ClassVar[Mapping[tuple[str, str], tuple[Any, str, Any]]] = {
+        ("sampling_options", "n"): (2, "n", 2),
+        ("sampling_options", "presence_penalty"): (0.5, "presence_penalty", 0.5),
+        ("sampling_options", "frequency_penalty"): (-0.5, "frequency_penalty", -0.5),
+        ("sampling_options", "repetition_penalty"): (1.25, "repetition_penalty", 1.25),
+        ("sampling_options", "temperature"): (0.5, "temperature", 0.5),
+        ("sampling_options", "top_p"): (0.5, "top_p", 0.5),
+        ("sampling_options", "top_k"): (7, "top_k", 7),
+        ("sampling_options", "min_p"): (0.25, "min_p", 0.25),
+        ("sampling_options", "seed"): (42, "seed", 42),
+        ("stop_conditions", "max_tokens"): (9, "max_tokens", 9),
+        ("stop_conditions", "min_tokens"): (4, "min_tokens", 4),
+        ("stop_conditions", "stop_token_ids"): ([3, 4], "stop_token_ids", [3, 4]),
+        ("stop_conditions", "stop_token_ids_visible"): ([3, 4], "stop_token_ids", [3, 4]),
+        ("stop_conditions", "stop_token_ids_hidden"): ([3, 4], "stop_token_ids", [3, 4]),
+        ("stop_conditions", "ignore_eos"): (True, "ignore_eos", True),
+        ("stop_conditions", "max_thinking_tokens"): (11, "max_thinking_tokens", 11),
+        ("output_options", "logprobs"): (3, "logprobs", 3),
+        ("output_options", "prompt_logprobs"): (2, "prompt_logprobs", 2),
+    }
     #: Fields that the frontend takes care of, with a value.
     LEFT_TO_THE_FRONTEND: ClassVar[Mapping[tuple[str, str], Any]] = {
         ("sampling_options", "include_stop_str_in_output"): True,
@@ -110,27 +134,35 @@ class Translation:
     #: A constraint of every kind, and what ``value_of(…, "guided_decoding")`` returns for it.
     GUIDES: ClassVar[Mapping[str, tuple[Any, Any]]]
 
-    def translate(self, request: dict[str, Any]) -> Any:
-        """Return the request in the engine's terms; None if it asks for nothing."""
-        raise NotImplementedError
+    def translate(self, request: dict[str, Any], defaults: Mapping[str, Any]) -> Any:
+        """Return the request in the engine's terms; None if it asks for nothing.
+
+        :param defaults: what the model's own generation configuration says, by the engine's names.
+        """
+        raise NotImplementedError("a test of a translation needs translate(), which calls the engine's own")
 
     def value_of(self, translated: Any, name: str) -> Any:
         """Return the value of one of the engine's parameters, lists sorted."""
-        raise NotImplementedError
+        raise NotImplementedError("a test of a translation needs value_of(), which finds a parameter by its name")
 
     def check(self, translated: Any) -> None:
         """Raise anything if what was translated breaks the engine's own rules."""
-        raise NotImplementedError
+        raise NotImplementedError("a test of a translation needs check(), which has the engine judge its parameters")
 
-    def translated(self, **sections: Any) -> Any:
-        """Translate a good request with these sections."""
-        translated = self.translate({"model": "tiny", "token_ids": [5, 6, 7], **sections})
+    def translated(self, defaults: Mapping[str, Any] | None = None, /, **sections: Any) -> Any:
+        """Translate a good request with these sections, for a model that has no defaults unless they are given."""
+        translated = self.translate({"model": "tiny", "token_ids": [5, 6, 7], **sections}, defaults or {})
         assert translated is not None
         return translated
 
+    def name_of(self, section: str, name: str) -> str:
+        """Return the engine's name of a field."""
+        return self.PASSED_ON[section, name][1]
+
     def test_every_field_of_dynamo_is_in_the_table(self) -> None:
-        for section, names in FIELDS.items():
-            assert set(self.SECTIONS[section]) == set(names)
+        fields = (self.TABLE.sampling, self.TABLE.stop, self.TABLE.output)
+        for (section, names), known in zip(FIELDS.items(), fields, strict=True):
+            assert set(known) == set(names)
             tested = {
                 name for where, name in (*self.PASSED_ON, *self.LEFT_TO_THE_FRONTEND, *self.REFUSED) if where == section
             }
@@ -171,12 +203,27 @@ class Translation:
 
     def test_no_tokens_at_all(self) -> None:
         # After a migration nothing may be left to generate.
-        assert self.translate({"token_ids": [5], "stop_conditions": {"max_tokens": 0}}) is None
+        assert self.translate({"token_ids": [5], "stop_conditions": {"max_tokens": 0}}, {}) is None
+
+    def test_without_a_limit_the_context_is_one(self) -> None:
+        limit = self.value_of(self.translated(), self.name_of("stop_conditions", "max_tokens"))
+        assert limit == self.CONTEXT_LENGTH - 3
+
+    def test_the_models_defaults_and_what_overrides_them(self) -> None:
+        temperature, top_k = (self.name_of("sampling_options", name) for name in ("temperature", "top_k"))
+        defaults = {temperature: 0.6, top_k: 20}
+        translated = self.translated(defaults, sampling_options={"temperature": 0.2, "top_k": None})
+        assert (self.value_of(translated, temperature), self.value_of(translated, top_k)) == (0.2, 20)
+
+    def test_all_stop_tokens_together(self) -> None:
+        conditions = {"stop_token_ids": [3], "stop_token_ids_visible": [4], "stop_token_ids_hidden": [5]}
+        translated = self.translated(stop_conditions=conditions)
+        assert self.value_of(translated, self.name_of("stop_conditions", "stop_token_ids")) == [3, 4, 5]
 
     @pytest.mark.parametrize("tokens", [CONTEXT_LENGTH, CONTEXT_LENGTH + 1, 10 * CONTEXT_LENGTH])
     def test_a_prompt_that_is_too_long(self, tokens: int) -> None:
         with pytest.raises(InvalidRequestError, match=f"{tokens} tokens.*context length is {self.CONTEXT_LENGTH}"):
-            self.translate({"token_ids": [5] * tokens})
+            self.translate({"token_ids": [5] * tokens}, {})
 
     @pytest.mark.parametrize("kind", sorted(set(GUIDED) - {"whitespace_pattern"}))
     def test_guided_decoding(self, kind: str) -> None:
@@ -201,7 +248,7 @@ class Translation:
     @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     def test_any_request_is_translated_or_refused(self, request: dict[str, Any]) -> None:
         try:
-            translated = self.translate(request)
+            translated = self.translate(request, {})
         except InvalidRequestError:
             return
         if translated is not None:
@@ -212,5 +259,5 @@ class Translation:
     def test_what_is_in_range_arrives_unchanged(self, options: dict[str, Any]) -> None:
         translated = self.translated(sampling_options=options)
         for name, value in options.items():
-            target = self.PASSED_ON["sampling_options", name][1]
-            assert self.value_of(translated, target) == pytest.approx(value), name
+            found = self.value_of(translated, self.name_of("sampling_options", name))
+            assert found == pytest.approx(value), name
