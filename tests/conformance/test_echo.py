@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
+from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 
 
 class TestEcho(EngineConformance):
-    ENGINE = "echo"
+    pass
 
 
 class TestEchoProcessTree(EngineConformance):
-    ENGINE = "echo"
-    ARGS = ("--process-tree",)
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject("echo", ["--process-tree"])

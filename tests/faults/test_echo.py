@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from dynamo_worker.testing.fault_table import FaultTable, Subject
+from dynamo_worker.testing import Subject
+from dynamo_worker.testing.fault_table import FaultTable
 
 
 def echoed(prompt: str, tokens: int) -> str:
@@ -18,7 +19,8 @@ class TestProcessTree(FaultTable):
     @pytest.fixture
     def subject(self) -> Subject:
         return Subject(
-            args=["--engine", "echo", "--process-tree", "--tokens-per-second", "80"],
+            "echo",
+            ["--process-tree", "--tokens-per-second", "80"],
             processes={"core": r"echo_process core", "rank": r"echo_process rank"},
             expected=echoed,
         )
@@ -27,4 +29,4 @@ class TestProcessTree(FaultTable):
 class TestInProcess(FaultTable):
     @pytest.fixture
     def subject(self) -> Subject:
-        return Subject(args=["--engine", "echo", "--tokens-per-second", "80"], expected=echoed)
+        return Subject("echo", ["--tokens-per-second", "80"], expected=echoed)

@@ -2,4 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
+from dynamo_worker.testing import Subject
+
 pytest_plugins = ["dynamo_worker.testing.plugin"]
+
+
+@pytest.fixture
+def subject() -> Subject:
+    # The prompts of the fault table have some 45 characters, so that a stream takes about 4 s.
+    return Subject(
+        "reverse",
+        ["--tokens-per-second", "11"],
+        model="reverse",
+        processes={"core": r"dynamo_worker_reverse\.core"},
+        expected=lambda prompt, tokens: prompt[::-1][:tokens],
+    )

@@ -22,7 +22,6 @@ def engine_args() -> list[str]:
 
 
 def serve(cluster: Cluster, *arguments: str, **environment: str) -> Worker:
-    cluster.model = "reverse"
     cluster.start_frontend()
     worker = cluster.worker(*arguments, **environment)
     cluster.wait_model()

@@ -5,26 +5,18 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
 from dynamo_worker.engine import Engine, PushesChunks
 from dynamo_worker.plugins import Plugins
 from dynamo_worker.serving import LocalContext
+from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 
 
 class TestSglang(EngineConformance):
-    ENGINE = "sglang"
-    START_SECONDS = 120.0
-
-    @pytest.fixture(autouse=True)
-    def _arguments(self, flags: list[str]) -> None:
-        self.ARGS = flags
-
-    def test_an_aborted_request_ends_within_a_step(self, plugins: Plugins, engine: Engine) -> None:
+    def test_an_aborted_request_ends_within_a_step(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> None:
             assert isinstance(engine, PushesChunks)
-            async with self.started(plugins, engine):
+            async with self.started(subject, plugins, engine):
                 chunks: list[dict[str, Any]] = []
                 request = self.request(engine, 10_000)
                 answer = asyncio.ensure_future(engine.push(request, LocalContext("long"), chunks.append))

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from dynamo_worker.testing.conformance import EngineConformance
 
 
 class TestVllm(EngineConformance):
-    ENGINE = "vllm"
-    START_SECONDS = 180.0
-
-    @pytest.fixture(autouse=True)
-    def _arguments(self, flags: list[str]) -> None:
-        self.ARGS = flags
+    pass

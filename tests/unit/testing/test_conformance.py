@@ -11,6 +11,7 @@ import pytest
 
 from dynamo_worker.calling import Outcome
 from dynamo_worker.engine import EngineInfo
+from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 
 
@@ -64,10 +65,11 @@ KIT = EngineConformance()
 TESTS = [name for name in dir(KIT) if name.startswith("test_")]
 
 
-def run(name, engine, plugins=None):
+def run(name, engine, plugins=None, start_seconds=60.0):
     test = getattr(KIT, name)
     parameters = test.__code__.co_varnames[1 : test.__code__.co_argcount]
-    available = {"engine": engine, "plugins": plugins or Plugins()}
+    subject = Subject("toy", start_seconds=start_seconds)
+    available = {"subject": subject, "engine": engine, "plugins": plugins or Plugins()}
     test(**{parameter: available[parameter] for parameter in parameters})
 
 
@@ -188,13 +190,12 @@ def test_a_dead_process_that_nobody_has_reaped_yet_is_gone():
         run("test_processes_are_gone_after_cleanup", engine)
 
 
-def test_a_start_that_takes_too_long(monkeypatch):
+def test_a_start_that_takes_too_long():
     class Slow(Engine):
         async def start(self, worker_id):
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(KIT, "START_SECONDS", 0.05, raising=False)
     plugins = Plugins()
     with pytest.raises(asyncio.TimeoutError):
-        run("test_generate", Slow(), plugins)
+        run("test_generate", Slow(), plugins, start_seconds=0.05)
     assert plugins.calls == ["cleanup"], "what has half started is cleaned up"

@@ -8,6 +8,8 @@ import sys
 
 TESTS = """
 import os, subprocess, sys
+import pytest
+from dynamo_worker.testing import Subject
 from dynamo_worker.testing.leftovers import MARKER
 
 def test_tidy(no_leftovers, marker):
@@ -17,20 +19,21 @@ def test_tidy(no_leftovers, marker):
 def test_file(no_leftovers):
     (no_leftovers.tmp / "forgotten").touch()
 
-def test_cluster_is_private(cluster, tmp_path):
-    assert cluster.discovery.is_dir()
-    assert tmp_path in cluster.discovery.parents
-    assert cluster.engine_args == ["--engine", "echo"]
+def test_without_a_subject(cluster):
+    pass
 
-class TestOther:
-    import pytest
-
+class TestEngine:
     @pytest.fixture
-    def engine_args(self):
-        return ["--engine", "other"]
+    def subject(self):
+        return Subject("other", ["--fast"], model="m", start_seconds=7.0)
 
-    def test_engine_args_can_be_overridden(self, cluster):
-        assert cluster.engine_args == ["--engine", "other"]
+    def test_cluster_is_private(self, cluster, tmp_path):
+        assert cluster.discovery.is_dir()
+        assert tmp_path in cluster.discovery.parents
+
+    def test_cluster_is_the_subjects(self, cluster):
+        assert cluster.engine_args == ["--engine", "other", "--fast"]
+        assert (cluster.model, cluster.start_seconds) == ("m", 7.0)
 """
 
 
@@ -61,7 +64,9 @@ def test_leftovers_fail_the_test_that_left_them(tmp_path):
     assert outcomes == {
         "test_tidy": "PASSED",
         "test_file": "ERROR",
+        "test_without_a_subject": "ERROR",
         "test_cluster_is_private": "PASSED",
-        "test_engine_args_can_be_overridden": "PASSED",
+        "test_cluster_is_the_subjects": "PASSED",
     }, result.stdout
+    assert "define a fixture `subject`" in result.stdout
     assert "forgotten" in result.stdout

@@ -17,45 +17,33 @@ from dynamo_worker.serving import LocalContext
 from dynamo_worker.supervisor import linux
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from dynamo_worker.testing.subject import Subject
 
 
 class EngineConformance:
-    """The tests of one engine.
-
-    Derive from it in a test module and name the engine::
-
-        class TestConformance(EngineConformance):
-            ENGINE = "echo"
-            ARGS = ["--tokens-per-second", "100"]
-    """
-
-    #: Name of the entry point.
-    ENGINE: str
-    #: The engine's own arguments.
-    ARGS: Sequence[str] = ()
-    #: Seconds for a start.
-    START_SECONDS = 60.0
+    """The tests of one engine: that of the fixture ``subject``. Derive from it in a test module."""
 
     @pytest.fixture
-    def plugins(self) -> Plugins:
+    def plugins(self, subject: Subject) -> Plugins:
         """Return the plugin, loaded and validated as the worker does it."""
-        return Plugins.load(self.ENGINE)
+        return Plugins.load(subject.engine)
 
     @pytest.fixture
-    def engine(self, plugins: Plugins, tmp_path: Path) -> Engine:
+    def engine(self, subject: Subject, plugins: Plugins, tmp_path: Path) -> Engine:
         """Return an engine that is created but not started."""
         parser = argparse.ArgumentParser(allow_abbrev=False)
         plugins.add_arguments(parser)
         context = EngineContext(component="test.backend", private_dir=tmp_path, supervised=False)
-        return plugins.create_engine(parser.parse_args(list(self.ARGS)), context)
+        return plugins.create_engine(parser.parse_args(list(subject.flags)), context)
 
     @contextlib.asynccontextmanager
-    async def started(self, plugins: Plugins, engine: Engine) -> AsyncIterator[EngineInfo]:
+    async def started(self, subject: Subject, plugins: Plugins, engine: Engine) -> AsyncIterator[EngineInfo]:
         """Run the engine for the length of a ``with`` block."""
         try:
-            yield await asyncio.wait_for(engine.start(1), self.START_SECONDS)
+            yield await asyncio.wait_for(engine.start(1), subject.start_seconds)
         finally:
             outcomes = await plugins.cleanup(engine, Deadline.after(30))
             assert all(outcome.ok for outcome in outcomes), outcomes
@@ -84,9 +72,9 @@ class EngineConformance:
     def test_it_has_a_canary(self, engine: Engine) -> None:
         assert isinstance(engine, HasCanary), "warm-up and stall detection need canary_request()"
 
-    def test_generate(self, plugins: Plugins, engine: Engine) -> None:
+    def test_generate(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> None:
-            async with self.started(plugins, engine) as info:
+            async with self.started(subject, plugins, engine) as info:
                 assert info.model_name
                 chunks = [chunk async for chunk in engine.generate(self.request(engine, 5), LocalContext("a"))]
                 assert sum(len(chunk["token_ids"]) for chunk in chunks) == 5
@@ -95,18 +83,20 @@ class EngineConformance:
 
         asyncio.run(check())
 
-    def test_healthy_while_it_runs(self, plugins: Plugins, engine: Engine) -> None:
+    def test_healthy_while_it_runs(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> None:
-            async with self.started(plugins, engine):
+            async with self.started(subject, plugins, engine):
                 outcomes = await plugins.check_health(engine, timeout=10)
                 assert outcomes, "the engine's plugin implements no check_health"
                 assert all(outcome.ok for outcome in outcomes), outcomes
 
         asyncio.run(check())
 
-    def test_a_cancelled_request_leaves_the_engine_well(self, plugins: Plugins, engine: Engine) -> None:
+    def test_a_cancelled_request_leaves_the_engine_well(
+        self, subject: Subject, plugins: Plugins, engine: Engine
+    ) -> None:
         async def check() -> None:
-            async with self.started(plugins, engine):
+            async with self.started(subject, plugins, engine):
                 stream = engine.generate(self.request(engine, 10_000), LocalContext("long"))
 
                 async def consume() -> None:
@@ -125,9 +115,9 @@ class EngineConformance:
 
         asyncio.run(check())
 
-    def test_drain_and_cleanup_twice(self, plugins: Plugins, engine: Engine) -> None:
+    def test_drain_and_cleanup_twice(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> None:
-            async with self.started(plugins, engine):
+            async with self.started(subject, plugins, engine):
                 for _ in range(2):
                     outcomes = await plugins.drain(engine, Deadline.after(10))
                     assert all(outcome.ok for outcome in outcomes), outcomes
@@ -136,9 +126,9 @@ class EngineConformance:
 
         asyncio.run(check())
 
-    def test_processes_are_gone_after_cleanup(self, plugins: Plugins, engine: Engine) -> None:
+    def test_processes_are_gone_after_cleanup(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> list[int]:
-            async with self.started(plugins, engine):
+            async with self.started(subject, plugins, engine):
                 return list(engine.processes())
 
         for pid in asyncio.run(check()):

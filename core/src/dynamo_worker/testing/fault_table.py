@@ -1,12 +1,13 @@
 """The fault table: everything that can go wrong with a worker, injected with signals into real process trees.
 
-One table for every engine. A plugin's tests derive from :class:`FaultTable` and say with :class:`Subject` how their
-engine is started and what its processes are called::
+One table for every engine. A plugin's tests derive from :class:`FaultTable`; a fixture says with
+:class:`~dynamo_worker.testing.subject.Subject` how their engine is started and what its processes are called::
 
-    class TestFaults(FaultTable):
-        @pytest.fixture
-        def subject(self) -> Subject:
-            return Subject(args=["--engine", "echo", "--process-tree"], processes={"core": r"echo_process core"})
+    @pytest.fixture
+    def subject() -> Subject:
+        return Subject("echo", ["--process-tree"], processes={"core": r"echo_process core"})
+
+    class TestFaults(FaultTable): ...
 
 Every test ends with the check for leftovers. The bounds are loose on purpose (``Subject.patience``): machines that run
 tests are busy. The real figures come from ``benchmarks/lifecycle.py``.
@@ -18,7 +19,6 @@ import contextlib
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,43 +27,14 @@ from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator
 
     from dynamo_worker.testing.client import Result
     from dynamo_worker.testing.cluster import Cluster, Worker
+    from dynamo_worker.testing.subject import Subject
 
     #: Starts so many workers with further arguments and returns them once they serve.
     Start = Callable[..., list[Worker]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An engine as the fault table sees it.
-
-    :param args: arguments of ``dynamo-worker``, ``--engine NAME`` first.
-    :param processes: the engine's processes whose death or standstill is fatal: a name for the test, and a pattern
-        that matches exactly one command line below the worker.
-    :param model: name clients ask for.
-    :param stream_tokens: tokens of a stream that lasts several seconds, longer than the grace period of the tests.
-    :param streams: streams at once.
-    :param expected: returns the exact text of an answer for a prompt and a number of tokens, for engines whose output
-        is known; None checks the end of the stream only.
-    :param start_seconds: most time until the worker serves.
-    :param start_stages: patterns of lines in the log that mark how far a start has come; a stop at each must work.
-    :param stall_timeout: seconds in which a standstill must be noticed.
-    :param patience: factor on all time limits.
-    """
-
-    args: Sequence[str]
-    processes: Mapping[str, str] = field(default_factory=dict)
-    model: str = "echo"
-    stream_tokens: int = 300
-    streams: int = 8
-    expected: Callable[[str, int], str] | None = None
-    start_seconds: float = 30.0
-    start_stages: Sequence[str] = ()
-    stall_timeout: float = 5.0
-    patience: float = 3.0
 
 
 class FaultTable:
@@ -73,20 +44,13 @@ class FaultTable:
     GRACE = ("--grace-period", "1")
 
     @pytest.fixture
-    def subject(self) -> Subject:
-        """Return what is tested; every deriving class has its own."""
-        raise NotImplementedError("a fault table needs a subject")
-
-    @pytest.fixture
     def engine_args(self, subject: Subject) -> list[str]:
         """Start every worker of the cluster with the subject's arguments."""
         return [*subject.args, *self.GRACE]
 
     @pytest.fixture
-    def start(self, cluster: Cluster, subject: Subject) -> Start:
+    def start(self, cluster: Cluster) -> Start:
         """Return a function that starts workers behind a frontend, and waits until requests reach all of them."""
-        cluster.model = subject.model
-        cluster.start_seconds = subject.start_seconds
 
         def start(count: int, *arguments: str) -> list[Worker]:
             workers = cluster.serve(count, *arguments)

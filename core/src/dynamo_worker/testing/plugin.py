@@ -16,6 +16,8 @@ from dynamo_worker.testing.leftovers import Leftovers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dynamo_worker.testing.subject import Subject
+
 
 @pytest.fixture
 def marker() -> str:
@@ -36,15 +38,36 @@ def no_leftovers(marker: str) -> Iterator[Leftovers]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-@pytest.fixture
-def engine_args() -> list[str]:
-    """Return the arguments that every worker of the test is started with; override it for another engine."""
-    return ["--engine", "echo"]
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a Llama with two layers, random weights and a byte-level tokenizer.
+
+    It needs torch, transformers and tokenizers, which engines with real models bring along.
+    """
+    from dynamo_worker.testing.tiny_model import make
+
+    return make(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, no_leftovers: Leftovers, marker: str, engine_args: list[str]) -> Iterator[Cluster]:
+def subject() -> Subject:
+    """Return the engine that is tested; a ``conftest.py``, a test module or a test class has a fixture of its own."""
+    raise NotImplementedError("there is nothing to test: define a fixture `subject` that returns a Subject")
+
+
+@pytest.fixture
+def engine_args(subject: Subject) -> list[str]:
+    """Return the arguments that every worker of the test is started with; override it to add some."""
+    return subject.args
+
+
+@pytest.fixture
+def cluster(
+    tmp_path: Path, no_leftovers: Leftovers, marker: str, subject: Subject, engine_args: list[str]
+) -> Iterator[Cluster]:
     """Return a cluster without any process; everything started in it is ended with the test."""
     cluster = Cluster(tmp_path, no_leftovers.tmp, marker, engine_args=engine_args)
+    cluster.model = subject.model
+    cluster.start_seconds = subject.start_seconds
     yield cluster
     cluster.close()
