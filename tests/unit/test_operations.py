@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from aio import settle
 
-from dynamo_worker import operations
-from dynamo_worker.operations import Presence
+from dynamo_worker import EngineInfo, operations
+from dynamo_worker.adapters import Adapter, Adapters
+from dynamo_worker.operations import Operations, Presence
 
 
 async def echo(body: dict[str, Any]) -> dict[str, Any]:
@@ -63,11 +64,11 @@ def present() -> tuple[Presence, Endpoint]:
 def test_out_and_in_again() -> None:
     async def main() -> None:
         presence, endpoint = present()
-        assert await presence.step_out(nothing)
-        assert presence.away
-        assert not await presence.step_out(nothing), "it is away already"
-        assert await presence.step_in(nothing)
-        assert not presence.away
+        assert await presence.step_out(nothing, "asleep")
+        assert presence.reasons == {"asleep"}
+        assert not await presence.step_out(nothing, "asleep"), "it is away already"
+        assert await presence.step_in(nothing, "asleep")
+        assert not presence.reasons
         assert endpoint.calls == ["out", "in"]
 
     asyncio.run(main())
@@ -81,38 +82,98 @@ def test_discovery_is_left_before_the_engine_is_paused_and_entered_after_it_is_b
             endpoint.calls.append(what)
             return True
 
-        await presence.step_out(lambda: note("paused"))
-        await presence.step_in(lambda: note("resumed"))
+        await presence.step_out(lambda: note("paused"), "asleep")
+        await presence.step_in(lambda: note("resumed"), "asleep")
         assert endpoint.calls == ["out", "paused", "resumed", "in"]
 
     asyncio.run(main())
 
 
-def test_an_engine_that_does_not_pause_serves_on() -> None:
+def test_it_stays_out_until_the_last_reason_is_gone() -> None:
     async def main() -> None:
         presence, endpoint = present()
-
-        async def fail() -> None:
-            raise RuntimeError("busy")
-
-        with pytest.raises(RuntimeError, match="busy"):
-            await presence.step_out(fail)
-        assert not presence.away
+        await presence.step_out(nothing, "weights", "cache")
+        assert await presence.step_out(nothing, "cache", "paused"), "one of them is new"
+        assert presence.reasons == {"weights", "cache", "paused"}
+        assert not await presence.step_in(nothing, "paused")
+        assert not await presence.step_in(nothing, "weights")
+        assert await presence.step_in(nothing, "cache", "weights")
         assert endpoint.calls == ["out", "in"]
 
     asyncio.run(main())
 
 
-def test_an_engine_that_is_partly_back_stays_out() -> None:
+def test_nothing_is_resumed_for_a_reason_that_there_is_not() -> None:
     async def main() -> None:
         presence, endpoint = present()
-        await presence.step_out(nothing)
+
+        async def resume() -> bool:
+            raise AssertionError("resumed")
+
+        assert await presence.step_in(resume, "asleep")
+        await presence.step_out(nothing, "paused")
+        assert not await presence.step_in(resume, "asleep")
+        assert endpoint.calls == ["out"]
+
+    asyncio.run(main())
+
+
+def test_who_pauses_or_resumes_sees_the_reasons_as_they_were() -> None:
+    async def main() -> None:
+        presence, _ = present()
+        seen = []
+
+        async def look() -> bool:
+            seen.append(set(presence.reasons))
+            return True
+
+        await presence.step_out(look, "a")
+        await presence.step_out(look, "a", "b")
+        await presence.step_in(look, "a")
+        assert seen == [set(), {"a"}, {"a", "b"}]
+
+    asyncio.run(main())
+
+
+async def fail() -> bool:
+    raise RuntimeError("busy")
+
+
+def test_an_engine_that_does_not_pause_serves_on() -> None:
+    async def main() -> None:
+        presence, endpoint = present()
+        with pytest.raises(RuntimeError, match="busy"):
+            await presence.step_out(fail, "asleep")
+        assert not presence.reasons
+        assert endpoint.calls == ["out", "in"]
+
+    asyncio.run(main())
+
+
+def test_a_second_reason_that_does_not_come_about_leaves_the_first_one() -> None:
+    async def main() -> None:
+        presence, endpoint = present()
+        await presence.step_out(nothing, "paused")
+        with pytest.raises(RuntimeError, match="busy"):
+            await presence.step_out(fail, "cache")
+        assert presence.reasons == {"paused"}
+        assert endpoint.calls == ["out"]
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_partly_back_or_does_not_come_back_stays_out() -> None:
+    async def main() -> None:
+        presence, endpoint = present()
+        await presence.step_out(nothing, "asleep")
 
         async def partly() -> bool:
             return False
 
-        assert not await presence.step_in(partly)
-        assert presence.away
+        assert not await presence.step_in(partly, "asleep")
+        with pytest.raises(RuntimeError, match="busy"):
+            await presence.step_in(fail, "asleep")
+        assert presence.reasons == {"asleep"}
         assert endpoint.calls == ["out"]
 
     asyncio.run(main())
@@ -122,14 +183,38 @@ def test_one_after_the_other() -> None:
     async def main() -> None:
         presence, endpoint = present()
         go_on = asyncio.Event()
-        out = asyncio.ensure_future(presence.step_out(go_on.wait))
+        out = asyncio.ensure_future(presence.step_out(go_on.wait, "asleep"))
         await settle()
-        back = asyncio.ensure_future(presence.step_in(nothing))
+        back = asyncio.ensure_future(presence.step_in(nothing, "asleep"))
         await settle()
         assert endpoint.calls == ["out"]
         go_on.set()
         assert await out
         assert await back
         assert endpoint.calls == ["out", "in"]
+
+    asyncio.run(main())
+
+
+class Loader:
+    async def load(self, adapter: Adapter) -> None: ...
+
+    async def unload(self, adapter: Adapter) -> None: ...
+
+
+@pytest.mark.parametrize("adapters", [None, Adapters(Loader())], ids=["without adapters", "with adapters"])
+def test_all_operations_of_an_engine(adapters: Adapters | None) -> None:
+    async def main() -> None:
+        engine = Operations({"echo": echo}, {"clear": echo}, adapters)
+        of_adapters = {"load_lora", "unload_lora", "list_loras"} if adapters else set()
+        assert set(engine.routes()) == {"echo"} | of_adapters
+        assert {spec.name for spec in engine.endpoints()} == {"clear"} | of_adapters
+        assert await engine.routes()["echo"]({"a": 1}) == {"status": "success", "got": {"a": 1}}
+        assert engine.adapters is adapters
+
+        endpoint = Endpoint()
+        engine.attach(endpoint, EngineInfo("m", None))  # type: ignore[arg-type]
+        await engine.presence.step_out(nothing, "asleep")
+        assert endpoint.calls == ["out"]
 
     asyncio.run(main())

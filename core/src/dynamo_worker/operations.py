@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from dynamo.runtime import Endpoint
 
+    from dynamo_worker.adapters import Adapters
+    from dynamo_worker.engine import EngineInfo
+
 log = get_logger(__name__)
 
 #: Takes the JSON object of a request and returns that of the answer. What it raises is the answer's message.
@@ -53,47 +56,96 @@ def _answering(name: str, operation: Operation) -> Operation:
 
 
 class Presence:
-    """Whether routers may send requests: an engine that cannot serve for a while steps out of discovery."""
+    """Whether routers may send requests: an engine that cannot serve for a while steps out of discovery.
+
+    It does so for a reason, which has a name. It can have several at once, and enters discovery again when it has none.
+    """
 
     def __init__(self) -> None:
         self._endpoint: Endpoint | None = None
         self._lock = asyncio.Lock()
-        #: Whether the engine has stepped out.
-        self.away = False
+        self._reasons: frozenset[str] = frozenset()
+
+    @property
+    def reasons(self) -> frozenset[str]:
+        """Why the engine has stepped out; empty while it serves."""
+        return self._reasons
 
     def attach(self, endpoint: Endpoint) -> None:
         """Remember the endpoint that steps out."""
         self._endpoint = endpoint
 
-    async def step_out(self, pause: Callable[[], Awaitable[object]]) -> bool:
-        """Leave discovery, then ``pause()`` the engine; return False if it was away already.
+    async def step_out(self, pause: Callable[[], Awaitable[object]], *reasons: str) -> bool:
+        """Leave discovery for these reasons, then ``pause()`` the engine; return False if it has them all already.
 
-        If ``pause`` fails the engine is taken to serve as before.
+        If ``pause`` fails it is taken to have none of those that are new. Meanwhile :attr:`reasons` are the old ones.
         """
         async with self._lock:
-            if self.away:
+            if self._reasons.issuperset(reasons):
                 return False
-            if self._endpoint is not None:
+            if not self._reasons and self._endpoint is not None:
                 await self._endpoint.unregister_endpoint_instance()
             try:
                 await pause()
             except BaseException:
-                await self._enter()
+                if not self._reasons:
+                    await self._enter()
                 raise
-            self.away = True
+            self._reasons = self._reasons.union(reasons)
             return True
 
-    async def step_in(self, resume: Callable[[], Awaitable[bool]]) -> bool:
-        """Let ``resume()`` bring the engine back, and enter discovery if it says that all of it is back.
+    async def step_in(self, resume: Callable[[], Awaitable[bool]], *reasons: str) -> bool:
+        """Let ``resume()`` bring the engine back, and take these reasons for gone if it says so.
+
+        Without any reason left the engine enters discovery. ``resume`` is not called if there is none of these reasons;
+        while it runs, :attr:`reasons` are the old ones.
 
         :returns: whether the engine serves now.
         """
         async with self._lock:
-            if self.away and await resume():
-                await self._enter()
-                self.away = False
-            return not self.away
+            if self._reasons.intersection(reasons) and await resume():
+                left = self._reasons.difference(reasons)
+                if not left:
+                    await self._enter()
+                self._reasons = left
+            return not self._reasons
 
     async def _enter(self) -> None:
         if self._endpoint is not None:
             await self._endpoint.register_endpoint_instance()
+
+
+class Operations:
+    """All operations of one engine: its own, and those on its LoRA adapters.
+
+    :ivar adapters: the LoRA adapters; None if there can be none.
+    :ivar presence: how the engine steps out of discovery.
+    """
+
+    def __init__(
+        self, routes: Mapping[str, Operation], endpoints: Mapping[str, Operation], adapters: Adapters | None
+    ) -> None:
+        """Remember the engine's own operations.
+
+        :param routes: those that are control routes, by name.
+        :param endpoints: those that Dynamo's own tools reach as endpoints, by the names that they use.
+        """
+        self._routes = routes
+        self._endpoints = endpoints
+        self.adapters = adapters
+        self.presence = Presence()
+
+    def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        """Remember the endpoint that leaves discovery while the engine cannot serve."""
+        self.presence.attach(endpoint)
+        if self.adapters is not None:
+            self.adapters.attach(endpoint, info)
+
+    def routes(self) -> Mapping[str, Operation]:
+        """Return all operations by name."""
+        return routes({**self._routes, **(self.adapters.operations() if self.adapters is not None else {})})
+
+    def endpoints(self) -> list[EndpointSpec]:
+        """Return the operations that Dynamo's own tools reach as endpoints."""
+        own = [endpoint(name, operation) for name, operation in self._endpoints.items()]
+        return [*own, *(self.adapters.endpoints() if self.adapters is not None else [])]

@@ -8,6 +8,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import StartError
+from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
 
 if TYPE_CHECKING:
     import argparse
@@ -22,29 +23,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     :raises StartError: SGLang is not installed, or its installation is broken.
     """
     group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
-    group.add_argument(
-        "--publish-kv-events",
-        action="store_true",
-        help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
-    )
+    add_publish_kv_events(group)
     _server_args().add_cli_args(parser)
     # SGLang's default is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
 
 
 def _server_args() -> Any:
-    try:
-        from sglang.srt.server_args import ServerArgs
-    except ModuleNotFoundError as error:
-        raise StartError(
-            f"the SGLang engine needs the Python package {error.name!r}, which is not installed",
-            hint="pip install 'dynamo-worker-sglang[cuda]'",
-        ) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        raise StartError(
-            f"SGLang cannot be imported: {error}", hint="`python -c 'import sglang'` shows the whole error"
-        ) from error
-    return ServerArgs
+    install = "pip install 'dynamo-worker-sglang[cuda]'"
+    return import_engine("sglang.srt.server_args", name="SGLang", install=install).ServerArgs
 
 
 def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:

@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import io_struct
 
-from dynamo_worker import InvalidRequestError, operations
+from dynamo_worker import InvalidRequestError
 from dynamo_worker.adapters import Adapters
 from dynamo_worker.logs import get_logger
-from dynamo_worker.operations import Operation, Presence
+from dynamo_worker.operations import Operations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
-    from dynamo.runtime import Endpoint
-
-    from dynamo_worker import EndpointSpec, EngineInfo
     from dynamo_worker.adapters import Adapter
     from dynamo_worker_sglang.manager import Manager
 
@@ -24,6 +21,8 @@ log = get_logger(__name__)
 
 #: What ``release_memory_occupation`` can release.
 _REGIONS = ("weights", "kv_cache", "cuda_graph")
+#: How ``pause_generation`` can treat requests in flight: end them, leave them as they are, or let them wait.
+_MODES = ("abort", "in_place", "retract")
 
 
 class LoraLoader:
@@ -50,47 +49,29 @@ def _succeeded(result: Any) -> None:
         raise RuntimeError(result.error_message)
 
 
-class Control:
+class Control(Operations):
     """All operations of one engine.
 
-    :ivar adapters: the LoRA adapters; None without ``--enable-lora``.
+    While it is out of discovery, the reasons are the regions of memory that are released, and the mode of a pause.
     """
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
-        self._presence = Presence()
-        self._released: set[str] = set()
-        self._paused = False
-        self.adapters = (
-            Adapters(LoraLoader(manager), {name: ref.lora_path for name, ref in manager.lora_ref_cache.items()})
-            if manager.enable_lora
-            else None
+        loaded = {name: ref.lora_path for name, ref in manager.lora_ref_cache.items()}
+        super().__init__(
+            routes={
+                "flush_cache": self.flush_cache,
+                "release_memory_occupation": self.release_memory_occupation,
+                "resume_memory_occupation": self.resume_memory_occupation,
+                "pause_generation": self.pause_generation,
+                "continue_generation": self.continue_generation,
+                "update_weights_from_disk": self.update_weights_from_disk,
+                "start_profile": self.start_profile,
+                "stop_profile": self.stop_profile,
+            },
+            endpoints={"clear_kv_blocks": self.flush_cache},
+            adapters=Adapters(LoraLoader(manager), loaded) if manager.enable_lora else None,
         )
-
-    def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Remember the endpoint that leaves discovery while the engine cannot serve."""
-        self._presence.attach(endpoint)
-        if self.adapters is not None:
-            self.adapters.attach(endpoint, info)
-
-    def routes(self) -> Mapping[str, Operation]:
-        """Return all operations by name."""
-        own = {
-            "flush_cache": self.flush_cache,
-            "release_memory_occupation": self.release_memory_occupation,
-            "resume_memory_occupation": self.resume_memory_occupation,
-            "pause_generation": self.pause_generation,
-            "continue_generation": self.continue_generation,
-            "update_weights_from_disk": self.update_weights_from_disk,
-            "start_profile": self.start_profile,
-            "stop_profile": self.stop_profile,
-        }
-        return operations.routes({**own, **(self.adapters.operations() if self.adapters is not None else {})})
-
-    def endpoints(self) -> list[EndpointSpec]:
-        """Return the operations that Dynamo's own tools reach as endpoints."""
-        adapters = self.adapters.endpoints() if self.adapters is not None else []
-        return [operations.endpoint("clear_kv_blocks", self.flush_cache), *adapters]
 
     async def flush_cache(self, body: dict[str, Any]) -> dict[str, Any]:
         """Forget all cached prefixes; waits ``timeout_s`` seconds for requests that use them."""
@@ -101,80 +82,67 @@ class Control:
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery, end what is in flight, and release the accelerator's memory, or some ``tags`` of it."""
-        tags = _tags(body)
-        if self._released:
-            return {"message": "the memory is released already"}
+        tags, mode = _tags(body), _mode(body)
 
         async def release() -> None:
-            if not self._paused:
-                await self._pause(body)
-            await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=tags))
+            if "in_place" in (mode, *self.presence.reasons):
+                raise InvalidRequestError("requests that are paused in place may use the memory")
+            await self._pause(mode)
+            new = [tag for tag in tags if tag not in self.presence.reasons]
+            await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=new))
 
-        if self._paused:
-            await release()
-        else:
-            await self._presence.step_out(release)
-        self._released = set(tags or _REGIONS)
-        log.info("Memory released", tags=",".join(sorted(self._released)))
+        if not await self.presence.step_out(release, *tags):
+            return {"message": "the memory is released already"}
+        log.info("Memory released", tags=",".join(tags))
         return {"message": "memory released"}
 
     async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take the memory back, and enter discovery again when all of it is."""
         tags = _tags(body)
-        if not self._released:
+        if not self.presence.reasons.intersection(tags):
             return {"message": "the memory is not released"}
 
         async def resume() -> bool:
-            await self._manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=tags))
-            self._released -= set(tags or _REGIONS)
-            if not self._released and not self._paused:
-                await self._continue({})
-            return not self._released
+            released = [tag for tag in tags if tag in self.presence.reasons]
+            await self._manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=released))
+            return await self._continue(body, tags)
 
-        if self._paused:
-            await resume()
-        else:
-            await self._presence.step_in(resume)
-        if self._released:
-            return {"message": f"partly resumed; still released: {sorted(self._released)}"}
+        await self.presence.step_in(resume, *tags)
+        released = sorted(self.presence.reasons.intersection(_REGIONS))
+        if released:
+            return {"message": f"partly resumed; still released: {released}"}
         log.info("Memory resumed")
         return {"message": "memory resumed"}
 
     async def pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery and stop generating; ``mode``: ``abort`` (default), ``in_place`` or ``retract``."""
-        if self._released:
-            return {"message": "the memory is released: nothing is generated"}
-        if not await self._presence.step_out(lambda: self._pause(body)):
+        mode = _mode(body)
+        if self.presence.reasons.intersection(_MODES):
             return {"message": "the engine is paused already"}
-        self._paused = True
+        await self.presence.step_out(lambda: self._pause(mode), mode)
         log.info("Generation paused")
         return {"message": "generation paused"}
 
     async def continue_generation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Go on generating and enter discovery again."""
-        if not self._paused:
+        """Go on generating and enter discovery again, unless memory is released."""
+        if not self.presence.reasons.intersection(_MODES):
             return {"message": "the engine is not paused"}
-        if self._released:
-            raise InvalidRequestError("the memory is released: resume_memory_occupation comes first")
-
-        async def go_on() -> bool:
-            await self._continue(body)
-            return True
-
-        await self._presence.step_in(go_on)
-        self._paused = False
+        if not await self.presence.step_in(lambda: self._continue(body, _MODES), *_MODES):
+            return {"message": f"generation continues when memory is resumed: {sorted(self.presence.reasons)}"}
         log.info("Generation continues")
         return {"message": "generation continues"}
 
-    async def _pause(self, body: dict[str, Any]) -> None:
-        mode = body.get("mode", "abort")
-        if mode not in ("abort", "in_place", "retract"):
-            raise InvalidRequestError(f"mode: abort, in_place or retract is needed, not {mode!r:.80}")
-        await self._manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode))
+    async def _pause(self, mode: str) -> None:
+        """Stop generating unless that is so already."""
+        if not self.presence.reasons:
+            await self._manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode))
 
-    async def _continue(self, body: dict[str, Any]) -> None:
-        request = io_struct.ContinueGenerationReqInput(torch_empty_cache=bool(body.get("torch_empty_cache", True)))
-        await self._manager.continue_generation(request)
+    async def _continue(self, body: dict[str, Any], gone: Iterable[str]) -> bool:
+        """Go on generating if there is no other reason not to."""
+        if self.presence.reasons.issubset(gone):
+            request = io_struct.ContinueGenerationReqInput(torch_empty_cache=bool(body.get("torch_empty_cache", True)))
+            await self._manager.continue_generation(request)
+        return True
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
         """Load other weights of the same model from ``model_path``, after what is in flight has ended."""
@@ -205,8 +173,17 @@ class Control:
         return {"message": "stopped profiling"}
 
 
-def _tags(body: dict[str, Any]) -> list[str] | None:
-    tags = body.get("tags")
-    if tags is not None and not (isinstance(tags, list) and tags and set(tags) <= set(_REGIONS)):
+def _tags(body: dict[str, Any]) -> list[str]:
+    """Return the regions of memory that are meant: all, unless some are named."""
+    tags = body.get("tags", list(_REGIONS))
+    if not (isinstance(tags, list) and tags and set(tags) <= set(_REGIONS)):
         raise InvalidRequestError(f"tags: a list of {', '.join(_REGIONS)} is needed, not {tags!r:.80}")
     return tags
+
+
+def _mode(body: dict[str, Any]) -> str:
+    """Return what becomes of requests in flight."""
+    mode: str = body.get("mode", _MODES[0])
+    if mode not in _MODES:
+        raise InvalidRequestError(f"mode: one of {', '.join(_MODES)} is needed, not {mode!r:.80}")
+    return mode

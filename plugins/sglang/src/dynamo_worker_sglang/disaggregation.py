@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import InvalidRequestError
+from dynamo_worker import InvalidRequestError, disaggregation
 from dynamo_worker.translation import section
 
 if TYPE_CHECKING:
@@ -17,15 +17,12 @@ if TYPE_CHECKING:
 
     from dynamo_worker_sglang.sampling import Translated
 
-#: The router's mark on a request that a decode worker shall prefill itself, which SGLang cannot do.
-_BYPASS: Final = ("bypass-remote-prefill", "x-bypass-remote-prefill")
 _ROOMS: Final = 2**63
 
 
-class Role:
+class Role(disaggregation.Role):
     """The share of a request that this worker does.
 
-    :ivar mode: ``aggregated``, ``prefill`` or ``decode``.
     :ivar bootstrap: host and port of the bootstrap server of a prefill worker.
     """
 
@@ -35,14 +32,9 @@ class Role:
         :param mode: of SGLang's ``--disaggregation-mode``.
         :param bootstrap: where the bootstrap server of this worker is, if it is a prefill worker.
         """
-        self.mode = "aggregated" if mode == "null" else mode
+        super().__init__("aggregated" if mode == "null" else mode)
         self.bootstrap = bootstrap if mode == "prefill" else None
         self._port = bootstrap[1]
-
-    @property
-    def needs(self) -> tuple[tuple[str, ...], ...]:
-        """The workers without which this one cannot serve."""
-        return {"prefill": (("decode",),), "decode": (("prefill",),)}.get(self.mode, ())
 
     def prepare(self, request: Mapping[str, Any], translated: Translated) -> dict[str, Any] | None:
         """Tell SGLang where the two workers meet; return what the prefill worker tells the decode worker, if it is one.
@@ -53,7 +45,7 @@ class Role:
             return None
         if translated.n > 1:
             raise InvalidRequestError("sampling_options.n: prefill and decode workers make one answer")
-        if any(mark in (request.get("annotations") or ()) for mark in _BYPASS):
+        if self.bypasses_prefill(request):
             raise InvalidRequestError("a decode worker with SGLang cannot prefill by itself")
         given = dict(section(request, "bootstrap_info"))
         if self.mode == "decode":

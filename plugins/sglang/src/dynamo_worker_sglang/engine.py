@@ -143,7 +143,7 @@ class SglangEngine:
         return EngineInfo(
             model_name=settings["served_model_name"],
             model_path=manager.model_path,
-            endpoint_types=("prefill",) if role.mode == "prefill" else ("chat", "completions"),
+            endpoint_types=role.endpoint_types,
             worker_type=role.mode,
             needs=role.needs,
             context_length=self._context_length,

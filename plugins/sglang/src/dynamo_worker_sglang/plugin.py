@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_worker import hookimpl
+from dynamo_worker import EnginePlugin, hookimpl
 
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_worker import Deadline, EngineContext
+    from dynamo_worker import EngineContext
     from dynamo_worker_sglang.engine import SglangEngine
     from dynamo_worker_sglang.nodes import Follower
 
 
-class SglangPlugin:
+class SglangPlugin(EnginePlugin):
     """Connects SGLang with the worker's lifecycle."""
 
     dynamo_worker_api = "1"
@@ -36,21 +36,6 @@ class SglangPlugin:
         from dynamo_worker_sglang.engine import SglangEngine
 
         return SglangEngine(args, context)
-
-    @hookimpl
-    async def check_health(self, engine: SglangEngine | Follower) -> None:
-        """Ask the scheduler; one that hangs does not answer in time."""
-        await engine.check_health()
-
-    @hookimpl
-    async def drain(self, engine: SglangEngine | Follower, deadline: Deadline) -> None:
-        """Wait for KV transfers that decode workers have not fetched yet."""
-        await engine.drain(deadline)
-
-    @hookimpl
-    async def cleanup(self, engine: SglangEngine | Follower, deadline: Deadline) -> None:
-        """End SGLang's processes."""
-        await engine.shutdown(deadline)
 
 
 plugin = SglangPlugin()

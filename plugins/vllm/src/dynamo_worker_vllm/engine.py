@@ -155,7 +155,7 @@ class VllmEngine:
             model_name=name,
             model_path=config.model_config.model,
             model_aliases=aliases,
-            endpoint_types=("prefill",) if role.mode == "prefill" else ("chat", "completions"),
+            endpoint_types=role.endpoint_types,
             worker_type=role.mode,
             needs=role.needs,
             context_length=self._context_length,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_worker import hookimpl
+from dynamo_worker import EnginePlugin, hookimpl
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from dynamo_worker import Deadline, EngineContext
+    from dynamo_worker import EngineContext
     from dynamo_worker_vllm.engine import VllmEngine
     from dynamo_worker_vllm.headless import HeadlessEngine
 
 
-class VllmPlugin:
+class VllmPlugin(EnginePlugin):
     """Connects vLLM with the worker's lifecycle."""
 
     dynamo_worker_api = "1"
@@ -46,25 +46,10 @@ class VllmPlugin:
         return VllmEngine(args, context)
 
     @hookimpl
-    async def check_health(self, engine: VllmEngine | HeadlessEngine) -> None:
-        """Raise EngineDeadError once vLLM itself says that it is dead."""
-        await engine.check_health()
-
-    @hookimpl
-    async def drain(self, engine: VllmEngine | HeadlessEngine, deadline: Deadline) -> None:
-        """Wait for KV transfers that other workers have not fetched yet."""
-        await engine.drain(deadline)
-
-    @hookimpl
     def on_fatal_error(self, engine: VllmEngine | HeadlessEngine | None) -> None:
         """Take note that there is nothing left to shut down in order."""
         if engine is not None:
             engine.condemn()
-
-    @hookimpl
-    async def cleanup(self, engine: VllmEngine | HeadlessEngine, deadline: Deadline) -> None:
-        """End vLLM's processes."""
-        await engine.shutdown(deadline)
 
 
 plugin = VllmPlugin()

@@ -1,0 +1,41 @@
+"""What the command lines of engines have in common: flags that are read by code that may not be there."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.errors import StartError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def import_engine(module: str, *, name: str, install: str) -> Any:
+    """Import and return a module of an engine's own package.
+
+    :param module: such as ``vllm.engine.arg_utils``.
+    :param name: the engine's name in messages.
+    :param install: the command that installs it.
+    :raises StartError: the package, or one that it needs, is not installed, or the installation is broken.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"the {name} engine needs the Python package {error.name!r}, which is not installed", hint=install
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        package = module.partition(".")[0]
+        raise StartError(
+            f"{name} cannot be imported: {error}", hint=f"`python -c 'import {package}'` shows the whole error"
+        ) from error
+
+
+def add_publish_kv_events(group: argparse._ArgumentGroup) -> None:
+    """Add ``--publish-kv-events`` to an engine that has ``--kv-events-config`` of its own."""
+    group.add_argument(
+        "--publish-kv-events",
+        action="store_true",
+        help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
+    )

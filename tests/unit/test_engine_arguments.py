@@ -1,0 +1,47 @@
+"""Flags of engines, and what is said where an engine cannot be imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+
+from dynamo_worker import StartError
+from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
+
+
+def test_a_module_of_an_engine():
+    assert import_engine("json.decoder", name="Toy", install="pip install toy").JSONDecoder
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "hint"),
+    [
+        ("", "the Toy engine needs the Python package 'toy_engine.args'", "pip install toy"),
+        ("import no_such_package", "the Toy engine needs the Python package 'no_such_package'", "pip install toy"),
+        (
+            "from json import no_such_name",
+            "Toy cannot be imported: cannot import name",
+            "python -c 'import toy_engine'",
+        ),
+        ("raise OSError('libcuda.so.1')", "Toy cannot be imported: libcuda.so.1", "python -c 'import toy_engine'"),
+        ("raise RuntimeError('no GPU')", "Toy cannot be imported: no GPU", "python -c 'import toy_engine'"),
+    ],
+)
+def test_an_engine_that_cannot_be_imported(tmp_path, monkeypatch, source, message, hint):
+    (tmp_path / "toy_engine").mkdir()
+    (tmp_path / "toy_engine" / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "toy_engine", raising=False)
+    with pytest.raises(StartError) as caught:
+        import_engine("toy_engine.args", name="Toy", install="pip install toy")
+    assert message in str(caught.value)
+    assert hint in str(caught.value.hint)
+
+
+def test_publish_kv_events():
+    parser = argparse.ArgumentParser()
+    add_publish_kv_events(parser.add_argument_group("toy"))
+    assert not parser.parse_args([]).publish_kv_events
+    assert parser.parse_args(["--publish-kv-events"]).publish_kv_events
