@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import FRONTEND, RequestTable
+from dynamo_worker.translation import FRONTEND, ModelTable, RequestTable
 
 TABLE = RequestTable(
     sampling={
@@ -88,10 +88,24 @@ def test_values_that_ask_for_nothing() -> None:
     assert read(sampling_options={"length_penalty": 1.0, "best_of": 1}, multi_modal_data=None, encoder_result={}) == {}
 
 
-def test_room_for_the_answer() -> None:
-    assert translation.room_for_answer({"token_ids": [1] * 9}, 10) == 1
+@pytest.mark.parametrize(("asked", "given"), [(None, 7), (5, 5), (7, 7), (8, 7), (0, None)])
+def test_an_answer_fits_into_the_context(asked: int | None, given: int | None) -> None:
+    table = ModelTable(TABLE, {"temp": 0.1}, context_length=10)
+    values = table.read({"token_ids": [1, 2, 3], "stop_conditions": {"max_tokens": asked}})
+    assert values == (None if given is None else {"temp": 0.1, "max_tokens": given})
+
+
+def test_a_model_with_a_limit_of_its_own() -> None:
+    table = ModelTable(TABLE, {"max_tokens": 4}, context_length=10)
+    assert table.read({"token_ids": [1]}) == {"max_tokens": 4}
+    assert table.read({"token_ids": [1], "stop_conditions": {"max_tokens": 6}}) == {"max_tokens": 6}
+
+
+def test_a_prompt_that_leaves_no_room() -> None:
+    table = ModelTable(TABLE, {}, context_length=10)
+    assert table.read({"token_ids": [1] * 9}) == {"max_tokens": 1}
     with pytest.raises(InvalidRequestError, match=r"10 tokens.*context length is 10"):
-        translation.room_for_answer({"token_ids": [1] * 10}, 10)
+        table.read({"token_ids": [1] * 10})
 
 
 GUIDES: dict[str, Any] = {

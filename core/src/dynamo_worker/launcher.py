@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import gc
 import os
 import shutil
 import signal
@@ -310,6 +311,9 @@ class Launcher:
         self._processes.watch(engine.processes(), "engine process")
         if info.model_path is not None:
             await self._warm_up(engine)
+        # What was made until now lives as long as the worker: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         main = EndpointSpec(
             settings.endpoint, metrics_labels=(("model", info.model_name),), registers_model=info.model_path is not None
         )

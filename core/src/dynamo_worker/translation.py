@@ -268,19 +268,42 @@ def _read(where: str, table: Fields, options: Mapping[str, Any], values: dict[st
         values[target] = result
 
 
-def room_for_answer(request: Mapping[str, Any], context_length: int) -> int:
-    """Return how many tokens an answer can have.
+class ModelTable:
+    """Reads requests for one model."""
 
-    :raises InvalidRequestError: not even one.
-    """
-    prompt = len(request["token_ids"])
-    room = context_length - prompt
-    if room < 1:
-        raise InvalidRequestError(
-            f"the prompt has {prompt} tokens; the model's context length is {context_length}, and at least one token "
-            "must be left for the answer"
-        )
-    return room
+    def __init__(self, table: RequestTable, defaults: Mapping[str, Any], context_length: int) -> None:
+        """Remember the model.
+
+        :param defaults: what its own generation configuration says, by the engine's names.
+        :param context_length: longest sequence in tokens.
+        """
+        self._table = table
+        self._defaults = dict(defaults)
+        self._context_length = context_length
+        limit = table.stop["max_tokens"]
+        assert limit is not None, "an engine has a limit of tokens"
+        self._limit = limit[0]
+
+    def read(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the engine's parameters, with a limit that fits into the context; None if no token is asked for.
+
+        :raises InvalidRequestError: the prompt leaves no room for a token; a field is unknown, not supported or wrong,
+            and the message names it.
+        """
+        prompt = len(request["token_ids"])
+        room = self._context_length - prompt
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {prompt} tokens; the model's context length is {self._context_length}, and at least "
+                "one token must be left for the answer"
+            )
+        values = self._table.read(request, self._defaults)
+        limit = values.get(self._limit)
+        if limit == 0:
+            return None
+        # Engines differ in what they do without a limit, or with one that does not fit: one of them refuses.
+        values[self._limit] = room if limit is None else min(limit, room)
+        return values
 
 
 def cache_salt(request: Mapping[str, Any]) -> str | None:

@@ -205,9 +205,11 @@ class Translation:
         # After a migration nothing may be left to generate.
         assert self.translate({"token_ids": [5], "stop_conditions": {"max_tokens": 0}}, {}) is None
 
-    def test_without_a_limit_the_context_is_one(self) -> None:
-        limit = self.value_of(self.translated(), self.name_of("stop_conditions", "max_tokens"))
-        assert limit == self.CONTEXT_LENGTH - 3
+    @pytest.mark.parametrize("limit", [None, 1000])
+    def test_the_answer_fits_into_the_context(self, limit: int | None) -> None:
+        translated = self.translated(stop_conditions={"max_tokens": limit})
+        fits = self.value_of(translated, self.name_of("stop_conditions", "max_tokens"))
+        assert fits == self.CONTEXT_LENGTH - 3
 
     def test_the_models_defaults_and_what_overrides_them(self) -> None:
         temperature, top_k = (self.name_of("sampling_options", name) for name in ("temperature", "top_k"))

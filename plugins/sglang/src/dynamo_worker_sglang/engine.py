@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +96,6 @@ class SglangEngine:
         tokenizer = manager.tokenizer
         if tokenizer is not None:
             self._decode = lambda token: str(tokenizer.decode([token]))
-        # What was made during the start lives as long as the worker: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
         return self._describe()
 
     def _fail(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import RequestTable, integer, logit_bias, refusal
+from dynamo_worker.translation import ModelTable, RequestTable, integer, logit_bias, refusal
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -115,7 +115,7 @@ class Translated:
     prompt_top: int | None
 
 
-class SamplingTable:
+class SamplingTable(ModelTable):
     """Translates requests for one model."""
 
     def __init__(
@@ -128,23 +128,18 @@ class SamplingTable:
         :param vocabulary: number of tokens there are.
         :param deterministic: whether the engine's answers depend on nothing but the request.
         """
-        self._defaults = dict(defaults)
-        self._context_length = context_length
+        super().__init__(TABLE, defaults, context_length)
         self._vocabulary = vocabulary
         self._deterministic = deterministic
 
     def translate(self, request: Mapping[str, Any]) -> Translated | None:
         """Return the request in SGLang's terms, or None if it asks for no token at all.
 
-        :raises InvalidRequestError: a field is unknown, not supported or wrong; the message names it.
+        :raises InvalidRequestError: as :meth:`read` does, or SGLang refuses the parameters.
         """
-        room = translation.room_for_answer(request, self._context_length)
-        values = TABLE.read(request, self._defaults)
-        limit = values.get("max_new_tokens")
-        if limit == 0:
+        values = self.read(request)
+        if values is None:
             return None
-        # SGLang's own default is 128 tokens, and it refuses a limit that does not fit.
-        values["max_new_tokens"] = room if limit is None else min(limit, room)
         values.update(values.pop("guided_decoding", {}))
         n = values.pop("n", 1)
         if n < 1:

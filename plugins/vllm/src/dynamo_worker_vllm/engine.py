@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import multiprocessing
 import os
 from typing import TYPE_CHECKING, Any
@@ -109,9 +108,6 @@ class VllmEngine:
         await self._warm_up()
         # vLLM asks for its environment variables with every token; from now on they stay as they are.
         envs.enable_envs_cache()
-        # What was made during the start lives as long as the worker: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
         return self._describe()
 
     async def _warm_up(self) -> None:

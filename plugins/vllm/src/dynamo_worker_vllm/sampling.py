@@ -10,7 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.kv_hints import KvHintsEnvelope
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import RequestTable, boolean, integer, length, logit_bias, tokens
+from dynamo_worker.translation import ModelTable, RequestTable, boolean, integer, length, logit_bias, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,29 +50,20 @@ EXTRA: Final[translation.Fields] = {
 TABLE: Final = RequestTable(SAMPLING, STOP, OUTPUT, EXTRA, handled=frozenset({"require_reasoning", "kv_hint"}))
 
 
-class SamplingTable:
+class SamplingTable(ModelTable):
     """Translates requests for one model."""
 
     def __init__(self, defaults: Mapping[str, Any], context_length: int) -> None:
-        """Remember the model.
-
-        :param defaults: what the model's generation configuration says, by the names of ``SamplingParams``.
-        :param context_length: longest sequence in tokens.
-        """
-        self._defaults = dict(defaults)
-        self._context_length = context_length
+        super().__init__(TABLE, defaults, context_length)
 
     def translate(self, request: Mapping[str, Any]) -> SamplingParams | None:
         """Return the sampling parameters of a request, or None if it asks for no token at all.
 
-        :raises InvalidRequestError: a field is unknown, not supported or wrong; the message names it.
+        :raises InvalidRequestError: as :meth:`read` does, or vLLM refuses the parameters.
         """
-        room = translation.room_for_answer(request, self._context_length)
-        values = TABLE.read(request, self._defaults)
-        limit = values.get("max_tokens")
-        if limit == 0:
+        values = self.read(request)
+        if values is None:
             return None
-        values["max_tokens"] = room if limit is None else limit
         if values.get("logprob_token_ids"):
             values.pop("logprobs", None)  # vLLM derives the number from the list
         try:
