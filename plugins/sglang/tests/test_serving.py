@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from dynamo_worker.testing import Cluster, Subject, Worker
+from dynamo_worker.testing import Cluster, Subject, Worker, eventually
 from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving
 from dynamo_worker.testing.tiny_model import make_adapter
@@ -69,6 +69,7 @@ class TestSglang(Serving):
         worker = self.check_operations(cluster, tmp_path, "--lora-paths", f"preloaded={preloaded}")
         assert worker.operate("flush_cache")["status"] == "success"
         assert worker.operate("pause_generation", {"mode": "soon"})["status"] == "error"
+        self.check_two_reasons_at_once(cluster, worker)
 
         plain = cluster.complete()[1]["choices"][0]["text"]
         assert set(cluster.models()) == {"tiny", "preloaded"}
@@ -84,6 +85,25 @@ class TestSglang(Serving):
         assert worker.operate("stop_profile")["status"] == "success"
         assert list((tmp_path / "profile").iterdir())
         worker.stop()
+
+    def check_two_reasons_at_once(self, cluster: Cluster, worker: Worker) -> None:
+        """The engine is back when it is neither paused nor without any of its memory."""
+        assert worker.operate("pause_generation", {"mode": "in_place"})["status"] == "success"
+        assert "in place" in worker.operate("release_memory_occupation")["message"]
+        assert worker.operate("continue_generation")["status"] == "success"
+        for name, body, message in (
+            ("pause_generation", {}, "generation paused"),
+            ("release_memory_occupation", {"tags": ["kv_cache"]}, "memory released"),
+            ("release_memory_occupation", {}, "memory released"),
+            ("release_memory_occupation", {"tags": ["weights"]}, "released already"),
+            ("continue_generation", {}, "when memory is resumed"),
+            ("resume_memory_occupation", {"tags": ["weights"]}, "still released"),
+        ):
+            assert message in worker.operate(name, body)["message"]
+            assert not cluster.models()
+        assert worker.operate("resume_memory_occupation")["status"] == "success"
+        cluster.wait_model()
+        eventually(lambda: cluster.complete()[0] == 200, 10, "an answer when all of it is back")
 
     def test_a_scheduler_that_fails_by_itself(self, cluster: Cluster) -> None:
         """It reports an exception with a signal that would end this process by default."""
