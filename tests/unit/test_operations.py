@@ -66,9 +66,11 @@ def test_out_and_in_again() -> None:
         presence, endpoint = present()
         assert await presence.step_out(nothing, "asleep")
         assert presence.reasons == {"asleep"}
+        assert presence.away
         assert not await presence.step_out(nothing, "asleep"), "it is away already"
         assert await presence.step_in(nothing, "asleep")
         assert not presence.reasons
+        assert not presence.away
         assert endpoint.calls == ["out", "in"]
 
     asyncio.run(main())
@@ -124,6 +126,7 @@ def test_who_pauses_or_resumes_sees_the_reasons_as_they_were() -> None:
         seen = []
 
         async def look() -> bool:
+            assert presence.away
             seen.append(set(presence.reasons))
             return True
 
@@ -145,6 +148,7 @@ def test_an_engine_that_does_not_pause_serves_on() -> None:
         with pytest.raises(RuntimeError, match="busy"):
             await presence.step_out(fail, "asleep")
         assert not presence.reasons
+        assert not presence.away
         assert endpoint.calls == ["out", "in"]
 
     asyncio.run(main())
@@ -214,7 +218,9 @@ def test_all_operations_of_an_engine(adapters: Adapters | None) -> None:
 
         endpoint = Endpoint()
         engine.attach(endpoint, EngineInfo("m", None))  # type: ignore[arg-type]
+        assert not engine.paused()
         await engine.presence.step_out(nothing, "asleep")
+        assert engine.paused()
         assert endpoint.calls == ["out"]
 
     asyncio.run(main())

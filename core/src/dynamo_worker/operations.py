@@ -65,6 +65,8 @@ class Presence:
         self._endpoint: Endpoint | None = None
         self._lock = asyncio.Lock()
         self._reasons: frozenset[str] = frozenset()
+        #: Whether it has left discovery, or is about to; until it is back.
+        self.away = False
 
     @property
     def reasons(self) -> frozenset[str]:
@@ -83,9 +85,10 @@ class Presence:
         async with self._lock:
             if self._reasons.issuperset(reasons):
                 return False
-            if not self._reasons and self._endpoint is not None:
-                await self._endpoint.unregister_endpoint_instance()
+            self.away = True
             try:
+                if not self._reasons and self._endpoint is not None:
+                    await self._endpoint.unregister_endpoint_instance()
                 await pause()
             except BaseException:
                 if not self._reasons:
@@ -113,6 +116,7 @@ class Presence:
     async def _enter(self) -> None:
         if self._endpoint is not None:
             await self._endpoint.register_endpoint_instance()
+        self.away = False
 
 
 class Operations:
@@ -140,6 +144,10 @@ class Operations:
         self.presence.attach(endpoint)
         if self.adapters is not None:
             self.adapters.attach(endpoint, info)
+
+    def paused(self) -> bool:
+        """Return whether the engine does not serve on purpose."""
+        return self.presence.away
 
     def routes(self) -> Mapping[str, Operation]:
         """Return all operations by name."""

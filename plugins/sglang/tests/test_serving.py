@@ -64,9 +64,9 @@ class TestSglang(Serving):
         fake = ("--disaggregation-transfer-backend", "fake", "--disaggregation-decode-retraction-backup", "cpu_tensor")
         cluster.start_worker("--disaggregation-mode", "decode", *fake).wait_ready().stop()
 
-    def test_operations(self, cluster: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+    def test_operations(self, cluster: Cluster, subject: Subject, tmp_path: Path, tiny_model: Path) -> None:
         preloaded = make_adapter(tmp_path / "preloaded")
-        worker = self.check_operations(cluster, tmp_path, "--lora-paths", f"preloaded={preloaded}")
+        worker = self.check_operations(cluster, subject, tmp_path, "--lora-paths", f"preloaded={preloaded}")
         assert worker.operate("flush_cache")["status"] == "success"
         assert worker.operate("pause_generation", {"mode": "soon"})["status"] == "error"
         self.check_two_reasons_at_once(cluster, worker)

@@ -46,8 +46,8 @@ class TestVllm(Serving):
         super().test_prefill_here_and_decode_there(cluster, division)
         assert list((tmp_path / "kv").rglob("*.safetensors")), "nothing went through the folder"
 
-    def test_operations(self, cluster: Cluster, tmp_path: Path) -> None:
-        worker = self.check_operations(cluster, tmp_path)
+    def test_operations(self, cluster: Cluster, subject: Subject, tmp_path: Path) -> None:
+        worker = self.check_operations(cluster, subject, tmp_path)
         assert worker.operate("reset_prefix_cache")["status"] == "success"
         assert worker.operate("start_profile")["status"] == "error"  # vLLM was not told where to write
         worker.stop()

@@ -156,21 +156,23 @@ class Serving:
 
     # ----------------------------------------------------------------------------------------------- operations
 
-    def test_operations(self, cluster: Cluster, tmp_path: Path) -> None:
-        self.check_operations(cluster, tmp_path).stop()
+    def test_operations(self, cluster: Cluster, subject: Subject, tmp_path: Path) -> None:
+        self.check_operations(cluster, subject, tmp_path).stop()
 
-    def check_operations(self, cluster: Cluster, tmp_path: Path, *flags: str) -> Worker:
+    def check_operations(self, cluster: Cluster, subject: Subject, tmp_path: Path, *flags: str) -> Worker:
         """Check the operations that engines have in common; return the worker, which serves on.
 
         :param flags: what the worker is started with beside :attr:`ADAPTERS`.
         """
-        (worker,) = cluster.serve(1, *self.ADAPTERS, *flags)
+        (worker,) = cluster.serve(1, "--stall-timeout", str(subject.stall_timeout), *self.ADAPTERS, *flags)
         if self.ADAPTERS:
             self.check_adapters(cluster, worker, make_adapter(tmp_path / "adapter"))
-        for pause in self.PAUSES:
+        for number, pause in enumerate(self.PAUSES):
             answer = worker.operate(pause.away, dict(pause.body))
             assert answer["status"] == "success", answer
             eventually(lambda: not cluster.models(), 10, f"the worker to leave discovery for {pause.away}")
+            if number == 0:
+                time.sleep(1.2 * subject.stall_timeout)  # who pauses is not stalled
             answer = worker.operate(pause.back)
             assert answer["status"] == "success", answer
             cluster.wait_model()

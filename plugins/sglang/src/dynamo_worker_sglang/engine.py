@@ -306,6 +306,10 @@ class SglangEngine:
         self._reader.read()
         return self._manager.batches + self._reader.steps
 
+    def paused(self) -> bool:
+        """Return whether an operator has taken the engine out of service."""
+        return self._control is not None and self._control.paused()
+
     async def check_health(self) -> None:
         """Ask the scheduler for its state, and return when it has answered.
 

@@ -305,6 +305,10 @@ class VllmEngine:
         """Return the number of engine steps that were reported."""
         return 0 if self._processor is None else self._processor.steps
 
+    def paused(self) -> bool:
+        """Return whether an operator has taken the engine out of service."""
+        return self._control is not None and self._control.paused()
+
     async def check_health(self) -> None:
         """Raise EngineDeadError once vLLM says so."""
         if self._llm is not None and self._llm.errored:
