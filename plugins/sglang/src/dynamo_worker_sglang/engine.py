@@ -11,8 +11,8 @@ from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, engi
 from dynamo_worker.adapters import Adapters
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
+from dynamo_worker.push_engine import PushEngine
 from dynamo_worker.routing import LoadPublisher, publish_kv_events
-from dynamo_worker.serving import pulled
 from dynamo_worker_sglang import arguments, nodes
 from dynamo_worker_sglang.control import Control
 from dynamo_worker_sglang.disaggregation import Role
@@ -32,12 +32,12 @@ from dynamo_worker_sglang.sampling import SamplingTable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
 
-    from dynamo_worker import Chunk, Deadline, EngineContext, Request, RequestContext
+    from dynamo_worker import Deadline, EngineContext, Request, RequestContext
     from dynamo_worker.engine import Send
     from dynamo_worker_sglang.sampling import Translated
 
@@ -47,7 +47,7 @@ log = get_logger(__name__)
 _DRAIN_POLL_SECONDS = 0.1
 
 
-class SglangEngine:
+class SglangEngine(PushEngine):
     """SGLang as dynamo-worker drives it."""
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
@@ -168,10 +168,6 @@ class SglangEngine:
         return size
 
     # ------------------------------------------------------------------------------------------------- requests
-
-    def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
-        """Return the chunks of one request, for callers inside this process."""
-        return pulled(self.push, request, context)
 
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Hand one request to SGLang, and its tokens to ``send``."""
@@ -306,10 +302,6 @@ class SglangEngine:
         self._reader.read()
         return self._manager.batches + self._reader.steps
 
-    def paused(self) -> bool:
-        """Return whether an operator has taken the engine out of service."""
-        return self._control is not None and self._control.paused()
-
     async def check_health(self) -> None:
         """Ask the scheduler for its state, and return when it has answered.
 
@@ -352,10 +344,6 @@ class SglangEngine:
     def metrics_registry(self) -> CollectorRegistry:
         """Return SGLang's own metrics."""
         return metrics_registry()
-
-    def control_routes(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
-        """Return the operations under ``/engine/NAME``."""
-        return {} if self._control is None else self._control.routes()
 
     # --------------------------------------------------------------------------------------------------- the end
 

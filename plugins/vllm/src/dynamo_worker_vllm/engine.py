@@ -25,8 +25,9 @@ from dynamo_worker import (
 from dynamo_worker.adapters import Adapters
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
+from dynamo_worker.push_engine import PushEngine
 from dynamo_worker.routing import LoadPublisher, publish_kv_events
-from dynamo_worker.serving import LocalContext, pulled
+from dynamo_worker.serving import LocalContext
 from dynamo_worker_vllm import arguments, outputs, sampling
 from dynamo_worker_vllm.control import Control, LoraLoader
 from dynamo_worker_vllm.disaggregation import Role
@@ -36,7 +37,7 @@ from dynamo_worker_vllm.processes import TITLE
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
@@ -63,7 +64,7 @@ _WARM_UP: tuple[dict[str, Any], ...] = (
 )
 
 
-class VllmEngine:
+class VllmEngine(PushEngine):
     """vLLM as dynamo-worker drives it."""
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
@@ -183,10 +184,6 @@ class VllmEngine:
 
     # ------------------------------------------------------------------------------------------------- requests
 
-    def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
-        """Return the chunks of one request, for callers inside this process."""
-        return pulled(self.push, request, context)
-
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Hand one request to vLLM, and its tokens to ``send``."""
         llm, table = self._llm, self._table
@@ -305,10 +302,6 @@ class VllmEngine:
         """Return the number of engine steps that were reported."""
         return 0 if self._processor is None else self._processor.steps
 
-    def paused(self) -> bool:
-        """Return whether an operator has taken the engine out of service."""
-        return self._control is not None and self._control.paused()
-
     async def check_health(self) -> None:
         """Raise EngineDeadError once vLLM says so."""
         if self._llm is not None and self._llm.errored:
@@ -345,10 +338,6 @@ class VllmEngine:
     def metrics_registry(self) -> CollectorRegistry:
         """Return vLLM's own metrics."""
         return metrics_registry()
-
-    def control_routes(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
-        """Return the operations under ``/engine/NAME``."""
-        return {} if self._control is None else self._control.routes()
 
     # --------------------------------------------------------------------------------------------------- the end
 

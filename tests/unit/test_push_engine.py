@@ -1,0 +1,57 @@
+"""What an engine has because it pushes chunks and has operations."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from dynamo_worker.engine import HasControlRoutes, MayPause, PushesChunks
+from dynamo_worker.operations import Operations
+from dynamo_worker.push_engine import PushEngine
+from dynamo_worker.serving import LocalContext
+
+
+class Engine(PushEngine):
+    async def push(self, request: Any, context: Any, send: Any) -> None:
+        for token in request["token_ids"]:
+            send({"token_ids": [token]})
+
+    async def start(self) -> None:
+        self._control = Operations({"echo": self.echo}, {}, None)
+
+    async def echo(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+
+async def nothing() -> bool:
+    return True
+
+
+def test_chunks_that_are_pushed_can_be_pulled() -> None:
+    async def main() -> list[Any]:
+        return [chunk async for chunk in Engine().generate({"token_ids": [1, 2]}, LocalContext("a"))]
+
+    assert asyncio.run(main()) == [{"token_ids": [1]}, {"token_ids": [2]}]
+
+
+def test_operations() -> None:
+    async def main() -> None:
+        engine = Engine()
+        for capability in (PushesChunks, HasControlRoutes, MayPause):
+            assert isinstance(engine, capability)
+        assert engine.control_routes() == {}
+        assert not engine.paused()
+        await engine.start()
+        assert set(engine.control_routes()) == {"echo"}
+        assert engine._control is not None
+        await engine._control.presence.step_out(nothing, "asleep")
+        assert engine.paused()
+
+    asyncio.run(main())
+
+
+def test_an_engine_without_push() -> None:
+    with pytest.raises(NotImplementedError, match="push"):
+        asyncio.run(PushEngine().push({}, LocalContext("a"), lambda _: None))
