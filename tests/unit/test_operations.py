@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -179,6 +180,30 @@ def test_an_engine_that_is_partly_back_or_does_not_come_back_stays_out() -> None
             await presence.step_in(fail, "asleep")
         assert presence.reasons == {"asleep"}
         assert endpoint.calls == ["out"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_stepping_aside_for_some_work(fails: bool) -> None:
+    async def main() -> None:
+        presence, endpoint = present()
+
+        async def work() -> str:
+            assert presence.away
+            endpoint.calls.append("work")
+            if fails:
+                raise RuntimeError("no")
+            return "done"
+
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            assert await presence.step_aside(work) == "done"
+        assert not presence.away
+        await presence.step_out(nothing, "asleep")
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            await presence.step_aside(work)
+        assert presence.away, "there is still a reason"
+        assert endpoint.calls == ["out", "work", "in", "out", "work"]
 
     asyncio.run(main())
 

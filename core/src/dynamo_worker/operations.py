@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.logs import get_logger
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import EngineInfo
 
 log = get_logger(__name__)
+
+_T = TypeVar("_T")
 
 #: Takes the JSON object of a request and returns that of the answer. What it raises is the answer's message.
 Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -85,10 +87,9 @@ class Presence:
         async with self._lock:
             if self._reasons.issuperset(reasons):
                 return False
-            self.away = True
             try:
-                if not self._reasons and self._endpoint is not None:
-                    await self._endpoint.unregister_endpoint_instance()
+                if not self._reasons:
+                    await self._leave()
                 await pause()
             except BaseException:
                 if not self._reasons:
@@ -112,6 +113,22 @@ class Presence:
                     await self._enter()
                 self._reasons = left
             return not self._reasons
+
+    async def step_aside(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Stay out of discovery while ``work()`` runs, and return what it returns; nobody steps in or out meanwhile."""
+        async with self._lock:
+            if self._reasons:
+                return await work()
+            try:
+                await self._leave()
+                return await work()
+            finally:
+                await self._enter()
+
+    async def _leave(self) -> None:
+        self.away = True
+        if self._endpoint is not None:
+            await self._endpoint.unregister_endpoint_instance()
 
     async def _enter(self) -> None:
         if self._endpoint is not None:

@@ -77,6 +77,8 @@ class TestSglang(Serving):
         assert worker.operate("update_weights_from_disk", {"model_path": "/nowhere"})["status"] == "error"
         update = worker.operate("update_weights_from_disk", {"model_path": str(tiny_model), "weight_version": "2"})
         assert update["status"] == "success", update
+        # It was out of discovery meanwhile.
+        eventually(lambda: cluster.complete()[0] == 200, 10, "an answer afterwards")
         assert cluster.complete()[1]["choices"][0]["text"] == plain
 
         profile = {"output_dir": str(tmp_path / "profile"), "activities": ["CPU"]}

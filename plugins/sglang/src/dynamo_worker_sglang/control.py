@@ -145,14 +145,13 @@ class Control(Operations):
         return True
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Load other weights of the same model from ``model_path``, after what is in flight has ended."""
+        """Leave discovery, and load other weights of the same model from ``model_path`` after what is in flight."""
         known = {"model_path", "load_format", "abort_all_requests", "weight_version", "flush_cache"}
         unknown = sorted(body.keys() - known)
         if unknown or not isinstance(body.get("model_path"), str):
             raise InvalidRequestError(f"needed: model_path; possible: {', '.join(sorted(known))}")
-        success, message, *_ = await self._manager.update_weights_from_disk(
-            io_struct.UpdateWeightFromDiskReqInput(**body)
-        )
+        request = io_struct.UpdateWeightFromDiskReqInput(**body)
+        success, message, *_ = await self.presence.step_aside(lambda: self._manager.update_weights_from_disk(request))
         if not success:
             raise RuntimeError(message)
         log.info("Weights updated", path=body["model_path"])
