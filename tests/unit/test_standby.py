@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,7 @@ def about_me(answer) -> None:
             "stood_by": TELLTALE in sys.modules,
             "variable": os.environ.get("STANDBY_TEST"),
             "directory": os.getcwd(),
+            "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "name": multiprocessing.current_process().name,
         }
     )
@@ -95,6 +98,63 @@ def test_a_variable_that_imports_may_have_read_makes_it_begin_anew(monkeypatch: 
     assert told["pid"] == pid, "the same process"
     assert not told["stood_by"], "with nothing imported"
     assert told["variable"] == "late"
+
+
+def test_a_variable_that_will_be_set_is_set_for_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STANDBY_TEST", raising=False)
+    standby.prepare([Level((TELLTALE,), count=2)], (), expected={"STANDBY_TEST": "late"})
+    monkeypatch.setenv("STANDBY_TEST", "late")
+    assert ask(about_me)["stood_by"]
+    monkeypatch.setenv("STANDBY_TEST", "something else")
+    told = ask(about_me)
+    assert not told["stood_by"]
+    assert told["variable"] == "something else"
+
+
+def test_what_is_set_already_is_expected_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDBY_TEST", "early")
+    standby.prepare([Level((TELLTALE,))], (), expected={"STANDBY_TEST": "late"})
+    assert ask(about_me)["stood_by"]
+
+
+@pytest.mark.parametrize(("reader", "stood_by"), [("no_such_module", True), (TELLTALE, False)])
+def test_a_variable_may_change_until_its_reader_is_imported(
+    monkeypatch: pytest.MonkeyPatch, reader: str, stood_by: bool
+) -> None:
+    monkeypatch.delenv("STANDBY_TEST", raising=False)
+    standby.prepare([Level((TELLTALE,))], (), readers={"STANDBY_TEST": reader})
+    monkeypatch.setenv("STANDBY_TEST", "late")
+    told = ask(about_me)
+    assert told["stood_by"] is stood_by
+    assert told["variable"] == "late"
+
+
+def test_a_resource_limit_makes_it_begin_anew() -> None:
+    standby.prepare([Level((TELLTALE,))], ())
+    (pid,) = waiting()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    try:
+        told = ask(about_me)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert told["pid"] == pid
+    assert not told["stood_by"]
+    assert told["files"] == soft - 1
+
+
+def test_another_program_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines put a program in front that binds the process to memory and cores."""
+    standby.prepare([Level((TELLTALE,))], ())
+    (pid,) = waiting()
+    program = tmp_path / "bound"
+    program.write_text(f'#!/bin/sh\nSTANDBY_TEST=bound exec {sys.executable} "$@"\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(program))
+    told = ask(about_me)
+    assert told["pid"] == pid
+    assert not told["stood_by"]
+    assert told["variable"] == "bound"
 
 
 def test_descriptors_of_any_number_arrive() -> None:
@@ -172,7 +232,7 @@ def test_without_patience_it_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> 
         "import socket\n"
         "ours, theirs = socket.socketpair()\n"
         "ours.sendall((2).to_bytes(8, 'big') + b'{}')\n"
-        f"standby.main(theirs.detach(), {json.dumps([[{'modules': [], 'count': 1}], []])!r})\n"
+        f"standby.main(theirs.detach(), {json.dumps([[{'modules': [], 'count': 1}], [], {}])!r})\n"
         "raise SystemExit(5)\n"
     )
     started = time.monotonic()

@@ -7,8 +7,9 @@ the same file descriptors and environment, and runs the same code.
 
 Whenever becoming it could make a difference, the waiting interpreter executes (``execve``) what would have been
 spawned instead: the same process as without all this, only later. That is so if a variable of the environment has
-changed that imported libraries may have read, or if a descriptor is in the way. And where none waits,
-``multiprocessing`` spawns as ever.
+changed that imported libraries may have read, if a resource limit has, if another program is to be executed (one that
+binds memory first, for example), or if a descriptor is in the way. And where none waits, ``multiprocessing`` spawns as
+ever.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import fcntl
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -26,21 +28,31 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from multiprocessing import spawn, util
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 log = get_logger(__name__)
 
 #: How the command line of a process that stands by can be told.
 MARK: Final = "dynamo_worker.standby"
+#: Variables that change while a worker starts and that no engine reads: the worker's own, and the runtime's.
+_OWN: Final = frozenset(
+    {
+        *("DYNAMO_WORKER_CONTROL_FD", "DYN_LOG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "DYN_FILE_KV"),
+        *("DYN_SYSTEM_STARTING_HEALTH_STATUS", "DYN_SELF_HOST_METADATA", "DYN_RUNTIME_NUM_WORKER_THREADS"),
+        "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS",
+    }
+)
 #: Seconds after which a process that nobody needed ends.
 _PATIENCE = 120.0
 #: Descriptors of ours are above this number: those that a process is given are mostly below, and keep their numbers.
 _HIGH = 200
+_LIMITS: Final = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 _spawnv = getattr(util, "spawnv_passfds", None)
 
 
@@ -66,11 +78,19 @@ class _Waiting:
 _waiting: list[_Waiting] = []
 
 
-def prepare(levels: Sequence[Level], harmless: Collection[str]) -> None:
+def prepare(
+    levels: Sequence[Level],
+    harmless: Collection[str],
+    *,
+    readers: Mapping[str, str] = MappingProxyType({}),
+    expected: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Start processes for what ``multiprocessing`` spawns from now on.
 
     :param levels: of the processes that this one spawns, of those that they spawn, and so on.
     :param harmless: variables of the environment that may change until then, because nothing reads them on import.
+    :param readers: variables that only one module reads on import, and which: they may change until it is imported.
+    :param expected: variables that will be set by then, unless they are now, and to what; imports find them so.
     """
     if not levels or _spawnv is None:
         return
@@ -80,13 +100,13 @@ def prepare(levels: Sequence[Level], harmless: Collection[str]) -> None:
     for _ in range(levels[0].count):
         ours, theirs = (_moved(end, _HIGH) for end in socket.socketpair())
         with theirs:
-            task = json.dumps([[asdict(level) for level in levels], sorted(harmless)])
+            task = json.dumps([[asdict(level) for level in levels], sorted(harmless), dict(readers)])
             code = f"from {MARK} import main; main({theirs.fileno()}, {task!r})"
             # The flags of this interpreter, as for every other process of multiprocessing.
             options: list[str] = util._args_from_interpreter_flags()  # type: ignore[attr-defined] # noqa: SLF001
             path = os.fsencode(spawn.get_executable())
             pid = _spawnv(path, [path, *options, "-c", code], [theirs.fileno()])
-        environment = dict(os.environ)
+        environment = {**expected, **os.environ}
         _waiting.append(_Waiting(pid, ours, environment))
         # Libraries may have put more into the process's environment than Python knows of.
         text = json.dumps(environment).encode()
@@ -122,6 +142,7 @@ def _spawn(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
             "environment": dict(os.environ),
             "changed": [],
             "directory": os.getcwd(),
+            "limits": [[number, resource.getrlimit(number)] for number in _LIMITS],
         }
         while _waiting:
             one = _waiting.pop(0)
@@ -146,7 +167,7 @@ def _changed(environment: dict[str, str]) -> list[str]:
 
 def main(connection: int, task: str) -> None:
     """Import, wait, and become what is asked for."""
-    levels, harmless = json.loads(task)
+    levels, harmless, readers = json.loads(task)
     # Names processes; it finds the memory for the name only as long as the environment is where the kernel has put it.
     with contextlib.suppress(ImportError):
         importlib.import_module("setproctitle").getproctitle()
@@ -155,7 +176,7 @@ def main(connection: int, task: str) -> None:
     os.environ.clear()
     os.environ.update(json.loads(_received(channel, length)))
     # Standing by for one's own children can begin now: they import beside this process.
-    prepare([Level(**level) for level in levels[1:]], harmless)
+    prepare([Level(**level) for level in levels[1:]], harmless, readers=readers)
     for module in levels[0]["modules"]:
         with contextlib.suppress(Exception):  # the process itself will say what is wrong with it
             importlib.import_module(module)
@@ -169,7 +190,8 @@ def main(connection: int, task: str) -> None:
             first = b""
     if not first:
         os._exit(0)  # the parent is gone, or needs nobody
-    _become(json.loads(order), descriptors, harmless)
+    unread = {name for name, reader in readers.items() if reader not in sys.modules}
+    _become(json.loads(order), descriptors, _OWN | unread | set(harmless))
 
 
 def _received(channel: socket.socket, length: int) -> bytes:
@@ -191,7 +213,7 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Sequence[str]) -> None:
+def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collection[str]) -> None:
     environment: dict[str, str] = order["environment"]
     numbers: list[int] = order["descriptors"]
     # Away from the numbers that they shall get.
@@ -207,8 +229,20 @@ def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Sequenc
     obstacles = [
         name for name in order["changed"] if name not in harmless and os.environ.get(name) != environment.get(name)
     ]
-    if obstacles or in_the_way:
-        log.debug("Standby process begins anew", changed=",".join(obstacles), descriptors=len(in_the_way))
+    # The stacks of threads, for one, are as large as the limit was when the program was loaded.
+    limits = [(number, tuple(limit)) for number, limit in order["limits"]]
+    limits = [(number, limit) for number, limit in limits if resource.getrlimit(number) != limit]
+    for number, limit in limits:
+        resource.setrlimit(number, limit)
+    other_program = order["path"] != sys.executable
+    if obstacles or in_the_way or limits or other_program:
+        log.debug(
+            "Standby process begins anew",
+            changed=",".join(obstacles),
+            descriptors=len(in_the_way),
+            limits=len(limits),
+            other_program=other_program,
+        )
         os.execve(order["path"], order["args"], environment)
     os.environ.clear()
     os.environ.update(environment)

@@ -8,6 +8,7 @@ from dynamo_worker import EnginePlugin, hookimpl
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from dynamo_worker import EngineContext
     from dynamo_worker_sglang.engine import SglangEngine
@@ -18,6 +19,13 @@ class SglangPlugin(EnginePlugin):
     """Connects SGLang with the worker's lifecycle."""
 
     dynamo_worker_api = "1"
+
+    @hookimpl
+    def prepare(self, arguments: Sequence[str]) -> None:
+        """Let the processes that SGLang will start import SGLang now, beside this one."""
+        from dynamo_worker_sglang import processes
+
+        processes.begin_imports(arguments)
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

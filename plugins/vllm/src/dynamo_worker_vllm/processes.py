@@ -21,14 +21,11 @@ TITLE: Final = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b":
 _ENGINE_CORE = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 _WORKER = ("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.gpu_worker", "torch._inductor.compile_fx")
 
-#: Variables that change while the worker starts and that nothing reads on import: the worker's and the runtime's, and
-#: those that vLLM looks up whenever it needs them.
+#: Variables that vLLM sets while it starts, and looks up whenever it needs them.
 _HARMLESS: Final = frozenset(
     {
-        *("DYNAMO_WORKER_CONTROL_FD", "DYN_LOG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "DYN_FILE_KV"),
-        *("DYN_SYSTEM_STARTING_HEALTH_STATUS", "DYN_SELF_HOST_METADATA", "DYN_RUNTIME_NUM_WORKER_THREADS"),
-        *("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "VLLM_RPC_BASE_PATH", "VLLM_WORKER_MULTIPROC_METHOD"),
-        *("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "VLLM_SSM_CONV_STATE_LAYOUT", "AITER_SITUV2_A4W4"),
+        *("VLLM_RPC_BASE_PATH", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_DISABLE_SHARED_EXPERTS_STREAM"),
+        *("VLLM_SSM_CONV_STATE_LAYOUT", "AITER_SITUV2_A4W4"),
     }
 )
 #: Variables that vLLM's CPU platform sets for what computes: its workers. They are spawned as ever, by an EngineCore

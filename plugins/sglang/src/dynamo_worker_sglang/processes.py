@@ -1,0 +1,71 @@
+"""The processes that SGLang will start: how many, and what they import in which environment."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+from typing import TYPE_CHECKING, Final
+
+from dynamo_worker import standby
+from dynamo_worker.standby import Level
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: What they import before any of their own code runs.
+_CONTROLLER = ("sglang.srt.managers.data_parallel_controller", "sglang.srt.managers.scheduler")
+_SCHEDULER = ("sglang.srt.managers.scheduler",)
+
+#: Variables that are set while SGLang starts, and that SGLang looks up whenever it needs them, most of them only in the
+#: worker's own process.
+_HARMLESS: Final = frozenset(
+    {
+        *("SGLANG_RUN_ID", "SGLANG_BLOCK_NONZERO_RANK_CHILDREN", "SGLANG_PYSPY_DUMP_BEFORE_CRASH"),
+        *("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "SGLANG_USE_CUDA_IPC_TRANSPORT"),
+    }
+)
+#: Set with ``--enable-metrics``; where metrics are kept is decided when this is imported.
+_READERS: Final = {"PROMETHEUS_MULTIPROC_DIR": "prometheus_client"}
+#: What SGLang sets unless flags or the model say otherwise. Where they do, its processes begin anew.
+_EXPECTED: Final = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+    "CUTE_DSL_LOG_LEVEL": "30",
+    "CUTE_DSL_LOG_TO_CONSOLE": "1",
+    "NCCL_CUMEM_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "SGLANG_DISABLE_OUTLINES_DISK_CACHE": "0",
+    "SGLANG_ENABLE_DETERMINISTIC_INFERENCE": "0",
+    "SGLANG_ENABLE_TORCH_COMPILE": "0",
+    "TRTLLM_ENABLE_PDL": "1",
+}
+#: The least soft limits with which SGLang starts its processes: of open files, and of bytes of a stack.
+_LIMITS: Final = {resource.RLIMIT_NOFILE: 65535, resource.RLIMIT_STACK: 65535 * 1024}
+
+
+def begin_imports(arguments: Sequence[str]) -> None:
+    """Let the processes that SGLang will start for this command line import SGLang now, beside this one.
+
+    There is a scheduler for every rank. Those of data-parallel replicas a controller starts; those of data-parallel
+    attention are left alone, because what starts them depends on SGLang's version.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--tp-size", "--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pp-size", "--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--dp-size", "--data-parallel-size", type=int, default=1)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--enable-dp-attention", action="store_true")
+    try:
+        given, _ = parser.parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit):  # SGLang's own parser will say what is wrong
+        return
+    if given.enable_dp_attention:
+        return
+    schedulers = Level(_SCHEDULER, given.dp_size * given.tp_size * given.pp_size // max(given.nnodes, 1))
+    levels = [schedulers] if given.dp_size == 1 else [Level(_CONTROLLER), schedulers]
+    for number, least in _LIMITS.items():
+        soft, hard = resource.getrlimit(number)
+        if soft < least:
+            with contextlib.suppress(ValueError):  # more than the hard limit; SGLang cannot have it either
+                resource.setrlimit(number, (least, hard))
+    standby.prepare(levels, _HARMLESS, readers=_READERS, expected=_EXPECTED)
