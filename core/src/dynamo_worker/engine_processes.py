@@ -55,10 +55,10 @@ class EngineProcesses:
                 if not process_tree.is_resource_tracker(process.pid):
                     self._below.append(process)
 
-    def signal_leaders(self) -> None:
-        """Ask those that this process has started to end; they end the others."""
+    def signal_leaders(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Make those that this process has started end; they end the others, or the kernel does."""
         for process in self._leaders:
-            linux.send_signal(process, signal.SIGTERM)
+            linux.send_signal(process, number)
 
     async def end(self, patience: float, deadline: Deadline) -> None:
         """Wait until all have ended; kill those that have not in time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, engine_processes, translation
@@ -21,10 +22,10 @@ from dynamo_worker_sglang.manager import (
     KILLED_SECONDS,
     TITLE,
     GenerateRequest,
-    LastingThread,
     Manager,
     Processes,
     build,
+    in_lasting_thread,
     on_failed_process,
 )
 from dynamo_worker_sglang.outputs import Answer
@@ -53,7 +54,6 @@ class SglangEngine(PushEngine):
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         self._args = args
         self._context = context
-        self._thread = LastingThread()
         self._processes: Processes | None = None
         self._manager: Manager | None = None
         self._settings: dict[str, Any] = {}
@@ -78,7 +78,7 @@ class SglangEngine(PushEngine):
         """
         on_failed_process(self._fail)
         settings = arguments.configure(self._args, self._context.private_dir)
-        processes = await self._thread.run(lambda: build(settings))
+        processes = await in_lasting_thread(lambda: build(settings))
         self._processes = processes
         self._settings = settings.resolved_dict()
         manager: Manager = processes.tokenizer_manager
@@ -358,7 +358,7 @@ class SglangEngine(PushEngine):
             manager.stop()
         processes, self._processes = self._processes, None
         ending = EngineProcesses(TITLE)
-        self._thread.release()
+        ending.signal_leaders(signal.SIGKILL)
         await ending.end(KILLED_SECONDS, deadline)
         if processes is not None:
             _remove_files(processes.port_args, manager)

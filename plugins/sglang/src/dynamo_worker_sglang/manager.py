@@ -31,7 +31,7 @@ log = get_logger(__name__)
 
 #: SGLang names its processes like this: ``sglang::scheduler``, ``sglang::data_parallel_controller``.
 TITLE: Final = b"sglang::"
-#: Seconds until the kernel has killed the processes of a thread that has ended.
+#: Seconds until the kernel has killed the processes of one that was killed.
 KILLED_SECONDS: Final = 0.3
 
 _T = TypeVar("_T")
@@ -215,40 +215,30 @@ entrypoint.SubprocessWatchdog = _NoWatchdog
 entrypoint.configure_logger = _keep_logging
 
 
-class LastingThread:
-    """A thread that stays until it is released: with the one that made them the kernel kills SGLang's processes."""
+async def in_lasting_thread(function: Callable[[], _T]) -> _T:
+    """Return what the function returns, in a thread that stays: with it the kernel would kill SGLang's processes."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[_T] = loop.create_future()
 
-    def __init__(self) -> None:
-        self._released = threading.Event()
+    def deliver(value: _T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
 
-    async def run(self, function: Callable[[], _T]) -> _T:
-        """Return what the function returns, which runs in the thread. Called once."""
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[_T] = loop.create_future()
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(deliver, value, error)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+        threading.Event().wait()
 
-        def deliver(value: _T | None, error: BaseException | None) -> None:
-            if result.done():
-                return
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(value)  # type: ignore[arg-type]
-
-        def work() -> None:
-            value, error = None, None
-            try:
-                value = function()
-            except BaseException as raised:
-                error = raised
-            try:
-                loop.call_soon_threadsafe(deliver, value, error)
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                return
-            self._released.wait()
-
-        threading.Thread(target=work, name="sglang", daemon=True).start()
-        return await result
-
-    def release(self) -> None:
-        """Let the thread end."""
-        self._released.set()
+    threading.Thread(target=work, name="sglang", daemon=True).start()
+    return await result

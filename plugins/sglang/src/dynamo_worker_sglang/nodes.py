@@ -8,6 +8,7 @@ schedulers have met (``--dist-init-addr``), and the followers wait for it.
 from __future__ import annotations
 
 import asyncio
+import signal
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,7 @@ from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import arguments
-from dynamo_worker_sglang.manager import KILLED_SECONDS, TITLE, LastingThread, Processes, build, on_failed_process
+from dynamo_worker_sglang.manager import KILLED_SECONDS, TITLE, Processes, build, in_lasting_thread, on_failed_process
 
 if TYPE_CHECKING:
     import argparse
@@ -51,14 +52,13 @@ class Follower(HeadlessNode):
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         self._args = args
         self._context = context
-        self._thread = LastingThread()
         self._processes: Processes | None = None
 
     async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
         """Start the schedulers, and wait until the first node serves."""
         on_failed_process(lambda: None)
         settings = arguments.configure(self._args, self._context.private_dir)
-        self._processes = await self._thread.run(lambda: build(settings))
+        self._processes = await in_lasting_thread(lambda: build(settings))
         log.info("Waiting for the first node", address=settings.dist_init_addr)
         try:
             store = await asyncio.to_thread(_store, settings.dist_init_addr)
@@ -71,5 +71,5 @@ class Follower(HeadlessNode):
     async def shutdown(self, deadline: Deadline) -> None:
         """End the processes."""
         ending = EngineProcesses(TITLE)
-        self._thread.release()
+        ending.signal_leaders(signal.SIGKILL)
         await ending.end(KILLED_SECONDS, deadline)
