@@ -87,7 +87,8 @@ def main(engine: RealEngine, bars: Bars, arguments: argparse.Namespace) -> int:
         if unknown:
             raise WorkbenchError(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
         if not arguments.no_peer:
-            engine = replace(engine, peer_packages=peer_environment.ensure_packages(f"dynamo.{engine.name}"))
+            packages = peer_environment.ensure_packages(f"dynamo.{engine.name}", engine.variables)
+            engine = replace(engine, peer_packages=packages)
         kinds = [OURS] if arguments.no_peer else [PEER, OURS]
         results: dict[str, Any] = {}
         if "start" in parts or "load" in parts:

@@ -355,6 +355,8 @@ class _Generator:
                 "model": specification.model,
                 "stream": True,
                 "max_tokens": specification.max_tokens,
+                # Said here, because not every worker heeds what the model says of itself.
+                "temperature": 0.0,
                 "messages": [{"role": "user", "content": specification.prompt}],
                 **({"stream_options": {"include_usage": True}} if specification.count_by_usage else {}),
             }

@@ -9,8 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.report import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PEER_VERSION = "1.6.1"
 
@@ -21,24 +25,47 @@ _WITHOUT_DEPENDENCIES = (f"ai-dynamo=={PEER_VERSION}", f"ai-dynamo-runtime=={PEE
 _NEEDED = ("uvloop>=0.21", "pydantic>=2.10.6,<=2.13.5", "typing-extensions")
 _CHECK = "import dynamo.common.backend.run, sys; from importlib.metadata import version; print(version('ai-dynamo'))"
 
-#: What NVIDIA's workers for engines import beside the engine.
-_ENGINE_WORKER_NEEDS = ("redis==8.1.0", "torchvision==0.28.0")
-#: torchvision from the package index is built for CUDA: on a CPU its import fails for two operators it does not find.
-_TORCHVISION_OPERATORS = """
+#: What NVIDIA's workers for engines import beside the engine: the module, and what to install where it is missing.
+_ENGINE_WORKER_NEEDS = {"redis": "redis==8.1.0", "blake3": "blake3==1.0.11", "torchvision": "torchvision==0.28.0"}
+#: What lets them be imported on a CPU, where operators are missing that only CUDA libraries, or a build of sgl-kernel
+#: for CPUs, define: torchvision from the package index looks for two, and the models that the worker for SGLang imports
+#: for four. Nothing here calls one. An environment that has torchvision has mended it, too.
+_OPERATORS = """
 import importlib.abc
+import pathlib
 import sys
+
+_MISSING = {
+    "torchvision": ("torchvision", {
+        name: "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")
+    }),
+    "sglang.srt.models.qwen3_5": ("sgl_kernel", {
+        name: "() -> ()"
+        for name in (
+            "fused_sigmoid_mul_cpu",
+            "fused_qk_gemma_rmsnorm_cpu",
+            "fused_qk_gemma_rmsnorm_with_gate_cpu",
+            "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+        )
+    }),
+}
+if not pathlib.Path(__file__).with_name("torchvision").exists():
+    del _MISSING["torchvision"]
+_libraries = []
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
+        if name in _MISSING:
+            library, operators = _MISSING.pop(name)
             import torch
 
-            global library
-            library = torch.library.Library("torchvision", "DEF")
-            for operator in ("nms", "qnms"):
-                library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            if torch.cuda.is_available():
+                return
+            _libraries.append(torch.library.Library(library, "FRAGMENT"))
+            for operator, signature in operators.items():
+                if not hasattr(getattr(torch.ops, library), operator):
+                    _libraries[-1].define(operator + signature)
 
 
 sys.meta_path.insert(0, _Finder())
@@ -56,7 +83,7 @@ def cache_directory() -> Path:
 
 def default_location() -> Path:
     """Return where the peer's environment is kept."""
-    return cache_directory() / f"peer-{PEER_VERSION}-py{sys.version_info.major}.{sys.version_info.minor}"
+    return cache_directory() / f"peer-{_version_here()}"
 
 
 def ensure(location: Path | None = None) -> Path:
@@ -84,28 +111,35 @@ def ensure(location: Path | None = None) -> Path:
     return python
 
 
-def ensure_packages(module: str) -> Path:
+def ensure_packages(module: str, variables: Mapping[str, str]) -> Path:
     """Return a directory with NVIDIA's own worker for an engine, to be put on the path of this very environment.
 
     So both workers run on the same engine, the same torch and the same runtime.
 
     :param module: the worker, ``dynamo.vllm`` for one.
+    :param variables: environment variables that its engine needs.
     :raises PeerEnvironmentError: it cannot be installed, or not be imported.
     """
-    directory = cache_directory() / f"peer-packages-{PEER_VERSION}"
+    # What an environment lacks depends on its engine and its Python.
+    engine = module.rpartition(".")[2]
+    directory = cache_directory() / f"peer-packages-{_version_here()}-{engine}"
     if not (directory / "dynamo").exists():
         progress(f"peer: installing ai-dynamo {PEER_VERSION} into {directory} (once, about 50 MB)")
-        packages = [_WITHOUT_DEPENDENCIES[0], *_ENGINE_WORKER_NEEDS]
+        missing = [package for name, package in _ENGINE_WORKER_NEEDS.items() if importlib.util.find_spec(name) is None]
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-        _run(*pip, "--no-deps", "--target", str(directory), *packages)
-        if importlib.util.find_spec("torchvision") is None:
-            (directory / "sitecustomize.py").write_text(_TORCHVISION_OPERATORS)
-    environment = {**os.environ, "PYTHONPATH": str(directory)}
+        _run(*pip, "--no-deps", "--target", str(directory), _WITHOUT_DEPENDENCIES[0], *missing)
+        (directory / "sitecustomize.py").write_text(_OPERATORS)
+    environment = {**os.environ, **variables, "PYTHONPATH": str(directory)}
     check = [sys.executable, "-c", f"import {module}.main"]
-    result = subprocess.run(check, capture_output=True, text=True, check=False, env=environment)
+    # Not where the benchmarks are: they are named like engines.
+    result = subprocess.run(check, capture_output=True, text=True, check=False, env=environment, cwd=directory)
     if result.returncode != 0:
         raise PeerEnvironmentError(f"{module} cannot be imported from {directory}:\n{result.stderr.strip()[-1500:]}")
     return directory
+
+
+def _version_here() -> str:
+    return f"{PEER_VERSION}-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _works(python: Path) -> bool:
