@@ -36,9 +36,11 @@ SGLANG = RealEngine(
         *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
         *("--disable-overlap-schedule", "--max-total-tokens", "32768", "--max-running-requests", "64"),
     ),
-    # The peer has a detokenizer too, whose death is SGLang's own business there.
     processes={"scheduler": "sglang::scheduler"},
-    loading="Load weight begin",
+    # dynamo-worker has none.
+    peer_processes={"detokenizer": "sglang::detokenizer"},
+    # Both workers say so of models that they do not import on a CPU.
+    loading="when loading sglang.srt.models",
     variables={
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": "1",

@@ -302,11 +302,12 @@ def of_real(engine: RealEngine, bounds: Sequence[float]) -> list[Scenario]:
         Scenario("worker killed, busy, spare worker", send(signal.SIGKILL, to_worker), leave=0.5, gone=1.0, **moved),
         Scenario("supervisor killed, busy, spare worker", send(signal.SIGKILL, to_program), own, gone=1.0, **moved),
     ]
-    for name, title in engine.processes.items():
+    both = [(name, title, (PEER, OURS)) for name, title in engine.processes.items()]
+    for name, title, kinds in [*both, *((name, title, (PEER,)) for name, title in engine.peer_processes.items())]:
         kill, stop = send(signal.SIGKILL, to_named(title)), send(signal.SIGSTOP, to_named(title))
-        found.append(Scenario(f"{name} killed, idle", kill, bound=90.0, **fatal))
-        found.append(Scenario(f"{name} killed, busy, one worker", kill, busy=True, bound=90.0, **fatal))
-        found.append(Scenario(f"{name} killed, busy, spare worker", kill, bound=90.0, **fatal, **moved))
+        found.append(Scenario(f"{name} killed, idle", kill, kinds, bound=90.0, **fatal))
+        found.append(Scenario(f"{name} killed, busy, one worker", kill, kinds, busy=True, bound=90.0, **fatal))
+        found.append(Scenario(f"{name} killed, busy, spare worker", kill, kinds, bound=90.0, **fatal, **moved))
         for bound in bounds:
             stalls: dict[str, Any] = {
                 "flags": ("--stall-timeout", f"{bound:g}"),
@@ -314,8 +315,8 @@ def of_real(engine: RealEngine, bounds: Sequence[float]) -> list[Scenario]:
                 "gone": bound + 1.0,
                 "code": 1,
             }
-            found.append(Scenario(f"{name} stopped, idle, bound {bound:g} s", stop, **stalls))
-            found.append(Scenario(f"{name} stopped, busy, bound {bound:g} s", stop, **stalls, **moved))
+            found.append(Scenario(f"{name} stopped, idle, bound {bound:g} s", stop, kinds, **stalls))
+            found.append(Scenario(f"{name} stopped, busy, bound {bound:g} s", stop, kinds, **stalls, **moved))
     return found
 
 

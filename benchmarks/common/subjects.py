@@ -96,9 +96,9 @@ class RealEngine:
     :param name: of the plugin; the peer's module is ``dynamo.NAME``.
     :param model_flag: the engine's flag for the model's directory.
     :param flags: engine flags, the same for both.
-    :param own_flags: engine flags that only one kind of worker has, or needs.
     :param variables: environment variables, the same for both.
     :param processes: the engine's processes: a name, and what their command lines begin with.
+    :param peer_processes: the same of those that only the peer has.
     :param loading: what the engine logs once it is deep in its start.
     :param peer_packages: directory of the peer's packages, where the peer takes part.
     """
@@ -108,7 +108,7 @@ class RealEngine:
     flags: tuple[str, ...]
     processes: Mapping[str, str]
     loading: str
-    own_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    peer_processes: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
     peer_packages: Path | None = None
     start_seconds: float = 240.0
@@ -124,7 +124,7 @@ class RealEngine:
     def command(self, kind: str, directory: Path, model: str, component: str, flags: Sequence[str]) -> list[str]:
         """Return the command line of a worker."""
         served = [self.model_flag, str(directory), "--served-model-name", model]
-        engine = [*served, *self.flags, *self.own_flags.get(kind, ()), *flags]
+        engine = [*served, *self.flags, *flags]
         if kind == OURS:
             return [sys.executable, "-m", "dynamo_worker", "--engine", self.name, "--component", component, *engine]
         return [
