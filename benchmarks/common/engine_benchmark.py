@@ -65,7 +65,9 @@ def parse(doc: str | None, example: str) -> argparse.Namespace:
     )
     parser.add_argument("--restarts", type=int, default=10, metavar="N", help="rolling restarts (default: 10)")
     parser.add_argument("--modes", default="complete", metavar="LIST", help="drain modes of these (default: complete)")
-    parser.add_argument("--no-peer", action="store_true", help="measure dynamo-worker alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--no-peer", action="store_true", help="measure dynamo-worker alone")
+    alone.add_argument("--no-ours", action="store_true", help="measure the peer alone")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     add_output_arguments(parser)
     return parser.parse_args()
@@ -89,7 +91,7 @@ def main(engine: RealEngine, bars: Bars, arguments: argparse.Namespace) -> int:
         if not arguments.no_peer:
             packages = peer_environment.ensure_packages(f"dynamo.{engine.name}", engine.variables)
             engine = replace(engine, peer_packages=packages)
-        kinds = [OURS] if arguments.no_peer else [PEER, OURS]
+        kinds = [OURS] if arguments.no_peer else [PEER] if arguments.no_ours else [PEER, OURS]
         results: dict[str, Any] = {}
         if "start" in parts or "load" in parts:
             results |= _start_and_load(engine, kinds, parts, arguments)
@@ -218,7 +220,9 @@ def _report(
 
 def _rolling(engine: RealEngine, kinds: Sequence[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     series = []
-    runs: list[tuple[str, str | None]] = [(OURS, mode) for mode in arguments.modes.split(",")]
+    runs: list[tuple[str, str | None]] = []
+    if OURS in kinds:
+        runs += [(OURS, mode) for mode in arguments.modes.split(",")]
     if PEER in kinds:
         runs.append((PEER, None))
     for kind, mode in runs:
