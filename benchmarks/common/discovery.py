@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _IN_CREATE, _IN_MOVED_TO = 0x100, 0x80
 _IN_DELETE, _IN_MOVED_FROM = 0x200, 0x40
 _DIRECTORIES = ("instances", "mdc")
+#: The endpoint that requests come to. Workers have others beside it, some of which stay while requests are in flight.
+_SERVES = "generate"
 _EVENT = struct.Struct("iIII")
 
 
@@ -26,7 +28,8 @@ class DiscoveryWatch:
     """Records with inotify when workers enter and leave the file discovery.
 
     A worker has two entries: one as an instance, by which routers find it, and one as the server of a model. The
-    first is what counts for leaving; the second may stay until the end of the process, but no longer.
+    first is what counts for leaving; the second may stay until the end of the process, but no longer. The same is true
+    of the further endpoints that some workers have.
 
     :param root: directory of the file discovery; made here if it is not there yet.
     """
@@ -102,7 +105,9 @@ class DiscoveryWatch:
                     position += _EVENT.size
                     name = os.fsdecode(data[position : position + length].rstrip(b"\0"))
                     position += length
-                    instance = _parts(name)[-1]
+                    *path, instance = _parts(name)
+                    if path[-1:] != [_SERVES]:
+                        continue
                     if mask & (_IN_CREATE | _IN_MOVED_TO):
                         self._vanished.pop(instance, None)
                     else:
