@@ -8,18 +8,23 @@ import json
 import time
 from typing import Any
 
+_PROMPT = list(range(10, 37))
+
 
 async def measure(engine: Any, streams: int, requests: int, tokens: int) -> float:
-    """Return tokens per second over so many requests, of which so many run at once."""
-    waiting = list(range(requests))
+    """Return tokens per second over so many requests, of which so many run at once.
+
+    As in the load on the workers all prompts are the same, so that the prefix cache has the same work.
+    """
+    waiting = requests
     parameters = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
     received = 0
 
     async def client() -> None:
-        nonlocal received
+        nonlocal received, waiting
         while waiting:
-            prompt = [5 + waiting.pop() % 200, *range(10, 30)]
-            async for output in await engine.async_generate(input_ids=prompt, sampling_params=parameters, stream=True):
+            waiting -= 1
+            async for output in await engine.async_generate(input_ids=_PROMPT, sampling_params=parameters, stream=True):
                 received += len(output["output_ids"])
 
     began = time.monotonic()
