@@ -12,7 +12,7 @@ import torch
 
 from dynamo_worker.testing import Cluster, Subject, Worker, eventually
 from dynamo_worker.testing.cluster import free_port
-from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving
+from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
 from dynamo_worker.testing.tiny_model import make_adapter
 
 pytestmark = pytest.mark.timeout(300)
@@ -121,7 +121,7 @@ class TestSglang(Serving):
         assert all(result.ok for result in load.wait()), load.summary()
         spare.stop()
 
-    @pytest.mark.slow
+    @needs_gpus(2)
     @pytest.mark.parametrize(
         ("flag", "processes"),
         [
@@ -142,6 +142,7 @@ class TestSglang(Serving):
         self.check_ranks(cluster, subject, flag, "2", processes=processes).stop()
 
 
+@needs_gpus(2)
 def test_two_nodes(cluster: Cluster) -> None:
     """The second node is ready after the first one, ends when it is asked to, and each ends with the other."""
     address = f"127.0.0.1:{free_port()}"

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 
-from dynamo_worker.supervisor import gpu
 from dynamo_worker.testing import Cluster, Subject, Worker
 from dynamo_worker.testing.cluster import free_port
-from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving
-
-needs_two_gpus = pytest.mark.skipif(
-    gpu.present() and torch.cuda.device_count() < 2, reason="every rank needs a GPU of its own"
-)
+from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
 
 
 @pytest.mark.timeout(400)
@@ -52,7 +46,7 @@ class TestVllm(Serving):
         assert worker.operate("start_profile")["status"] == "error"  # vLLM was not told where to write
         worker.stop()
 
-    @needs_two_gpus
+    @needs_gpus(2)
     @pytest.mark.parametrize(
         ("flag", "processes"),
         [
@@ -66,7 +60,7 @@ class TestVllm(Serving):
         assert all(tokens.values()), tokens
         spare.stop()
 
-    @needs_two_gpus
+    @needs_gpus(2)
     def test_a_headless_node(self, cluster: Cluster) -> None:
         """Another node's ranks serve through the leader; the death of one ends its node's worker, with the reason."""
         flags = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]

@@ -71,6 +71,13 @@ class Division(NamedTuple):
     decode: Sequence[str]
 
 
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    """Return the mark of a test with so many ranks, each on a GPU of its own; without any GPU they share the CPU."""
+    import torch
+
+    return pytest.mark.skipif(0 < torch.cuda.device_count() < count, reason="every rank needs a GPU of its own")
+
+
 class Serving:
     """The tests. Those that begin with ``check`` are parts, for tests with an end of their own."""
 
