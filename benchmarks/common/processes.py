@@ -184,6 +184,8 @@ class Program:
         self.code: int | None = None
         self._ended = threading.Event()
         with log.open("ab") as output:
+            # Kept logs may go on where those of an earlier run end.
+            self._log_begins = output.tell()
             self.started_at = time.monotonic()
             # Every program in a session of its own, as in containers: Linux gives each session its fair share of the
             # processors (autogroup), and a worker that shares one with the client costs a third less CPU per token.
@@ -231,7 +233,7 @@ class Program:
 
     def log_tail(self, lines: int = 12) -> str:
         """Return the last lines of its log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        text = self.log.read_bytes()[self._log_begins :].decode("utf-8", "replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
 
