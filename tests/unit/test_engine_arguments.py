@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
+from dynamo_worker.engine_arguments import EarlyParser, add_publish_kv_events, import_engine
 
 
 def test_a_module_of_an_engine():
@@ -45,3 +45,13 @@ def test_publish_kv_events():
     add_publish_kv_events(parser.add_argument_group("toy"))
     assert not parser.parse_args([]).publish_kv_events
     assert parser.parse_args(["--publish-kv-events"]).publish_kv_events
+
+
+def test_flags_are_read_early():
+    parser = EarlyParser()
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--deep", choices=["yes", "no"])
+    assert parser.read(["--model", "m", "--ranks", "2", "--help"]).ranks == 2
+    assert parser.read([]).ranks == 1
+    for wrong in (["--ranks"], ["--ranks", "two"], ["--deep", "maybe"]):
+        assert parser.read(wrong) is None

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.errors import StartError
 
 if TYPE_CHECKING:
-    import argparse
+    from collections.abc import Sequence
+
+
+class EarlyParser(argparse.ArgumentParser):
+    """Reads some of an engine's flags before the engine's own parser can: for the hook ``prepare``."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, exit_on_error=False)
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace | None:
+        """Return the values; None if they are wrong, which the engine's own parser will say."""
+        try:
+            return self.parse_known_args(arguments)[0]
+        except (argparse.ArgumentError, SystemExit):
+            return None
 
 
 def import_engine(module: str, *, name: str, install: str) -> Any:

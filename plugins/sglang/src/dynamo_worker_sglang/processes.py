@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import resource
 from typing import TYPE_CHECKING, Final
 
 from dynamo_worker import standby
+from dynamo_worker.engine_arguments import EarlyParser
 from dynamo_worker.standby import Level
 
 if TYPE_CHECKING:
@@ -49,17 +49,14 @@ def begin_imports(arguments: Sequence[str]) -> None:
     There is a scheduler for every rank. Those of data-parallel replicas a controller starts; those of data-parallel
     attention are left alone, because what starts them depends on SGLang's version.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = EarlyParser()
     parser.add_argument("--tp-size", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--pp-size", "--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--dp-size", "--data-parallel-size", type=int, default=1)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--enable-dp-attention", action="store_true")
-    try:
-        given, _ = parser.parse_known_args(arguments)
-    except (argparse.ArgumentError, SystemExit):  # SGLang's own parser will say what is wrong
-        return
-    if given.enable_dp_attention:
+    given = parser.read(arguments)
+    if given is None or given.enable_dp_attention:
         return
     schedulers = Level(_SCHEDULER, given.dp_size * given.tp_size * given.pp_size // max(given.nnodes, 1))
     levels = [schedulers] if given.dp_size == 1 else [Level(_CONTROLLER), schedulers]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Final
 
 from dynamo_worker import standby
+from dynamo_worker.engine_arguments import EarlyParser
 from dynamo_worker.standby import Level
 
 if TYPE_CHECKING:
@@ -44,14 +44,13 @@ def begin_imports(arguments: Sequence[str]) -> None:
     On a single GPU the EngineCore does the work itself, with more of them it has a worker for each. On a CPU there are
     always workers, but their environment is only known once vLLM has read its settings.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = EarlyParser()
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("-dp", "--data-parallel-size", type=int, default=1)
     parser.add_argument("-dpl", "--data-parallel-size-local", type=int)
-    try:
-        given, _ = parser.parse_known_args(arguments)
-    except (argparse.ArgumentError, SystemExit):  # vLLM's own parser will say what is wrong
+    given = parser.read(arguments)
+    if given is None:
         return
     cores = Level(_ENGINE_CORE, given.data_parallel_size_local or given.data_parallel_size)
     workers = given.tensor_parallel_size * given.pipeline_parallel_size
