@@ -12,6 +12,7 @@ from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
     from pathlib import Path
 
     from sglang.srt.server_args import ServerArgs
@@ -59,7 +60,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     if args.disaggregation_bootstrap_port is None:
         args.disaggregation_bootstrap_port = _free_ports(1)
     if args.publish_kv_events and args.kv_events_config is None:
-        args.kv_events_config = json.dumps(_kv_events_config(args.dp_size, private_dir))
+        args.kv_events_config = json.dumps(_kv_events_config(ranks(vars(args)), private_dir))
     # SGLang collects evidence of a dead process for up to a minute before it says so.
     for variable in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"):
         os.environ.setdefault(variable, "0")
@@ -69,9 +70,19 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     return settings
 
 
-def _kv_events_config(ranks: int, private_dir: Path) -> dict[str, str]:
+def ranks(settings: Mapping[str, Any]) -> int:
+    """Return the number of KV caches: of data-parallel replicas, or of ranks of data-parallel attention.
+
+    Until SGLang 0.5.21 both are ``dp_size``; in 0.5.23 the latter have a setting of their own.
+    """
+    replicas: int = settings["dp_size"]
+    attention: int = settings.get("attn_dp_size") or 1
+    return replicas * attention
+
+
+def _kv_events_config(caches: int, private_dir: Path) -> dict[str, str]:
     # A socket that nobody else sees; with more ranks a port for each, because SGLang can only count up ports.
-    endpoint = f"ipc://{private_dir}/kv-events" if ranks == 1 else f"tcp://127.0.0.1:{_free_ports(ranks)}"
+    endpoint = f"ipc://{private_dir}/kv-events" if caches == 1 else f"tcp://127.0.0.1:{_free_ports(caches)}"
     return {"publisher": "zmq", "endpoint": endpoint, "topic": ""}
 
 

@@ -113,7 +113,7 @@ class SglangEngine(PushEngine):
     @property
     def ranks(self) -> range:
         """The data-parallel ranks of this engine."""
-        return range(self._settings["dp_size"])
+        return range(arguments.ranks(self._settings))
 
     def _bootstrap(self) -> tuple[str, int]:
         """Return where other workers find the bootstrap server of this one, if it has one."""

@@ -55,8 +55,9 @@ def begin_imports(arguments: Sequence[str]) -> None:
     parser.add_argument("--dp-size", "--data-parallel-size", type=int, default=1)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--enable-dp-attention", action="store_true")
+    parser.add_argument("--attn-dp-size", type=int, default=1)
     given = parser.read(arguments)
-    if given is None or given.enable_dp_attention:
+    if given is None or given.enable_dp_attention or given.attn_dp_size > 1:
         return
     schedulers = Level(_SCHEDULER, given.dp_size * given.tp_size * given.pp_size // max(given.nnodes, 1))
     levels = [schedulers] if given.dp_size == 1 else [Level(_CONTROLLER), schedulers]
