@@ -231,6 +231,14 @@ class Loader:
     async def unload(self, adapter: Adapter) -> None: ...
 
 
+def test_an_adapter_stays_loaded_while_a_request_uses_it() -> None:
+    engine = Operations({}, {}, Adapters(Loader(), {"poet": "/poet"}))
+    with engine.adapter({"model": "poet"}) as adapter:
+        assert adapter is not None
+        assert adapter.in_use == 1
+    assert adapter.in_use == 0
+
+
 @pytest.mark.parametrize("adapters", [None, Adapters(Loader())], ids=["without adapters", "with adapters"])
 def test_all_operations_of_an_engine(adapters: Adapters | None) -> None:
     async def main() -> None:
@@ -243,6 +251,8 @@ def test_all_operations_of_an_engine(adapters: Adapters | None) -> None:
 
         endpoint = Endpoint()
         engine.attach(endpoint, EngineInfo("m", None))  # type: ignore[arg-type]
+        with engine.adapter({"model": "m"}) as adapter:
+            assert adapter is None
         assert not engine.paused()
         await engine.presence.step_out(nothing, "asleep")
         assert engine.paused()

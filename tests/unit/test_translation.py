@@ -202,12 +202,14 @@ def test_the_routers_adapter_comes_before_the_model() -> None:
     assert translation.adapter_name({"model": None}) is None
 
 
-def test_the_first_token() -> None:
+def test_a_canary() -> None:
     tokenizer, config = SimpleNamespace(bos_token_id=None, eos_token_id=3), SimpleNamespace(bos_token_id=[1, 2])
-    assert translation.first_token(tokenizer, config) == 3
-    assert translation.first_token(tokenizer, SimpleNamespace(bos_token_id=7)) == 7
-    assert translation.first_token(SimpleNamespace(bos_token_id=5), SimpleNamespace(bos_token_id=7)) == 5
-    assert translation.first_token(None, None) == 0
+    assert translation.canary(tokenizer, config)["token_ids"] == [3]
+    assert translation.canary(tokenizer, SimpleNamespace(bos_token_id=7))["token_ids"] == [7]
+    both = SimpleNamespace(bos_token_id=5), SimpleNamespace(bos_token_id=7)
+    assert translation.canary(*both, prompt_tokens=2)["token_ids"] == [5, 5]
+    assert translation.canary(None, None)["token_ids"] == [0]
+    assert translation.canary(None, None)["stop_conditions"]["max_tokens"] == 1
 
 
 json_values = st.recursive(

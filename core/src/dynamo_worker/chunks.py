@@ -14,6 +14,11 @@ def finite(value: float) -> float:
     return float(value) if math.isfinite(value) else LEAST_LOGPROB
 
 
+def nothing() -> dict[str, Any]:
+    """Return the only chunk of an answer to a request that asks for no token."""
+    return {"token_ids": [], "index": 0, "finish_reason": "length"}
+
+
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
     """Return ``completion_usage``: the numbers of tokens of a finished request."""
     return {

@@ -7,18 +7,20 @@ as endpoints too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dynamo_worker import translation
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from dynamo.runtime import Endpoint
 
-    from dynamo_worker.adapters import Adapters
+    from dynamo_worker.adapters import Adapter, Adapters
     from dynamo_worker.engine import EngineInfo
 
 log = get_logger(__name__)
@@ -161,6 +163,21 @@ class Operations:
         self.presence.attach(endpoint)
         if self.adapters is not None:
             self.adapters.attach(endpoint, info)
+
+    @contextlib.contextmanager
+    def adapter(self, request: Mapping[str, Any]) -> Iterator[Adapter | None]:
+        """Keep the LoRA adapter that a request is for loaded until the block ends; None is the model itself.
+
+        :raises InvalidRequestError: there is neither a model nor an adapter of this name.
+        """
+        if self.adapters is None:
+            yield None
+            return
+        adapter = self.adapters.begin(translation.adapter_name(request))
+        try:
+            yield adapter
+        finally:
+            self.adapters.end(adapter)
 
     def paused(self) -> bool:
         """Return whether the engine does not serve on purpose."""

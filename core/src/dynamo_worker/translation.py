@@ -335,15 +335,21 @@ def adapter_name(request: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def first_token(tokenizer: object, text_config: object) -> int:
-    """Return the token with which a model's prompts begin: what a canary or warm-up request is made of.
+def canary(tokenizer: object, text_config: object, *, prompt_tokens: int = 1) -> dict[str, Any]:
+    """Return a request for one token, made of the token with which the model's prompts begin.
 
     :param tokenizer: of the Hugging Face kind; None where there is none.
     :param text_config: the model's Hugging Face configuration.
+    :param prompt_tokens: how often the prompt has that token.
     """
     candidates = (
         getattr(tokenizer, "bos_token_id", None),
         getattr(text_config, "bos_token_id", None),
         getattr(tokenizer, "eos_token_id", None),
     )
-    return next((token for token in candidates if isinstance(token, int)), 0)
+    first = next((token for token in candidates if isinstance(token, int)), 0)
+    return {
+        "token_ids": [first] * prompt_tokens,
+        "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
+        "sampling_options": {"temperature": 0.0},
+    }

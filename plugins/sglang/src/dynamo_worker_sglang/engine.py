@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, engine_processes, translation
-from dynamo_worker.adapters import Adapters
+from dynamo_worker.chunks import nothing
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
 from dynamo_worker.push_engine import PushEngine
@@ -180,20 +180,18 @@ class SglangEngine(PushEngine):
             raise EngineDeadError(manager.failure)
         translated = table.translate(request)
         if translated is None:
-            send({"token_ids": [], "index": 0, "finish_reason": "length"})
+            send(nothing())
             return
         meeting = role.prepare(request, translated)
-        adapters = self._control.adapters
-        adapter = None if adapters is None else adapters.begin(translation.adapter_name(request))
-        try:
+        with self._control.adapter(request) as adapter:
             if meeting is not None and not request.get("_HEALTH_CHECK"):
                 # The router sends the request on to a decode worker as soon as it knows where the two meet.
                 send({"token_ids": [], "index": 0, "disaggregated_params": meeting})
-            await self._answer(manager, request, context, send, translated, None if adapter is None else adapter.name)
-        except (ValueError, TypeError) as error:
-            raise InvalidRequestError(str(error)) from error
-        finally:
-            Adapters.end(adapter)
+            name = None if adapter is None else adapter.name
+            try:
+                await self._answer(manager, request, context, send, translated, name)
+            except (ValueError, TypeError) as error:
+                raise InvalidRequestError(str(error)) from error
 
     async def _answer(
         self,
@@ -284,16 +282,11 @@ class SglangEngine(PushEngine):
         return [] if self._processes is None else engine_processes.named(TITLE)
 
     def canary_request(self) -> Request:
-        """Return a request for one token, made from the model's own first token."""
+        """Return a request for one token, which needs no other worker."""
         assert self._role is not None
         assert self._manager is not None
         model = self._manager.model_config
-        return {
-            "token_ids": [translation.first_token(self._manager.tokenizer, model.hf_text_config)],
-            "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
-            "sampling_options": {"temperature": 0.0},
-            **self._role.canary(),
-        }
+        return {**translation.canary(self._manager.tokenizer, model.hf_text_config), **self._role.canary()}
 
     def progress(self) -> int:
         """Return how often the engine was seen to advance: with outputs, or while it still reads a long prompt."""

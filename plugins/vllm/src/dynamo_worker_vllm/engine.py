@@ -22,7 +22,7 @@ from dynamo_worker import (
     standby,
     translation,
 )
-from dynamo_worker.adapters import Adapters
+from dynamo_worker.chunks import nothing
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
 from dynamo_worker.push_engine import PushEngine
@@ -193,17 +193,18 @@ class VllmEngine(PushEngine):
         assert self._control is not None
         params = table.translate(request)
         if params is None:
-            send({"token_ids": [], "index": 0, "finish_reason": "length"})
+            send(nothing())
             return
         self._role.prepare(request, params)
-        adapters = self._control.adapters
-        adapter = None if adapters is None else adapters.begin(translation.adapter_name(request))
-        disconnect = None
-        try:
+        with self._control.adapter(request) as adapter:
             mailbox = await self._submit(llm, request, params, context, adapter)
-            if self._processor is not None:
-                disconnect = self._processor.connect(mailbox, send)
-            reader: OutputReader | None = None
+            await self._answer(mailbox, request, params, send)
+
+    async def _answer(self, mailbox: Any, request: Request, params: SamplingParams, send: Send) -> None:
+        """Send what arrives in a request's mailbox, until it is complete."""
+        disconnect = None if self._processor is None else self._processor.connect(mailbox, send)
+        reader: OutputReader | None = None
+        try:
             while True:
                 output = mailbox.output
                 if output is None:
@@ -227,7 +228,6 @@ class VllmEngine(PushEngine):
         finally:
             if disconnect is not None:
                 disconnect()
-            Adapters.end(adapter)
 
     def _completed(self, chunk: Chunk, params: SamplingParams) -> Chunk:
         """Return a chunk with what Dynamo wants to know when it is the last one."""
@@ -286,17 +286,13 @@ class VllmEngine(PushEngine):
         return {*cores, *engine_processes.named(TITLE)}
 
     def canary_request(self) -> Request:
-        """Return a request for one token, made from the model's own first token.
+        """Return a request for one token.
 
-        Twice that token: vLLM's ExampleConnector miscounts the blocks of a prompt of one (0.31).
+        Its prompt has two: vLLM's ExampleConnector miscounts the blocks of a prompt of one (0.31).
         """
         assert self._config is not None
         tokenizer = None if self._llm is None else self._llm.tokenizer
-        return {
-            "token_ids": [translation.first_token(tokenizer, self._config.model_config.hf_text_config)] * 2,
-            "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
-            "sampling_options": {"temperature": 0.0},
-        }
+        return translation.canary(tokenizer, self._config.model_config.hf_text_config, prompt_tokens=2)
 
     def progress(self) -> int:
         """Return the number of engine steps that were reported."""
