@@ -77,7 +77,7 @@ class SglangEngine(PushEngine):
         Everything runs in a thread: `/live` answers and a stop is heard meanwhile.
         """
         on_failed_process(self._fail)
-        settings = arguments.configure(self._args, self._context.private_dir)
+        settings = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
         processes = await in_lasting_thread(lambda: build(settings))
         self._processes = processes
         self._settings = settings.resolved_dict()

@@ -57,7 +57,7 @@ class Follower(HeadlessNode):
     async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
         """Start the schedulers, and wait until the first node serves."""
         on_failed_process(lambda: None)
-        settings = arguments.configure(self._args, self._context.private_dir)
+        settings = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
         self._processes = await in_lasting_thread(lambda: build(settings))
         log.info("Waiting for the first node", address=settings.dist_init_addr)
         try:
