@@ -89,7 +89,11 @@ class Control(Operations):
                 raise InvalidRequestError("requests that are paused in place may use the memory")
             await self._pause(mode)
             new = [tag for tag in tags if tag not in self.presence.reasons]
-            await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=new))
+            try:
+                await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=new))
+            except BaseException:
+                await self._continue(body, ())
+                raise
 
         if not await self.presence.step_out(release, *tags):
             return {"message": "the memory is released already"}
