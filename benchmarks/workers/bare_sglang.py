@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _PROMPT = list(range(10, 37))
@@ -51,7 +54,14 @@ def main() -> None:
         return [await measure(engine, streams, arguments.bench_requests, tokens) for _ in range(arguments.bench_rounds)]
 
     print(json.dumps({"tokens_per_second": engine.loop.run_until_complete(rounds())}), flush=True)
+    # At the end of the path, because beside `common` there is a `sglang.py`.
+    sys.path.append(str(Path(__file__).parents[1]))
+    from common.processes import descendants
+    from common.workbench import remove, shared_memory_of
+
+    left = shared_memory_of([os.getpid(), *descendants(os.getpid())])
     engine.shutdown()
+    remove(left)
 
 
 if __name__ == "__main__":
