@@ -609,6 +609,12 @@ def test_the_warm_up_comes_before_the_model_is_registered(world):
     assert world.order("engine started", "warm-up", "recorded", "registered")
 
 
+def test_what_stood_by_is_dismissed_when_the_engine_has_started(world, monkeypatch):
+    monkeypatch.setattr("dynamo_worker.standby.dismiss", lambda: world.note("dismissed"))
+    world.run(stop_when_serving)
+    assert world.order("engine started", "dismissed", "recorded")
+
+
 def test_the_warm_up_can_be_left_out(world):
     world.settings["warmup"] = False
     world.engine.generate = lambda request, context: pytest.fail("asked")

@@ -88,6 +88,22 @@ def test_values_that_ask_for_nothing() -> None:
     assert read(sampling_options={"length_penalty": 1.0, "best_of": 1}, multi_modal_data=None, encoder_result={}) == {}
 
 
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (translation.string, [("a", "a")], [1, None, ["a"]]),
+        (translation.strings, [("a", ["a"]), (("a", "b"), ["a", "b"]), ([], [])], [1, ["a", 1], {"a": 1}]),
+        (translation.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
+    ],
+)
+def test_readers_for_what_only_one_engine_has(read: Any, good: list[Any], bad: list[Any]) -> None:
+    for value, expected in good:
+        assert read("x", value) == expected
+    for value in bad:
+        with pytest.raises(InvalidRequestError, match=r"x: .* is needed"):
+            read("x", value)
+
+
 @pytest.mark.parametrize(("asked", "given"), [(None, 7), (5, 5), (7, 7), (8, 7), (0, None)])
 def test_an_answer_fits_into_the_context(asked: int | None, given: int | None) -> None:
     table = ModelTable(TABLE, {"temp": 0.1}, context_length=10)

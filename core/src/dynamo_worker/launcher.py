@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from dynamo_worker import __version__, logs, native_output
+from dynamo_worker import __version__, logs, native_output, standby
 from dynamo_worker.contract import FORCED_STOP, RUN_DIR
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.deadline import Deadline
@@ -307,6 +307,7 @@ class Launcher:
         )
         engine = self._engine = self._plugins.create_engine(self._engine_args, context)
         info = await engine.start(runtime.worker_id)
+        standby.dismiss()  # what stood by has been taken, or was not needed
         assert self._processes is not None
         self._processes.watch(engine.processes(), "engine process")
         if info.model_path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from dynamo_worker.serving import pulled
@@ -13,15 +14,15 @@ if TYPE_CHECKING:
     from dynamo_worker.operations import Operation, Operations
 
 
-class PushEngine:
+class PushEngine(ABC):
     """An engine that implements :class:`~dynamo_worker.engine.PushesChunks` derives from it."""
 
     #: Its operations, once it is started.
     _control: Operations | None = None
 
+    @abstractmethod
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Answer one request; see :class:`~dynamo_worker.engine.PushesChunks`."""
-        raise NotImplementedError("an engine that pushes chunks needs push()")
 
     def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         """Return the chunks of one request, for callers inside this process."""

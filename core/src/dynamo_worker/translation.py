@@ -77,6 +77,28 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
+def string(name: str, value: Any) -> str:
+    """Read a string."""
+    if not isinstance(value, str):
+        raise refusal(name, "a string", value)
+    return value
+
+
+def strings(name: str, value: Any) -> list[str]:
+    """Read a list of strings; one by itself is a list, too."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
+        raise refusal(name, "a string or a list of strings", value)
+    return list(given)
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """Read an object."""
+    if not isinstance(value, Mapping):
+        raise refusal(name, "an object", value)
+    return dict(value)
+
+
 def tokens(name: str, value: Any) -> list[int]:
     """Read a list of token ids."""
     if not isinstance(value, (list, tuple)):

@@ -14,6 +14,7 @@ the engine than in Dynamo::
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -79,7 +80,7 @@ _IN_RANGE = st.fixed_dictionaries(
 )
 
 
-class Translation:
+class Translation(ABC):
     """The tests. The model they are about has a context of 100 tokens."""
 
     CONTEXT_LENGTH = 100
@@ -134,20 +135,20 @@ class Translation:
     #: A constraint of every kind, and what ``value_of(…, "guided_decoding")`` returns for it.
     GUIDES: ClassVar[Mapping[str, tuple[Any, Any]]]
 
+    @abstractmethod
     def translate(self, request: dict[str, Any], defaults: Mapping[str, Any]) -> Any:
         """Return the request in the engine's terms; None if it asks for nothing.
 
         :param defaults: what the model's own generation configuration says, by the engine's names.
         """
-        raise NotImplementedError("a test of a translation needs translate(), which calls the engine's own")
 
+    @abstractmethod
     def value_of(self, translated: Any, name: str) -> Any:
         """Return the value of one of the engine's parameters, lists sorted."""
-        raise NotImplementedError("a test of a translation needs value_of(), which finds a parameter by its name")
 
+    @abstractmethod
     def check(self, translated: Any) -> None:
         """Raise anything if what was translated breaks the engine's own rules."""
-        raise NotImplementedError("a test of a translation needs check(), which has the engine judge its parameters")
 
     def translated(self, defaults: Mapping[str, Any] | None = None, /, **sections: Any) -> Any:
         """Translate a good request with these sections, for a model that has no defaults unless they are given."""

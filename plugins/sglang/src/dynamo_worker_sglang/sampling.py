@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import ModelTable, RequestTable, integer, logit_bias, refusal
+from dynamo_worker.translation import ModelTable, RequestTable, integer, logit_bias, mapping, refusal, string, strings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -21,25 +23,6 @@ def _top_k(name: str, value: Any) -> int:
 
 def _biases(name: str, value: Any) -> dict[str, float]:
     return {str(token): bias for token, bias in logit_bias(name, value).items()}
-
-
-def _strings(name: str, value: Any) -> list[str]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
-        raise refusal(name, "a string or a list of strings", value)
-    return list(strings)
-
-
-def _string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise refusal(name, "a string", value)
-    return value
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise refusal(name, "an object", value)
-    return dict(value)
 
 
 def _grammar(_: str, value: Any) -> dict[str, str]:
@@ -83,10 +66,10 @@ OUTPUT: Final = translation.OUTPUT
 EXTRA: Final[translation.Fields] = {
     **SAMPLING,
     "logit_bias": ("logit_bias", _biases),
-    "stop_regex": ("stop_regex", _strings),
+    "stop_regex": ("stop_regex", strings),
     "stream_interval": ("stream_interval", integer),
-    "custom_params": ("custom_params", _object),
-    "custom_logit_processor": ("custom_logit_processor", _string),
+    "custom_params": ("custom_params", mapping),
+    "custom_logit_processor": ("custom_logit_processor", string),
 }
 
 TABLE: Final = RequestTable(

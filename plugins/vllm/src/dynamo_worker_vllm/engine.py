@@ -19,7 +19,6 @@ from dynamo_worker import (
     InvalidRequestError,
     StartError,
     engine_processes,
-    standby,
     translation,
 )
 from dynamo_worker.chunks import nothing
@@ -95,7 +94,6 @@ class VllmEngine(PushEngine):
         config = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
         self._config = config
         llm = await asyncio.to_thread(self._build, config)
-        standby.dismiss()
         self._llm = llm
         self._processor = outputs.install(llm)
         self._role = Role(self._args.disaggregation_mode, config)

@@ -14,7 +14,7 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from dynamo_worker import EngineInfo, StartError, standby
+from dynamo_worker import EngineInfo, StartError
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
@@ -52,7 +52,6 @@ class HeadlessEngine(HeadlessNode):
             self._manager = await asyncio.to_thread(self._build, config)
         except Exception as error:
             raise StartError(f"vLLM does not start: {error}", hint="its own messages stand above this line") from error
-        standby.dismiss()
         if isinstance(self._manager, CoreEngineProcManager):
             started = {process.pid for process in self._manager.processes}
             while not started <= set(self.processes()):
