@@ -15,10 +15,23 @@ from collections.abc import AsyncIterator
 from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, EngineInfo, Request, RequestContext, hookimpl
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.engines.echo import EchoEngine
-from dynamo_worker.errors import StartError
+from dynamo_worker.errors import InvalidRequestError, StartError
 
 #: Long enough for every test, short enough to end by itself.
 FOREVER = 100.0
+
+
+class PanicException(BaseException):
+    """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
+
+
+#: What no ``except Exception`` catches.
+NO_EXCEPTIONS = {
+    "panic": lambda: PanicException("called `Option::unwrap()` on a `None` value"),
+    "exit": lambda: SystemExit(0),
+    "interrupt": KeyboardInterrupt,
+    "cancel": asyncio.CancelledError,
+}
 
 
 def hold_gil(seconds: float) -> None:
@@ -66,7 +79,9 @@ class FaultyEngine(EchoEngine):
         if "poison" in text:
             raise RuntimeError("a request the engine cannot digest")
         if "bad" in text:
-            raise ValueError("temperature must not be negative")
+            raise InvalidRequestError("temperature must not be negative")
+        if "bug" in text:
+            raise ValueError("not enough values to unpack")
         if "dead" in text:
             raise EngineDeadError("CUDA error: an illegal memory access was encountered")
         if "unserializable" in text:
@@ -80,6 +95,9 @@ class FaultyEngine(EchoEngine):
             await asyncio.sleep(self.args.silent_seconds)
         async for chunk in super().generate(request, context):
             yield chunk
+            for kind, error in NO_EXCEPTIONS.items():
+                if kind in text:
+                    raise error()
 
 
 class FaultyPlugin:

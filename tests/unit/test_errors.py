@@ -35,3 +35,23 @@ def test_hint_is_a_line_of_its_own():
 def test_invalid_request_is_what_the_runtime_calls_invalid_argument():
     assert issubclass(errors.InvalidRequestError, ValueError)
     assert not issubclass(errors.InvalidRequestError, errors.WorkerError)
+
+
+class UnreadableError(Exception):
+    def __str__(self):
+        raise SystemExit(1)
+
+
+@pytest.mark.parametrize(
+    ("error", "description"),
+    [
+        (KeyError("a"), "KeyError: 'a'"),
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (ValueError("two\n  lines"), "ValueError: two lines"),
+        (UnreadableError(), "UnreadableError: its message cannot be read (SystemExit)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_error_can_be_described(error, description):
+    assert errors.describe(error) == description

@@ -12,6 +12,7 @@ import pytest
 from aio import settle, until
 from dynamo.llm.exceptions import (
     Cancelled,
+    Disconnected,
     EngineShutdown,
     InvalidArgument,
     StreamIncomplete,
@@ -22,6 +23,7 @@ from dynamo.runtime import Context
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_worker import serving
 from dynamo_worker.engine import EndpointSpec, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
 from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry, pulled, validated
@@ -379,11 +381,9 @@ def test_a_dead_engine_is_reported_and_the_request_goes_on_elsewhere(engine):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(
-    "error", [InvalidRequestError("top_k must be positive"), ValueError("top_k must be positive"), TypeError("top_k")]
-)
-def test_a_wrong_request_is_told_to_its_client_and_to_nobody_else(error):
+def test_a_wrong_request_is_told_to_its_client_and_to_nobody_else():
     async def main():
+        error = InvalidRequestError("top_k must be positive")
         served = Served(FakeEngine(error))
         with pytest.raises(InvalidArgument, match="top_k") as raised:
             await served.request()
@@ -422,11 +422,37 @@ def test_errors_of_dynamo_pass_as_they_are():
     asyncio.run(main())
 
 
-def test_any_other_error_is_logged_with_its_request(caplog):
+class PanicException(BaseException):
+    """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
+
+
+#: What an engine can raise beside what it should, and what the runtime is told then.
+BUGS = {
+    "bug": (ZeroDivisionError("bug"), Unknown, "ZeroDivisionError: bug"),
+    "ValueError": (ValueError("bug"), Unknown, "ValueError: bug"),
+    "TypeError": (TypeError("bug"), Unknown, "TypeError: bug"),
+    "panic": (PanicException("called unwrap"), Unknown, "PanicException: called unwrap"),
+    "SystemExit": (SystemExit(0), Unknown, "SystemExit: 0"),
+    "KeyboardInterrupt": (KeyboardInterrupt(), Unknown, "KeyboardInterrupt"),
+    "GeneratorExit": (GeneratorExit(), Unknown, "GeneratorExit"),
+    "CancelledError": (asyncio.CancelledError(), Disconnected, "the engine cancelled the request"),
+}
+
+
+@pytest.mark.parametrize("engine", [FakeEngine, PushingEngine])
+@pytest.mark.parametrize(
+    ("bug", "push"),
+    [(bug, push) for bug in BUGS for push in ("push", "pull") if (bug, push) != ("GeneratorExit", "pull")],
+)
+@pytest.mark.parametrize("begun", [False, True], ids=["before the first chunk", "after a chunk"])
+def test_any_other_error_is_the_engines_and_logged_with_its_request(caplog, bug, begun, push, engine):
+    error, kind, message = BUGS[bug]
+
     async def main():
-        served = Served(FakeEngine(ZeroDivisionError("bug")))
-        with pytest.raises(Unknown, match="ZeroDivisionError: bug"):
-            await served.request()
+        served = Served(engine(*([chunk(1)] if begun else []), error))
+        with pytest.raises(kind, match=message) as raised:
+            await served.request(sender=Sender() if push == "push" else None)
+        assert raised.value.__cause__ is None, "a CancelledError there would keep the frontend from migrating"
         await settle()
         assert served.counted() == {Outcome.FAILED: 1}
         assert served.engine.aborted == ["r"]
@@ -436,6 +462,59 @@ def test_any_other_error_is_logged_with_its_request(caplog):
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.fields["request_id"] == "r"
     assert record.exc_info
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["pull", "push"])
+def test_an_engine_that_makes_something_else_of_its_cancellation(push):
+    """What cancelled it decides, not what became of it."""
+
+    class Converting(FakeEngine):
+        async def generate(self, request, context):
+            yield chunk(1)
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                raise RuntimeError("cancelled") from None
+
+    async def main():
+        served = Served(Converting())
+        running = served.start(sender=Sender() if push else None)
+        await until(lambda: served.registry.chunks == 1)
+        served.registry.cut(Cut.HANDOFF)
+        with pytest.raises(EngineShutdown, match="handed off"):
+            await running
+        assert served.counted() == {Outcome.HANDED_OFF: 1}
+
+    asyncio.run(main())
+
+
+def test_a_timeout_of_the_engine_migrates():
+    """``asyncio.wait_for`` makes a CancelledError its cause, which would keep the frontend from migrating."""
+
+    class Waiting(FakeEngine):
+        async def generate(self, request, context):
+            yield chunk(1)
+            await asyncio.wait_for(asyncio.sleep(60), 0.01)
+
+    async def main():
+        with pytest.raises(asyncio.TimeoutError) as raised:
+            await Served(Waiting()).request(sender=Sender())
+        assert raised.value.__cause__ is None
+
+    asyncio.run(main())
+
+
+def test_an_error_that_cannot_be_read(caplog):
+    class UnreadableError(Exception):
+        def __str__(self):
+            raise RuntimeError("no")
+
+    async def main():
+        with pytest.raises(Unknown, match="UnreadableError: its message cannot be read"):
+            await Served(FakeEngine(UnreadableError())).request()
+
+    asyncio.run(main())
+    assert "Request failed" in caplog.text
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("peer"), BrokenPipeError(), asyncio.TimeoutError()])
@@ -452,11 +531,14 @@ def test_a_connection_that_breaks_is_left_to_the_runtime(error):
     asyncio.run(main())
 
 
-def test_an_abort_that_fails_harms_nobody(caplog):
+@pytest.mark.parametrize(
+    "error", [OSError("socket closed"), PanicException("poisoned"), SystemExit(1), asyncio.CancelledError()], ids=repr
+)
+def test_an_abort_that_fails_harms_nobody(caplog, error):
     async def main():
         class Stubborn(FakeEngine):
             async def abort(self, request_id):
-                raise OSError("socket closed")
+                raise error
 
         served = Served(Stubborn(chunk(1), asyncio.Event()))
         running = served.start()
@@ -468,6 +550,30 @@ def test_an_abort_that_fails_harms_nobody(caplog):
 
     asyncio.run(main())
     assert "Abort failed" in caplog.text
+    (record,) = [record for record in caplog.records if record.getMessage() == "Abort failed"]
+    assert type(error).__name__ in record.fields["error"]
+
+
+def test_an_abort_that_hangs_is_given_up(caplog, monkeypatch):
+    monkeypatch.setattr(serving, "_ABORT_SECONDS", 0.05)
+
+    async def main():
+        class Hanging(FakeEngine):
+            async def abort(self, request_id):
+                await asyncio.sleep(60)
+
+        served = Served(Hanging(chunk(1), asyncio.Event()))
+        running = served.start()
+        await until(lambda: served.registry.chunks == 1)
+        served.registry.cut(Cut.HANDOFF)
+        with pytest.raises(EngineShutdown):
+            await running
+        assert len(served.requests._aborts) == 1
+        await until(lambda: not served.requests._aborts)
+
+    asyncio.run(main())
+    (record,) = [record for record in caplog.records if record.getMessage() == "Abort failed"]
+    assert record.fields == {"request_id": "r", "error": "not done within 0.05 s"}
 
 
 def test_the_engine_aborts_even_if_its_stream_cannot_be_closed():
@@ -610,7 +716,7 @@ def test_the_registry_always_knows_how_many_are_in_flight(steps):
 
 # --------------------------------------------------------------------------------------------------------- validated
 
-TOKENS = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=50)
+TOKENS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50)
 
 
 @given(TOKENS, st.sampled_from([bytes, bytearray, memoryview]))
@@ -641,14 +747,14 @@ JSON = st.recursive(
 
 @given(st.one_of(JSON, st.builds(lambda tokens: {"token_ids": tokens}, JSON)))
 def test_whatever_arrives_is_valid_or_refused(request):
-    """No input makes anything but an InvalidRequestError, and what passes is a list of 32-bit integers."""
+    """No input makes anything but an InvalidRequestError, and what passes is a list of token ids."""
     try:
         tokens = validated(request)["token_ids"]
     except InvalidRequestError:
         return
     assert isinstance(tokens, list)
     assert tokens
-    assert all(isinstance(token, int) and -(2**31) <= token < 2**31 for token in tokens)
+    assert all(type(token) is int and 0 <= token < 2**31 for token in tokens)
 
 
 @pytest.mark.parametrize(
@@ -660,15 +766,34 @@ def test_whatever_arrives_is_valid_or_refused(request):
         ({"token_ids": []}, "empty"),
         ({"token_ids": b""}, "empty"),
         ({"token_ids": b"12345"}, "multiple of 4"),
-        ({"token_ids": [1, "2"]}, "32-bit"),
-        ({"token_ids": [1, 2.5]}, "32-bit"),
-        ({"token_ids": [2**31]}, "32-bit"),
-        ({"token_ids": [None]}, "32-bit"),
+        ({"token_ids": [1, "2"]}, "integer, not '2'"),
+        ({"token_ids": [1, 2.5]}, "integer, not 2.5"),
+        ({"token_ids": [None]}, "integer, not None"),
+        ({"token_ids": [1, True]}, "integer, not True"),
+        ({"token_ids": [1, 2**31]}, "2147483648 is not a 32-bit integer"),
+        ({"token_ids": [10**40]}, "is not a 32-bit integer"),
+        ({"token_ids": [1, -2]}, "-2 is negative"),
+        ({"token_ids": struct.pack("<2i", 1, -2)}, "-2 is negative"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(request_, message):
     with pytest.raises(InvalidRequestError, match=message):
         validated(request_)
+
+
+@pytest.mark.parametrize(
+    "pack", [list, lambda tokens: struct.pack(f"<{len(tokens)}i", *tokens)], ids=["list", "packed"]
+)
+def test_a_prompt_beyond_the_vocabulary_never_reaches_the_engine(pack):
+    async def main():
+        engine = FakeEngine()
+        handler = RequestHandler(engine, RequestRegistry(), lambda error: None, 100).handler(EndpointSpec("generate"))
+        assert [item async for item in handler({"token_ids": pack([0, 99])}, Context(id="r"))] == CHUNKS
+        with pytest.raises(InvalidArgument, match="100 is not in the model's vocabulary of 100 tokens"):
+            await handler({"token_ids": pack([3, 100])}, Context(id="r")).__anext__()
+        assert [request for request, _ in engine.requests] == [{"token_ids": [0, 99]}]
+
+    asyncio.run(main())
 
 
 def test_a_local_context_is_a_request_context():

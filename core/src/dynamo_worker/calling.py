@@ -6,14 +6,17 @@ import asyncio
 import inspect
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from dynamo_worker.errors import describe
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from dynamo_worker.deadline import Deadline
+
+T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -43,6 +46,20 @@ class Outcome:
     def ok(self) -> bool:
         """Whether the hook ended in time and raised nothing."""
         return self.error is None
+
+
+async def contained(call: Awaitable[T]) -> T:
+    """Await what an engine or a plugin does, in a task of its own.
+
+    SystemExit and KeyboardInterrupt end the event loop when they leave a task, whoever waits for it. From here they
+    leave as what they are to us: an error of the one who raised them.
+
+    :raises RuntimeError: it raised one of these.
+    """
+    try:
+        return await call
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(describe(error)) from error
 
 
 async def call_concurrently(
@@ -129,7 +146,7 @@ def report(outcome: Outcome) -> None:
     if outcome.error is None:
         log.debug("Plugin hook finished", hook=outcome.hook, plugin=outcome.plugin, duration_s=duration)
     else:
-        error = f"{type(outcome.error).__name__}: {outcome.error}"
+        error = describe(outcome.error)
         log.warning("Plugin hook failed", hook=outcome.hook, plugin=outcome.plugin, duration_s=duration, error=error)
 
 
@@ -145,8 +162,9 @@ async def _call(hook: str, plugin: str, call: Callable[[], Any], outcomes: dict[
         result = call()
         if inspect.isawaitable(result):
             await result
-    except (Exception, asyncio.CancelledError, SystemExit) as raised:
-        # A plugin that raises CancelledError or SystemExit must not cancel or end the host.
+    except BaseException as raised:
+        # A plugin that raises CancelledError, SystemExit or KeyboardInterrupt must not cancel or end the host, and a
+        # panic in Rust code is no Exception either.
         error = raised
     outcomes.setdefault(plugin, Outcome(hook, plugin, time.monotonic() - started, error))
 

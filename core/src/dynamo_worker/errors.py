@@ -49,3 +49,13 @@ class DiscoveryLostError(WorkerError):
 
 class InvalidRequestError(ValueError):
     """One request is wrong. It ends in HTTP 400 with this message for its client and harms no other request."""
+
+
+def describe(error: BaseException) -> str:
+    """Return what kind of error it is and what it says, in one line; never raises, whatever the error is made of."""
+    kind = type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as broken:
+        text = f"its message cannot be read ({type(broken).__name__})"
+    return f"{kind}: {text}" if text else kind

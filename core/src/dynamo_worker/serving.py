@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamo.llm.exceptions import (
     Cancelled,
+    Disconnected,
     DynamoException,
     EngineShutdown,
     InvalidArgument,
@@ -17,8 +18,9 @@ from dynamo.llm.exceptions import (
     WorkerUnavailable,
 )
 
+from dynamo_worker.calling import contained
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, RequestContext, Send
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ class Outcome(str, enum.Enum):
     FAILED = "failed"
 
 
+#: The first number that is no token id, for a model whose vocabulary is not known.
+_TOKEN_LIMIT = 2**31
+#: Seconds that an engine has to abort a request.
+_ABORT_SECONDS = 10.0
 #: After these the engine may still be at work on the request.
 _UNFINISHED = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF, Outcome.ABORTED, Outcome.FAILED})
 
@@ -65,13 +71,15 @@ class Cut(enum.Enum):
 class _InFlight:
     """One request in flight."""
 
-    __slots__ = ("cut", "graceful", "request_id", "task")
+    __slots__ = ("cut", "gone", "graceful", "request_id", "task")
 
     def __init__(self, request_id: str, graceful: bool, task: asyncio.Task[Any] | None) -> None:
         self.request_id = request_id
         self.graceful = graceful
         self.task = task
         self.cut: Cut | None = None
+        #: Whether the client has gone away.
+        self.gone = False
 
 
 class RequestRegistry:
@@ -153,11 +161,19 @@ class RequestRegistry:
 class RequestHandler:
     """Makes the handlers that the Dynamo runtime calls, one for each endpoint."""
 
-    def __init__(self, engine: Engine, registry: RequestRegistry, on_dead: Callable[[EngineDeadError], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        registry: RequestRegistry,
+        on_dead: Callable[[EngineDeadError], None],
+        vocab_size: int | None = None,
+    ) -> None:
         """Serve ``engine``.
 
         :param on_dead: called when a request shows that the engine is beyond repair; must only take note.
+        :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
         """
+        self._vocab_size = vocab_size
         self._engine = engine
         self._registry = registry
         self._on_dead = on_dead
@@ -186,7 +202,7 @@ class RequestHandler:
             gone.add_done_callback(lambda future: self._on_gone(future, entry))
             try:
                 if endpoint.takes_tokens:
-                    request = validated(request)
+                    request = validated(request, self._vocab_size)
                 if push is not None and response_sender is not None:
                     await push(request, context, registry.counted(response_sender.send))
                     outcome = Outcome.COMPLETED
@@ -202,42 +218,11 @@ class RequestHandler:
                         registry.chunks += 1
                         send(chunk)
                 outcome = Outcome.COMPLETED
-            except asyncio.CancelledError:
-                if entry.cut is None:
-                    outcome = Outcome.CANCELLED
-                    raise Cancelled("the client is gone") from None
-                if entry.cut is Cut.ABORT:
-                    outcome = Outcome.ABORTED
-                    raise Cancelled("aborted: the worker is shutting down") from None
-                outcome = Outcome.HANDED_OFF
-                raise EngineShutdown("handed off: the worker is shutting down") from None
-            except GeneratorExit:
-                # An in-process client stopped iterating.
-                outcome = Outcome.CANCELLED
-                raise
-            except EngineDeadError as error:
-                outcome = Outcome.HANDED_OFF
-                self._on_dead(error)
-                raise EngineShutdown(str(error)) from error
-            except (ValueError, TypeError) as error:
-                # InvalidRequestError is a ValueError. Of all the ways to an HTTP 400 only InvalidArgument brings its
-                # message to the client (measured on 1.6.1); ValueError and HttpError arrive as "Invalid request".
-                outcome = Outcome.INVALID
-                log.warning("Request refused", request_id=entry.request_id, error=error)
-                raise InvalidArgument(str(error)) from error
-            except DynamoException as error:
-                log.warning("Request failed", request_id=entry.request_id, error=error)
-                raise
-            except Exception as error:
-                if context.is_stopped():
-                    # The sender of a closed stream raises RuntimeError: the client went away in between.
-                    outcome = Outcome.CANCELLED
-                    raise Cancelled("the client is gone") from None
-                log.error("Request failed", request_id=entry.request_id, exc_info=error)
-                if isinstance(error, (OSError, asyncio.TimeoutError)):
-                    # A connection that broke or timed out: the runtime knows what these mean, the request migrates.
-                    raise
-                raise Unknown(f"{type(error).__name__}: {error}") from error
+            except BaseException as error:
+                # Also what is no Exception: a panic in Rust code, or SystemExit, which would end the event loop.
+                outcome, answer = self._ended(error, entry, context, pulled=response_sender is None)
+                # Without its cause: a CancelledError among the causes keeps the frontend from migrating.
+                raise answer from None
             finally:
                 gone.cancel()
                 registry.release(entry, outcome)
@@ -249,10 +234,52 @@ class RequestHandler:
     @staticmethod
     def _on_gone(future: asyncio.Future[bool], entry: _InFlight) -> None:
         if not future.cancelled() and entry.task is not None:
+            entry.gone = True
             entry.task.cancel()
+
+    def _ended(
+        self, error: BaseException, entry: _InFlight, context: Context, *, pulled: bool
+    ) -> tuple[Outcome, BaseException]:
+        """Judge how a request ended that did not complete; return its outcome and what the runtime is told.
+
+        :param pulled: whether the caller iterates over the chunks, and may have stopped to.
+        """
+        request_id = entry.request_id
+        if isinstance(error, EngineDeadError):
+            self._on_dead(error)
+        if entry.cut is Cut.ABORT:
+            return Outcome.ABORTED, Cancelled("aborted: the worker is shutting down")
+        if entry.cut is Cut.HANDOFF:
+            return Outcome.HANDED_OFF, EngineShutdown("handed off: the worker is shutting down")
+        if isinstance(error, GeneratorExit) and pulled:
+            return Outcome.CANCELLED, error
+        if isinstance(error, EngineDeadError):
+            return Outcome.HANDED_OFF, EngineShutdown(str(error))
+        if isinstance(error, InvalidRequestError):
+            # Of all the ways to an HTTP 400 only InvalidArgument brings its message to the client (measured on 1.6.1);
+            # ValueError and HttpError arrive as "Invalid request".
+            log.warning("Request refused", request_id=request_id, error=error)
+            return Outcome.INVALID, InvalidArgument(str(error))
+        if entry.gone or context.is_stopped():
+            # The cancellation of its task, or what became of it; or the sender of a closed stream, which raises
+            # RuntimeError.
+            return Outcome.CANCELLED, Cancelled("the client is gone")
+        if isinstance(error, DynamoException):
+            log.warning("Request failed", request_id=request_id, error=error)
+            return Outcome.FAILED, error
+        log.error("Request failed", request_id=request_id, exc_info=error)
+        if isinstance(error, asyncio.CancelledError):
+            # Neither the client nor we have cancelled it: the engine has, and another one may go on. Of the errors on
+            # which a frontend migrates, EngineShutdown takes the whole worker out of its rotation for 5 s (measured).
+            return Outcome.FAILED, Disconnected("the engine cancelled the request")
+        if isinstance(error, (OSError, asyncio.TimeoutError)):
+            # A connection that broke or timed out: the runtime knows what these mean, the request migrates.
+            return Outcome.FAILED, error
+        return Outcome.FAILED, Unknown(describe(error))
 
     def _abandon(self, request_id: str, stream: AsyncIterator[Chunk] | None) -> None:
         """Stop the engine's work for a request that ended early, beside the event loop's other work."""
+        given_up = False
 
         async def abandon() -> None:
             try:
@@ -261,20 +288,33 @@ class RequestHandler:
                         await stream.aclose()
                 finally:
                     await self._engine.abort(request_id)
-            except Exception as error:
-                log.warning("Abort failed", request_id=request_id, error=error)
+            except BaseException as error:
+                if not given_up:
+                    log.warning("Abort failed", request_id=request_id, error=describe(error))
+
+        def give_up() -> None:
+            nonlocal given_up
+            given_up = True
+            log.warning("Abort failed", request_id=request_id, error=f"not done within {_ABORT_SECONDS:g} s")
+            task.cancel()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            timer.cancel()
+            self._aborts.discard(task)
 
         task = asyncio.ensure_future(abandon())
         self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
+        timer = asyncio.get_running_loop().call_later(_ABORT_SECONDS, give_up)
+        task.add_done_callback(ended)
 
 
-def validated(request: Any) -> Request:
+def validated(request: Any, vocab_size: int | None = None) -> Request:
     """Return the request if an engine can be asked to serve it, ``token_ids`` unpacked into a list of ints.
 
     Frontends may send ``token_ids`` as packed little-endian int32 (``DYN_TOKEN_IDS_AS_BYTES``).
 
-    :raises InvalidRequestError: it is no object, or its tokens are missing, empty or no 32-bit integers.
+    :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
+    :raises InvalidRequestError: it is no object, or its tokens are missing, empty or no token ids.
     """
     if not isinstance(request, dict):
         raise InvalidRequestError(f"a request must be an object, not {type(request).__name__}")
@@ -287,17 +327,19 @@ def validated(request: Any) -> Request:
             raise InvalidRequestError(
                 f"token_ids: {len(tokens)} bytes are no packed 32-bit integers (not a multiple of 4)"
             ) from None
-        request["token_ids"] = packed.tolist()
-        tokens = request["token_ids"]
-    elif isinstance(tokens, list):
-        try:
-            array("i", tokens)
-        except (TypeError, OverflowError) as error:
-            raise InvalidRequestError(f"token_ids: every token must be a 32-bit integer ({error})") from None
-    else:
+        request["token_ids"] = tokens = packed.tolist()
+    elif not isinstance(tokens, list):
         raise InvalidRequestError(f"token_ids: a list of integers is needed, not {type(tokens).__name__}")
+    elif not set(map(type, tokens)) <= {int}:  # a boolean is an int to everything but its type
+        wrong = next(token for token in tokens if type(token) is not int)
+        raise InvalidRequestError(f"token_ids: every token must be an integer, not {wrong!r:.80}")
     if not tokens:
         raise InvalidRequestError("token_ids: the prompt is empty")
+    if (lowest := min(tokens)) < 0:
+        raise InvalidRequestError(f"token_ids: {lowest} is negative")
+    if (highest := max(tokens)) >= (_TOKEN_LIMIT if vocab_size is None else vocab_size):
+        limit = "a 32-bit integer" if vocab_size is None else f"in the model's vocabulary of {vocab_size} tokens"
+        raise InvalidRequestError(f"token_ids: {highest} is not {limit}")
     return request
 
 
@@ -306,7 +348,7 @@ async def pulled(
 ) -> AsyncGenerator[Chunk, None]:
     """Yield what an engine pushes (:class:`~dynamo_worker.engine.PushesChunks`): its ``generate`` in one line."""
     chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
-    task = asyncio.ensure_future(push(request, context, chunks.put_nowait))
+    task = asyncio.ensure_future(contained(push(request, context, chunks.put_nowait)))
     task.add_done_callback(lambda _: chunks.put_nowait(None))
     try:
         while (chunk := await chunks.get()) is not None:
