@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,23 @@ def test_load_list_unload(world: World, tmp_path: Path) -> None:
         ]
 
     asyncio.run(main())
+
+
+def test_the_card_of_an_adapter_that_is_unloaded_is_not_put_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.asynccontextmanager
+    async def leaving() -> AsyncIterator[None]:
+        world.loader.calls.append("leaving")
+        yield
+        world.loader.calls.append("left")
+
+    monkeypatch.setattr(adapters.registration, "leaving", leaving)
+
+    async def main() -> None:
+        await world.adapters.load(world.load)
+        await world.adapters.unload({"lora_name": "poet"})
+
+    asyncio.run(main())
+    assert world.loader.calls[-4:] == ["leaving", "unregister poet", "left", "unload poet"]
 
 
 def test_it_is_unloaded_once_nobody_uses_it(world: World) -> None:

@@ -73,6 +73,7 @@ class FakeRuntime:
 
     status_port = None
     worker_id = 0x4EC5
+    problem = None
 
     def __init__(self, world):
         self.world = world
@@ -109,6 +110,9 @@ class FakeRuntime:
     async def register(self, info, *, endpoint):
         self.world.note("registered")
         self.registered.append(endpoint)
+
+    def watch_registration(self, on_fatal):
+        return None
 
     async def unregister(self):
         await asyncio.sleep(self.unregister_seconds)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
-from aio import settle
+from aio import settle, until
 
-from dynamo_worker import EngineInfo, operations
+from dynamo_worker import EngineInfo, operations, registration
 from dynamo_worker.adapters import Adapter, Adapters
 from dynamo_worker.operations import Operations, Presence
+from dynamo_worker.registration import FileStore
 
 
 async def echo(body: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +75,29 @@ def test_out_and_in_again() -> None:
         assert not presence.reasons
         assert not presence.away
         assert endpoint.calls == ["out", "in"]
+
+    asyncio.run(main())
+
+
+def test_who_has_stepped_out_is_not_put_back(tmp_path: Path) -> None:
+    entry = tmp_path / "0123456789abcdef"
+    entry.write_text("here")
+
+    class FileEndpoint:
+        async def unregister_endpoint_instance(self) -> None:
+            entry.unlink()
+
+    async def main() -> None:
+        store = FileStore(str(tmp_path), entry.name)
+        watched = registration.Registration(store, lambda error: None, timeout=30)
+        watching = asyncio.ensure_future(watched.run())
+        await until(lambda: watched._call is not None and watched._call.done())
+        presence = Presence()
+        presence.attach(FileEndpoint())  # type: ignore[arg-type]
+        await presence.step_out(nothing, "asleep")
+        assert store.missing() == []
+        await watched.close()
+        watching.cancel()
 
     asyncio.run(main())
 

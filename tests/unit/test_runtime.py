@@ -381,6 +381,32 @@ def test_endpoints_are_served_as_they_are_specified():
     asyncio.run(main())
 
 
+def test_a_worker_that_unregisters_does_not_come_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path))
+    (tmp_path / "4ec5c2a6e8130c29").write_text("entry")
+
+    async def main():
+        _, runtime = make(discovery_backend="file", discovery_timeout=7)
+        registration = runtime.watch_registration(lambda error: None)
+        watching = asyncio.ensure_future(registration.run())
+        await until(lambda: registration._call is not None and registration._call.done())
+        registration.problem = "out"
+        assert runtime.problem == "out"
+        await runtime.unregister()
+        (tmp_path / "4ec5c2a6e8130c29").unlink()
+        await asyncio.wait({watching}, timeout=5)
+        assert watching.done()
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_watched_is_not():
+    _, runtime = make(discovery_backend="mem")
+    assert runtime.watch_registration(lambda error: None) is None
+    assert runtime.problem is None
+
+
 def test_unregistering_tries_every_endpoint_and_tells_whether_all_are_out(caplog):
     async def main():
         fake, runtime = make()

@@ -48,7 +48,10 @@ class Worker:
 
     def __init__(self):
         self.state = State.STARTING
-        self.server = StatusServer(lambda: self.state, live_path="/live", health_path="/health")
+        self.problem = None
+        self.server = StatusServer(
+            lambda: self.state, live_path="/live", health_path="/health", problem=lambda: self.problem
+        )
         self.port = 0
 
     async def send(self, data, *, finish=False):
@@ -102,6 +105,18 @@ def test_alive_in_every_state_ready_only_while_it_serves():
                 else:
                     assert ready == 503
                     assert json.loads(body) == {"status": "notready", "state": state.value}
+
+    asyncio.run(main())
+
+
+def test_a_worker_with_a_problem_is_alive_but_not_ready():
+    async def main():
+        async with worker(Upstream(b"runtime")) as served:
+            served.state, served.problem = State.SERVING, "out of discovery"
+            assert (await served.get("/live"))[0] == 200
+            ready, _, body = await served.get("/health")
+            assert ready == 503
+            assert json.loads(body) == {"status": "notready", "state": "SERVING", "reason": "out of discovery"}
 
     asyncio.run(main())
 

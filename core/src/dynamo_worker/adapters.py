@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from dynamo.llm import LoRADownloader, lora_name_to_id, unregister_model
 
-from dynamo_worker import operations
+from dynamo_worker import operations, registration
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.logs import get_logger
 from dynamo_worker.runtime import register_adapter
@@ -137,7 +137,8 @@ class Adapters:
             if adapter is None:
                 raise InvalidRequestError(f"there is no LoRA adapter {name!r}; loaded: {sorted(self._loaded)}")
             if self._endpoint is not None:
-                await unregister_model(endpoint=self._endpoint, lora_name=adapter.name)
+                async with registration.leaving():
+                    await unregister_model(endpoint=self._endpoint, lora_name=adapter.name)
             while adapter.in_use:
                 await asyncio.sleep(_POLL_SECONDS)
             del self._loaded[adapter.name]

@@ -44,7 +44,7 @@ class EngineStalledError(EngineDeadError):
 
 
 class DiscoveryLostError(WorkerError):
-    """The Dynamo runtime ended although nobody had asked it to: lease or connection lost (exit code 1)."""
+    """The worker is out of discovery and cannot come back: lease, connection or entries are lost (exit code 1)."""
 
 
 class InvalidRequestError(ValueError):

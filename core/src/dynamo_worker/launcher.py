@@ -289,6 +289,7 @@ class Launcher:
                 lambda: self._state,
                 live_path=os.environ.get("DYN_SYSTEM_LIVE_PATH", "/live"),
                 health_path=os.environ.get("DYN_SYSTEM_HEALTH_PATH", "/health"),
+                problem=lambda: self._runtime.problem if self._runtime is not None else None,
             )
             port = await self._status.start(settings.system_host, settings.system_port)
             log.info("Status server listening", url=f"http://{settings.system_host}:{port}")
@@ -395,8 +396,9 @@ class Launcher:
             raise
 
     def _serving(self) -> None:
-        settings, engine = self._settings, self._engine
+        settings, engine, runtime = self._settings, self._engine, self._runtime
         assert engine is not None
+        assert runtime is not None
         watches = [
             Heartbeat(self._control, self._registry, self._metrics, timeout=settings.heartbeat_timeout).run(),
             HealthMonitor(
@@ -412,6 +414,9 @@ class Launcher:
             watches.append(
                 StallMonitor(engine, self._registry, self._canary, self._on_fatal, timeout=settings.stall_timeout).run()
             )
+        registration = runtime.watch_registration(self._on_fatal)
+        if registration is not None:
+            watches.append(registration.run())
         self._monitors = [asyncio.ensure_future(watch) for watch in watches]
         for monitor in self._monitors:
             monitor.add_done_callback(_report_monitor)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dynamo_worker import translation
+from dynamo_worker import registration, translation
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.logs import get_logger
 
@@ -130,7 +130,8 @@ class Presence:
     async def _leave(self) -> None:
         self.away = True
         if self._endpoint is not None:
-            await self._endpoint.unregister_endpoint_instance()
+            async with registration.leaving():
+                await self._endpoint.unregister_endpoint_instance()
 
     async def _enter(self) -> None:
         if self._endpoint is not None:

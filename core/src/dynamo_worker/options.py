@@ -157,7 +157,8 @@ OPTIONS: Final = (
     Option(
         "discovery_timeout",
         DISCOVERY,
-        "How long the start waits for an unreachable discovery or NATS server.",
+        "How long the start waits for an unreachable discovery or NATS server, and a worker that fell out of "
+        "discovery tries to come back.",
         "DYN_WORKER_DISCOVERY_TIMEOUT",
         default=30.0,
         metavar="SECONDS",

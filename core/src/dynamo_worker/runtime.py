@@ -16,12 +16,14 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.logs import get_logger
+from dynamo_worker.registration import FileStore, Registration
 from dynamo_worker.supervisor import ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_worker.engine import EndpointSpec, EngineInfo
+    from dynamo_worker.errors import WorkerError
     from dynamo_worker.serving import Handler
     from dynamo_worker.settings import WorkerSettings
 
@@ -45,6 +47,7 @@ class Runtime:
         self._settings = settings
         self._endpoints: dict[str, Endpoint] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._registration: Registration | None = None
         #: Port of the runtime's own status server, None if that is off.
         self.status_port = status_port
 
@@ -171,8 +174,22 @@ class Runtime:
                 hint="the directory needs config.json and a tokenizer",
             ) from error
 
+    def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
+        """Return what watches that this worker stays in discovery until it unregisters; None if nothing can."""
+        if self._settings.discovery_backend == "file":
+            store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
+            self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
+        return self._registration
+
+    @property
+    def problem(self) -> str | None:
+        """Why the worker is out of discovery without having left it, or None."""
+        return self._registration.problem if self._registration is not None else None
+
     async def unregister(self) -> bool:
         """Take every endpoint, and with it the model, out of discovery; return whether all of them are out."""
+        if self._registration is not None:
+            await self._registration.close()
         results = await asyncio.gather(
             *(endpoint.unregister_endpoint_instance() for endpoint in self._endpoints.values()), return_exceptions=True
         )

@@ -2,8 +2,8 @@
 
 The runtime answers ``/live`` and ``/health`` with one handler (measured on 1.6.1), so the kubelet would restart a
 worker that is only not ready, and it closes its server when its shutdown starts. This server owns the configured port,
-answers ``/live`` for as long as the worker lives and ``/health`` for as long as it does not serve, and hands every
-other request through to the runtime's server on a port of its own.
+answers ``/live`` for as long as the worker lives and ``/health`` for as long as it does not serve or is out of
+discovery, and hands every other request through to the runtime's server on a port of its own.
 """
 
 from __future__ import annotations
@@ -33,13 +33,22 @@ _COPY_CHUNK = 64 * 1024
 class StatusServer:
     """The probes, and a way through to the runtime's status server for everything else."""
 
-    def __init__(self, state: Callable[[], State], *, live_path: str, health_path: str) -> None:
+    def __init__(
+        self,
+        state: Callable[[], State],
+        *,
+        live_path: str,
+        health_path: str,
+        problem: Callable[[], str | None] = lambda: None,
+    ) -> None:
         """Answer with ``state()``.
 
+        :param problem: says why a worker that serves is not ready, None if it is.
         :param live_path: path of the liveness probe (``DYN_SYSTEM_LIVE_PATH``).
         :param health_path: path of the readiness probe (``DYN_SYSTEM_HEALTH_PATH``).
         """
         self._state = state
+        self._problem = problem
         self._live_path = live_path
         self._health_path = health_path
         self._server: asyncio.Server | None = None
@@ -77,7 +86,7 @@ class StatusServer:
             path = head.split(b" ", 2)[1].split(b"?", 1)[0].decode("ascii", "replace")
             if path == self._live_path:
                 self._answer(writer, "200 OK")
-            elif path == self._health_path and self._state() is not State.SERVING:
+            elif path == self._health_path and (self._state() is not State.SERVING or self._problem() is not None):
                 self._answer(writer, "503 Service Unavailable")
             elif self._upstream is None or not await self._forward(head, reader, writer, *self._upstream):
                 # No runtime yet, or none any more.
@@ -92,7 +101,11 @@ class StatusServer:
                 await writer.wait_closed()
 
     def _answer(self, writer: asyncio.StreamWriter, status: str) -> None:
-        body = json.dumps({"status": "live" if status.startswith("200") else "notready", "state": self._state().value})
+        answer = {"status": "live" if status.startswith("200") else "notready", "state": self._state().value}
+        problem = self._problem()
+        if problem is not None:
+            answer["reason"] = problem
+        body = json.dumps(answer)
         writer.write(
             f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             f"connection: close\r\n\r\n{body}".encode()

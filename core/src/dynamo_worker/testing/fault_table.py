@@ -194,6 +194,20 @@ class FaultTable:
         since = second.signal(signal.SIGKILL, second.guardian_pid)
         assert self.assert_gone(second, since, 1.0, subject) != 0
 
+    def test_registration_lost(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
+        """A worker whose entries vanish (one that was stopped for longer than they last) says so and comes back."""
+        load = self.busy(cluster, subject, serving)
+        entries = [path for path in cluster.discovery.rglob(f"*{serving.instance}*") if path.is_file()]
+        for path in entries:
+            path.unlink()
+        eventually(lambda: serving.status("/health")[0] == 503, 3.0 * subject.patience, "/health to answer 503")
+        serving.wait_log("In discovery again", 5.0 * subject.patience)
+        assert all(path.exists() for path in entries)
+        assert serving.status("/health")[0] == 200
+        eventually(lambda: cluster.ask(1).ok, 3.0 * subject.patience, "an answer")
+        self.assert_complete(load, subject)
+        serving.stop()
+
     # --------------------------------------------------------------------------------------------------- stopping
 
     def test_sigterm_idle(self, serving: Worker, subject: Subject) -> None:

@@ -1,0 +1,240 @@
+"""A worker that falls out of discovery comes back, and one that leaves stays out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import threading
+import time
+
+import pytest
+from aio import until
+
+from dynamo_worker import registration as module
+from dynamo_worker.errors import DiscoveryLostError
+from dynamo_worker.registration import FileStore, Registration, leaving
+
+INSTANCE = "4b13168d7bd741fa"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "_INTERVAL", 0.01)
+    monkeypatch.setattr(module, "_CONFIRM", 0.05)
+
+
+@pytest.fixture
+def entries(tmp_path):
+    """The files of one worker, and one of another's."""
+    paths = [tmp_path / f"v1/instances/a%2Fb%2Fc%2F{INSTANCE}", tmp_path / f"v1/mdc/a%2Fb%2Fc%2F{INSTANCE}"]
+    for path in [*paths, tmp_path / "v1/instances/a%2Fb%2Fc%2F1111111111111111"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {path.name}")
+    return paths
+
+
+@contextlib.asynccontextmanager
+async def watching(store, timeout=30.0):
+    fatal = []
+    registration = Registration(store, fatal.append, timeout=timeout)
+    task = asyncio.ensure_future(registration.run())
+    try:
+        await until(lambda: registration._call is not None and registration._call.done())
+        yield registration, fatal
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await registration.close()
+
+
+def test_what_vanishes_is_put_back_and_said_meanwhile(tmp_path, entries, caplog):
+    before = [path.read_text() for path in entries]
+
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, fatal):
+            for path in entries:
+                path.unlink()
+            await until(lambda: registration.problem)
+            assert not any(path.exists() for path in entries), "not at once: the supervisor may have withdrawn it"
+            await until(lambda: registration.problem is None)
+            assert [path.read_text() for path in entries] == before
+            assert not fatal
+
+    asyncio.run(main())
+    assert [record.args[0] for record in caplog.records if record.name == module.__name__] == [
+        "Out of discovery; registering again",
+        "In discovery again",
+    ]
+    assert len(list(tmp_path.rglob("*"))) == 3 + 3, "nothing else is left there"
+
+
+def test_a_directory_that_vanishes_is_made_again(tmp_path, entries):
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)):
+            shutil.rmtree(tmp_path / "v1")
+            await until(lambda: all(path.exists() for path in entries))
+
+    asyncio.run(main())
+
+
+def test_what_is_added_later_is_watched_too(tmp_path, entries):
+    adapter = entries[1].with_name(f"{entries[1].name}%2Fadapter")
+
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
+            adapter.write_text("card")
+            await until(lambda: str(adapter) in registration._store._files)
+            adapter.unlink()
+            await until(adapter.exists)
+            assert adapter.read_text() == "card"
+
+    asyncio.run(main())
+
+
+def test_what_the_worker_takes_away_stays_away(tmp_path, entries):
+    instance, card = entries
+
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
+            async with leaving():
+                instance.unlink()
+            card.unlink()
+            await until(card.exists)
+            assert not instance.exists()
+            instance.write_text("is back")
+            await until(lambda: str(instance) in registration._store._files)
+            instance.unlink()
+            await until(instance.exists)
+            assert instance.read_text() == "is back"
+
+    asyncio.run(main())
+
+
+def test_what_was_lost_before_the_worker_leaves_is_still_lost(tmp_path, entries):
+    instance, card = entries
+    store = FileStore(str(tmp_path), INSTANCE)
+    store.adopt(())
+    registration = Registration(store, lambda error: None, timeout=30)
+
+    async def main():
+        card.unlink()
+        async with registration.leaving():
+            instance.unlink()
+        assert store.missing() == [str(card)]
+        await registration.close()
+
+    asyncio.run(main())
+
+
+def test_a_closed_registration_puts_nothing_back(tmp_path, entries):
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
+            await registration.close()
+            entries[0].unlink()
+            await asyncio.sleep(0.2)
+            async with leaving():
+                pass
+        assert not entries[0].exists()
+
+    asyncio.run(main())
+    store = FileStore(str(tmp_path), INSTANCE)
+    store.adopt(())
+    store.close()  # while a call of it hangs
+    entries[1].unlink()
+    store.restore([str(entries[1])])
+    assert not entries[1].exists()
+
+
+def test_a_worker_that_cannot_come_back_ends(tmp_path, entries):
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE), timeout=0.3) as (registration, fatal):
+            shutil.rmtree(tmp_path / "v1")
+            (tmp_path / "v1").write_text("in the way")
+            await until(lambda: fatal)
+            assert isinstance(fatal[0], DiscoveryLostError)
+            assert "tried for 0.3 s" in str(fatal[0])
+            assert str(tmp_path) in str(fatal[0]), "it says what is in the way"
+            assert registration.problem
+
+    asyncio.run(main())
+
+
+class HungStore:
+    """A network file system whose server is gone."""
+
+    def __init__(self):
+        self.go_on = threading.Event()
+        self.hangs = False
+        self.calls = 0
+
+    def adopt(self, lost):
+        pass
+
+    def missing(self):
+        self.calls += 1
+        if self.hangs:
+            self.go_on.wait(30)
+        return []
+
+    def close(self):
+        pass
+
+
+def test_a_discovery_that_hangs_holds_up_neither_the_loop_nor_the_end(monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(module, "_CLOSE", 0.01)
+    store = HungStore()
+
+    async def main():
+        async with watching(store, timeout=0.3) as (registration, fatal):
+            store.hangs = True
+            await until(lambda: registration.problem == "discovery has not answered for 0.1 s")
+            calls = store.calls
+            await until(lambda: fatal)
+            assert store.calls == calls, "one thread hangs, not one more each second"
+        store.go_on.set()
+
+    asyncio.run(main())
+
+
+def test_a_discovery_that_answers_again_is_no_problem_any_more(monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    store = HungStore()
+
+    async def main():
+        async with watching(store) as (registration, fatal):
+            store.hangs = True
+            await until(lambda: registration.problem)
+            store.hangs = False
+            store.go_on.set()
+            await until(lambda: registration.problem is None)
+            assert not fatal
+
+    asyncio.run(main())
+
+
+def test_a_file_that_the_runtime_does_not_refresh_is_refreshed(tmp_path, entries):
+    """Short of descriptors it cannot, and after 10 s any other worker removes the file."""
+    store = FileStore(str(tmp_path), INSTANCE)
+    store.adopt(())
+    young, old = time.time() - 3, time.time() - 9
+    os.utime(entries[0], (young, young))
+    os.utime(entries[1], (old, old))
+    assert store.missing() == []
+    assert entries[0].stat().st_mtime == pytest.approx(young), "the runtime does that itself"
+    assert time.time() - entries[1].stat().st_mtime < 3
+
+
+def test_without_a_descriptor_nothing_is_taken_for_lost(tmp_path, entries, monkeypatch):
+    store = FileStore(str(tmp_path), INSTANCE)
+    store.adopt(())
+
+    def fail(*args, **kwargs):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(module.os, "walk", fail)
+    entries[1].unlink()
+    (tmp_path / "v1/mdc/other").write_text("a change, so that it has to look")
+    assert store.missing() == [str(entries[1])]
