@@ -102,13 +102,61 @@ def test_a_supervisor_that_does_not_read_blocks_nobody(sockets):
         control.send("heartbeat", in_flight=0)
 
 
-def test_a_message_too_large_for_the_socket_is_dropped(sockets):
-    """The reason of the end may hold a whole dump; failing to send it must not keep the worker from ending."""
+def test_a_reason_that_is_too_long_is_cut(sockets):
+    """It may hold a compiler's whole output; the supervisor still has to learn why the worker ended."""
     ours, theirs = sockets
     control = ControlChannel(ours)
-    control.send("exit", code=1, reason="x" * 10_000_000)
-    control.send("exit", code=1, reason="short")
-    assert Channel(theirs).receive() == [{"type": "exit", "code": 1, "reason": "short"}]
+    control.send("exit", code=1, reason="nvcc failed: " + "x" * 10_000_000)
+    (message,) = Channel(theirs).receive()
+    assert message["code"] == 1
+    assert message["reason"].startswith("nvcc failed: xxx")
+    assert 1000 < len(message["reason"]) < 4000
+
+
+def test_what_the_supervisor_does_not_read_now_it_gets_later(sockets):
+    """A supervisor that was stopped must not miss a state among the heartbeats of that time."""
+    ours, theirs = sockets
+    received = []
+
+    async def main():
+        control = ControlChannel(ours)
+        control.listen(asyncio.get_running_loop(), lambda message: pytest.fail(f"nobody sent {message}"))
+        for number in range(3000):
+            control.send("heartbeat", in_flight=number)
+        control.send("state", state="DRAINING")
+        for number in range(3000):
+            control.send("heartbeat", in_flight=number)
+        supervisor = Channel(theirs)
+
+        def all_read():
+            received.extend(supervisor.receive())
+            return received[-1:] == [{"type": "heartbeat", "in_flight": 2999}]
+
+        await until(all_read)
+        assert not asyncio.get_running_loop().remove_writer(ours.fileno()), "the loop would spin"
+
+    asyncio.run(main())
+    assert [message for message in received if message["type"] == "state"] == [{"type": "state", "state": "DRAINING"}]
+
+
+def test_a_supervisor_that_ends_in_the_middle_of_its_messages(sockets):
+    """The kernel reports what it left unread before what it had sent: the request to stop must not be lost."""
+    ours, theirs = sockets
+    received = []
+
+    async def main():
+        with loop_errors() as errors:
+            control = ControlChannel(ours)
+            control.send("heartbeat", in_flight=0)
+            Channel(theirs).send("stop", level=1)
+            theirs.close()
+            control.listen(asyncio.get_running_loop(), received.append)
+            await until(lambda: received)
+            assert not asyncio.get_running_loop().remove_reader(ours.fileno())
+            assert errors == []
+
+    asyncio.run(main())
+    assert received == [{"type": "stop", "level": 1}]
 
 
 def test_any_text_can_be_a_reason(sockets):
@@ -149,4 +197,4 @@ def test_the_channel_is_taken_from_the_environment_once_and_not_inherited(socket
     assert seen.stdout.strip() == "False"
     control.send("heartbeat", in_flight=0)
     assert Channel(theirs).receive() == [{"type": "heartbeat", "in_flight": 0}]
-    control._socket.close()
+    control._channel.close()

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.contract import CONTROL_FD
-from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.channel import Channel
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
-
-log = get_logger(__name__)
-
-#: Largest message; the supervisor's are a few hundred bytes.
-_MAX_PACKET = 64 * 1024
 
 
 class ControlChannel:
@@ -27,8 +21,9 @@ class ControlChannel:
     """
 
     def __init__(self, connection: socket.socket | None) -> None:
-        self._socket = connection
+        self._channel = Channel(connection) if connection is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting = False
 
     @classmethod
     def from_environment(cls) -> ControlChannel:
@@ -38,43 +33,51 @@ class ControlChannel:
             return cls(None)
         connection = socket.socket(fileno=int(descriptor))
         connection.set_inheritable(False)
-        connection.setblocking(False)
         return cls(connection)
 
     @property
     def supervised(self) -> bool:
         """Whether there is a supervisor at the other end."""
-        return self._socket is not None
+        return self._channel is not None
 
     def send(self, message_type: str, **fields: Any) -> None:
-        """Send one message; never blocks and never raises (a supervisor that is gone cannot be told anything)."""
-        if self._socket is None:
+        """Send one message, now or as soon as the supervisor reads; never blocks and never raises."""
+        if self._channel is None:
             return
-        try:
-            self._socket.send(json.dumps({"type": message_type, **fields}).encode())
-        except OSError as error:
-            log.debug("Supervisor not reachable", error=error)
+        self._channel.send(message_type, **fields)
+        self._watch_output()
 
     def listen(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[dict[str, Any]], None]) -> None:
         """Call ``on_message`` on the loop for every message from the supervisor."""
-        if self._socket is None:
+        if self._channel is None:
             return
         self._loop = loop
-        loop.add_reader(self._socket.fileno(), self._receive, on_message)
+        loop.add_reader(self._channel.socket.fileno(), self._receive, on_message)
+        self._watch_output()
 
     def _receive(self, on_message: Callable[[dict[str, Any]], None]) -> None:
-        assert self._socket is not None
+        assert self._channel is not None
         assert self._loop is not None
-        try:
-            packet = self._socket.recv(_MAX_PACKET)
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            packet = b""
-        if not packet:
-            # The supervisor is gone. The guardian sees that too and ends this process; nothing to do here.
-            self._loop.remove_reader(self._socket.fileno())
-            return
-        message = json.loads(packet)
-        if isinstance(message, dict):
+        for message in self._channel.receive():
             on_message(message)
+        if self._channel.closed:
+            # The supervisor is gone. The guardian sees that too and ends this process; nothing to do here.
+            self._loop.remove_reader(self._channel.socket.fileno())
+            self._watch_output()
+
+    def _watch_output(self) -> None:
+        """Have what the supervisor does not take now sent as soon as it does."""
+        assert self._channel is not None
+        wanted = bool(self._channel.pending) and not self._channel.deaf
+        if self._loop is None or wanted == self._waiting:
+            return
+        self._waiting = wanted
+        if wanted:
+            self._loop.add_writer(self._channel.socket.fileno(), self._flush)
+        else:
+            self._loop.remove_writer(self._channel.socket.fileno())
+
+    def _flush(self) -> None:
+        assert self._channel is not None
+        self._channel.flush()
+        self._watch_output()

@@ -220,6 +220,28 @@ class TestCleanEnd:
         assert supervised.wait() == 0
         supervised.gone(0.5)
 
+    def test_a_guardian_that_ends_without_having_read_everything(self, supervised, tmp_path):
+        """Its report counts all the same: nobody is told that the guardian was lost."""
+        begun, go = tmp_path / "begun", tmp_path / "go"
+        (tmp_path / "sitecustomize.py").write_text(
+            "import dynamo_worker.supervisor.cleanup as m, os, time\nrun = m.Cleanup.run\n"
+            f"def late(self):\n    open('{begun}', 'w').close()\n"
+            f"    while not os.path.exists('{go}'): time.sleep(0.005)\n    return run(self)\nm.Cleanup.run = late\n"
+        )
+        supervised.environment["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        supervised.start(SERVING, "arrived", "obey=0")
+        guardian = supervised.guardian
+        supervised.signal(signal.SIGTERM)
+        wait_until(begun.exists)
+        time.sleep(0.2)  # the supervisor tells it the deadline
+        supervised.signal(signal.SIGSTOP)
+        go.touch()
+        wait_until(lambda: state_of(guardian) == "Z")
+        supervised.signal(signal.SIGCONT)
+        assert supervised.wait() == 0
+        assert "guardian is gone" not in supervised.text
+        assert "cleaned_in=" in supervised.text
+
     def test_zombies_are_reaped_while_it_runs(self, supervised):
         supervised.start("child=zombie_maker.py", SERVING, "arrived", "obey=0")
         pids = [*supervised.children_of(supervised.guardian), *supervised.children_of(supervised.pid)]

@@ -291,24 +291,26 @@ class TestControlSocket:
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
 
-    def test_a_worker_that_never_reads(self, supervised):
-        """More stop messages than the socket holds must not block the supervisor."""
-        from dynamo_worker.supervisor.channel import Channel, pair
+    def test_a_worker_that_ends_without_having_read_everything(self, supervised):
+        """Its farewell counts all the same: a usage error stays one, whatever signal came meanwhile."""
+        go = supervised.base / "go"
+        supervised.start("arrived", f"await={go}", "exit-message=2:unknown flag --x", "exit=2")
+        worker = supervised.worker
+        supervised.signal(signal.SIGTERM)
+        wait_until(lambda: "level=1" in supervised.text)
+        supervised.signal(signal.SIGSTOP)
+        go.touch()
+        wait_until(lambda: state_of(worker) is None)
+        supervised.signal(signal.SIGCONT)
+        assert supervised.wait() == 2
+        assert 'reason="unknown flag --x"' in supervised.text
 
-        ours, theirs = pair()
-        channel, reader = Channel(ours), Channel(theirs)
-        for number in range(5000):
-            channel.send("stop", number=number)
-        assert len(channel.pending) == 16
-        while received := reader.receive():
-            channel.flush()
-            last = received[-1]["number"]
-        assert last == 4999
-        assert not channel.pending
-        reader.close()
-        channel.send("stop")
-        assert channel.closed
-        ours.close()
+    def test_a_worker_that_has_said_farewell_is_not_sent_a_signal(self, supervised):
+        supervised.start("exit-message=2:unknown flag --x", "close-control", "arrived", "sleep=0.5", "exit=2")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 2
+        assert 'reason="unknown flag --x"' in supervised.text
+        assert "does not listen any more" not in supervised.text
 
 
 class TestWhatTheWorkerInherits:

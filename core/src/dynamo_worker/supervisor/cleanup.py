@@ -117,7 +117,7 @@ class Cleanup:
         held = self._wait_for_gpus({process.pid for process in killing.seen})
         if held:
             report["gpu"] = held
-        report["segments"] = [] if self._rough else shared_memory.remove_unused(segments.items())
+        report["segments"] = 0 if self._rough else len(shared_memory.remove_unused(segments.items()))
         report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
         for outcome in report["withdrawn"]:
             if ": failed" in outcome or outcome.startswith("failed"):

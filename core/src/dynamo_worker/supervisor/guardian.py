@@ -103,12 +103,12 @@ class Guardian:
             self._cleanup.deadline = self._deadline
         report = self._cleanup.run()
         self._channel.send("cleaned", report=report)
-        if self._channel.closed:
+        if self._channel.deaf:
             self._log.info(
                 "Worker stopped by the guardian, without a supervisor",
                 processes=report["processes"],
                 withdrawn=", ".join(report["withdrawn"]) or None,
-                segments=len(report["segments"]),
+                segments=report["segments"],
                 seconds=report["seconds"],
             )
 

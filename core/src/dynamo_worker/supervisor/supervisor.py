@@ -42,6 +42,9 @@ _DUMP_TIME = 1.0
 #: How long a guardian may take to say that the worker is gone, and to report when its time for cleaning is over.
 _GUARDIAN_LIMIT = 1.0
 
+#: Messages of a dead worker that are read: more than a socket holds, so that its last one is among them.
+_MOST_AT_THE_END = 1000
+
 #: How late its report may be while the termination grace period runs out.
 _LATENESS = 0.2
 
@@ -203,7 +206,7 @@ class Supervisor:
         """Wait until everything is cleaned, say why it ended, and return the exit code."""
         gone_at = time.monotonic()
         if not self._control.closed:
-            self._on_worker_message()
+            self._on_worker_message(_MOST_AT_THE_END)
         if not self._guardian_told:
             self._take_over()  # first: the guardian cannot tell how the worker ended, so we have to see for ourselves
         code, reason = self._verdict()
@@ -227,7 +230,7 @@ class Supervisor:
         if cleaned:
             fields["cleaned_in"] = float(cleaned.get("seconds", 0.0))
             fields["processes_killed"] = cleaned.get("processes", 0)
-            fields["segments_removed"] = len(cleaned.get("segments", ()))
+            fields["segments_removed"] = cleaned.get("segments", 0)
             if cleaned.get("withdrawn"):
                 fields["withdrawn"] = ", ".join(cleaned["withdrawn"])
             if cleaned.get("gpu"):
@@ -404,14 +407,16 @@ class Supervisor:
     def _tell_worker_to_stop(self, name: str, at: float) -> None:
         self._control.send("stop", level=min(self._level, 2), signal=name, at=at)
         self._watch_output()
-        if self._control.closed and self._worker is not None:
+        if self._control.deaf and not self._control.closed:
+            self._on_worker_message()  # its farewell may be among what it sent last
+        if self._control.deaf and "code" not in self._farewell and self._worker is not None:
             self._log.warning("The worker does not listen any more; sending it the signal itself", signal="SIGTERM")
             linux.send_signal(self._worker, signal.SIGTERM)
 
     def _watch_output(self) -> None:
         """Have what the worker does not take now sent as soon as it does."""
-        if not self._control.closed:
-            flush = self._flush if self._control.pending else None
+        if not self._control.closed:  # what has ended is not watched any more
+            flush = self._flush if self._control.pending and not self._control.deaf else None
             self._loop.on_output(self._control.socket.fileno(), self._on_worker_message, flush)
 
     def _flush(self) -> None:
@@ -466,9 +471,9 @@ class Supervisor:
         if self._worker_gone_at is None:
             self._worker_gone_at = time.monotonic()
 
-    def _on_worker_message(self) -> None:
+    def _on_worker_message(self, most: int = channel.MOST_AT_ONCE) -> None:
         malformed = self._control.malformed
-        for message in self._control.receive():
+        for message in self._control.receive(most):
             self._last_beat = time.monotonic()
             kind = message["type"]
             if kind == "state":

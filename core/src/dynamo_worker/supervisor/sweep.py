@@ -66,7 +66,7 @@ def _sweep(path: str, log: Log) -> None:
         "Cleaned up behind an earlier worker",
         run_dir=path,
         processes=report["processes"],
-        segments=len(report["segments"]),
+        segments=report["segments"],
         withdrawn=", ".join(report["withdrawn"]) or None,
     )
     directory.close()

@@ -2,7 +2,8 @@
 
 settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=URL:LEASE
 child=SCRIPT (with the interpreter, waits until it is up) close-control garbage fill touch=PATH print=TEXT
-exit-message=CODE:REASON obey=CODE (exit when told to stop) obey-slowly=CODE:SECONDS loop hang exit=CODE die=SIGNAL
+exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop) obey-slowly=CODE:SECONDS sleep=SECONDS
+hang exit=CODE die=SIGNAL
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ def do(step: str) -> None:
     elif name == "exit-message":
         code, _, reason = value.partition(":")
         send(type="exit", code=int(code), reason=reason)
+    elif name == "await":
+        while not Path(value).exists():
+            time.sleep(0.005)
     elif name == "obey":
         wait_for_stop()
         sys.exit(int(value))
@@ -113,6 +117,8 @@ def do(step: str) -> None:
         send(type="state", state="DRAINING", deadline=time.monotonic() + 60, in_flight=1)
         time.sleep(float(seconds))
         sys.exit(int(code))
+    elif name == "sleep":
+        time.sleep(float(value))
     elif name == "on-term":
         signal.signal(signal.SIGTERM, lambda *_: os._exit(int(value)))
     elif name == "hang":
