@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
 from pathlib import Path
@@ -173,6 +174,13 @@ class Supervised:
     def events(self) -> list[dict[str, object]]:
         """Return the log lines of a JSON log."""
         return [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+
+    def patch(self, code: str) -> None:
+        """Have every Python process of the tree run some code when it starts."""
+        site = self.base / "site"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(textwrap.dedent(code))
+        self.environment["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
 
     def end(self) -> None:
         """Kill what a failed test has left."""

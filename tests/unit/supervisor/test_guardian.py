@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from .conftest import state_of, wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SERVING = "state=SERVING"
 TREE = (
@@ -213,6 +211,149 @@ class TestBothAreKilled:
         assert supervised.wait() == 0
 
 
+@pytest.fixture
+def no_more_processes(supervised, tmp_path):
+    """Returns a function after which nobody of the tree can fork any more, as with the pids limit reached."""
+    full = tmp_path / "full"
+    supervised.patch(f"""
+        import errno, os
+        fork = os.fork
+        def refuse():
+            if os.path.exists({str(full)!r}):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return fork()
+        os.fork = refuse
+    """)
+    return full.touch
+
+
+class TestNoMoreProcesses:
+    """Cleaning must not need one."""
+
+    def test_the_worker_is_killed(self, supervised, no_more_processes, hurt):
+        no_more_processes()
+        os.kill(supervised.worker, signal.SIGKILL)
+        assert supervised.wait() == 137
+        assert "No process can be made to leave discovery; doing it without" in supervised.text
+        assert "guardian is gone" not in supervised.text
+        assert 'withdrawn="file: 2 files removed"' in supervised.text
+        supervised.gone(0.5)
+
+    def test_the_supervisor_is_killed(self, supervised, no_more_processes, hurt):
+        no_more_processes()
+        supervised.signal(signal.SIGKILL)
+        supervised.gone()
+        assert not registered(hurt)
+
+    def test_the_guardian_is_killed(self, supervised, no_more_processes, hurt):
+        no_more_processes()
+        os.kill(supervised.guardian, signal.SIGKILL)
+        assert supervised.wait() == 1
+        assert not registered(hurt)
+        supervised.gone(0.5)
+
+    def test_a_stop(self, supervised, no_more_processes):
+        root = supervised.base / "discovery"
+        supervised.start(f"register-file={root}:{INSTANCE}", *TREE, SERVING, "arrived", "obey=0")
+        no_more_processes()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        assert not registered(root)
+        supervised.gone(0.5)
+
+    def test_a_discovery_server_that_does_not_answer(self, supervised, no_more_processes):
+        """Asked without a process of its own, it still cannot hold the cleaning up."""
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            supervised.start(f"register-etcd={url}#77", "child=stubborn.py", SERVING, "arrived", "hang")
+            no_more_processes()
+            started = time.monotonic()
+            os.kill(supervised.worker, signal.SIGKILL)
+            assert supervised.wait() == 137
+            assert time.monotonic() - started < 10
+            assert "Registration not withdrawn" in supervised.text
+
+    @pytest.mark.parametrize("who", ["guardian", "supervisor"])
+    def test_after_the_guardian(self, supervised, who):
+        """The guardian cannot start the worker, as with a pids limit of 2; or the supervisor cannot sweep."""
+        stale = supervised.tmp / "dw-1-abc"
+        stale.mkdir()
+        supervised.patch(f"""
+            import errno, os
+            fork, forks, supervisor = os.fork, [], os.getpid()
+            def refuse():
+                forks.append(os.getpid())
+                if len(forks) > 1 and (os.getpid() == supervisor) == {who == "supervisor"}:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                return fork()
+            os.fork = refuse
+        """)
+        supervised.start("exit-message=2:usage", "exit=2")
+        code = supervised.wait()
+        stale.rmdir()
+        if who == "guardian":
+            assert code == 3
+            assert "cannot make a process for the worker: Resource temporarily unavailable" in supervised.text
+        else:
+            assert code == 2
+            assert "Not cleaned up behind" in supervised.text
+
+
+@pytest.fixture
+def pids_limit():
+    """A cgroup of this test's own whose number of processes can be limited; returns its directory."""
+    version_1 = Path("/sys/fs/cgroup/pids")
+    group = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"dwtest-{os.getpid()}"
+    try:
+        group.mkdir()
+        limited = (group / "pids.max").exists()
+        if not limited:
+            group.rmdir()
+    except OSError:
+        limited = False
+    if not limited:
+        pytest.skip("no cgroup to limit processes in")
+    yield group
+    wait_until(lambda: not (group / "cgroup.procs").read_text().split())
+    group.rmdir()
+
+
+class TestPidsLimit:
+    """The same with the kernel's own limit, and a child that uses up what the killing sets free."""
+
+    @pytest.fixture
+    def full(self, supervised, pids_limit):
+        root = supervised.base / "discovery"
+
+        def start(*steps):
+            (pids_limit / "pids.max").write_text("40")
+            supervised.start(
+                f"register-file={root}:{INSTANCE}", "child=stubborn.py", "child=crowd.py", SERVING, "arrived", *steps,
+                preexec_fn=lambda: (pids_limit / "cgroup.procs").write_text(str(os.getpid())),
+            )  # fmt: skip
+            wait_until(lambda: int((pids_limit / "pids.current").read_text()) >= 40)
+
+        yield start
+        assert not registered(root)
+
+    def test_the_worker_is_killed(self, supervised, full):
+        full("hang")
+        os.kill(supervised.worker, signal.SIGKILL)
+        assert supervised.wait() == 137
+        supervised.gone(0.5)
+
+    def test_the_supervisor_is_killed(self, supervised, full):
+        full("hang")
+        supervised.signal(signal.SIGKILL)
+        supervised.gone()
+
+    def test_a_stop(self, supervised, full):
+        full("obey=0")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        supervised.gone(0.5)
+
+
 class TestCleanEnd:
     def test_leftovers_of_an_obedient_worker_are_removed(self, supervised):
         supervised.start(*TREE, SERVING, "arrived", "obey=0")
@@ -223,12 +364,16 @@ class TestCleanEnd:
     def test_a_guardian_that_ends_without_having_read_everything(self, supervised, tmp_path):
         """Its report counts all the same: nobody is told that the guardian was lost."""
         begun, go = tmp_path / "begun", tmp_path / "go"
-        (tmp_path / "sitecustomize.py").write_text(
-            "import dynamo_worker.supervisor.cleanup as m, os, time\nrun = m.Cleanup.run\n"
-            f"def late(self):\n    open('{begun}', 'w').close()\n"
-            f"    while not os.path.exists('{go}'): time.sleep(0.005)\n    return run(self)\nm.Cleanup.run = late\n"
-        )
-        supervised.environment["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        supervised.patch(f"""
+            import dynamo_worker.supervisor.cleanup as m, os, time
+            run = m.Cleanup.run
+            def late(self):
+                open({str(begun)!r}, "w").close()
+                while not os.path.exists({str(go)!r}):
+                    time.sleep(0.005)
+                return run(self)
+            m.Cleanup.run = late
+        """)
         supervised.start(SERVING, "arrived", "obey=0")
         guardian = supervised.guardian
         supervised.signal(signal.SIGTERM)
@@ -280,8 +425,6 @@ class TestCleanEnd:
 
     def test_signals_while_cleaning_do_not_change_the_verdict(self, supervised):
         """A discovery server that does not answer keeps the cleaning busy; a second signal leaves it behind."""
-        import socket
-
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             supervised.start(f"register-etcd=http://127.0.0.1:{deaf.getsockname()[1]}#77", SERVING, "arrived", "hang")
             worker = supervised.worker

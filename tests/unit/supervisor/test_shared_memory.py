@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +66,31 @@ def test_in_use(make):
     found = shared_memory.in_use([os.getpid(), 2**22 + 1], time.time() - 60)
     assert dict([before, mapped, opened]).items() <= found.items()
     assert unused[0] not in found
+
+
+def test_the_shared_memory_of_a_container_is_another(make):
+    """Its numbers are as small as ours: a process of it must not keep our segments."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    name, inode = make("unused")
+    code = f"""
+import os, sys
+number = 0
+while number < {inode}:
+    kept = open(f"/dev/shm/{{number}}", "w")
+    number = os.fstat(kept.fileno()).st_ino
+print(number, flush=True)
+sys.stdin.read()
+"""
+    mount = 'mount -t tmpfs none /dev/shm && exec "$@"'
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as container:  # fmt: skip
+        if container.stdout.readline() != b"%d\n" % inode:
+            pytest.skip("no segment of the same number could be made")
+        assert shared_memory.remove_unused([(name, inode)]) == [name]
+        container.stdin.close()
 
 
 def test_names_cannot_lead_out_of_the_directory(tmp_path):

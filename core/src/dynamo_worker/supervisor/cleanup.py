@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor import discovery, gpu, ledger, process_tree, shared_memory
-from dynamo_worker.supervisor.helper import Helper
+from dynamo_worker.supervisor.helper import Helper, run_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,8 +23,12 @@ LIMIT = 15.0
 #: Time that the removal of the run directory gets in any case.
 _REMOVAL_LIMIT = 0.3
 
-#: Longest time a withdrawal may take.
+#: Longest time a withdrawal may take, and the time that one without a process of its own gets in any case.
 _WITHDRAWAL_LIMIT = 4.0
+_SHORTEST_WITHDRAWAL = 0.3
+
+#: Pause before the next attempt to kill what is left.
+_RETRY_PAUSE = 0.5
 
 
 class Withdrawal:
@@ -33,28 +37,50 @@ class Withdrawal:
     :param registrations: entries of the ledger.
     """
 
-    def __init__(self, registrations: list[dict[str, Any]]) -> None:
-        deadline = time.monotonic() + _WITHDRAWAL_LIMIT
-
-        def withdraw() -> str:
-            return json.dumps([discovery.withdraw(registration, deadline) for registration in registrations])
-
-        self._helper = Helper(withdraw, _WITHDRAWAL_LIMIT) if registrations else None
+    def __init__(self, registrations: list[dict[str, Any]], log: Log) -> None:
+        self._registrations = registrations
+        self._log = log
+        self._helper: Helper | None = None
+        self._outcomes: str | None = None
+        if registrations:
+            try:
+                self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
+            except OSError as error:
+                log.warning("No process can be made to leave discovery; trying again after the kill", reason=error)
 
     @property
     def process(self) -> Process | None:
         """The process that does it, if one was needed."""
         return self._helper.process if self._helper is not None else None
 
+    def make_sure(self, *, here: bool, limit: float) -> None:
+        """Begin now if there could be no process for it before: what was killed since has made room.
+
+        :param here: do it in this process if there is still no room.
+        :param limit: seconds that it may take in this process.
+        """
+        if self._helper is not None or not self._registrations:
+            return
+        try:
+            self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
+        except OSError as error:
+            self._log.warning("No process can be made to leave discovery; doing it without", reason=error)
+            if here:
+                self._outcomes = run_here(self._withdraw, min(limit, _WITHDRAWAL_LIMIT))
+
     def result(self, wait: Wait, deadline: Callable[[], float]) -> list[str]:
         """Return what was done, in words, one for each registration."""
-        if self._helper is None:
+        if not self._registrations:
             return []
-        text = self._helper.result(wait, deadline)
+        text = self._helper.result(wait, deadline) if self._helper is not None else self._outcomes
         try:
             return [str(outcome) for outcome in json.loads(text or "")]
         except ValueError:
             return ["failed: no answer in time"]
+
+    def _withdraw(self) -> str:
+        deadline = time.monotonic() + _WITHDRAWAL_LIMIT
+        return json.dumps([discovery.withdraw(registration, deadline) for registration in self._registrations])
 
 
 class Cleanup:
@@ -84,67 +110,107 @@ class Cleanup:
     ) -> None:
         self._run_directory = run_directory
         self._find = find
-        self._reap = reap
         self._wait = wait
         self._log = log
         self._segments = segments
         self._withdrawal = withdrawal
         self._worker = worker
         self._rough = rough
+        self._killing = process_tree.Killing(self._find_rest, reap, wait, spare_trackers=not rough)
+        self._found: dict[str, int] = {}
+        self._report: dict[str, Any] = {"processes": 0, "segments": 0, "withdrawn": []}
         #: When to be done (monotonic); may be moved while it runs.
         self.deadline = time.monotonic() + LIMIT
+        #: The processes that could not be killed; None while that is not known.
+        self.stuck: list[Process] | None = None
 
     def run(self) -> dict[str, Any]:
         """Do it all, each step whatever became of the one before, and return what was done (JSON-compatible)."""
         started = time.monotonic()
-        report: dict[str, Any] = {}
-        problems: list[str] = []
-        path = self._run_directory.path
+        self._do(self._begin_withdrawal)
+        self._do(self._look_for_segments)
+        self._do(self._kill)
+        while self.stuck is None and time.monotonic() < self.deadline:  # no descriptor, no memory: a moment's shortage
+            self._wait(_RETRY_PAUSE, None)
+            self._do(self._kill)
+        self._do(self._make_sure_of_withdrawal)
+        self._do(self._wait_for_gpus)
+        self._do(self._remove_segments)
+        self._do(self._withdraw)
+        self._do(self._remove_directory)
+        self._report["seconds"] = time.monotonic() - started
+        return self._report
+
+    def _do(self, step: Callable[[], None]) -> None:
+        """Do one step; what goes wrong in it must not keep the others from being done."""
+        try:
+            step()
+        except Exception as error:
+            what = step.__name__.strip("_").replace("_", " ")
+            self._log.error("Cleaning step failed", step=what, error=f"{type(error).__name__}: {error}")
+
+    def _begin_withdrawal(self) -> None:
         if self._withdrawal is None:
-            self._withdrawal = Withdrawal(ledger.registrations(path))
-        killing = process_tree.Killing(self._find_rest, self._reap, self._wait, spare_trackers=not self._rough)
-        segments = dict(self._segments.recorded if self._segments is not None else ledger.read_segments(path))
+            self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.path), self._log)
+
+    def _look_for_segments(self) -> None:
+        """Find out which shared memory the tree uses, while there is a tree."""
+        recorded = self._segments.recorded if self._segments is not None else None
+        self._found.update(ledger.read_segments(self._run_directory.path) if recorded is None else recorded)
         if not self._rough:
-            segments.update(shared_memory.in_use(killing.freeze(), self._run_directory.made_at))
-        stuck = killing.run(lambda: self.deadline)
-        report["processes"] = len(killing.seen)
-        report["gone_after"] = time.monotonic() - started
-        if stuck:
-            report["unkillable"] = [process_tree.describe(process) for process in stuck]
+            self._found.update(shared_memory.in_use(self._killing.freeze(), self._run_directory.made_at))
+
+    def _kill(self) -> None:
+        started = time.monotonic()
+        self.stuck = self._killing.run(lambda: self.deadline)
+        self._report["processes"] = len(self._killing.seen)
+        self._report["gone_after"] = time.monotonic() - started
+        if self.stuck:
+            self._report["unkillable"] = [process_tree.describe(process) for process in self.stuck]
             self._log.error(
-                "Processes survive SIGKILL; the machine may have to be restarted", processes=report["unkillable"]
+                "Processes survive SIGKILL; the machine may have to be restarted", processes=self._report["unkillable"]
             )
-        held = self._wait_for_gpus({process.pid for process in killing.seen})
-        if held:
-            report["gpu"] = held
-        report["segments"] = 0 if self._rough else len(shared_memory.remove_unused(segments.items()))
-        report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
-        for outcome in report["withdrawn"]:
+
+    def _make_sure_of_withdrawal(self) -> None:
+        if self._withdrawal is not None:
+            limit = max(self.deadline - time.monotonic(), _SHORTEST_WITHDRAWAL)
+            self._withdrawal.make_sure(here=not self._rough, limit=limit)
+
+    def _remove_segments(self) -> None:
+        if not self._rough:
+            self._report["segments"] = len(shared_memory.remove_unused(self._found.items()))
+
+    def _withdraw(self) -> None:
+        if self._withdrawal is None:
+            return
+        self._report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
+        for outcome in self._report["withdrawn"]:
             if ": failed" in outcome or outcome.startswith("failed"):
                 self._log.warning("Registration not withdrawn; it ends with its lease", outcome=outcome)
-        if stuck:
-            problems.append(f"{path}: left for the next start, because processes are left")
-        elif self._rough and segments:
-            problems.append(f"{path}: left for the next start, because shared memory may be left")
+
+    def _remove_directory(self) -> None:
+        path = self._run_directory.path
+        if self.stuck is None or self.stuck:
+            problems = [f"{path}: left for the next start, because processes are left"]
+        elif self._rough and self._found:
+            problems = [f"{path}: left for the next start, because shared memory may be left"]
         else:
-            problems += self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
+            problems = self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
         if problems:
-            report["problems"] = problems
             self._log.warning("Run directory not removed", path=path, reason="; ".join(problems[:3]))
-        report["seconds"] = time.monotonic() - started
-        return report
 
     def _find_rest(self) -> Mapping[Process, Stat]:
         """Return what is left of the tree, without our own helper."""
         helper = self._withdrawal.process if self._withdrawal is not None else None
         return {process: stat for process, stat in self._find().items() if process != helper}
 
-    def _wait_for_gpus(self, killed: set[int]) -> str | None:
+    def _wait_for_gpus(self) -> None:
         """Wait until the driver has taken the killed processes' memory back."""
+        killed = {process.pid for process in self._killing.seen}
         if self._worker is not None:
             killed.add(self._worker)
         if not killed or not gpu.present():
-            return None
+            return
         deadline = min(time.monotonic() + gpu.LIMIT, self.deadline - 0.1)
 
         def wait_released() -> str:
@@ -153,5 +219,12 @@ class Cleanup:
             except (OSError, AttributeError) as error:  # no driver, or one that lacks a function
                 return f"unknown: {error}"
 
-        helper = Helper(wait_released, max(0.1, deadline - time.monotonic()) + 0.2)
-        return helper.result(self._wait, lambda: min(deadline + 0.1, self.deadline)) or "no answer from the driver"
+        limit = max(0.1, deadline - time.monotonic())
+        try:
+            helper = Helper(wait_released, limit + 0.2)
+        except OSError as error:
+            self._log.warning("No process can be made to watch the memory of the GPUs; doing it without", reason=error)
+            result = None if self._rough else run_here(wait_released, limit)
+        else:
+            result = helper.result(self._wait, lambda: min(deadline + 0.1, self.deadline))
+        self._report["gpu"] = result or "no answer from the driver"

@@ -78,7 +78,7 @@ class Guardian:
         try:
             self._worker = spawn(self._command, self._environment, self._control.fileno())
         except SpawnError as error:
-            self._channel.send("spawn_failed", code=error.code, reason=str(error))
+            self._channel.send("spawn_failed", reason=str(error))
         else:
             self._channel.send("spawned", pid=self._worker.pid, start=self._worker.start)
         self._control.close()
@@ -102,6 +102,8 @@ class Guardian:
         if self._deadline is not None:
             self._cleanup.deadline = self._deadline
         report = self._cleanup.run()
+        if self._cleanup.stuck is None:
+            raise RuntimeError("the worker's processes could not be killed")  # the supervisor tries it, too
         self._channel.send("cleaned", report=report)
         if self._channel.deaf:
             self._log.info(
@@ -153,7 +155,7 @@ class Guardian:
                 if self._cleanup is not None:
                     self._cleanup.deadline = self._deadline
             elif kind == "withdraw" and self._withdrawal is None:
-                self._withdrawal = Withdrawal(registrations(self._run_directory.path))
+                self._withdrawal = Withdrawal(registrations(self._run_directory.path), self._log)
         if self._channel.closed and not self._orphaned:
             self._orphaned = True
             self._loop.remove(self._channel.socket.fileno())

@@ -1,4 +1,7 @@
-"""A forked process for work that may block: networks, drivers, dead file systems. It cannot hold its parent up."""
+"""A forked process for work that may block: networks, drivers, dead file systems. It cannot hold its parent up.
+
+Where no process can be made (the pids limit is reached), ``run_here`` does the work without one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.supervisor.process_tree import Wait
 
-_MOST_BYTES = 64 * 1024
+_PIECE = 64 * 1024
 
 
 class Helper:
@@ -23,11 +26,17 @@ class Helper:
 
     :param function: must not need anything but memory: all descriptors above 2 are closed.
     :param limit: seconds after which the kernel ends the child, whatever becomes of us.
+    :raises OSError: there can be no more processes, or no more descriptors.
     """
 
     def __init__(self, function: Callable[[], str], limit: float) -> None:
         self._output, child = os.pipe()
-        pid = spawn.fork()
+        try:
+            pid = spawn.fork()
+        except OSError:
+            os.close(self._output)
+            os.close(child)
+            raise
         if pid == 0:
             _run(function, child, limit)
         os.close(child)
@@ -44,7 +53,7 @@ class Helper:
         os.set_blocking(self._output, False)
         while True:
             try:
-                piece = os.read(self._output, _MOST_BYTES)
+                piece = os.read(self._output, _PIECE)
             except BlockingIOError:
                 remaining = deadline() - time.monotonic()
                 if remaining <= 0:
@@ -60,6 +69,35 @@ class Helper:
         return None
 
 
+class _TimeIsUpError(BaseException):
+    """Ends work that is done in this process; nothing that handles errors stops it."""
+
+
+def run_here(function: Callable[[], str], limit: float) -> str | None:
+    """Do the work in this process; return None if it was not done within ``limit`` seconds.
+
+    The limit ends whatever waits in Python: connections, answers. It cannot end a call that waits inside the C library
+    or the kernel, which is what helpers are for.
+    """
+    armed = True
+
+    def stop(_number: int, _frame: object) -> None:
+        if armed:
+            raise _TimeIsUpError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    # Again and again: Python may drop the first, in a finalizer for one.
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, max(0.01, limit), 0.05)
+    try:
+        return function()
+    except _TimeIsUpError:
+        return None
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, remaining)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def _run(function: Callable[[], str], output: int, limit: float) -> None:
     """Be the child. Never returns."""
     try:
@@ -70,6 +108,7 @@ def _run(function: Callable[[], str], output: int, limit: float) -> None:
             if int(name) > 2 and int(name) != output:
                 with contextlib.suppress(OSError):  # the descriptor of the listing itself
                     os.close(int(name))
-        os.write(output, function().encode()[:_MOST_BYTES])
+        with open(output, "wb") as file:
+            file.write(function().encode())
     finally:
         os._exit(0)

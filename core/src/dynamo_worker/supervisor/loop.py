@@ -29,6 +29,7 @@ class Loop:
         on_child: Callable[[int, int], None],
     ) -> None:
         self._selector = selectors.DefaultSelector()
+        self._signals = frozenset(signals)
         self._on_signal = on_signal
         self._on_child = on_child
         self._wakeup, wakeup = socket.socketpair()
@@ -36,7 +37,7 @@ class Loop:
         wakeup.setblocking(False)
         self._other_end = wakeup  # keeps it open
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (*signals, signal.SIGCHLD):
+        for number in (*self._signals, signal.SIGCHLD):
             signal.signal(number, _ignore)
         self.add(self._wakeup.fileno(), self._read_signals)
 
@@ -101,7 +102,7 @@ class Loop:
         for number in numbers:
             if number == signal.SIGCHLD:
                 self.reap()
-            else:
+            elif number in self._signals:
                 self._on_signal(number)
 
 

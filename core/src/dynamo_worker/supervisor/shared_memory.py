@@ -26,14 +26,22 @@ _LOOKUPS = 2
 def segments_of(pid: int) -> set[int]:
     """Return the inodes of the shared-memory segments that a process maps or holds open.
 
-    Inodes, because a semaphore is mapped under the temporary name it was created with.
+    Inodes, because a semaphore is mapped under the temporary name it was created with; of our own ``/dev/shm``, because
+    containers whose processes we see have others, with the same small numbers.
     """
     inodes: set[int] = set()
     prefix = os.fsencode(DIRECTORY) + b"/"
+    try:
+        device = os.stat(DIRECTORY).st_dev
+    except OSError:
+        return inodes
+    mapped_device = b"%02x:%02x" % (os.major(device), os.minor(device))
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/maps", "rb") as file:
         for line in file:
             if prefix in line:
-                inodes.add(int(line.split(None, 5)[4]))
+                fields = line.split(None, 5)
+                if fields[3] == mapped_device:
+                    inodes.add(int(fields[4]))
     try:
         descriptors = os.listdir(f"/proc/{pid}/fd")
     except OSError:
@@ -42,7 +50,9 @@ def segments_of(pid: int) -> set[int]:
         path = f"/proc/{pid}/fd/{descriptor}"
         try:
             if os.readlink(path).startswith(DIRECTORY + "/"):
-                inodes.add(os.stat(path).st_ino)
+                status = os.stat(path)
+                if status.st_dev == device:
+                    inodes.add(status.st_ino)
         except OSError:
             continue
     return inodes

@@ -12,20 +12,9 @@ from dynamo_worker.supervisor import linux
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: What shells return for a command that does not exist, and for one that cannot be executed.
-COMMAND_NOT_FOUND = 127
-COMMAND_NOT_EXECUTABLE = 126
-
 
 class SpawnError(Exception):
-    """The worker's command could not be executed.
-
-    :param code: the exit code that shells use for this.
-    """
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+    """The worker could not be started: no such command, no more processes or descriptors."""
 
 
 def reset_signals() -> None:
@@ -59,22 +48,25 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int) -> 
     Only for a process without threads: between fork and exec the child runs Python.
 
     :param keep: the one descriptor above 2 that the child inherits.
-    :raises SpawnError: the command cannot be executed.
+    :raises SpawnError: there can be no process for it, or the command cannot be executed.
     """
-    report, report_child = os.pipe()
     parent = os.getpid()
-    pid = fork()
-    if pid == 0:
-        _become(command, environment, keep, report_child, parent)
-    os.close(report_child)
+    try:
+        report, report_child = os.pipe()
+        try:
+            pid = fork()
+            if pid == 0:
+                _become(command, environment, keep, report_child, parent)
+        finally:
+            os.close(report_child)
+    except OSError as error:
+        raise SpawnError(f"cannot make a process for the worker: {error.strerror}") from error
     stat = linux.read_stat(pid)
     with os.fdopen(report, "rb") as file:
         number = file.read()  # ends at once when exec succeeds: the pipe is close-on-exec
     if number:
         os.waitpid(pid, 0)
-        error = int(number)
-        code = COMMAND_NOT_FOUND if error in (2, 20) else COMMAND_NOT_EXECUTABLE  # ENOENT, ENOTDIR
-        raise SpawnError(f"cannot execute {command[0]!r}: {os.strerror(error)}", code)
+        raise SpawnError(f"cannot execute {command[0]!r}: {os.strerror(int(number))}")
     return linux.Process(pid, stat.start if stat is not None else 0)
 
 
@@ -96,4 +88,4 @@ def _become(command: Sequence[str], environment: Mapping[str, str], keep: int, r
     except BaseException:
         os.write(report, b"5")  # EIO: cannot happen, but a second copy of the guardian must not live on
     finally:
-        os._exit(COMMAND_NOT_EXECUTABLE)
+        os._exit(1)

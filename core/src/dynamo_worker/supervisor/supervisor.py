@@ -115,7 +115,7 @@ class Supervisor:
         self._worker_watch: int | None = None
         self._worker_gone_at: float | None = None
         self._exit_code: int | None = None
-        self._spawn_failure: tuple[int, str] | None = None
+        self._spawn_failure: str | None = None
         self._guardian = 0
         self._guardian_code: int | None = None
         self._guardian_told = False
@@ -187,7 +187,10 @@ class Supervisor:
         self._loop.add(self._to_guardian.socket.fileno(), self._on_guardian_message)
         self._loop.add(self._control.socket.fileno(), self._on_worker_message)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        sweep.sweep_in_background(self._run_directory, self._log)
+        try:
+            sweep.sweep_in_background(self._run_directory, self._log)
+        except OSError as error:
+            self._log.warning("Not cleaned up behind earlier workers: no process can be made for it", reason=error)
 
     def _over(self) -> bool:
         """Return whether the worker is gone, or the guardian, or the guardian does not say so."""
@@ -305,7 +308,7 @@ class Supervisor:
     def _verdict(self) -> tuple[int, str]:
         """Return exit code and reason of the whole."""
         if self._spawn_failure is not None:
-            return self._spawn_failure
+            return int(ExitCode.START_FAILED), self._spawn_failure
         code, said = self._exit_code, _text(self._farewell.get("reason"))
         killed_by_us = self._kill_cause is not None and code in (None, -signal.SIGKILL)
         if killed_by_us and self._kill_cause == "stuck":
@@ -319,6 +322,8 @@ class Supervisor:
         if killed_by_us:
             return int(ExitCode.DEADLINE), f"not stopped by its deadline, killed in state {self._state}"
         if self._guardian_lost and code in (None, -signal.SIGKILL):
+            if self._worker is None and self._guardian_code:
+                return int(ExitCode.START_FAILED), "the guardian process failed before it could start the worker"
             return int(ExitCode.FATAL), "the guardian process was killed, the worker with it"
         if code is None:
             return SIGNAL_BASE + signal.SIGKILL, "worker is gone, its exit status unknown"
@@ -441,7 +446,7 @@ class Supervisor:
                 if self._kill_cause is not None:
                     linux.send_signal(self._worker, signal.SIGKILL)
             elif kind == "spawn_failed":
-                self._spawn_failure = (message["code"], message["reason"])
+                self._spawn_failure = message["reason"]
                 self._guardian_told = True
             elif kind == "exited":
                 self._exit_code = message["code"]
