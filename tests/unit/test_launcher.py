@@ -337,7 +337,7 @@ def test_the_grace_period_still_serves(world):
 
 
 def test_it_beats_while_it_serves(world):
-    world.settings["heartbeat_timeout"] = 0.1
+    world.settings["heartbeat_timeout"] = 1
 
     async def scenario(world):
         await world.serving()
@@ -782,7 +782,7 @@ def test_a_health_check_that_finds_the_engine_dead_ends_the_worker(world):
 
 
 def test_an_engine_that_stalls_ends_the_worker(world):
-    world.settings["stall_timeout"] = 0.5
+    world.settings["stall_timeout"] = 1
 
     async def scenario(world):
         await world.serving()
@@ -800,7 +800,7 @@ def test_an_engine_that_stalls_ends_the_worker(world):
 
 
 def test_a_monitor_that_fails_is_not_silent(world, caplog):
-    world.settings["stall_timeout"] = 0.5
+    world.settings["stall_timeout"] = 1
 
     def progress():
         raise AttributeError("steps")

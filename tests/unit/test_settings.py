@@ -129,9 +129,13 @@ def test_whole_port_range(port):
         ({}, {"DYN_WORKER_DRAIN": "no"}, "DYN_WORKER_DRAIN=no: must be one of complete, handoff, abort"),
         ({"grace_period": "soon"}, {}, "--grace-period soon: must be a valid number"),
         ({"grace_period": "-1"}, {}, "--grace-period -1: must be greater than or equal to 0"),
-        ({"termination_grace_period": "0"}, {}, "--termination-grace-period 0: must be greater than 0"),
-        ({"termination_grace_period": "nan"}, {}, "--termination-grace-period nan"),
-        ({"stall_timeout": "inf"}, {}, "--stall-timeout inf"),
+        ({"termination_grace_period": "0"}, {}, "--termination-grace-period 0: must be greater than or equal to 0.01"),
+        ({"termination_grace_period": "nan"}, {}, "--termination-grace-period nan: must be a finite number"),
+        ({"termination_grace_period": "3000000"}, {}, "must be less than or equal to 604800"),
+        ({"health_check_interval": "1e-9"}, {}, "--health-check-interval 1e-9: must be greater than or equal to 0.01"),
+        ({"stall_timeout": "inf"}, {}, "--stall-timeout inf: must be a finite number"),
+        ({"stall_timeout": "0.5"}, {}, "--stall-timeout 0.5: must be at least 1, or 0 for never"),
+        ({}, {"DYN_WORKER_HEARTBEAT_TIMEOUT": "3000000"}, "HEARTBEAT_TIMEOUT=3000000: must be less than or equal to"),
         ({}, {"DYN_SYSTEM_PORT": "65536"}, "DYN_SYSTEM_PORT=65536: must be less than or equal to 65535"),
         ({"system_port": "-2"}, {}, "--system-port -2"),
         ({}, {"DYN_WORKER_WARMUP": "maybe"}, "DYN_WORKER_WARMUP=maybe: must be a valid boolean"),
@@ -144,6 +148,14 @@ def test_wrong_value_names_its_place(flags, environ, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         load(flags, environ)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [row for row in OPTIONS if row.metavar == "SECONDS"], ids=lambda row: row.name)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "604801", "1e300"])
+def test_no_duration_is_nonsense(row, value):
+    with pytest.raises(UsageError, match=re.escape(row.flag)):
+        load({row.name: value}, {})
+    assert getattr(load({row.name: "604800"}, {}), row.name) == 604800
 
 
 def test_wrong_value_in_the_file_names_key_and_file():

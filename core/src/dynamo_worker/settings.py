@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationError
+from annotated_types import Ge, Le
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dynamo_worker.address import Address
@@ -88,8 +88,22 @@ def _lower(value: object) -> object:
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
-Seconds = Annotated[float, Ge(0), Le(10**7)]
-PositiveSeconds = Annotated[float, Gt(0), Le(10**7)]
+
+
+def _check_patience(value: float) -> float:
+    """Refuse a time within which a healthy worker may well be silent."""
+    if 0 < value < 1:
+        raise ValueError("must be at least 1, or 0 for never: a healthy worker would be killed")
+    return value
+
+
+#: Longer than a week is a mistake in the unit, or meant as "never".
+_MOST_SECONDS: Final = 7 * 24 * 3600
+Seconds = Annotated[float, AllowInfNan(False), Ge(0), Le(_MOST_SECONDS)]
+#: Less than a hundredth of a second is over before anything can happen in it.
+PositiveSeconds = Annotated[float, AllowInfNan(False), Ge(0.01), Le(_MOST_SECONDS)]
+#: Silence after which a worker is given up.
+Patience = Annotated[Seconds, AfterValidator(_check_patience)]
 #: One part of ``namespace.component.endpoint``.
 PathPart = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -151,8 +165,8 @@ class WorkerSettings(BaseSettings):
     # --- Health
     health_check_interval: PositiveSeconds = _option("health_check_interval")
     health_check_timeout: PositiveSeconds = _option("health_check_timeout")
-    stall_timeout: Seconds = _option("stall_timeout")
-    heartbeat_timeout: Seconds = _option("heartbeat_timeout")
+    stall_timeout: Patience = _option("stall_timeout")
+    heartbeat_timeout: Patience = _option("heartbeat_timeout")
     system_host: str = _option("system_host")
     system_port: Annotated[int, Ge(-1), Le(65535)] = _option("system_port")
 

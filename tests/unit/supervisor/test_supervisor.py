@@ -262,6 +262,11 @@ class TestHeartbeat:
         supervised.signal(signal.SIGCONT)
         assert supervised.wait() == 4
 
+    def test_a_wait_longer_than_epoll_can_take(self, supervised):
+        supervised.start(SETTINGS % (3000000, 3000000), SERVING, "arrived", "obey-slowly=0:0.5")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
     def test_zero_switches_it_off(self, supervised):
         supervised.start(SETTINGS % (30, 0), SERVING, "arrived", "beat=0:1", "obey=0")
         time.sleep(0.5)

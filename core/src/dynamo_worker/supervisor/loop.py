@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
+#: Longest single wait, in seconds: epoll takes no more than 24.8 days. Who waits for longer is woken in between.
+_LONGEST_WAIT = 3600.0
+
+
 class Loop:
     """Waits for signals and input, and reaps children.
 
@@ -60,6 +64,8 @@ class Loop:
 
         :param descriptor: end the wait when this is readable, too; it is left to the caller.
         """
+        if timeout is not None:
+            timeout = min(timeout, _LONGEST_WAIT)
         watched = descriptor is not None
         if descriptor is not None:
             self.add(descriptor, _nothing)
