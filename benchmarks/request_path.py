@@ -58,6 +58,12 @@ def _arguments() -> argparse.Namespace:
         "--max-tokens", type=int, default=500, metavar="N", help="tokens of each request (default: 500)"
     )
     parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="X",
+        help="tokens per second of each stream (default: as many as possible); 30 is what a large model makes",
+    )
+    parser.add_argument(
         "--workers",
         default="peer,bare,ours",
         metavar="LIST",
@@ -82,7 +88,9 @@ def _specification(
 ) -> LoadSpecification:
     rounds_of_requests = 10 if streams < 500 else 1
     requests = max(streams, round(streams * rounds_of_requests * scale))
-    return LoadSpecification(ports, model, streams, requests, max_tokens, timeout=120.0, time_limit=180.0)
+    return LoadSpecification(
+        ports, model, streams, requests, max_tokens, timeout=120.0, time_limit=180.0, count_by_usage=True
+    )
 
 
 def _measure(bench: Workbench, worker: Worker, streams: int, max_tokens: int, scale: float) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def main() -> int:
     rounds: list[list[dict[str, Any]]] = []
     try:
         peer = peer_environment.ensure(arguments.peer_env) if PEER in kinds else None
-        with Workbench(Echo(peer), arguments.keep_logs) as bench:
+        with Workbench(Echo(peer, tokens_per_second=arguments.rate), arguments.keep_logs) as bench:
             workers = []
             for kind in kinds:
                 progress(f"starting {TITLES[kind]}")

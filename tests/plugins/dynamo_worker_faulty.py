@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator
 
 from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, EngineInfo, Request, RequestContext, hookimpl
-from dynamo_worker.engine import EndpointSpec
+from dynamo_worker.engine import EndpointSpec, Send
 from dynamo_worker.engines.echo import EchoEngine
 from dynamo_worker.errors import InvalidRequestError, StartError
 
@@ -94,10 +94,21 @@ class FaultyEngine(EchoEngine):
             # One long step that reports nothing, such as a kernel compiled late.
             await asyncio.sleep(self.args.silent_seconds)
         async for chunk in super().generate(request, context):
+            if "flood" in text:
+                entries = [{"rank": rank, "token_id": rank, "token": "t", "logprob": -1.5} for rank in range(20)]
+                chunk = {**chunk, "log_probs": [-0.1], "top_logprobs": [entries]}
             yield chunk
             for kind, error in NO_EXCEPTIONS.items():
                 if kind in text:
                     raise error()
+
+
+class PushingFaultyEngine(FaultyEngine):
+    """The same, which hands its chunks over itself."""
+
+    async def push(self, request: Request, context: RequestContext, send: Send) -> None:
+        async for chunk in self.generate(request, context):
+            send(chunk)
 
 
 class FaultyPlugin:
@@ -111,12 +122,13 @@ class FaultyPlugin:
         group.add_argument("--prefill-seconds", type=float, default=0.0)
         group.add_argument("--compile-seconds", type=float, default=0.0)
         group.add_argument("--silent-seconds", type=float, default=0.0)
+        group.add_argument("--push", action="store_true")
         group.add_argument("--start-fault", choices=["block", "gil", "hang", "error", "bug"])
         group.add_argument("--hook-fault", action="append", default=[], metavar="HOOK=hang|raise|block|stubborn")
 
     @hookimpl
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> FaultyEngine:
-        return FaultyEngine(args)
+        return (PushingFaultyEngine if args.push else FaultyEngine)(args)
 
     @hookimpl
     async def check_health(self, engine: FaultyEngine) -> None:

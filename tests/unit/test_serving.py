@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_worker import serving
+from dynamo_worker.egress import Egress
 from dynamo_worker.engine import EndpointSpec, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
 from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry, pulled, validated
@@ -33,6 +34,11 @@ REQUEST = {"token_ids": [5, 6, 7]}
 
 def chunk(token, finish_reason=None):
     return {"token_ids": [token], "index": 0, **({"finish_reason": finish_reason} if finish_reason else {})}
+
+
+def joined(chunks):
+    """Return the tokens and the finish reason: chunks that wait together leave as one."""
+    return [token for item in chunks for token in item["token_ids"]], chunks[-1].get("finish_reason")
 
 
 CHUNKS = [chunk(1), chunk(2), chunk(3, "stop")]
@@ -76,6 +82,23 @@ class PushingEngine(FakeEngine):
         return pulled(self.push, request, context)
 
 
+EGRESSES = []
+
+
+def new_egress():
+    """Return what sends, started on the running event loop; a fixture stops it."""
+    EGRESSES.append(Egress(pytest.fail, slow_client_timeout=60.0))
+    EGRESSES[-1].start()
+    return EGRESSES[-1]
+
+
+@pytest.fixture(autouse=True)
+def stop_egresses():
+    yield
+    while EGRESSES:
+        EGRESSES.pop().stop()
+
+
 class Sender:
     """Takes chunks as the Rust object does; ``close`` makes it refuse them as that one does."""
 
@@ -99,7 +122,8 @@ class Served:
         self.engine = engine
         self.registry = RequestRegistry() if registry is None else registry
         self.dead = []
-        self.requests = RequestHandler(engine, self.registry, self.dead.append)
+        self.egress = new_egress()
+        self.requests = RequestHandler(engine, self.registry, self.egress, self.dead.append)
         self.handler = self.requests.handler(EndpointSpec("generate", generate, graceful_shutdown=graceful))
 
     async def request(self, context=None, sender=None, request=None):
@@ -123,7 +147,7 @@ def test_a_request_brings_every_chunk_in_order(push, engine):
     async def main():
         sender = Sender() if push else None
         served = Served(engine())
-        assert await served.request(sender=sender) == CHUNKS
+        assert joined(await served.request(sender=sender)) == joined(CHUNKS)
         await settle()
         assert served.counted() == {Outcome.COMPLETED: 1}
         assert served.registry.chunks == 3
@@ -139,15 +163,18 @@ def test_with_a_sender_nothing_is_yielded():
         sender = Sender()
         served = Served(FakeEngine())
         assert [item async for item in served.handler(dict(REQUEST), Context(id="r"), response_sender=sender)] == []
-        assert sender.sent == CHUNKS
+        assert joined(sender.sent) == joined(CHUNKS)
 
     asyncio.run(main())
 
 
 def test_the_handler_is_what_the_runtime_looks_for():
-    handler = Served(FakeEngine()).handler
-    assert inspect.isasyncgenfunction(handler)
-    assert list(inspect.signature(handler).parameters) == ["request", "context", "response_sender"]
+    async def main():
+        handler = Served(FakeEngine()).handler
+        assert inspect.isasyncgenfunction(handler)
+        assert list(inspect.signature(handler).parameters) == ["request", "context", "response_sender"]
+
+    asyncio.run(main())
 
 
 def test_an_endpoint_may_have_a_function_of_its_own():
@@ -174,7 +201,7 @@ def test_requests_at_once_do_not_mix():
             *(served.request(Context(id=f"{n}"), Sender(), {"token_ids": [n]}) for n in range(1, 51))
         )
         for number, result in enumerate(results, 1):
-            assert result == [chunk(number * 100 + step) for step in range(20)]
+            assert joined(result) == joined([chunk(number * 100 + step) for step in range(20)])
         assert served.counted() == {Outcome.COMPLETED: 50}
         assert served.registry.chunks == 50 * 20
 
@@ -787,7 +814,8 @@ def test_a_wrong_request_is_refused_by_name(request_, message):
 def test_a_prompt_beyond_the_vocabulary_never_reaches_the_engine(pack):
     async def main():
         engine = FakeEngine()
-        handler = RequestHandler(engine, RequestRegistry(), lambda error: None, 100).handler(EndpointSpec("generate"))
+        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, 100)
+        handler = requests.handler(EndpointSpec("generate"))
         assert [item async for item in handler({"token_ids": pack([0, 99])}, Context(id="r"))] == CHUNKS
         with pytest.raises(InvalidArgument, match="100 is not in the model's vocabulary of 100 tokens"):
             await handler({"token_ids": pack([3, 100])}, Context(id="r")).__anext__()
@@ -806,7 +834,7 @@ def test_an_endpoint_for_operations_takes_any_object():
 
     async def main():
         engine = FakeEngine()
-        requests = RequestHandler(engine, RequestRegistry(), lambda error: None)
+        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None)
         handler = requests.handler(EndpointSpec("control", takes_tokens=False))
         chunks = [item async for item in handler({"level": 1}, Context(id="r"))]
         assert chunks == CHUNKS

@@ -25,6 +25,7 @@ from dynamo_worker.contract import FORCED_STOP, RUN_DIR
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.drain_progress import DrainProgress
+from dynamo_worker.egress import Egress
 from dynamo_worker.engine import (
     EndpointSpec,
     Engine,
@@ -120,7 +121,9 @@ class Launcher:
         self._stage: asyncio.Task[None] | None = None
         self._monitors: list[asyncio.Task[None]] = []
         self._registry = RequestRegistry()
+        self._egress = Egress(self._on_fatal, slow_client_timeout=settings.slow_client_timeout)
         self._metrics = WorkerMetrics(self._registry)
+        self._metrics.slow_clients.set_function(lambda: self._egress.slow_streams)
         self._engine: Engine | None = None
         self._runtime: Runtime | None = None
         self._status: StatusServer | None = None
@@ -320,7 +323,8 @@ class Launcher:
             settings.endpoint, metrics_labels=(("model", info.model_name),), registers_model=info.model_path is not None
         )
         endpoints = [main, *info.endpoints] if info.model_path is not None else list(info.endpoints)
-        handler = RequestHandler(engine, self._registry, self._on_request_found_dead)
+        self._egress.start()
+        handler = RequestHandler(engine, self._registry, self._egress, self._on_request_found_dead)
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(main.name), runtime.completed(info))
         runtime.record_registration(self._run_dir)

@@ -255,6 +255,14 @@ OPTIONS: Final = (
         metavar="SECONDS",
     ),
     Option(
+        "slow_client_timeout",
+        HEALTH,
+        "Cancel a request whose client has not read for this long while megabytes wait for it (0: never).",
+        "DYN_WORKER_SLOW_CLIENT_TIMEOUT",
+        default=60.0,
+        metavar="SECONDS",
+    ),
+    Option(
         "system_host",
         HEALTH,
         "Address of the server for /health, /live and /metrics.",

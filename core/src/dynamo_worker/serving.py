@@ -19,6 +19,7 @@ from dynamo.llm.exceptions import (
 )
 
 from dynamo_worker.calling import contained
+from dynamo_worker.egress import Egress, SlowClientError, Stream
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, RequestContext, Send
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe
 from dynamo_worker.logs import get_logger
@@ -49,6 +50,7 @@ class Outcome(str, enum.Enum):
     REFUSED = "refused"
     INVALID = "invalid"
     FAILED = "failed"
+    SLOW_CLIENT = "slow_client"
 
 
 #: The first number that is no token id, for a model whose vocabulary is not known.
@@ -56,7 +58,7 @@ _TOKEN_LIMIT = 2**31
 #: Seconds that an engine has to abort a request.
 _ABORT_SECONDS = 10.0
 #: After these the engine may still be at work on the request.
-_UNFINISHED = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF, Outcome.ABORTED, Outcome.FAILED})
+_UNFINISHED = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF, Outcome.ABORTED, Outcome.FAILED, Outcome.SLOW_CLIENT})
 
 
 class Cut(enum.Enum):
@@ -66,6 +68,8 @@ class Cut(enum.Enum):
     HANDOFF = "handoff"
     #: With an error on which it does not.
     ABORT = "abort"
+    #: The same, because its client does not read.
+    SLOW_CLIENT = "slow_client"
 
 
 class _InFlight:
@@ -110,14 +114,16 @@ class RequestRegistry:
         """Refuse new requests from now on with an error on which the frontend tries another worker."""
         self._refusal = reason
 
-    def admit(self, request_id: str, *, graceful: bool) -> _InFlight:
+    def admit(self, request_id: str, *, graceful: bool, refusal: str | None = None) -> _InFlight:
         """Register a request of the running task.
 
-        :raises WorkerUnavailable: this worker takes no new requests any more.
+        :param refusal: why this worker takes no new requests for now.
+        :raises WorkerUnavailable: this worker takes no new requests, for now or any more.
         """
-        if self._refusal is not None:
+        refusal = self._refusal or refusal
+        if refusal is not None:
             self.outcomes[Outcome.REFUSED] += 1
-            raise WorkerUnavailable(self._refusal)
+            raise WorkerUnavailable(refusal)
         entry = _InFlight(request_id, graceful, asyncio.current_task())
         self._entries.add(entry)
         self._idle.clear()
@@ -127,6 +133,7 @@ class RequestRegistry:
         """Take a request out of the registry and count how it ended."""
         self.outcomes[outcome] += 1
         self._entries.discard(entry)
+        entry.task = None  # a cancellation that comes now would meet what the task does next
         if not self._entries:
             self._idle.set()
 
@@ -136,13 +143,16 @@ class RequestRegistry:
         :param how: with a migratable error or not.
         :param graceful: only those of endpoints with this ``graceful_shutdown``; all of them when None.
         """
-        cut = 0
-        for entry in self._entries:
-            if entry.cut is None and entry.task is not None and graceful in (None, entry.graceful):
-                entry.cut = how
-                entry.task.cancel()
-                cut += 1
-        return cut
+        return sum(self.cut_one(entry, how) for entry in self._entries if graceful in (None, entry.graceful))
+
+    @staticmethod
+    def cut_one(entry: _InFlight, how: Cut) -> bool:
+        """End one request; return False if it is being ended already."""
+        if entry.cut is not None or entry.task is None:
+            return False
+        entry.cut = how
+        entry.task.cancel()
+        return True
 
     def counted(self, send: Send) -> Send:
         """Return ``send`` with every chunk counted."""
@@ -165,17 +175,20 @@ class RequestHandler:
         self,
         engine: Engine,
         registry: RequestRegistry,
+        egress: Egress,
         on_dead: Callable[[EngineDeadError], None],
         vocab_size: int | None = None,
     ) -> None:
         """Serve ``engine``.
 
+        :param egress: sends the chunks; has been started.
         :param on_dead: called when a request shows that the engine is beyond repair; must only take note.
         :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
         """
         self._vocab_size = vocab_size
         self._engine = engine
         self._registry = registry
+        self._egress = egress
         self._on_dead = on_dead
         self._aborts: set[asyncio.Task[None]] = set()
 
@@ -183,48 +196,53 @@ class RequestHandler:
         """Return the function for ``Endpoint.serve_endpoint``.
 
         Its parameter ``response_sender`` makes the runtime use push egress: chunks go straight into the Rust
-        encoder, 5–6 µs a token instead of 30–50 (measured, see docs/design.md). It is an asynchronous generator all
-        the same, because the runtime advances whatever it gets, and yields the chunks itself when it is called
-        without a sender (canary, warm-up, in-process clients).
+        encoder, 5–6 µs a token instead of 30–50 (measured, see docs/design.md), from a thread of ``egress.py``. It is
+        an asynchronous generator all the same, because the runtime advances whatever it gets, and yields the chunks
+        itself when it is called without a sender (canary, warm-up, in-process clients).
         """
         generate: Generate = endpoint.generate or self._engine.generate
         push = self._engine.push if endpoint.generate is None and isinstance(self._engine, PushesChunks) else None
-        registry = self._registry
+        registry, egress = self._registry, self._egress
         graceful = endpoint.graceful_shutdown
 
         async def handle(
             request: Any, context: Context, response_sender: ResponseSender | None = None
         ) -> AsyncGenerator[Chunk, None]:
-            entry = registry.admit(context.id(), graceful=graceful)
+            entry = registry.admit(context.id(), graceful=graceful, refusal=egress.refusal)
             outcome = Outcome.FAILED
+            out: Stream | None = None
             stream: AsyncIterator[Chunk] | None = None
             gone = context.async_killed_or_stopped()
             gone.add_done_callback(lambda future: self._on_gone(future, entry))
             try:
                 if endpoint.takes_tokens:
                     request = validated(request, self._vocab_size)
-                if push is not None and response_sender is not None:
-                    await push(request, context, registry.counted(response_sender.send))
-                    outcome = Outcome.COMPLETED
-                    return
-                stream = generate(request, context)
-                if response_sender is None:
-                    async for chunk in stream:
-                        registry.chunks += 1
-                        yield chunk
+                if response_sender is not None:
+                    out = egress.open(response_sender.send, lambda: registry.cut_one(entry, Cut.SLOW_CLIENT))
+                if push is not None and out is not None:
+                    await push(request, context, registry.counted(out.send))
                 else:
-                    send = response_sender.send
+                    stream = generate(request, context)
                     async for chunk in stream:
                         registry.chunks += 1
-                        send(chunk)
+                        if out is None:
+                            yield chunk
+                            continue
+                        out.send(chunk)
+                        if out.full:
+                            await out.room()
+                if out is not None:
+                    await out.flush()
                 outcome = Outcome.COMPLETED
             except BaseException as error:
                 # Also what is no Exception: a panic in Rust code, or SystemExit, which would end the event loop.
-                outcome, answer = self._ended(error, entry, context, pulled=response_sender is None)
+                outcome, answer = self._ended(error, entry, context, out)
                 # Without its cause: a CancelledError among the causes keeps the frontend from migrating.
                 raise answer from None
             finally:
                 gone.cancel()
+                if out is not None and outcome is not Outcome.COMPLETED:
+                    out.abandon()
                 registry.release(entry, outcome)
                 if outcome in _UNFINISHED:
                     self._abandon(entry.request_id, stream)
@@ -238,11 +256,11 @@ class RequestHandler:
             entry.task.cancel()
 
     def _ended(
-        self, error: BaseException, entry: _InFlight, context: Context, *, pulled: bool
+        self, error: BaseException, entry: _InFlight, context: Context, out: Stream | None
     ) -> tuple[Outcome, BaseException]:
         """Judge how a request ended that did not complete; return its outcome and what the runtime is told.
 
-        :param pulled: whether the caller iterates over the chunks, and may have stopped to.
+        :param out: the way to its client; None if the caller iterates over the chunks, and may have stopped to.
         """
         request_id = entry.request_id
         if isinstance(error, EngineDeadError):
@@ -251,7 +269,10 @@ class RequestHandler:
             return Outcome.ABORTED, Cancelled("aborted: the worker is shutting down")
         if entry.cut is Cut.HANDOFF:
             return Outcome.HANDED_OFF, EngineShutdown("handed off: the worker is shutting down")
-        if isinstance(error, GeneratorExit) and pulled:
+        if out is not None and isinstance(out.error, SlowClientError):
+            log.warning("Request cancelled", request_id=request_id, error=out.error)
+            return Outcome.SLOW_CLIENT, Cancelled(f"cancelled: {out.error}")
+        if isinstance(error, GeneratorExit) and out is None:
             return Outcome.CANCELLED, error
         if isinstance(error, EngineDeadError):
             return Outcome.HANDED_OFF, EngineShutdown(str(error))

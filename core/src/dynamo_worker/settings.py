@@ -167,6 +167,7 @@ class WorkerSettings(BaseSettings):
     health_check_timeout: PositiveSeconds = _option("health_check_timeout")
     stall_timeout: Patience = _option("stall_timeout")
     heartbeat_timeout: Patience = _option("heartbeat_timeout")
+    slow_client_timeout: Patience = _option("slow_client_timeout")
     system_host: str = _option("system_host")
     system_port: Annotated[int, Ge(-1), Le(65535)] = _option("system_port")
 

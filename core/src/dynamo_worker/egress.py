@@ -1,0 +1,534 @@
+"""Sends chunks to clients without ever holding up the event loop: a client that does not read holds up only itself.
+
+The runtime's ``send`` blocks its caller while a consumer is behind: 128 frames in the runtime, and megabytes in sockets
+and in the frontend. There is no way to ask it beforehand, and none to take a call back. So:
+
+- The event loop only collects. What one of its iterations has made is handed over together.
+- One thread, the *carrier*, sends for all streams. Chunks of a stream that wait together leave together, as one frame.
+- A send that has not returned after some milliseconds makes its stream a *slow* one: the thread in that call keeps the
+  stream, with a queue of its own, and a spare thread becomes the carrier. The order within a stream never changes.
+- What waits for a slow stream is bounded in size and in time; beyond that its request is cancelled. The thread stays in
+  its call until the frontend lets go of the stream. So new requests are refused while too many streams are slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from dynamo_worker.errors import WorkerError
+from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from dynamo_worker.engine import Chunk, Send
+
+log = get_logger(__name__)
+
+#: Seconds between two looks at the carrier: a send found in two of them in a row has blocked.
+_TICK: Final = 0.01
+#: Seconds between two looks at slow streams when there is nothing else to look at.
+_SLOW_TICK: Final = 0.25
+#: Seconds between two looks at a slow stream for which nothing waits, and after which it goes back to the carrier.
+_PAUSE: Final = 0.05
+_CAUGHT_UP: Final = 1.0
+#: Seconds for which a stream must be held up to be slow: the thread may just not have got a processor.
+_SLOW_SECONDS: Final = 0.1
+#: Chunks of one stream on their way, beyond which an engine that can wait has to.
+_ROOM: Final = 1024
+#: Most tokens in a frame of several chunks: the frontend decodes a frame in one go.
+_MOST_TOKENS: Final = 256
+#: Weight of what may wait for one slow stream, and for all of them: about 40 and 160 MB.
+_MOST_WAITING: Final = 1_000_000
+_MOST_WAITING_IN_ALL: Final = 4_000_000
+#: Weight of a chunk and of an alternative in its ``top_logprobs``; that of a token is 1. One unit is about 40 bytes.
+_CHUNK_WEIGHT: Final = 8
+_ALTERNATIVE_WEIGHT: Final = 10
+#: Slow streams from which on other workers get new requests. Each takes a thread, some 50 kB.
+_MANY_SLOW: Final = 256
+#: Seconds for which a stream must have been blocked to be given up for the sake of others.
+_LEAST_PATIENCE: Final = 10.0
+#: Seconds without a thread to send with after which the worker ends.
+_STRANDED_SECONDS: Final = 2.0
+
+#: What a chunk may hold to be merged with the next one. All but ``index`` are lists with one entry for each token.
+_LISTS: Final = ("token_ids", "log_probs", "top_logprobs")
+_MERGEABLE: Final = frozenset({*_LISTS, "index"})
+
+
+class SlowClientError(RuntimeError):
+    """The client has not read for too long, or too much is waiting for it."""
+
+
+def merged(first: Chunk, second: Chunk) -> Chunk | None:
+    """Return the one chunk that says what two of a stream say one after the other, or None if there is none.
+
+    The first may hold nothing but tokens and their log-probabilities; the second may end the stream.
+    """
+    if not first.keys() <= _MERGEABLE or first.get("index") != second.get("index"):
+        return None
+    chunk = dict(second)
+    for name in _LISTS:
+        values, more = first.get(name), second.get(name)
+        if type(values) is list and type(more) is list:
+            chunk[name] = values + more
+        elif values is not None or more is not None:
+            return None
+    return chunk if len(chunk.get("token_ids", ())) <= _MOST_TOKENS else None
+
+
+def weight(chunk: Chunk) -> int:
+    """Return how much memory a chunk takes, in units of about 40 bytes."""
+    tokens, top = chunk.get("token_ids"), chunk.get("top_logprobs")
+    alternatives = sum(len(entry) for entry in top if entry) if type(top) is list else 0
+    return _CHUNK_WEIGHT + _ALTERNATIVE_WEIGHT * alternatives + (len(tokens) if type(tokens) is list else 0)
+
+
+class Stream:
+    """The way of one request's chunks to its client. Its methods are for the event loop, the rest is the egress's."""
+
+    __slots__ = (
+        "_egress",
+        "_flushed",
+        "_room",
+        "blocked_since",
+        "chunks",
+        "ended",
+        "error",
+        "given",
+        "on_slow",
+        "slow",
+        "taken",
+        "transmit",
+        "waiting",
+        "wants_room",
+    )
+
+    def __init__(self, egress: Egress, transmit: Send, on_slow: Callable[[], object]) -> None:
+        self._egress = egress
+        self._flushed: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self.transmit = transmit
+        self.on_slow = on_slow
+        #: Chunks that the event loop has handed over, and those of them that have left the queue.
+        self.given = 0
+        self.taken = 0
+        self.wants_room = False
+        #: What waits for the thread that sends it.
+        self.chunks: deque[Chunk] = deque()
+        #: Nothing comes after what waits.
+        self.ended = False
+        #: What sending has ended with; nothing is sent after it.
+        self.error: BaseException | None = None
+        #: A thread keeps it for itself, because its client does not keep up.
+        self.slow = False
+        #: Of a slow stream: when the send that it is in has begun (monotonic), None if it is in none.
+        self.blocked_since: float | None = None
+        #: Of a slow stream: the weight of what waits.
+        self.waiting = 0
+
+    def send(self, chunk: Chunk) -> None:
+        """Hand one chunk over; it must not be changed afterwards.
+
+        :raises SlowClientError: the client does not read.
+        :raises Exception: what sending an earlier chunk has ended with: RuntimeError if the client is gone, ValueError
+            if the chunk could not be encoded.
+        """
+        if self.error is not None:
+            raise self.error
+        self.given += 1
+        self._egress.collect(self, chunk)
+
+    @property
+    def full(self) -> bool:
+        """Whether an engine that can wait has to (:meth:`room`)."""
+        return self.given - self.taken > _ROOM
+
+    async def room(self) -> None:
+        """Wait until there is room for more chunks; raises as :meth:`send` does."""
+        while self.full and self.error is None:
+            self._room = self._egress.loop.create_future()
+            self.wants_room = True
+            if self.full:  # else the thread has not seen that somebody waits
+                await self._room
+        if self.error is not None:
+            raise self.error
+
+    async def flush(self) -> None:
+        """Wait until everything is sent; nothing may be handed over afterwards. Raises as :meth:`send` does."""
+        if self.error is not None:
+            raise self.error
+        self._flushed = self._egress.loop.create_future()
+        self._egress.collect(self, None)
+        await self._flushed
+        if self.error is not None:
+            raise self.error
+
+    def abandon(self) -> None:
+        """Drop what still waits: the request has ended otherwise."""
+        self._egress.fail(self, RuntimeError("the request has ended"))
+
+    def wake(self, *, flushed: bool) -> None:
+        """Wake the request's task."""
+        for future in (self._room, self._flushed if flushed else None):
+            if future is not None and not future.done():
+                future.set_result(None)
+
+
+class Egress:
+    """Sends for all streams of a worker."""
+
+    def __init__(self, on_fatal: Callable[[WorkerError], None], *, slow_client_timeout: float) -> None:
+        """Make it; :meth:`start` starts it.
+
+        :param on_fatal: called when nothing can be sent any more; must only take note.
+        :param slow_client_timeout: seconds that one send may block before its request is cancelled; 0 for no limit.
+        """
+        self._on_fatal = on_fatal
+        self._timeout = slow_client_timeout
+        self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start()
+        #: What this iteration of the event loop has made. None in place of a chunk: nothing comes after it.
+        self._collected: list[tuple[Stream, Chunk | None]] = []
+        self._batches: queue.SimpleQueue[list[tuple[Stream, Chunk | None]]] = queue.SimpleQueue()
+        #: Where spare threads wait to be told that they carry from now on; None ends them.
+        self._calls: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        self._timer: asyncio.TimerHandle | None = None
+        #: Whether the next look is a tick away, and when slow streams are looked at again (monotonic).
+        self._attentive = False
+        self._slow_due = 0.0
+        self._seen: tuple[int, Stream | None] = (0, None)
+        self._stranded_since: float | None = None
+        #: Streams that have chunks and are not slow; the carrier's own.
+        self._ready: deque[Stream] = deque()
+        #: How many sends the carrier has begun, and for whom it is in one.
+        self._sends = 0
+        self._sending: Stream | None = None
+        #: Guards who is the carrier, which streams are slow, and what these hold.
+        self._lock = threading.Lock()
+        self._carrier: object = None
+        self._spares = 0
+        self._slow: set[Stream] = set()
+        self._waiting = 0
+        self._stopped = False
+
+    # ------------------------------------------------------------------------------------------- on the event loop
+
+    def start(self) -> None:
+        """Start the carrier and a spare thread.
+
+        :raises RuntimeError: the system gives no threads.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._add_spare()
+        with self._lock:
+            self._appoint()
+        self._add_spare()
+
+    def stop(self) -> None:
+        """End all threads but those that are in a call."""
+        with self._lock:
+            self._stopped = True
+            spares = self._spares
+        if self._timer is not None:
+            self._timer.cancel()
+        self._batches.put([])
+        for _ in range(spares):
+            self._calls.put(None)
+
+    def open(self, transmit: Send, on_slow: Callable[[], object]) -> Stream:
+        """Return the stream of one request.
+
+        :param transmit: the runtime's function, which may block.
+        :param on_slow: called when the client is given up; has to end the request.
+        """
+        return Stream(self, transmit, on_slow)
+
+    @property
+    def slow_streams(self) -> int:
+        """How many clients do not keep up at present."""
+        return len(self._slow)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why other workers had better take new requests; None as long as this one can."""
+        if len(self._slow) >= _MANY_SLOW:
+            return f"{len(self._slow)} clients of this worker do not read what it sends"
+        return None if self._stranded_since is None else "this worker has no thread to send with"
+
+    def collect(self, stream: Stream, chunk: Chunk | None) -> None:
+        """Take one chunk, or the end of a stream, to hand it over with all others of this iteration."""
+        if not self._collected:
+            self.loop.call_soon(self._hand_over)
+        self._collected.append((stream, chunk))
+
+    def fail(self, stream: Stream, error: BaseException) -> None:
+        """Send nothing more of a stream."""
+        with self._lock:
+            if stream.error is None:
+                stream.error = error
+            if stream.slow:
+                self._drop(stream)
+
+    def _hand_over(self) -> None:
+        batch, self._collected = self._collected, []
+        self._batches.put(batch)
+        if not self._attentive:
+            self._look_after(_TICK)
+
+    def _look(self) -> None:
+        """See whether the carrier is held up, and whether a slow stream has waited for too long."""
+        seen, self._seen = self._seen, (self._sends, self._sending)
+        if self._sending is not None and seen == self._seen:
+            self._replace_carrier(self._sending)
+        else:
+            self._stranded_since = None
+        now = time.monotonic()
+        if self._slow and now >= self._slow_due:
+            self._slow_due = now + _SLOW_TICK
+            self._look_at_slow(now)
+        self._attentive = False
+        if self._sending is not None or self._ready or not self._batches.empty():
+            self._look_after(_TICK)
+        elif self._slow:
+            self._look_after(_SLOW_TICK)
+
+    def _look_after(self, seconds: float) -> None:
+        self._attentive = seconds == _TICK
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._stopped:
+            self._timer = self.loop.call_later(seconds, self._look)
+
+    def _replace_carrier(self, stream: Stream) -> None:
+        """Leave a stream to the thread that it holds up, and have a spare one carry."""
+        if not self._spares and not self._try_to_add_spare():
+            return
+        with self._lock:
+            if self._sending is not stream:  # it has just got through
+                return
+            self._slow.add(stream)
+            stream.slow = True
+            stream.blocked_since = time.monotonic() - _TICK
+            for chunk in stream.chunks:
+                self._weigh(stream, weight(chunk))
+            self._appoint()
+        if not self._spares:
+            self._try_to_add_spare()
+
+    def _try_to_add_spare(self) -> bool:
+        try:
+            self._add_spare()
+        except RuntimeError as error:  # a limit of the system
+            now = time.monotonic()
+            if self._stranded_since is None:
+                self._stranded_since = now
+                log.warning("No thread to send with; clients may have to wait", error=error, slow=len(self._slow))
+            elif now - self._stranded_since >= _STRANDED_SECONDS:
+                self._on_fatal(WorkerError(f"no thread can be started to send with: {error}"))
+            return False
+        return True
+
+    def _add_spare(self) -> None:
+        threading.Thread(target=self._work, name="dw-egress", daemon=True).start()
+        with self._lock:
+            self._spares += 1
+
+    def _appoint(self) -> None:
+        """Make a spare thread the carrier; the lock is held."""
+        self._spares -= 1
+        self._sending = None
+        self._carrier = token = object()
+        self._calls.put(token)
+
+    def _look_at_slow(self, now: float) -> None:
+        with self._lock:
+            blocked = [
+                (stream.blocked_since, stream.waiting, stream)
+                for stream in self._slow
+                if stream.blocked_since is not None and stream.error is None
+            ]
+            slow, waiting = len(self._slow), self._waiting
+        for since, _, stream in blocked:
+            if self._timeout and now - since >= self._timeout:
+                self._give_up(stream, f"the client has not read for {now - since:.0f} s")
+        patient = [entry for entry in blocked if entry[2].error is None and now - entry[0] >= _LEAST_PATIENCE]
+        if slow > _MANY_SLOW and patient:
+            stream = min(patient, key=lambda entry: entry[0])[2]
+            self._give_up(stream, f"more than {_MANY_SLOW} clients do not read, this one for longest")
+        elif waiting > _MOST_WAITING_IN_ALL and blocked:
+            stream = max(blocked, key=lambda entry: entry[1])[2]
+            self._give_up(stream, "too much waits for clients that do not read, most of it for this one")
+
+    def _give_up(self, stream: Stream, why: str) -> None:
+        if stream.error is None:
+            self.fail(stream, SlowClientError(why))
+            stream.on_slow()
+
+    # ----------------------------------------------------------------------------------------------- in the threads
+
+    def _work(self) -> None:
+        """Be a thread: spare, then the carrier, then the keeper of the stream that held it up, then spare again."""
+        try:
+            while (token := self._calls.get()) is not None:
+                stream = self._carry(token)
+                if stream is None:
+                    return
+                self._keep(stream)
+                with self._lock:
+                    if self._spares or self._stopped:
+                        return
+                    self._spares += 1
+        except BaseException as error:
+            log.error("Sending failed", exc_info=error)
+            self._call(self._on_fatal, WorkerError(f"sending failed: {type(error).__name__}: {error}"))
+
+    def _carry(self, token: object) -> Stream | None:
+        """Be the carrier, until a send has held us up for so long that another thread was made the carrier.
+
+        :returns: the stream that is this thread's to keep; None at the end of the worker.
+        """
+        batches, ready = self._batches, self._ready
+        done: list[Stream] = []
+        while not self._stopped:
+            if not ready:
+                if done:
+                    self._report(done)
+                    done = []
+                self._sort(batches.get())
+            while not batches.empty():  # what waits together leaves together
+                self._sort(batches.get())
+            while ready and batches.empty():
+                stream = ready.popleft()
+                while stream.chunks and stream.error is None:
+                    chunk, _ = _next(stream)
+                    self._sends += 1
+                    self._sending = stream
+                    error = _try(stream.transmit, chunk)
+                    with self._lock:
+                        if error is not None and stream.error is None:
+                            stream.error = error
+                        if self._carrier is not token:
+                            break
+                        self._sending = None
+                else:
+                    if stream.error is not None:
+                        stream.chunks.clear()
+                    if stream.ended or stream.wants_room or stream.error is not None:
+                        done.append(stream)
+                    continue
+                if done:
+                    self._report(done)
+                return stream
+        return None
+
+    def _keep(self, stream: Stream) -> None:
+        """Send for a slow stream until it has ended or caught up.
+
+        It is looked at from time to time: waking a thread for every chunk would have the event loop wait for its turn
+        behind the threads of all slow streams, and megabytes lie between this client and us anyway.
+        """
+        assert stream.blocked_since is not None
+        held_up = time.monotonic() - stream.blocked_since
+        patience = _CAUGHT_UP if held_up >= _SLOW_SECONDS else 0.0
+        empty_since = math.inf
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                stream.blocked_since = None
+                over = stream.error is not None or self._stopped or (stream.ended and not stream.chunks)
+                if not stream.chunks:
+                    empty_since = min(empty_since, now)
+                if over or (not stream.chunks and now - empty_since >= patience):
+                    self._slow.discard(stream)
+                    self._drop(stream)
+                    stream.slow = False
+                    break
+                chunk = None
+                if stream.chunks:
+                    chunk, count = _next(stream)
+                    self._weigh(stream, -weight(chunk) - _CHUNK_WEIGHT * (count - 1))
+                    stream.blocked_since, empty_since = now, math.inf
+            if chunk is None:
+                if stream.wants_room:
+                    self._report([stream])
+                time.sleep(_PAUSE)
+                continue
+            error = _try(stream.transmit, chunk)
+            if error is not None:
+                self.fail(stream, error)
+        if over:
+            self._report([stream])
+
+    def _sort(self, batch: Iterable[tuple[Stream, Chunk | None]]) -> None:
+        """Give every stream its chunks."""
+        with self._lock:
+            for stream, chunk in batch:
+                if stream.slow:
+                    self._sort_slow(stream, chunk)
+                    continue
+                if not stream.chunks:
+                    self._ready.append(stream)
+                if chunk is None:
+                    stream.ended = True
+                else:
+                    stream.chunks.append(chunk)
+
+    def _sort_slow(self, stream: Stream, chunk: Chunk | None) -> None:
+        if chunk is None:
+            stream.ended = True
+        elif stream.error is None:
+            stream.chunks.append(chunk)
+            self._weigh(stream, weight(chunk))
+            if stream.waiting > _MOST_WAITING:
+                self._call(self._give_up, stream, "too much waits for the client")
+
+    def _drop(self, stream: Stream) -> None:
+        self._weigh(stream, -stream.waiting)
+        stream.chunks.clear()
+
+    def _weigh(self, stream: Stream, change: int) -> None:
+        stream.waiting += change
+        self._waiting += change
+
+    def _report(self, streams: list[Stream]) -> None:
+        """Tell the tasks of streams that there is room again, or that nothing is left to be sent."""
+        for stream in streams:
+            stream.wants_room = False
+        self._call(_wake, [(stream, stream.ended or stream.error is not None) for stream in streams])
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def _next(stream: Stream) -> tuple[Chunk, int]:
+    """Take from a stream what can be sent as one frame, and return it and how many chunks it is."""
+    chunks = stream.chunks
+    chunk = chunks.popleft()
+    taken = 1
+    while chunks and (more := merged(chunk, chunks[0])) is not None:
+        chunk = more
+        chunks.popleft()
+        taken += 1
+    stream.taken += taken
+    return chunk, taken
+
+
+def _try(transmit: Send, chunk: Chunk) -> BaseException | None:
+    try:
+        transmit(chunk)
+    except BaseException as error:  # whatever the runtime raises, a panic among it, ends this stream only
+        return error
+    return None
+
+
+def _wake(streams: Iterable[tuple[Stream, bool]]) -> None:
+    for stream, flushed in streams:
+        stream.wake(flushed=flushed)

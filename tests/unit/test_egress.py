@@ -1,0 +1,510 @@
+"""Chunks reach their clients complete and in order, and a client that does not read holds up nobody but itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from aio import until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamo_worker import egress as module
+from dynamo_worker.egress import Egress, SlowClientError, merged, weight
+from dynamo_worker.errors import WorkerError
+
+
+class Client:
+    """Stands for the runtime's sender: keeps frames, and blocks while the client does not read."""
+
+    def __init__(self, *, reads=True, fails_at=None, error=None):
+        self.frames = []
+        self.entered = 0
+        self.reads = threading.Event()
+        self.fails_at, self.error = fails_at, error
+        if reads:
+            self.reads.set()
+
+    def transmit(self, chunk):
+        assert threading.current_thread() is not threading.main_thread(), "it may block the event loop"
+        self.entered += 1
+        self.reads.wait(60)
+        if self.fails_at is not None and len(self.frames) >= self.fails_at:
+            raise self.error
+        self.frames.append(chunk)
+
+    @property
+    def tokens(self):
+        return [token for frame in self.frames for token in frame["token_ids"]]
+
+
+def token(number, **more):
+    return {"token_ids": [number], "index": 0, **more}
+
+
+class Sending:
+    """An egress on the running event loop, with the clients that are given up."""
+
+    def __init__(self, **options):
+        self.fatal = []
+        self.slow = []
+        self.clients = []
+        self.egress = Egress(self.fatal.append, **{"slow_client_timeout": 60.0, **options})
+
+    async def __aenter__(self):
+        self.egress.start()
+        return self
+
+    async def __aexit__(self, *exc):
+        for client in self.clients:
+            client.reads.set()
+        self.egress.stop()
+
+    def open(self, client=None, **options):
+        client = client or Client(**options)
+        self.clients.append(client)
+        stream = self.egress.open(client.transmit, lambda: self.slow.append(client))
+        return client, stream
+
+    async def block(self):
+        """Return a client that does not read, and its stream, once that is known to be slow."""
+        client, stream = self.open(reads=False)
+        before = self.egress.slow_streams
+        stream.send(token(0))
+        await until(lambda: self.egress.slow_streams == before + 1)
+        return client, stream
+
+
+def run(coroutine):
+    asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+# ------------------------------------------------------------------------------------------------------------ sending
+
+
+def test_everything_arrives_in_order():
+    async def main():
+        async with Sending() as sending:
+            streams = [sending.open() for _ in range(50)]
+            for number in range(200):
+                for _, stream in streams:
+                    stream.send(token(number))
+                if number % 7 == 0:
+                    await asyncio.sleep(0)
+            await asyncio.gather(*(stream.flush() for _, stream in streams))
+            for client, _ in streams:
+                assert client.tokens == list(range(200))
+
+    run(main())
+
+
+def test_what_waits_together_leaves_together_and_no_frame_is_huge():
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open()
+            for number in range(1000):
+                stream.send(token(number))
+            await stream.flush()
+            assert client.tokens == list(range(1000))
+            assert len(client.frames) == 4
+            assert max(len(frame["token_ids"]) for frame in client.frames) == 256
+
+    run(main())
+
+
+def test_flush_waits_until_the_last_chunk_is_sent():
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(reads=False)
+            stream.send(token(1))
+            flush = asyncio.ensure_future(stream.flush())
+            await until(lambda: client.entered)
+            await asyncio.sleep(0.05)
+            assert not flush.done()
+            client.reads.set()
+            await flush
+            assert client.tokens == [1]
+
+    run(main())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("closed"), ValueError("cannot be encoded"), SystemExit(3)])
+def test_a_send_that_fails_ends_its_stream_only(error):
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(fails_at=1, error=error)
+            other, other_stream = sending.open()
+            stream.send(token(1))
+            await until(lambda: client.frames)
+            stream.send(token(2))
+            stream.send(token(3, finish_reason="stop"))
+            other_stream.send(token(4))
+            with pytest.raises(type(error)):
+                await stream.flush()
+            with pytest.raises(type(error)):
+                stream.send(token(5))
+            await other_stream.flush()
+            assert client.tokens == [1]
+            assert other.tokens == [4]
+            assert sending.fatal == []
+
+    run(main())
+
+
+def test_an_abandoned_stream_sends_nothing_more():
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(reads=False)
+            stream.send(token(1))
+            await until(lambda: client.entered)
+            stream.send(token(2))
+            stream.abandon()
+            client.reads.set()
+            await until(lambda: not sending.egress.slow_streams)
+            other, other_stream = sending.open()
+            other_stream.send(token(3))
+            await other_stream.flush()
+            assert client.tokens == [1]
+            assert other.tokens == [3]
+
+    run(main())
+
+
+def test_an_engine_that_can_wait_does():
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(reads=False)
+            while not stream.full:
+                stream.send(token(stream.given))
+            room = asyncio.ensure_future(stream.room())
+            await until(lambda: sending.egress.slow_streams)
+            await asyncio.sleep(0.1)
+            assert not room.done()
+            client.reads.set()
+            await room
+            given = stream.given
+            await stream.flush()
+            assert client.tokens == list(range(given))
+
+    run(main())
+
+
+def test_who_waits_for_room_learns_that_the_client_is_gone():
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(reads=False, fails_at=0, error=RuntimeError("gone"))
+            while not stream.full:
+                stream.send(token(0))
+            room = asyncio.ensure_future(stream.room())
+            await until(lambda: sending.egress.slow_streams)
+            client.reads.set()
+            with pytest.raises(RuntimeError, match="gone"):
+                await room
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------- slow clients
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_clients_that_do_not_read_hold_up_nobody_else(count):
+    async def main():
+        async with Sending() as sending:
+            blocked = [sending.open(reads=False) for _ in range(count)]
+            reader, stream = sending.open()
+            for number in range(100):
+                for _, slow in blocked:
+                    slow.send(token(number))
+                stream.send(token(number))
+                await asyncio.sleep(0.005)
+            await stream.flush()
+            assert reader.tokens == list(range(100))
+            assert sending.egress.slow_streams == count
+            # Whoever was merely slow has lost nothing.
+            for client, _ in blocked:
+                client.reads.set()
+            await asyncio.gather(*(slow.flush() for _, slow in blocked))
+            for client, _ in blocked:
+                assert client.tokens == list(range(100))
+            await until(lambda: not sending.egress.slow_streams)
+
+    run(main())
+
+
+def test_a_client_that_reads_by_fits_and_starts_gets_everything_in_order():
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open()
+            over = threading.Event()
+
+            def jerk():
+                while not over.wait(0.03):
+                    (client.reads.clear if client.reads.is_set() else client.reads.set)()
+                client.reads.set()
+
+            thread = threading.Thread(target=jerk)
+            thread.start()
+            for number in range(500):
+                stream.send(token(number))
+                await asyncio.sleep(0.001)
+            over.set()
+            thread.join()
+            await stream.flush()
+            assert client.tokens == list(range(500))
+
+    run(main())
+
+
+def test_a_slow_stream_that_has_caught_up_needs_no_thread_of_its_own(monkeypatch):
+    monkeypatch.setattr(module, "_CAUGHT_UP", 0.1)
+    monkeypatch.setattr(module, "_SLOW_SECONDS", 0.02)
+
+    async def main():
+        async with Sending() as sending:
+            client, stream = await sending.block()
+            await asyncio.sleep(0.1)
+            client.reads.set()
+            await until(lambda: not sending.egress.slow_streams)
+            stream.send(token(1))
+            await stream.flush()
+            assert client.tokens == [0, 1]
+
+    run(main())
+
+
+def test_threads_do_not_pile_up():
+    async def main():
+        async with Sending() as sending:
+            for _ in range(20):
+                client, stream = await sending.block()
+                client.reads.set()
+                await stream.flush()
+            await until(lambda: threads() <= 3)
+
+    run(main())
+    deadline = time.monotonic() + 5
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads(), "stopped, and yet there are threads"
+
+
+def threads():
+    return sum(thread.name == "dw-egress" for thread in threading.enumerate())
+
+
+def test_a_client_that_does_not_read_for_too_long_is_given_up():
+    async def main():
+        async with Sending(slow_client_timeout=0.3) as sending:
+            client, stream = sending.open(reads=False)
+            stream.send(token(1))
+            flush = asyncio.ensure_future(stream.flush())
+            started = time.monotonic()
+            await until(lambda: sending.slow)
+            assert time.monotonic() - started >= 0.25
+            assert sending.slow == [client]
+            with pytest.raises(SlowClientError, match="has not read for"):
+                stream.send(token(2))
+            client.reads.set()
+            with pytest.raises(SlowClientError):
+                await flush
+            assert client.tokens == [1]
+
+    run(main())
+
+
+def test_no_limit_gives_nobody_up(monkeypatch):
+    monkeypatch.setattr(module, "_SLOW_TICK", 0.02)
+
+    async def main():
+        async with Sending(slow_client_timeout=0.0) as sending:
+            await sending.block()
+            await asyncio.sleep(0.2)
+            assert not sending.slow
+
+    run(main())
+
+
+def test_what_waits_for_a_client_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WAITING", 500)
+
+    async def main():
+        async with Sending() as sending:
+            client, stream = await sending.block()
+            sent = 0
+            while stream.error is None:
+                stream.send(token(1))
+                sent += 1
+                await asyncio.sleep(0)
+                assert sent < 10_000
+            assert sending.slow == [client]
+            with pytest.raises(SlowClientError, match="too much waits"):
+                stream.send(token(1))
+
+    run(main())
+
+
+def test_what_waits_for_all_clients_is_bounded_and_the_heaviest_goes(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WAITING_IN_ALL", 1000)
+    monkeypatch.setattr(module, "_SLOW_TICK", 0.02)
+
+    async def main():
+        async with Sending() as sending:
+            (_, light), (heavy_client, heavy) = await sending.block(), await sending.block()
+            for _ in range(30):
+                light.send(token(1))
+            for _ in range(300):
+                heavy.send(token(1))
+            await until(lambda: sending.slow)
+            await asyncio.sleep(0.1)
+            assert sending.slow == [heavy_client]
+            assert light.error is None
+
+    run(main())
+
+
+def test_too_many_slow_clients(monkeypatch):
+    """New requests go elsewhere; the one that has not read for longest is given up, but only after a while."""
+    monkeypatch.setattr(module, "_MANY_SLOW", 3)
+    monkeypatch.setattr(module, "_LEAST_PATIENCE", 0.5)
+    monkeypatch.setattr(module, "_SLOW_TICK", 0.02)
+
+    async def main():
+        async with Sending() as sending:
+            first, _ = await sending.block()
+            assert sending.egress.refusal is None
+            for _ in range(3):
+                await sending.block()
+            assert "4 clients of this worker do not read" in sending.egress.refusal
+            assert not sending.slow
+            await until(lambda: sending.slow)
+            assert sending.slow[0] is first
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------- the system's limits
+
+
+def test_without_another_thread_clients_wait_and_then_the_worker_ends(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_STRANDED_SECONDS", 0.2)
+
+    async def main():
+        async with Sending() as sending:
+
+            def refuse(self):
+                raise RuntimeError("can't start new thread")
+
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+            await sending.block()  # the spare thread takes over
+            reader, stream = sending.open()
+            stream.send(token(1))
+            await stream.flush()
+            assert reader.tokens == [1]
+            assert not sending.fatal
+            _, second = sending.open(reads=False)
+            second.send(token(1))
+            await until(lambda: sending.fatal)
+            assert isinstance(sending.fatal[0], WorkerError)
+            assert "no thread can be started" in str(sending.fatal[0])
+            assert sending.egress.refusal == "this worker has no thread to send with"
+
+    run(main())
+    assert "No thread to send with" in caplog.text
+
+
+def test_it_recovers_when_there_is_a_thread_again(monkeypatch):
+    async def main():
+        async with Sending() as sending:
+            start = threading.Thread.start
+
+            def refuse(self):
+                raise RuntimeError("can't start new thread")
+
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+            await sending.block()
+            _, second = sending.open(reads=False)
+            second.send(token(1))
+            await until(lambda: sending.egress.refusal)
+            monkeypatch.setattr(threading.Thread, "start", start)
+            reader, stream = sending.open()
+            stream.send(token(1))
+            await stream.flush()
+            assert reader.tokens == [1]
+            await until(lambda: sending.egress.refusal is None)
+            assert not sending.fatal
+
+    run(main())
+
+
+def test_a_bug_in_sending_ends_the_worker(monkeypatch):
+    async def main():
+        async with Sending() as sending:
+            monkeypatch.setattr(module, "_next", lambda stream: 1 / 0)
+            _, stream = sending.open()
+            stream.send(token(1))
+            await until(lambda: sending.fatal)
+            assert "sending failed: ZeroDivisionError" in str(sending.fatal[0])
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+TOKENS = st.lists(st.integers(0, 1000), max_size=4)
+
+
+@st.composite
+def chunks(draw):
+    tokens = draw(TOKENS)
+    chunk = {"token_ids": tokens, "index": draw(st.integers(0, 1))}
+    if draw(st.booleans()):
+        chunk["log_probs"] = [-float(number) for number in tokens]
+    if draw(st.booleans()):
+        chunk["top_logprobs"] = [[{"token_id": number}] for number in tokens]
+    if draw(st.booleans()):
+        chunk["finish_reason"] = "stop"
+    if draw(st.booleans()):
+        chunk["disaggregated_params"] = {"room": 1}
+    return chunk
+
+
+@settings(max_examples=300)
+@given(chunks(), chunks())
+def test_merging_keeps_everything(first, second):
+    one = merged(first, second)
+    if one is None:
+        return
+    assert one["token_ids"] == first["token_ids"] + second["token_ids"]
+    for name in ("log_probs", "top_logprobs"):
+        assert (name in one) == (name in first) == (name in second)
+        if name in one:
+            assert one[name] == first[name] + second[name]
+    rest = {key: value for key, value in second.items() if key not in ("token_ids", "log_probs", "top_logprobs")}
+    assert {key: one[key] for key in rest} == rest
+    assert first.keys() <= {"token_ids", "index", "log_probs", "top_logprobs"}
+    assert weight(one) == weight(first) + weight(second) - weight({})
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (token(1), {"token_ids": [2], "index": 1}),
+        (token(1, finish_reason="stop"), token(2)),
+        (token(1, disaggregated_params={}), token(2)),
+        (token(1, log_probs=[-1.0]), token(2)),
+        (token(1), token(2, log_probs=[-1.0])),
+        (token(1), {"index": 0}),
+        ({"sleeping": True}, {"sleeping": False}),
+        (token(1), {"token_ids": b"\x01\x00\x00\x00", "index": 0}),
+    ],
+)
+def test_what_cannot_be_said_in_one_chunk_stays_two(first, second):
+    assert merged(first, second) is None
+
+
+def test_the_last_chunk_takes_the_tokens_before_it():
+    last = token(2, finish_reason="stop", completion_usage={"total_tokens": 2})
+    assert merged(token(1), last) == {**last, "token_ids": [1, 2]}
