@@ -385,6 +385,28 @@ def test_too_many_slow_clients(monkeypatch):
     run(main())
 
 
+def test_a_send_that_blocks_late_is_noticed_although_nothing_else_happens(monkeypatch):
+    """Between taking a batch and sending it the carrier looks idle; the look at that moment must not be the last."""
+
+    async def main():
+        async with Sending() as sending:
+            take = sending.egress._take
+
+            def late(batch):
+                time.sleep(5 * module._TICK)
+                take(batch)
+
+            monkeypatch.setattr(sending.egress, "_take", late)
+            _, first = sending.open()
+            await first.flush()  # the carrier had looked the function up already
+            await asyncio.sleep(10 * module._TICK)
+            _, stream = sending.open(reads=False)
+            stream.send(token(0))
+            await until(lambda: sending.egress.slow_streams == 1)
+
+    run(main())
+
+
 # ------------------------------------------------------------------------------------------------- the system's limits
 
 

@@ -207,6 +207,10 @@ class Egress:
         self._stranded_since: float | None = None
         #: Streams that have chunks and are not slow; the carrier's own.
         self._ready: deque[Stream] = deque()
+        #: Batches that were handed over, that the carrier has taken, and of which it has sent all.
+        self._handed_over = 0
+        self._taken = 0
+        self._settled = 0
         #: How many sends the carrier has begun, and for whom it is in one.
         self._sends = 0
         self._sending: Stream | None = None
@@ -278,6 +282,7 @@ class Egress:
 
     def _hand_over(self) -> None:
         batch, self._collected = self._collected, []
+        self._handed_over += 1
         self._batches.put(batch)
         if not self._attentive:
             self._look_after(_TICK)
@@ -294,7 +299,7 @@ class Egress:
             self._slow_due = now + _SLOW_TICK
             self._look_at_slow(now)
         self._attentive = False
-        if self._sending is not None or self._ready or not self._batches.empty():
+        if self._settled != self._handed_over:
             self._look_after(_TICK)
         elif self._slow:
             self._look_after(_SLOW_TICK)
@@ -401,9 +406,10 @@ class Egress:
                 if done:
                     self._report(done)
                     done = []
-                self._sort(batches.get())
+                self._settled = self._taken
+                self._take(batches.get())
             while not batches.empty():  # what waits together leaves together
-                self._sort(batches.get())
+                self._take(batches.get())
             while ready and batches.empty():
                 stream = ready.popleft()
                 while stream.chunks and stream.error is None:
@@ -466,12 +472,13 @@ class Egress:
         if over:
             self._report([stream])
 
-    def _sort(self, batch: Iterable[tuple[Stream, Chunk | None]]) -> None:
+    def _take(self, batch: Iterable[tuple[Stream, Chunk | None]]) -> None:
         """Give every stream its chunks."""
+        self._taken += 1
         with self._lock:
             for stream, chunk in batch:
                 if stream.slow:
-                    self._sort_slow(stream, chunk)
+                    self._take_slow(stream, chunk)
                     continue
                 if not stream.chunks:
                     self._ready.append(stream)
@@ -480,7 +487,7 @@ class Egress:
                 else:
                     stream.chunks.append(chunk)
 
-    def _sort_slow(self, stream: Stream, chunk: Chunk | None) -> None:
+    def _take_slow(self, stream: Stream, chunk: Chunk | None) -> None:
         if chunk is None:
             stream.ended = True
         elif stream.error is None:
