@@ -7,9 +7,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import select
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -134,6 +139,12 @@ def test_requests_at_once_do_not_mix(tmp_path, arguments):
         ({"sampling_options": {"n": 2}}, "n must be 1"),
         ({"sampling_options": {"guided_decoding": {"json": {}}}}, "guided_decoding"),
         ({"sampling_options": {"use_beam_search": True}}, "use_beam_search"),
+        ({"sampling_options": {"n": "2"}}, "sampling_options.n: an integer is needed"),
+        ({"sampling_options": [1]}, "sampling_options: an object is needed"),
+        ({"stop_conditions": {"max_tokens": math.nan}}, "stop_conditions.max_tokens: an integer is needed"),
+        ({"stop_conditions": {"max_tokens": math.inf}}, "stop_conditions.max_tokens: an integer is needed"),
+        ({"stop_conditions": {"max_tokens": "3"}}, "stop_conditions.max_tokens: an integer is needed"),
+        ({"stop_conditions": "x"}, "stop_conditions: an object is needed"),
         ({"token_ids": [ANSWER_TOKEN]}, "nothing to echo"),
         ({"token_ids": [5] * CONTEXT_LENGTH}, f"context length is {CONTEXT_LENGTH}"),
     ],
@@ -303,6 +314,20 @@ def test_shutdown_leaves_nothing(tmp_path, stopped):
         assert list(engine.processes()) == []
 
     asyncio.run(main())
+
+
+def test_processes_whose_worker_is_killed_say_nothing(tmp_path):
+    """A connection that is reset under them is the end, not an error with a traceback."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "dynamo_worker.engines.echo_process", "core", str(theirs.fileno()), "0"]
+    with theirs:
+        core = subprocess.Popen([*command, str(tmp_path)], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+    with ours:
+        ours.sendall(json.dumps({"add": "r", "count": 100_000}).encode() + b"\n")
+        ours.recv(4096)
+        select.select([ours], [], [], 10)  # tokens that nobody will read: the connection is reset
+    assert core.communicate(timeout=10) == (None, b"")
+    assert core.returncode == 0
 
 
 def test_a_core_that_does_not_come_up_is_a_failed_start(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Request, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.hookspecs import hookimpl
+from dynamo_worker.translation import integer, section
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -64,11 +65,11 @@ class EchoRequest:
         :raises InvalidRequestError: it is too long or asks for what echoing cannot do.
         """
         tokens: list[int] = request["token_ids"]
-        sampling = request.get("sampling_options") or {}
+        sampling = section(request, "sampling_options")
         for name in _UNSUPPORTED:
             if sampling.get(name):
                 raise InvalidRequestError(f"the echo engine does not support {name}")
-        if (sampling.get("n") or 1) > 1:
+        if sampling.get("n") is not None and integer("sampling_options.n", sampling["n"]) > 1:
             raise InvalidRequestError("the echo engine answers once: n must be 1")
         if len(tokens) >= CONTEXT_LENGTH:
             raise InvalidRequestError(
@@ -81,11 +82,11 @@ class EchoRequest:
             text, start = tokens, 0
         if not text:
             raise InvalidRequestError("there is nothing to echo: the prompt is empty")
-        max_tokens = (request.get("stop_conditions") or {}).get("max_tokens")
+        max_tokens = section(request, "stop_conditions").get("max_tokens")
         room = CONTEXT_LENGTH - len(tokens)
         if max_tokens is None:
             return cls(text, start, min(max(1, len(text) - start), room), "stop")
-        return cls(text, start, min(max(0, int(max_tokens)), room), "length")
+        return cls(text, start, min(max(0, integer("stop_conditions.max_tokens", max_tokens)), room), "length")
 
     def token(self, index: int) -> int:
         """Return the answer's token number ``index``."""

@@ -29,7 +29,7 @@ _SHORTEST_STEP = 0.001
 
 def run_rank(descriptor: int) -> None:
     """Answer every step that the core asks for, until the core is gone."""
-    with socket.socket(fileno=descriptor) as core:
+    with socket.socket(fileno=descriptor) as core, contextlib.suppress(ConnectionError):
         while step := core.recv(1):
             core.sendall(step)
 
@@ -47,8 +47,9 @@ def run_core(descriptor: int, tokens_per_second: float, private_dir: str) -> Non
             pass_fds=[theirs.fileno()],
         )
     try:
-        worker.sendall(json.dumps({"rank_pid": rank.pid}).encode() + b"\n")
-        _schedule(worker, ours, segment, tokens_per_second)
+        with contextlib.suppress(ConnectionError):  # the worker is gone, or the rank, in the middle of something
+            worker.sendall(json.dumps({"rank_pid": rank.pid}).encode() + b"\n")
+            _schedule(worker, ours, segment, tokens_per_second)
     finally:
         ours.close()
         try:
