@@ -9,6 +9,8 @@ import socket
 import struct
 
 import pytest
+import uvloop
+from aio import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -304,7 +306,48 @@ def test_a_slow_client_does_not_keep_others_waiting():
     asyncio.run(main())
 
 
-def test_a_client_that_goes_away_is_no_error(caplog):
+def test_clients_that_never_ask_are_ended_for_those_that_do(monkeypatch):
+    """However many there are, they neither keep a probe from its answer nor use up the descriptors."""
+    monkeypatch.setattr(status_server, "_MOST_CONNECTIONS", 8)
+
+    async def main():
+        async with worker() as served:
+            silent = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(20)]
+            assert (await asyncio.wait_for(served.get("/live"), 2))[0] == 200
+            await until(lambda: sum(reader.at_eof() or reader.exception() is not None for reader, _ in silent) >= 12)
+            await leave(served, silent)
+
+    asyncio.run(main())
+
+
+def test_who_is_being_answered_is_ended_last(monkeypatch):
+    monkeypatch.setattr(status_server, "_MOST_CONNECTIONS", 3)
+
+    async def main():
+        upstream = Upstream()
+        async with worker(upstream) as served:
+            asking = await asyncio.open_connection("127.0.0.1", served.port)
+            asking[1].write(b"POST /engine/x HTTP/1.1\r\ncontent-length: 5\r\n\r\n")
+            await until(lambda: upstream.heads)
+            silent = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(10)]
+            assert (await asyncio.wait_for(served.get("/live"), 2))[0] == 200
+            asking[1].write(b"hello")
+            assert (await asyncio.wait_for(asking[0].read(), 2)).endswith(b"hello")
+            await leave(served, [*silent, asking])
+
+    asyncio.run(main())
+
+
+async def leave(served, connections):
+    """Close connections and wait until the server has done so, too."""
+    for _, writer in connections:
+        writer.close()
+    await until(lambda: not served.server._silent and not served.server._answered)
+    await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("loop", [asyncio, uvloop], ids=["asyncio", "uvloop"])  # the worker has uvloop
+def test_a_client_that_goes_away_is_no_error(caplog, loop):
     async def main():
         async with worker(Upstream()) as served:
             for data in (b"", b"GET", b"GET /metrics HTTP/1.1\r\n\r\n", b"GET /live HTTP/1.1\r\n\r\n"):
@@ -317,7 +360,7 @@ def test_a_client_that_goes_away_is_no_error(caplog):
             await asyncio.sleep(0.05)
             assert (await served.get("/live"))[0] == 200
 
-    asyncio.run(main())
+    loop.run(main())
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
 
 

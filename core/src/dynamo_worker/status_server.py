@@ -27,6 +27,9 @@ log = get_logger(__name__)
 _MAX_HEAD = 16 * 1024
 #: How long a client may take to send its request head, in seconds.
 _HEAD_TIMEOUT = 10.0
+#: Connections at once. One more ends the oldest that has not asked for anything yet, or the oldest of all: clients that
+#: never finish must not use up the descriptors that requests need, nor keep a probe from its answer.
+_MOST_CONNECTIONS = 64
 _COPY_CHUNK = 64 * 1024
 
 
@@ -53,6 +56,9 @@ class StatusServer:
         self._health_path = health_path
         self._server: asyncio.Server | None = None
         self._upstream: tuple[str, int] | None = None
+        # Sets that remember the order: who has yet to ask, and who is being answered.
+        self._silent: dict[asyncio.StreamWriter, None] = {}
+        self._answered: dict[asyncio.StreamWriter, None] = {}
 
     async def start(self, host: str, port: int) -> int:
         """Listen, and return the port (a free one if ``port`` is 0).
@@ -81,8 +87,16 @@ class StatusServer:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._silent) + len(self._answered) >= _MOST_CONNECTIONS:
+            crowd = self._silent or self._answered
+            oldest = next(iter(crowd))
+            del crowd[oldest]
+            oldest.transport.abort()
+        self._silent[writer] = None
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_TIMEOUT)
+            self._silent.pop(writer, None)
+            self._answered[writer] = None
             path = head.split(b" ", 2)[1].split(b"?", 1)[0].decode("ascii", "replace")
             if path == self._live_path:
                 self._answer(writer, "200 OK")
@@ -93,14 +107,18 @@ class StatusServer:
                 self._answer(writer, "503 Service Unavailable")
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.TimeoutError, IndexError):
             self._answer(writer, "400 Bad Request")
-        except ConnectionError as error:
+        except OSError as error:
             log.debug("Status connection lost", error=error)
         finally:
-            with contextlib.suppress(ConnectionError):
+            self._silent.pop(writer, None)
+            self._answered.pop(writer, None)
+            with contextlib.suppress(OSError):
                 writer.close()
                 await writer.wait_closed()
 
     def _answer(self, writer: asyncio.StreamWriter, status: str) -> None:
+        if writer.is_closing():  # the client has reset it; uvloop would raise a RuntimeError
+            return
         answer = {"status": "live" if status.startswith("200") else "notready", "state": self._state().value}
         problem = self._problem()
         if problem is not None:
@@ -136,6 +154,6 @@ class StatusServer:
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while data := await source.read(_COPY_CHUNK):
+    while (data := await source.read(_COPY_CHUNK)) and not target.is_closing():
         target.write(data)
         await target.drain()
