@@ -150,6 +150,10 @@ class Supervised:
         """Return which of the segments that the children have told us of are still there."""
         return [name for name in self.shm_names.read_text().split() if Path("/dev/shm", name).exists()]
 
+    def recorded_processes(self) -> set[int]:
+        """Return the pids that the guardian has recorded."""
+        return {pid for directory in self.run_directories for pid, _ in ledger.read_processes(directory)}
+
     def recorded(self) -> set[str]:
         """Return the names of the segments that the guardian has recorded."""
         names: set[str] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,6 +191,71 @@ class TestBothAreKilled:
         assert len(supervised.run_directories) == 1
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
+
+    @pytest.mark.parametrize("known_by", ["its mark", "the record"])
+    def test_processes_that_named_themselves(self, supervised, known_by):
+        """setproctitle overwrites the environment that /proc shows; vLLM's and SGLang's processes use it."""
+        pids = supervised.base / "titled"
+        supervised.environment["TITLED_PIDS"] = str(pids)
+        if known_by == "the record":
+            supervised.environment["TITLED_UNMARKED"] = "1"
+        supervised.start("child=titled.py", "child=titled.py", SERVING, "arrived", "hang")
+
+        def alive() -> set[int]:
+            return {int(pid) for pid in pids.read_text().split() if state_of(int(pid)) not in (None, "Z")}
+
+        titled = alive()
+        try:
+            if known_by == "the record":
+                wait_until(lambda: titled <= supervised.recorded_processes(), what="the tree recorded")
+            worker = supervised.worker
+            self.kill_both(supervised)
+            wait_until(lambda: state_of(worker) in (None, "Z"), what="the worker dead with its parent")
+            assert alive() == titled
+            if known_by == "its mark":  # this one was made after the last record, and hangs from nobody
+                os.kill(min(titled), signal.SIGUSR1)
+                wait_until(lambda: len(pids.read_text().split()) == 3, what="a process that ran away")
+                assert len(alive()) == 2
+            supervised.start(SERVING, "arrived", "obey=0")
+            wait_until(lambda: not alive(), what="the sweep")
+            wait_until(lambda: "Cleaned up behind an earlier worker" in supervised.text)
+            assert "processes=2" in supervised.text
+        finally:
+            for pid in alive():
+                os.kill(pid, signal.SIGKILL)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+    def test_in_a_directory_whose_name_is_not_text(self, supervised, hurt):
+        """Not UTF-8, that is: the kernel takes any bytes."""
+        self.kill_both(supervised)
+        odd = Path(os.fsdecode(os.fsencode(supervised.tmp) + b"/odd\xff"))
+        odd.mkdir()
+        supervised.environment["TMPDIR"] = str(odd)
+        supervised.start("child=stubborn.py", SERVING, "arrived", "hang")
+        self.kill_both(supervised)
+        supervised.start(SERVING, "arrived", "obey=0")
+        wait_until(lambda: len(list(odd.glob("dw-*"))) == 1, what="sweep")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        assert list(odd.iterdir()) == []
+        odd.rmdir()
+        supervised.environment["TMPDIR"] = str(supervised.tmp)
+        supervised.start("exit=4")
+        supervised.gone()
+
+    def test_nobody_reads_the_log_of_the_sweep(self, supervised, hurt):
+        """It goes on with the next directory when its log is a broken pipe."""
+        self.kill_both(supervised)
+        (stale,) = supervised.run_directories
+        shutil.copytree(stale, supervised.tmp / "dw-1-copy")
+        reading, writing = os.pipe()
+        os.close(reading)
+        supervised.start(SERVING, "arrived", "obey=0", stderr=writing)
+        os.close(writing)
+        wait_until(lambda: len(supervised.run_directories) == 1, what="both swept")
+        supervised.signal(signal.SIGTERM)
+        supervised.wait()
 
     def test_the_sweep_leaves_the_living_alone(self, supervised, tmp_path):
         from .conftest import Supervised
@@ -414,6 +480,14 @@ class TestCleanEnd:
         supervised.start("exit=4")  # and now it can be
         assert supervised.wait() == 4
         supervised.gone()
+
+    @pytest.mark.parametrize("killed", ["worker", "guardian"])
+    def test_directories_deeper_than_any_path(self, supervised, killed):
+        supervised.start("deep=2100", SERVING, "arrived", "hang")
+        os.kill(getattr(supervised, killed), signal.SIGKILL)
+        assert supervised.wait() == (137 if killed == "worker" else 1)
+        assert "not removed" not in supervised.text
+        assert not supervised.run_directories
 
     def test_read_only_directories_are_removed(self, supervised):
         supervised.start("temp", SERVING, "arrived", "obey=0")

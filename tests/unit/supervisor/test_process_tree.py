@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from dynamo_worker.supervisor import linux, process_tree
+from dynamo_worker.contract import RUN_DIR
+from dynamo_worker.supervisor import ledger, linux, mark, process_tree
 from dynamo_worker.supervisor.linux import Process
 
 from .conftest import CHILDREN, state_of, wait_until
@@ -94,13 +95,96 @@ def test_descendants(spawn):
     )
 
 
-def test_marked(spawn, monkeypatch):
-    monkeypatch.setenv("DWTEST", "/x/dw-1")  # ours is what we were started with: without it
-    process = spawn(READY)
-    other = spawn(READY, env={**os.environ, "DWTEST": "/x/dw-12"})
-    found = process_tree.marked("DWTEST", "/x/dw-1")
-    assert process in found
-    assert other not in found
+class TestLeftOf:
+    """How the processes of a tree are found whose owners are dead."""
+
+    def test_by_the_environment(self, spawn, monkeypatch):
+        monkeypatch.setenv(RUN_DIR, "/x/dw-1")  # ours is what we were started with: without it
+        process = spawn(READY)
+        other = spawn(READY, env={**os.environ, RUN_DIR: "/x/dw-12"})
+        found = process_tree.left_of("/x/dw-1", 0, [])
+        assert process in found
+        assert other not in found
+
+    def test_by_a_path_that_is_not_text(self, spawn):
+        path = os.fsdecode(b"/x\xff/dw-1")
+        process = spawn(READY, env={**os.environ, RUN_DIR: path})
+        assert process in process_tree.left_of(path, 0, [])
+
+    def test_by_the_mark(self, spawn):
+        """It passes on to what is forked and started anew, whatever that does to its environment and session."""
+        of_tree = mark.draw()
+        code = READY.replace("print(flush=True)", "import subprocess; p = subprocess.Popen(['sleep', '1000'], env={},"
+                             " start_new_session=True); print(p.pid, flush=True)")  # fmt: skip
+        process = spawn(code, preexec_fn=lambda: mark.put_on_ourselves(of_tree))
+        other = spawn(READY, preexec_fn=lambda: mark.put_on_ourselves(mark.draw()))
+        found = process_tree.left_of("/x/dw-1", of_tree, [])
+        try:
+            assert process in found
+            assert len(found) == 2
+            assert other not in found
+            assert process_tree.left_of("/x/dw-1", 0, []) == {}  # a mark of 0 is none
+        finally:
+            for left in found:
+                linux.send_signal(left, signal.SIGKILL)
+
+    def test_by_the_record_and_by_descent(self, spawn):
+        code = "import subprocess; p = subprocess.Popen(['sleep', '1000'], env={}); print(flush=True); p.wait()"
+        process = spawn(code)
+        found = process_tree.left_of("/x/dw-1", 0, [process])
+        assert next(iter(found)) == process
+        assert len(found) == 2
+
+    def test_a_reused_pid_is_another_process(self, spawn):
+        process = spawn(READY)
+        assert process_tree.left_of("/x/dw-1", 0, [Process(process.pid, process.start - 1)]) == {}
+
+    def test_the_dead_do_not_count(self, spawn):
+        of_tree = mark.draw()
+        process = spawn("print(flush=True)", preexec_fn=lambda: mark.put_on_ourselves(of_tree))
+        wait_until(lambda: state_of(process.pid) == "Z")
+        assert process_tree.left_of("/x/dw-1", of_tree, [process]) == {}
+
+    def test_never_ourselves(self, spawn):
+        ours = [Process(pid, linux.read_stat(pid).start) for pid in (os.getpid(), os.getppid())]
+        assert process_tree.left_of("/x/dw-1", 0, ours).keys().isdisjoint(ours)
+
+
+class TestRecord:
+    def test_changes_are_recorded(self, tmp_path):
+        tree = {Process(5, 6)}
+        record = process_tree.TreeRecord(str(tmp_path), lambda: tree)
+        assert record.due > time.monotonic()  # the tree has to grow first
+        record.update()
+        assert ledger.read_processes(tmp_path) == [(5, 6)]
+        tree.add(Process(7, 8))
+        record.update()
+        assert sorted(ledger.read_processes(tmp_path)) == [(5, 6), (7, 8)]
+
+    def test_a_tree_that_does_not_change_is_looked_at_less_and_less(self, tmp_path):
+        record = process_tree.TreeRecord(str(tmp_path), lambda: [Process(5, 6)])
+        pauses = []
+        for _ in range(7):
+            record.update()
+            pauses.append(record.due - time.monotonic())
+        assert pauses[0] < pauses[2] < pauses[4]
+        assert pauses[-1] > 15
+
+    def test_a_slow_look_is_rare(self, tmp_path):
+        def tree() -> list[Process]:
+            time.sleep(0.1)
+            return []
+
+        record = process_tree.TreeRecord(str(tmp_path), tree)
+        record.update()
+        assert record.due >= time.monotonic() + 45
+
+    def test_a_full_disk_is_no_end(self, tmp_path):
+        record = process_tree.TreeRecord(str(tmp_path / "missing"), lambda: [Process(5, 6)])
+        record.update()
+        (tmp_path / "missing").mkdir()
+        record.update()  # and it is tried again
+        assert ledger.read_processes(tmp_path / "missing") == [(5, 6)]
 
 
 class TestResourceTracker:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -29,6 +31,15 @@ def later() -> float:
     return time.monotonic() + 10
 
 
+def refuse_to_lock(*_) -> None:
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse_to_lock)
+
+
 def test_create_and_remove(place):
     directory = RunDirectory.create()
     assert os.path.dirname(directory.path) == str(place)
@@ -53,6 +64,7 @@ def test_falls_back_when_tmpdir_cannot_be_used(monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     directory = RunDirectory.create()
     assert directory.base == "/tmp"
+    assert directory.skipped == ["/nonexistent: No such file or directory"]
     directory.remove(later())
     directory.close()
 
@@ -62,13 +74,47 @@ def test_no_place_at_all(monkeypatch):
     monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
     monkeypatch.delenv("TEMP", raising=False)
     monkeypatch.delenv("TMP", raising=False)
-    with pytest.raises(FileNotFoundError, match="/nonexistent"):
+    with pytest.raises(FileNotFoundError, match=r"/nonexistent: No such file or directory .*set TMPDIR"):
         RunDirectory.create()
+
+
+def test_a_full_disk(place, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
+    monkeypatch.setattr(os, "pwrite", full)
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=f"{place}: No space left on device .*make room"):
+        RunDirectory.create()
+    assert os.listdir(place) == []
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_a_disk_that_is_full_by_the_time_the_owners_are_known(place, monkeypatch):
+    directory = RunDirectory.create()
+    size = os.stat(os.path.join(directory.path, "owner")).st_size
+    directory.record_owners([Process(2**22 - number, 2**40) for number in range(20)])
+    assert os.stat(os.path.join(directory.path, "owner")).st_size == size  # needs no room
+    directory.remove(later())
+    directory.close()
+
+
+def test_systemd_tmpfiles_is_kept_away(place):
+    """It takes a lock on every directory it enters, and leaves one alone that is locked."""
+    directory = RunDirectory.create()
+    descriptor = os.open(directory.path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    directory.remove(later())
+    directory.close()
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
 
 
 def test_no_time_left(place):
     directory = RunDirectory.create()
-    for number in range(3):
+    for number in range(300):
         os.mkdir(os.path.join(directory.temporary, str(number)))
     (problem,) = directory.remove(time.monotonic() - 1)
     assert "the next start removes the rest" in problem
@@ -85,11 +131,76 @@ class TestTakeOver:
         directory.remove(later())
         directory.close()
 
-    def test_recorded_owners_count_where_locks_do_not_work(self, place):
+    def test_recorded_owners_count_where_locks_do_not_work(self, place, no_locks):
         directory = RunDirectory.create()
         directory.record_owners([ourselves()])
+        assert RunDirectory.take_over(directory.path) is None
+        directory.record_owners([Process(999999999, 1)])
+        taken = RunDirectory.take_over(directory.path)
+        assert taken is not None
+        taken.remove(later())
+        taken.close()
+        directory.close()
+
+    @pytest.mark.parametrize("locks", ["none", "that keep nobody out"])
+    def test_pids_of_another_namespace_are_not_believed(self, place, monkeypatch, locks):
+        """The owner lives in another container, or on another machine; there is no lock to tell."""
+        monkeypatch.setattr(fcntl, "flock", refuse_to_lock if locks == "none" else lambda *_: None)
+        monkeypatch.setattr(linux, "pid_space", lambda: "another/1")
+        directory = RunDirectory.create()
+        directory.record_owners([Process(999999999, 1)])
+        monkeypatch.setattr(linux, "pid_space", lambda: "ours/1")
+        assert RunDirectory.take_over(directory.path) is None
+        assert os.path.isdir(directory.temporary)
+        directory.close()
+
+    def test_a_lock_is_believed_across_namespaces(self, place, monkeypatch):
+        monkeypatch.setattr(linux, "pid_space", lambda: "another/1")
+        directory = RunDirectory.create()
+        directory.record_owners([ourselves()])
+        directory.close()  # as the kernel does when the last owner dies
+        monkeypatch.setattr(linux, "pid_space", lambda: "ours/1")
+        taken = RunDirectory.take_over(directory.path)
+        assert taken is not None
+        assert not taken.knows_its_pids
+        taken.remove(later())
+        taken.close()
+
+    def test_a_sweep_cannot_get_in_before_the_lock(self, place, monkeypatch):
+        lock = fcntl.flock
+        held = []
+
+        def sweep_first(descriptor, operation):
+            monkeypatch.setattr(fcntl, "flock", lock)
+            for path in run_directory.candidates(str(place)):
+                if os.path.exists(os.path.join(path, "owner")):
+                    held.append(os.open(os.path.join(path, "owner"), os.O_RDWR))
+                    lock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(descriptor, operation)
+
+        monkeypatch.setattr(fcntl, "flock", sweep_first)
+        directory = RunDirectory.create()
+        for descriptor in held:
+            os.close(descriptor)
+        with open(os.path.join(directory.path, "owner")) as owner, pytest.raises(BlockingIOError):
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.remove(later())
+        directory.close()
+
+    def test_one_whose_maker_was_killed_half_way(self, place, monkeypatch):
+        monkeypatch.setattr(run_directory, "_OWNER", "owner~")
+        directory = RunDirectory.create()
+        monkeypatch.undo()
+        owner = os.path.join(directory.path, "owner~")
+        os.truncate(owner, 0)
         directory.close()
         assert RunDirectory.take_over(directory.path) is None
+        os.utime(owner, (1, 1))
+        taken = RunDirectory.take_over(directory.path)
+        assert taken is not None
+        assert taken.remove(later()) == []
+        assert os.listdir(place) == []
+        taken.close()
 
     def test_a_reused_pid_is_not_the_owner(self, place):
         directory = RunDirectory.create()
@@ -101,11 +212,15 @@ class TestTakeOver:
         taken.remove(later())
         taken.close()
 
-    def test_one_that_is_just_being_made(self, place):
+    def test_an_illegible_owner(self, place):
         directory = RunDirectory.create()
         directory.close()
-        assert RunDirectory.take_over(directory.path) is None
-        os.utime(directory.path, (1, 1))
+        owner = os.path.join(directory.path, "owner")
+        for text in ("", "garbage", "[]", '{"owners": 3}', "[[1, 2]]"):
+            with open(owner, "w") as file:
+                file.write(text)
+            assert RunDirectory.take_over(directory.path) is None
+        os.utime(owner, (1, 1))
         taken = RunDirectory.take_over(directory.path)
         assert taken is not None
         taken.remove(later())
@@ -117,8 +232,10 @@ class TestTakeOver:
         (place / "dw-link").symlink_to(place / "dw-empty")
         (place / "dw-trap").mkdir()
         (place / "dw-trap" / "owner").symlink_to("/etc/passwd")
-        assert len(run_directory.candidates(str(place))) == 4
-        assert [RunDirectory.take_over(path) for path in run_directory.candidates(str(place))] == [None] * 4
+        (place / "dw-fifo").mkdir()
+        os.mkfifo(place / "dw-fifo" / "owner")
+        assert len(run_directory.candidates(str(place))) == 5
+        assert [RunDirectory.take_over(path) for path in run_directory.candidates(str(place))] == [None] * 5
         assert run_directory.candidates(str(place / "missing")) == []
 
     def test_of_another_user(self, place):

@@ -67,6 +67,7 @@ class Guardian:
         self._exit_code: int | None = None
         self._withdrawal: Withdrawal | None = None
         self._segments: shared_memory.SegmentWatch | None = None
+        self._record = process_tree.TreeRecord(run_directory.path, self._tree)
         self._cleanup: Cleanup | None = None
         self._deadline: float | None = None
         self._orphaned = False
@@ -76,14 +77,15 @@ class Guardian:
         self._watch_segments()
         self._loop.add(self._channel.socket.fileno(), self._on_message)
         try:
-            self._worker = spawn(self._command, self._environment, self._control.fileno())
+            self._worker = spawn(self._command, self._environment, self._control.fileno(), self._run_directory.mark)
         except SpawnError as error:
             self._channel.send("spawn_failed", reason=str(error))
         else:
             self._channel.send("spawned", pid=self._worker.pid, start=self._worker.start)
         self._control.close()
         while self._worker is not None and self._exit_code is None:
-            self._pump(self._segments.due() if self._segments is not None else None)
+            due = self._segments.due() if self._segments is not None else None
+            self._pump(min(due, self._record.due) if due is not None else self._record.due)
         if self._exit_code is not None:
             self._channel.send("exited", code=self._exit_code)
         self._clean()
@@ -136,6 +138,8 @@ class Guardian:
             due = self._segments.due()
             if due is not None and due <= time.monotonic():
                 self._segments.look_up()
+        if self._cleanup is None and self._record.due <= time.monotonic():
+            self._record.update()
 
     def _wait(self, seconds: float, descriptor: int | None) -> None:
         self._pump(time.monotonic() + seconds, descriptor)

@@ -1,7 +1,7 @@
 """What has to be taken back when the worker is gone: written before it is done, read by whoever cleans up.
 
-``ledger.jsonl`` (registrations, appended by the worker) and ``segments.json`` (shared memory, rewritten by the
-guardian) in the run directory. The worker imports this module too.
+``ledger.jsonl`` (registrations, appended by the worker), ``segments.json`` (shared memory) and ``processes.json`` (both
+rewritten by the guardian) in the run directory. The worker imports this module too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LEDGER = "ledger.jsonl"
 _SEGMENTS = "segments.json"
+_PROCESSES = "processes.json"
 
 
 def record_registration(run_dir: str | os.PathLike[str], backend: str, instance_id: int | str, **where: Any) -> None:
@@ -52,10 +53,7 @@ def registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def write_segments(run_dir: str | os.PathLike[str], segments: Iterable[tuple[str, int]]) -> None:
     """Replace the record of shared-memory segments: names under ``/dev/shm``, each with its inode."""
-    path = os.path.join(run_dir, _SEGMENTS)
-    with open(path + "~", "w", encoding="utf-8") as file:
-        json.dump(list(segments), file)
-    os.replace(path + "~", path)
+    _replace(run_dir, _SEGMENTS, segments)
 
 
 def read_segments(run_dir: str | os.PathLike[str]) -> list[tuple[str, int]]:
@@ -65,6 +63,27 @@ def read_segments(run_dir: str | os.PathLike[str]) -> list[tuple[str, int]]:
             return [(str(name), int(inode)) for name, inode in json.load(file)]
     except (OSError, ValueError, TypeError):
         return []
+
+
+def write_processes(run_dir: str | os.PathLike[str], processes: Iterable[tuple[int, int]]) -> None:
+    """Replace the record of the tree's processes: pids, each with its start time."""
+    _replace(run_dir, _PROCESSES, processes)
+
+
+def read_processes(run_dir: str | os.PathLike[str]) -> list[tuple[int, int]]:
+    """Return the recorded processes; none if there is no legible record."""
+    try:
+        with open(os.path.join(run_dir, _PROCESSES), encoding="utf-8") as file:
+            return [(int(pid), int(start)) for pid, start in json.load(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _replace(run_dir: str | os.PathLike[str], name: str, entries: Iterable[tuple[Any, Any]]) -> None:
+    path = os.path.join(run_dir, name)
+    with open(path + "~", "w", encoding="utf-8") as file:
+        json.dump(list(entries), file)
+    os.replace(path + "~", path)
 
 
 def _hex(instance_id: int | str) -> str:

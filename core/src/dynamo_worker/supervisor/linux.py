@@ -117,6 +117,15 @@ def all_pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+def pid_space() -> str:
+    """Return where and when a pid means what it means here: this boot, this pid namespace; empty if unknown."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
 def send_signal(process: Process, number: int) -> bool:
     """Signal exactly this process and never a later one with the same pid; return whether it was there."""
     try:

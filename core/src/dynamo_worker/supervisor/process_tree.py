@@ -6,9 +6,10 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from dynamo_worker.supervisor import linux
+from dynamo_worker.contract import RUN_DIR
+from dynamo_worker.supervisor import ledger, linux, mark
 from dynamo_worker.supervisor.linux import Process, Stat
 
 #: How long the resource trackers of ``multiprocessing`` may take to unlink what their dead clients left.
@@ -23,6 +24,11 @@ _FREEZE_SCANS = 5
 #: Scans after which whole process groups are killed as well: what survives that many forks faster than we look.
 _PATIENT_SCANS = 10
 
+#: The tree is recorded again after so many seconds: soon while it changes, later when it does not. A look at it takes
+#: at most one part in ``_SHARE`` of the time.
+_PAUSE, _LONGEST_PAUSE = 1.0, 16.0
+_SHARE = 500.0
+
 _TRACKER = b"from multiprocessing.resource_tracker import main"
 
 #: Waits up to so many seconds for something to happen (a signal, a message, or input on a descriptor).
@@ -31,13 +37,59 @@ Wait = Callable[[float, int | None], None]
 
 def descendants(root: int, excluded: Collection[Process] = ()) -> dict[Process, Stat]:
     """Return all processes below ``root``, parents before children, without the excluded ones and theirs."""
+    return _below([root], _children(), excluded)
+
+
+def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process]) -> dict[Process, Stat]:
+    """Return all processes of a tree whose owners are dead, without us and our ancestors.
+
+    A process belongs to it if it bears the tree's mark, was started with its run directory in the environment, was
+    recorded, or descends from such a one.
+
+    :param mark_of_tree: see ``mark``; 0 if unknown.
+    :param recorded: processes that the guardian has recorded; only if their pids are of our pid namespace.
+    """
+    entry = f"\0{RUN_DIR}=".encode() + os.fsencode(run_dir) + b"\0"
+    children = _children()
+    stats = {process: stat for siblings in children.values() for process, stat in siblings}
+    parents = {process.pid: stat.parent for process, stat in stats.items()}
+    ourselves = {os.getpid()}
+    ancestor = os.getppid()
+    while ancestor > 0 and ancestor not in ourselves:
+        ourselves.add(ancestor)
+        ancestor = parents.get(ancestor, 0)
+    excluded = [process for process in stats if process.pid in ourselves]
+    known = frozenset(recorded)
+    found = {
+        process: stat
+        for process, stat in stats.items()
+        if process.pid not in ourselves
+        and stat.state not in "ZX"  # dead already, and for its new parent to reap
+        and (
+            process in known
+            or (mark_of_tree and mark.of(process.pid) == mark_of_tree)
+            or entry in _environment(process.pid)
+        )
+    }
+    below = _below([process.pid for process in found], children, excluded)
+    return found | {process: stat for process, stat in below.items() if stat.state not in "ZX"}
+
+
+def _children() -> dict[int, list[tuple[Process, Stat]]]:
+    """Return all visible processes by the pid of their parent."""
     children: dict[int, list[tuple[Process, Stat]]] = {}
     for pid in linux.all_pids():
         stat = linux.read_stat(pid)
         if stat is not None:
             children.setdefault(stat.parent, []).append((Process(pid, stat.start), stat))
+    return children
+
+
+def _below(
+    pending: list[int], children: dict[int, list[tuple[Process, Stat]]], excluded: Collection[Process]
+) -> dict[Process, Stat]:
+    """Return all processes below the given pids, parents before children; takes from ``children``."""
     found: dict[Process, Stat] = {}
-    pending = [root]
     while pending:
         for process, stat in children.pop(pending.pop(), ()):
             if process not in excluded:
@@ -46,26 +98,13 @@ def descendants(root: int, excluded: Collection[Process] = ()) -> dict[Process, 
     return found
 
 
-def marked(variable: str, value: str) -> dict[Process, Stat]:
-    """Return all processes that were started with this environment variable, without us and our ancestors."""
-    entry = f"\0{variable}={value}\0".encode()
-    found: dict[Process, Stat] = {}
-    ourselves = set()
-    ancestor: Stat | None = Stat("", "", os.getpid(), 0, 0)
-    while ancestor is not None and ancestor.parent > 0:
-        ourselves.add(ancestor.parent)
-        ancestor = linux.read_stat(ancestor.parent)
-    for pid in linux.all_pids():
-        stat = linux.read_stat(pid)
-        if stat is None or pid in ourselves:
-            continue
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if entry in b"\0" + file.read():
-                    found[Process(pid, stat.start)] = stat
-        except OSError:
-            continue
-    return found
+def _environment(pid: int) -> bytes:
+    """Return what the kernel shows of a process' environment; every entry is between two zeros."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return b"\0" + file.read()
+    except OSError:
+        return b""
 
 
 def is_resource_tracker(pid: int) -> bool:
@@ -93,6 +132,34 @@ def describe(process: Process) -> str:
         channel = ""
     where = f" in {channel}" if channel not in ("", "0") else ""
     return f"{process.pid} ({stat.name}, state {stat.state}{where})"
+
+
+class TreeRecord:
+    """Keeps the record of our tree's processes up to date, for the next start, should both owners be killed at once.
+
+    :param tree: returns the processes of our tree.
+    """
+
+    def __init__(self, run_dir: str, tree: Callable[[], Iterable[Process]]) -> None:
+        self._run_dir = run_dir
+        self._tree = tree
+        self._recorded: set[Process] = set()
+        self._pause = _PAUSE
+        #: When ``update`` should be called next (monotonic).
+        self.due = time.monotonic() + _PAUSE
+
+    def update(self) -> None:
+        """Record the tree as it is."""
+        started = time.monotonic()
+        processes = set(self._tree())
+        changed = processes != self._recorded
+        if changed:
+            with contextlib.suppress(OSError):  # disk full? The marks of the processes have to do
+                ledger.write_processes(self._run_dir, processes)
+                self._recorded = processes
+        now = time.monotonic()
+        self._pause = _PAUSE if changed else min(2 * self._pause, _LONGEST_PAUSE)
+        self.due = now + max(self._pause, _SHARE * (now - started))
 
 
 class Killing:

@@ -8,16 +8,18 @@ import json
 import os
 import stat
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_worker.supervisor import linux
+from dynamo_worker.supervisor import linux, mark
 from dynamo_worker.supervisor.linux import Process
+from dynamo_worker.supervisor.removal import remove_contents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _PREFIX = "dw-"
 _OWNER = "owner"
+_UNFINISHED = _OWNER + "~"
 
 #: Where temporary files go if the environment does not say.
 _USUAL_PLACES = ("/tmp", "/var/tmp", "/usr/tmp", ".")  # noqa: S108 -- mkdir with mode 0700 makes them safe
@@ -25,55 +27,105 @@ _USUAL_PLACES = ("/tmp", "/var/tmp", "/usr/tmp", ".")  # noqa: S108 -- mkdir wit
 #: A directory without a legible owner may be one that is just being made.
 _SETTLED = 60.0
 
+#: The record is as long from the start: overwriting it needs no space on a disk that is full by then.
+_RECORD_BYTES = 4096
+
+_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _Record(NamedTuple):
+    """What ``owner`` says."""
+
+    owners: list[Process]
+    #: Where the pids mean something, see ``linux.pid_space``.
+    pid_space: str
+    #: Whether locks hold on this file system: a process without one is dead then.
+    locks_hold: bool
+    #: The mark of the tree's processes.
+    mark: int
+    #: Seconds since the epoch.
+    made_at: float
+
 
 class RunDirectory:
     """A directory that belongs to one supervisor and its guardian.
 
     A lock on ``owner``, which both hold through the same open file, says that one of them lives. It holds across pid
-    namespaces, where a pid would say nothing.
+    namespaces, where a pid would say nothing. A second one, on the directory, keeps systemd-tmpfiles away.
+
+    :param base: descriptor of the directory it lies in.
+    :param directory: descriptor of itself.
+    :param lock: descriptor of ``owner``.
     """
 
-    def __init__(self, path: str, lock: int) -> None:
+    def __init__(self, path: str, base: int, directory: int, lock: int, record: _Record) -> None:
         self.path = path
+        self._base = base
+        self._directory = directory
         self._lock = lock
+        self._record = record
+        #: Places that come before this one but could not be used, and why.
+        self.skipped: list[str] = []
 
     @classmethod
     def create(cls) -> RunDirectory:
-        """Create ``dw-PID-RANDOM`` with ``tmp`` in it.
+        """Create ``dw-PID-RANDOM`` with ``tmp`` in it, where the ``tempfile`` module would.
 
-        :raises OSError: there is no place to write.
+        :raises OSError: there is no place to write; its text says what is wrong with each.
         """
-        path = _make_directory()
-        lock = os.open(os.path.join(path, _OWNER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: the recorded processes have to do
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.mkdir(os.path.join(path, "tmp"), 0o700)
-        return cls(path, lock)
+        skipped: dict[str, OSError] = {}
+        for place in (*map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), *_USUAL_PLACES):
+            if place and os.path.abspath(place) not in skipped:
+                try:
+                    created = cls._create_in(os.path.abspath(place))
+                except OSError as error:
+                    skipped[os.path.abspath(place)] = error
+                else:
+                    created.skipped = _in_words(skipped)
+                    return created
+        number = next(iter(skipped.values())).errno
+        raise OSError(number, f"{'; '.join(_in_words(skipped))} (make room, or set TMPDIR to a place that has some)")
+
+    @classmethod
+    def _create_in(cls, place: str) -> RunDirectory:
+        name = f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}"
+        with contextlib.ExitStack() as undo:
+            base = _opened(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
+            os.mkdir(name, 0o700, dir_fd=base)
+            undo.callback(_quietly, os.rmdir, name, base)
+            directory = _opened(os.open(name, _FLAGS, dir_fd=base), undo)
+            os.mkdir("tmp", 0o700, dir_fd=directory)
+            undo.callback(_quietly, os.rmdir, "tmp", directory)
+            # Nobody looks at `owner` before it is locked and written: it has another name until then.
+            lock = os.open(_UNFINISHED, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            undo.callback(_quietly, os.unlink, _UNFINISHED, directory)
+            _opened(lock, undo)
+            locks_hold = _lock(lock) and _is_locked(directory)
+            _lock(directory)
+            status = linux.read_stat(os.getpid())
+            owners = [Process(os.getpid(), status.start)] if status is not None else []
+            record = _Record(owners, linux.pid_space(), locks_hold, mark.draw(), time.time())
+            _write_record(lock, record)
+            os.rename(_UNFINISHED, _OWNER, src_dir_fd=directory, dst_dir_fd=directory)
+            undo.pop_all()
+        return cls(os.path.join(place, name), base, directory, lock, record)
 
     @classmethod
     def take_over(cls, path: str) -> RunDirectory | None:
         """Return a run directory whose owners are dead, locked, or None if it is not such a one."""
-        try:
-            status = os.lstat(path)
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            base = _opened(os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
+            directory = _opened(os.open(os.path.basename(path), _FLAGS, dir_fd=base), undo)
+            if os.fstat(directory).st_uid != os.geteuid():
                 return None
-            lock = os.open(os.path.join(path, _OWNER), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        except OSError:
-            return None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except OSError:
-            pass
-        owners = _read_owners(lock)
-        if any(map(linux.is_alive, owners)) or (not owners and time.time() - status.st_mtime < _SETTLED):
-            os.close(lock)
-            return None
-        return cls(path, lock)
+            lock = _opened(_open_owner(directory), undo)
+            record = _dead_record(lock)
+            if record is None:
+                return None
+            _lock(directory)
+            undo.pop_all()
+            return cls(path, base, directory, lock, record)
+        return None
 
     @property
     def base(self) -> str:
@@ -82,8 +134,18 @@ class RunDirectory:
 
     @property
     def made_at(self) -> float:
-        """When the directory was made, in seconds since the epoch and on the clock of file systems."""
-        return os.fstat(self._lock).st_mtime - 1.0  # the file is written once, a moment later
+        """When the directory was made, in seconds since the epoch."""
+        return self._record.made_at - 1.0  # the clock of file systems is a little late
+
+    @property
+    def mark(self) -> int:
+        """What marks the processes of the worker's tree, see ``mark``."""
+        return self._record.mark
+
+    @property
+    def knows_its_pids(self) -> bool:
+        """Whether the pids recorded in it are those of this boot and pid namespace."""
+        return self._record.pid_space == linux.pid_space() != ""
 
     @property
     def temporary(self) -> str:
@@ -92,52 +154,34 @@ class RunDirectory:
 
     def record_owners(self, processes: Iterable[Process]) -> None:
         """Write down who this directory belongs to."""
-        os.pwrite(self._lock, json.dumps(list(processes)).encode() + b"\n", 0)
+        self._record = self._record._replace(owners=list(processes))
+        with contextlib.suppress(OSError):  # the lock says the same
+            _write_record(self._lock, self._record)
 
     def remove(self, deadline: float) -> list[str]:
         """Remove everything; return what could not be removed and why.
 
         :param deadline: when to leave the rest to the next start (monotonic).
         """
-        for _ in range(2):  # the second time with all directories opened that were closed
-            problems: list[str] = []
-            for directory, directories, files in os.walk(self.path, topdown=False, onerror=_open_directory):
-                for name in files:
-                    if name != _OWNER or directory != self.path:  # that one last: the next start looks for it
-                        _remove(os.path.join(directory, name), os.unlink, problems)
-                for name in directories:
-                    path = os.path.join(directory, name)
-                    _remove(path, os.unlink if os.path.islink(path) else os.rmdir, problems)
-                if time.monotonic() > deadline:
-                    return [*problems[:3], f"{self.path}: no time left, the next start removes the rest"]
-            if not problems:
-                _remove(os.path.join(self.path, _OWNER), os.unlink, problems)
-                _remove(self.path, os.rmdir, problems)
+        problems: list[str] = []
+        for _ in range(2):  # a listing may leave out what was there while it was taken
+            problems = remove_contents(self._directory, deadline, keep=(_OWNER,))
+            if not problems or time.monotonic() > deadline:
                 break
-        return problems
+        if not problems:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_OWNER, dir_fd=self._directory)  # last: the next start looks for it
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(os.path.basename(self.path), dir_fd=self._base)
+            except OSError as error:
+                problems.append(str(error.strerror))
+        return [f"{self.path}: {problem}" for problem in problems]
 
     def close(self) -> None:
-        """Give the lock up."""
-        os.close(self._lock)
-
-
-def _make_directory() -> str:
-    """Create an empty directory where the ``tempfile`` module would.
-
-    :raises OSError: none of the usual places can be written to.
-    """
-    failure: OSError | None = None
-    for base in (*map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), *_USUAL_PLACES):
-        if base:
-            path = os.path.join(os.path.abspath(base), f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}")
-            try:
-                os.mkdir(path, 0o700)
-            except OSError as error:
-                failure = failure or error
-            else:
-                return path
-    assert failure is not None
-    raise failure
+        """Give the locks up."""
+        for descriptor in (self._lock, self._directory, self._base):
+            os.close(descriptor)
 
 
 def candidates(base: str) -> list[str]:
@@ -148,30 +192,93 @@ def candidates(base: str) -> list[str]:
         return []
 
 
-def _read_owners(descriptor: int) -> list[Process]:
+def _in_words(problems: dict[str, OSError]) -> list[str]:
+    return [f"{place}: {error.strerror}" for place, error in problems.items()]
+
+
+def _opened(descriptor: int, undo: contextlib.ExitStack) -> int:
+    """Return a descriptor that ``undo`` closes."""
+    undo.callback(os.close, descriptor)
+    return descriptor
+
+
+def _quietly(function: Callable[..., None], name: str, directory: int) -> None:
+    with contextlib.suppress(OSError):
+        function(name, dir_fd=directory)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file or directory for as long as it is open; return whether that worked."""
     try:
-        return [Process(int(pid), int(start)) for pid, start in json.loads(os.pread(descriptor, 4096, 0))]
-    except (OSError, ValueError, TypeError):
-        return []
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
-def _open_directory(error: OSError) -> None:
-    """Make a directory readable that could not be listed."""
-    with contextlib.suppress(OSError):  # then its removal fails, and says why
-        os.chmod(error.filename, 0o700)
-
-
-def _remove(path: str, function: Callable[[str], None], problems: list[str]) -> None:
-    """Remove one entry; open a closed parent directory if that is what it takes."""
+def _is_locked(directory: int) -> bool:
+    """Return whether the lock that we have on ``owner`` keeps others out: on some file systems it does not."""
+    other = os.open(_UNFINISHED, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
     try:
-        function(path)
+        return not _lock(other)
+    finally:
+        os.close(other)
+
+
+def _open_owner(directory: int) -> int:
+    """Open the file that says whose directory this is.
+
+    :raises OSError: there is none.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(_OWNER, flags, dir_fd=directory)
     except FileNotFoundError:
-        pass
-    except PermissionError:
-        try:
-            os.chmod(os.path.dirname(path), 0o700)
-            function(path)
-        except OSError as error:
-            problems.append(str(error))
-    except OSError as error:
-        problems.append(str(error))
+        status = os.stat(_UNFINISHED, dir_fd=directory, follow_symlinks=False)
+        if time.time() - status.st_mtime < _SETTLED:  # its maker is about to lock it
+            raise
+        descriptor = os.open(_UNFINISHED, flags, dir_fd=directory)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError
+    return descriptor
+
+
+def _dead_record(descriptor: int) -> _Record | None:
+    """Lock ``owner`` and return what it says if its owners are dead, or None."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:
+        locked = False
+    else:
+        locked = True
+    status = os.fstat(descriptor)
+    if status.st_nlink == 0:  # another sweep was faster
+        return None
+    record = _read_record(descriptor)
+    if record is None:
+        old = time.time() - status.st_mtime >= _SETTLED
+        return _Record([], "", locked, 0, status.st_mtime) if locked and old else None
+    if record.pid_space == linux.pid_space() != "":
+        return record if not any(map(linux.is_alive, record.owners)) else None
+    return record if locked and record.locks_hold else None  # pids of elsewhere say nothing
+
+
+def _write_record(descriptor: int, record: _Record) -> None:
+    os.pwrite(descriptor, json.dumps(record._asdict()).encode().ljust(_RECORD_BYTES - 1) + b"\n", 0)
+
+
+def _read_record(descriptor: int) -> _Record | None:
+    try:
+        text = json.loads(os.pread(descriptor, _RECORD_BYTES, 0))
+        return _Record(
+            [Process(int(pid), int(start)) for pid, start in text["owners"]],
+            str(text["pid_space"]),
+            bool(text["locks_hold"]),
+            int(text["mark"]),
+            float(text["made_at"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

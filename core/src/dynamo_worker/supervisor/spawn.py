@@ -7,7 +7,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from dynamo_worker.supervisor import linux
+from dynamo_worker.supervisor import linux, mark
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,12 +42,13 @@ def fork() -> int:
     return pid
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int) -> linux.Process:
+def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int, mark_of_tree: int) -> linux.Process:
     """Start ``command`` as a child in a new session that dies by SIGKILL with this process.
 
     Only for a process without threads: between fork and exec the child runs Python.
 
     :param keep: the one descriptor above 2 that the child inherits.
+    :param mark_of_tree: the mark of the child and all that come from it.
     :raises SpawnError: there can be no process for it, or the command cannot be executed.
     """
     parent = os.getpid()
@@ -56,7 +57,7 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int) -> 
         try:
             pid = fork()
             if pid == 0:
-                _become(command, environment, keep, report_child, parent)
+                _become(command, environment, keep, mark_of_tree, report_child, parent)
         finally:
             os.close(report_child)
     except OSError as error:
@@ -70,13 +71,16 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int) -> 
     return linux.Process(pid, stat.start if stat is not None else 0)
 
 
-def _become(command: Sequence[str], environment: Mapping[str, str], keep: int, report: int, parent: int) -> None:
+def _become(
+    command: Sequence[str], environment: Mapping[str, str], keep: int, mark_of_tree: int, report: int, parent: int
+) -> None:
     """Turn the forked child into the command. Never returns."""
     try:
         os.setsid()
         if not linux.on_parent_death(signal.SIGKILL, parent):
             os._exit(128 + signal.SIGKILL)
         reset_signals()
+        mark.put_on_ourselves(mark_of_tree)
         for name in os.listdir("/proc/self/fd"):
             descriptor = int(name)
             if descriptor > 2 and descriptor != report:

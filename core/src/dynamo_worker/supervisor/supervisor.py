@@ -140,7 +140,13 @@ class Supervisor:
         try:
             self._run_directory = RunDirectory.create()
         except OSError as error:
-            return self._fail(f"cannot create the worker's private directory: {error}")
+            return self._fail(f"cannot create the worker's private directory: {error.strerror}")
+        if self._run_directory.skipped:
+            self._log.warning(
+                "Temporary files do not go to the first place for them",
+                instead=self._run_directory.base,
+                reason="; ".join(self._run_directory.skipped),
+            )
         try:
             self._start()
         except OSError as error:

@@ -8,16 +8,16 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_worker.contract import RUN_DIR
-from dynamo_worker.supervisor import process_tree, run_directory, spawn
+from dynamo_worker.supervisor import ledger, process_tree, run_directory, spawn
 from dynamo_worker.supervisor.cleanup import Cleanup
+from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import readable
 from dynamo_worker.supervisor.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_worker.supervisor.linux import Process, Stat
+    from dynamo_worker.supervisor.linux import Stat
     from dynamo_worker.supervisor.report import Log
 
 #: Longest time a sweep may take, for all directories together.
@@ -25,14 +25,17 @@ _LIMIT = 60
 
 
 def sweep_in_background(own: RunDirectory, log: Log) -> None:
-    """Sweep the place of our own directory, in a process of its own if need be; the caller only reaps it."""
+    """Sweep the place of our own directory, in a process of its own if need be; the caller only reaps it.
+
+    :raises OSError: there can be no process for it.
+    """
     stale = [path for path in run_directory.candidates(own.base) if path != own.path]
     if not stale or spawn.fork() != 0:
         return
     try:
         spawn.reset_signals()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)
         signal.alarm(_LIMIT)
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2:
@@ -40,20 +43,26 @@ def sweep_in_background(own: RunDirectory, log: Log) -> None:
                     os.close(int(name))
         for path in stale:
             _sweep(path, log)
-    except Exception as error:
-        log.warning("Not cleaned up behind an earlier worker", error=f"{type(error).__name__}: {error}")
     finally:
         os._exit(0)
 
 
 def _sweep(path: str, log: Log) -> None:
-    """Clean up behind one earlier worker, if it is dead."""
+    """Clean up behind one earlier worker, if it is dead; whatever happens, the others get their turn."""
+    try:
+        _clean_up(path, log)
+    except Exception as error:
+        log.warning("Not cleaned up behind an earlier worker", run_dir=path, error=f"{type(error).__name__}: {error}")
+
+
+def _clean_up(path: str, log: Log) -> None:
     directory = RunDirectory.take_over(path)
     if directory is None:
         return
+    recorded = [Process(*entry) for entry in ledger.read_processes(path)] if directory.knows_its_pids else []
 
     def find() -> Mapping[Process, Stat]:
-        return process_tree.marked(RUN_DIR, path)
+        return process_tree.left_of(path, directory.mark, recorded)
 
     def wait(seconds: float, descriptor: int | None) -> None:
         if descriptor is None:

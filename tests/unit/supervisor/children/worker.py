@@ -1,9 +1,9 @@
 """A worker that does what its arguments say, one after the other: what the supervisor's tests hurt and watch.
 
 settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=URL:LEASE
-child=SCRIPT (with the interpreter, waits until it is up) close-control garbage fill touch=PATH print=TEXT
-exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop) obey-slowly=CODE:SECONDS sleep=SECONDS
-hang exit=CODE die=SIGNAL
+child=SCRIPT (with the interpreter, waits until it is up) temp deep=LEVELS close-control garbage fill touch=PATH
+print=TEXT exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop) obey-slowly=CODE:SECONDS
+sleep=SECONDS hang exit=CODE die=SIGNAL
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ def do(step: str) -> None:
     elif name == "temp":
         Path(os.environ["TMPDIR"], "left", "behind").mkdir(parents=True)
         Path(os.environ["TMPDIR"], "left", "behind", "file").write_text("x" * 1000)
+    elif name == "deep":
+        os.chdir(os.environ["TMPDIR"])
+        for _ in range(int(value)):
+            os.mkdir("d")
+            os.chdir("d")
+        os.chdir("/")
     elif name == "close-control":
         control.close()
     elif name == "garbage":
