@@ -42,7 +42,7 @@ _CAUGHT_UP: Final = 1.0
 #: Seconds for which a stream must be held up to be slow: the thread may just not have got a processor.
 _SLOW_SECONDS: Final = 0.1
 #: Chunks of one stream on their way, beyond which an engine that can wait has to.
-_ROOM: Final = 1024
+_ROOM: Final = 256
 #: Most tokens in a frame of several chunks: the frontend decodes a frame in one go.
 _MOST_TOKENS: Final = 256
 #: Weight of what may wait for one slow stream, and for all of them: about 40 and 160 MB.
