@@ -37,7 +37,9 @@ class RequestContext(Protocol):
 #: Turns one request into its stream of chunks.
 Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 
-#: Takes one chunk for the client. Raises RuntimeError once the client's stream is closed.
+#: Takes one chunk for the client, on the event loop; never blocks. The chunk must not be changed afterwards. Raises what an
+#: earlier chunk has ended with: RuntimeError if the client is gone or does not read, ValueError if that chunk could not
+#: be encoded.
 Send = Callable[[Chunk], None]
 
 
@@ -161,7 +163,9 @@ class PushesChunks(Protocol):
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Answer one request: call ``send`` for every chunk, and return after the last one.
 
-        Everything said of :meth:`Engine.generate` holds. What ``send`` raises must end this request only.
+        Everything said of :meth:`Engine.generate` holds. ``send`` never blocks; a chunk must not be changed once it is
+        sent. What ``send`` raises must end this request only. An engine that makes more than its client reads is not
+        held back, but its request is cancelled in the end; one that yields its chunks waits instead.
         """
 
 
