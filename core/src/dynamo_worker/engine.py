@@ -37,9 +37,9 @@ class RequestContext(Protocol):
 #: Turns one request into its stream of chunks.
 Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 
-#: Takes one chunk for the client, on the event loop; never blocks. The chunk must not be changed afterwards. Raises what
-#: an earlier chunk has ended with: RuntimeError if the client is gone or does not read, ValueError if that chunk could
-#: not be encoded.
+#: Takes one chunk for the client, on the event loop; never blocks. The chunk must not be changed afterwards. Raises
+#: what an earlier chunk has ended with: RuntimeError if the client is gone or does not read, ValueError if that chunk
+#: could not be encoded.
 Send = Callable[[Chunk], None]
 
 
