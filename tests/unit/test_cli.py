@@ -499,3 +499,49 @@ def test_the_supervisor_learns_the_reason(command):
     assert message["type"] == "exit"
     assert message["code"] == 2
     assert "there is no engine 'ecko'" in message["reason"]
+
+
+def test_a_signal_at_its_end_does_not_change_a_workers_code(command):
+    """The interpreter gives signals their default actions back when it ends; so it must not come to that."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    script = (
+        "import atexit, os, signal, sys; from dynamo_worker.__main__ import main; "
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM); "
+        f"sys.exit(main(['--engine', 'ecko', {RUN!r}]))"
+    )
+    with ours, theirs:
+        result = command.python(
+            "-c", script, pass_fds=[theirs.fileno()], environment={"DYNAMO_WORKER_CONTROL_FD": str(theirs.fileno())}
+        )
+    refused(result, 2, "there is no engine 'ecko'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "MemoryError()",
+        "OSError(errno.ENOMEM, 'Cannot allocate memory')",
+        "OSError(errno.EMFILE, 'Too many open files')",
+        "BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')",
+        "ImportError('/x/_core.abi3.so: failed to map segment from shared object')",
+        'RuntimeError("can\'t start new thread")',
+    ],
+)
+def test_a_shortage_is_no_bug(command, error):
+    script = (
+        "import errno, sys; from dynamo_worker import cli\n"
+        f"def fail(argv):\n    raise {error}\n"
+        "cli._dispatch = fail; sys.exit(cli.main([]))"
+    )
+    refused(command.python("-c", script), 3, "a limit of this machine or container is reached", "next: raise it")
+
+
+def test_a_bug_is_one(command):
+    script = (
+        "import errno, sys; from dynamo_worker import cli\n"
+        "def fail(argv):\n    raise FileNotFoundError(errno.ENOENT, 'x')\n"
+        "cli._dispatch = fail; sys.exit(cli.main([]))"
+    )
+    result = command.python("-c", script)
+    assert result.returncode == 1
+    assert "this is a bug" in result.stderr

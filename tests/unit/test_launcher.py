@@ -997,10 +997,53 @@ def test_without_a_supervisor_a_forced_stop_ends_even_if_nothing_answers(world, 
         world.plugins.hooks["cleanup"] = cleanup
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.11)
 
     assert world.run(scenario) == 128 + signal.SIGINT
     assert codes == [128 + signal.SIGINT]
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP,), (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)])
+def test_without_a_supervisor_each_signal_stops_it_gracefully_and_several_at_once_count_once(world, numbers):
+    world.supervised = False
+
+    async def scenario(world):
+        await world.serving()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.order("runtime shut down", "cleanup")
+
+
+def test_without_a_supervisor_sigquit_dumps_and_forces(world, capfd):
+    world.supervised = False
+
+    async def scenario(world):
+        await world.serving()
+        os.kill(os.getpid(), signal.SIGQUIT)
+
+    assert world.run(scenario) == 128 + signal.SIGQUIT
+    assert "most recent call first" in capfd.readouterr().err
+
+
+def test_a_hangup_that_was_ignored_stays_ignored(world):
+    """As `nohup` has it."""
+    world.supervised = False
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    async def scenario(world):
+        await world.serving()
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        assert world.launcher._state.value == "SERVING"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        assert world.run(scenario) == ExitCode.STOPPED
+        assert world.reason == "stopped by SIGTERM"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_directory_without_a_supervisor_is_not_ours_to_remove(world, monkeypatch):

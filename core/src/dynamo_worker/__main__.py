@@ -12,13 +12,13 @@ _IN_PROCESS = frozenset({"-h", "--help", "--version", "--print-config", "--no-su
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line and return the exit code; a worker ends this process itself."""
     if argv is None:
         argv = sys.argv[1:]
     if runs_worker(argv):
         from dynamo_worker.supervisor import supervise
 
-        return supervise(argv)
+        supervise(argv)
     from dynamo_worker.cli import main as run_here
 
     return run_here(argv)

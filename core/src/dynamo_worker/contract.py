@@ -11,3 +11,6 @@ RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
 KILL_RESERVE = 2.0
 #: Seconds for everything after a second signal.
 FORCED_STOP = 2.0
+#: Seconds within which several signals count as one: a terminal sends them to a whole group, systemd sends SIGTERM and
+#: SIGHUP. Only SIGQUIT still counts then: it asks for something else.
+SIGNAL_DEBOUNCE = 0.1

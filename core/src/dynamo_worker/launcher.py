@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from dynamo_worker import __version__, logs, native_output, standby
-from dynamo_worker.contract import FORCED_STOP, RUN_DIR
+from dynamo_worker.contract import FORCED_STOP, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.drain_progress import DrainProgress
@@ -133,6 +133,7 @@ class Launcher:
         self._stop_level = 0
         self._stop_signal = signal.SIGTERM
         self._stopped_at = 0.0
+        self._signal_at = 0.0
         self._deadline: Deadline | None = None
         self._error: BaseException | None = None
         self._exit_code: int = ExitCode.STOPPED
@@ -145,8 +146,9 @@ class Launcher:
         """Live, and return the exit code."""
         loop = asyncio.get_running_loop()
         self._control.listen(loop, self._on_message)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+                loop.add_signal_handler(number, self._on_signal, number)
         self._processes = ProcessWatch(loop, self._on_fatal)
         log.info("Starting worker", engine=self._settings.engine, version=__version__, pid=os.getpid())
         self._announce()
@@ -237,10 +239,17 @@ class Launcher:
 
     def _on_signal(self, number: signal.Signals) -> None:
         """Take a signal that was sent to the worker itself, not to its supervisor."""
-        level = self._stop_level + 1
+        now = time.monotonic()
+        forced = number == signal.SIGQUIT
+        if now < self._signal_at + SIGNAL_DEBOUNCE and not (forced and self._stop_level < 2):
+            return
+        self._signal_at = now
+        if forced:
+            faulthandler.dump_traceback(all_threads=True)
+        level = max(self._stop_level + 1, 2 if forced else 1)
         effect = {1: f"stop gracefully, again to stop within {FORCED_STOP:g} s", 2: "stop now, again to kill"}
         log.info("Received shutdown signal", signal=signal.Signals(number).name, effect=effect.get(level, "kill"))
-        self._stop(level, signal.Signals(number), time.monotonic())
+        self._stop(level, signal.Signals(number), now)
 
     def _stop(self, level: int, number: signal.Signals, received_at: float) -> None:
         if level <= self._stop_level:

@@ -25,15 +25,21 @@ class TestWorkerEndsByItself:
         assert supervised.wait() == 3
         assert 'Worker stopped code=3 reason="port 8000 is in use"' in supervised.text
 
-    def test_exit_code_without_a_reason(self, supervised):
-        supervised.start(SERVING, "exit=9")
-        assert supervised.wait() == 9
-        assert 'reason="worker exited with code 9"' in supervised.text
+    @pytest.mark.parametrize("code", [1, 2, 7, 9, 126, 127, 250])
+    @pytest.mark.parametrize(("steps", "documented"), [((), 3), ((SERVING,), 1)], ids=["during start", "serving"])
+    def test_an_exit_code_of_a_plugins_own_becomes_a_documented_one(self, supervised, code, steps, documented):
+        supervised.start(*steps, f"exit={code}")
+        assert supervised.wait() == (2 if code == 2 and not steps else documented)
+        assert f'reason="worker exited with code {code}"' in supervised.text
 
-    @pytest.mark.parametrize("steps", [(), (SERVING,)])
-    def test_unsolicited_exit_code_0_is_a_failure(self, supervised, steps):
+    def test_the_worker_may_say_that_a_signal_ended_it(self, supervised):
+        supervised.start(SERVING, "exit=143")
+        assert supervised.wait() == 143
+
+    @pytest.mark.parametrize(("steps", "code"), [((), 3), ((SERVING,), 1)], ids=["during start", "serving"])
+    def test_unsolicited_exit_code_0_is_a_failure(self, supervised, steps, code):
         supervised.start(*steps, "exit=0")
-        assert supervised.wait() == 1
+        assert supervised.wait() == code
         assert "though nobody had asked it to" in supervised.text
 
     def test_exit_code_0_after_a_stop_the_worker_was_told_of_directly(self, supervised):
@@ -72,8 +78,8 @@ class TestWorkerEndsByItself:
     def test_no_place_for_the_run_directory(self, supervised):
         supervised.environment["TMPDIR"] = "/proc"
         supervised.tmp.rmdir()
-        supervised.start("exit=0")  # falls back to /tmp, as tempfile does
-        assert supervised.wait() == 1
+        supervised.start("exit-message=3:x", "exit=3")  # falls back to /tmp, as tempfile does
+        assert supervised.wait() == 3
 
 
 class TestGracefulStop:
@@ -163,12 +169,44 @@ class TestGracefulStop:
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
 
-    def test_a_whole_group_of_signals_counts_once(self, supervised):
+    @pytest.mark.parametrize(
+        "numbers",
+        [
+            (signal.SIGINT, signal.SIGINT, signal.SIGINT),
+            (signal.SIGTERM, signal.SIGHUP),  # systemd with SendSIGHUP=yes
+            (signal.SIGHUP, signal.SIGTERM, signal.SIGINT),
+        ],
+        ids=lambda numbers: "+".join(number.name for number in numbers),
+    )
+    def test_signals_that_come_together_count_once(self, supervised, numbers):
         supervised.start(SERVING, "arrived", "obey-slowly=0:0.5")
-        for _ in range(3):
-            supervised.signal(signal.SIGINT)
+        supervised.signal(signal.SIGSTOP)  # so that they are there at the same time, however slow this machine is
+        for number in numbers:
+            supervised.signal(number)
+        supervised.signal(signal.SIGCONT)
         assert supervised.wait() == 0
         assert supervised.text.count("Received shutdown signal") == 1
+
+    def test_a_signal_in_its_last_moments_does_not_change_the_code(self, supervised):
+        """The interpreter gives signals their default actions back when it ends; so it must not come to that."""
+        supervised.patch("""
+            import atexit, os, signal
+            def end():
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+            if "DYNAMO_WORKER_CONTROL_FD" not in os.environ:
+                atexit.register(end)
+        """)
+        supervised.start(SERVING, "arrived", "obey=0")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
+    def test_what_stands_behind_two_dashes_is_the_engines(self, supervised):
+        supervised.start(SERVING, "arrived", "obey=0", "--", "--log-format=json", "--termination-grace-period", "1")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        assert "INFO dynamo_worker.supervisor: Worker started" in supervised.text
+        assert supervised.events() == []
 
 
 class TestForcedStop:
@@ -176,6 +214,7 @@ class TestForcedStop:
         supervised.start(SERVING, "child=stubborn.py", "arrived", "hang")
         supervised.signal(signal.SIGTERM)
         wait_until(lambda: "level=1" in supervised.text)
+        time.sleep(0.11)
         started = time.monotonic()
         supervised.signal(signal.SIGINT)
         assert supervised.wait() == 130
@@ -186,6 +225,7 @@ class TestForcedStop:
         supervised.start(SERVING, "child=stubborn.py", "arrived", "hang")
         supervised.signal(signal.SIGTERM)
         wait_until(lambda: "level=1" in supervised.text)
+        time.sleep(0.11)
         supervised.signal(signal.SIGINT)
         wait_until(lambda: "level=2" in supervised.text)
         time.sleep(0.11)
@@ -206,12 +246,23 @@ class TestForcedStop:
         assert supervised.wait() == 131
         assert "most recent call first" in supervised.text
 
+    def test_sigquit_right_behind_another_signal_counts(self, supervised):
+        supervised.start(SERVING, "arrived", "hang")
+        supervised.signal(signal.SIGTERM)
+        wait_until(lambda: "level=1" in supervised.text)
+        supervised.signal(signal.SIGQUIT)
+        supervised.signal(signal.SIGQUIT)
+        assert supervised.wait() == 131
+        assert "level=2" in supervised.text
+        assert "level=3" not in supervised.text
+
     def test_the_third_signal_with_a_stopped_guardian(self, supervised, measured):
         supervised.start(SERVING, "child=stubborn.py", "arrived", "hang")
         guardian = supervised.guardian
         os.kill(guardian, signal.SIGSTOP)
         supervised.signal(signal.SIGTERM)
         wait_until(lambda: "level=1" in supervised.text)
+        time.sleep(0.11)
         supervised.signal(signal.SIGINT)
         wait_until(lambda: "level=2" in supervised.text)
         time.sleep(0.11)
@@ -252,15 +303,15 @@ class TestHeartbeat:
         assert supervised.wait() == 4
 
     def test_beats_keep_it_alive(self, supervised):
-        supervised.start(SETTINGS % (30, 0.6), SERVING, "beat=0.1:15", "exit=4")
-        assert supervised.wait() == 4
+        supervised.start(SETTINGS % (30, 0.6), SERVING, "beat=0.1:15", "exit-message=3:x", "exit=3")
+        assert supervised.wait() == 3
 
     def test_a_stopped_supervisor_does_not_blame_the_worker(self, supervised):
-        supervised.start(SETTINGS % (30, 1.0), SERVING, "arrived", "beat=0.1:40", "exit=4")
+        supervised.start(SETTINGS % (30, 1.0), SERVING, "arrived", "beat=0.1:40", "exit-message=3:x", "exit=3")
         supervised.signal(signal.SIGSTOP)
         time.sleep(2.0)
         supervised.signal(signal.SIGCONT)
-        assert supervised.wait() == 4
+        assert supervised.wait() == 3
 
     def test_a_wait_longer_than_epoll_can_take(self, supervised):
         supervised.start(SETTINGS % (3000000, 3000000), SERVING, "arrived", "obey-slowly=0:0.5")
@@ -354,8 +405,8 @@ class TestWhatTheWorkerInherits:
     def test_closed_standard_descriptors(self, supervised):
         facts = supervised.base / "facts"
         closing = 'exec "$0" "$@" <&- >&- 2>&-'
-        supervised.start(f"inherited={facts}", SERVING, "exit=5", shell_wrapper=closing)
-        assert supervised.wait() == 5
+        supervised.start(f"inherited={facts}", SERVING, "exit-message=3:x", "exit=3", shell_wrapper=closing)
+        assert supervised.wait() == 3
         assert json.loads(facts.read_text())["descriptors"]["2"] == "/dev/null"
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
+from typing import TYPE_CHECKING
 
 from dynamo_worker import __version__
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
+
+if TYPE_CHECKING:
+    from dynamo_worker.errors import WorkerError
+
+#: What an ``OSError`` has run short of: memory, processes, files, disk.
+_SHORT_OF = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
 #: The commands beside running a worker, with what `--help` says about them.
 COMMANDS = {
@@ -24,8 +34,7 @@ def main(argv: list[str]) -> int:
         return _dispatch(argv)
     except WorkerError as error:
         print_error(error)
-        _tell_supervisor(error.exit_code, str(error.args[0]))
-        return error.exit_code
+        return _end(error.exit_code, str(error.args[0]))
     except KeyboardInterrupt:
         return SIGNAL_BASE + 2
     except BrokenPipeError:
@@ -33,11 +42,14 @@ def main(argv: list[str]) -> int:
         sys.stdout = None
         return SIGNAL_BASE + 13
     except Exception as error:
+        shortage = _shortage(error)
+        if shortage is not None:
+            print_error(shortage)
+            return _end(shortage.exit_code, str(shortage.args[0]))
         from dynamo_worker.cli.report import print_crash
 
         print_crash(error)
-        _tell_supervisor(ExitCode.FATAL, f"bug in dynamo-worker: {type(error).__name__}: {error}")
-        return ExitCode.FATAL
+        return _end(ExitCode.FATAL, f"bug in dynamo-worker: {type(error).__name__}: {error}")
 
 
 def print_error(error: Exception) -> None:
@@ -45,11 +57,39 @@ def print_error(error: Exception) -> None:
     print(f"dynamo-worker: error: {error}", file=sys.stderr)
 
 
-def _tell_supervisor(code: int, reason: str) -> None:
-    """Let the supervisor, if there is one, report the cause of an end before the launcher could run."""
+def _end(code: int, reason: str) -> int:
+    """Return the exit code; as a worker, tell the supervisor the cause and end right here.
+
+    The interpreter's own end gives signals their default actions back, and one that came then would replace the code.
+    """
     from dynamo_worker.control import ControlChannel
 
-    ControlChannel.from_environment().send("exit", code=code, reason="; ".join(reason.splitlines()))
+    control = ControlChannel.from_environment()
+    if control.supervised:
+        control.send("exit", code=code, reason="; ".join(reason.splitlines()))
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or none at all
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def _shortage(error: Exception) -> WorkerError | None:
+    """Return what to say about an error that says no more than that this machine or container has run short."""
+    from dynamo_worker.errors import StartError
+
+    text = f"{type(error).__name__}: {error}"
+    if not (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in _SHORT_OF)
+        or (isinstance(error, ImportError) and text.endswith(("map segment from shared object", "allocate memory")))
+        or (isinstance(error, RuntimeError) and str(error) == "can't start new thread")
+    ):
+        return None
+    return StartError(
+        f"a limit of this machine or container is reached: {text}",
+        hint="raise it: the container's memory, processes or disk, or `ulimit` (-v memory, -n files, -u processes)",
+    )
 
 
 def _dispatch(argv: list[str]) -> int:

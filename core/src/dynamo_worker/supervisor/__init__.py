@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> int:
-    """Run a worker under supervision and return the exit code.
+def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> NoReturn:
+    """Run a worker under supervision and end this process with the exit code.
 
     :param argv: the command line of ``dynamo-worker``, without its name.
     :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
@@ -17,7 +17,7 @@ def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> i
     # Imported here, because the worker imports this package as well, for its ledger.
     from dynamo_worker.supervisor.supervisor import supervise
 
-    return supervise(argv, command=command)
+    supervise(argv, command=command)
 
 
 __all__ = ["supervise"]

@@ -46,7 +46,7 @@ class Withdrawal:
             try:
                 self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
             except OSError as error:
-                log.warning("No process can be made to leave discovery; trying again after the kill", reason=error)
+                log.warning("No process can be made to leave discovery", next="again after the kill", reason=error)
 
     @property
     def process(self) -> Process | None:
@@ -64,7 +64,7 @@ class Withdrawal:
         try:
             self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
         except OSError as error:
-            self._log.warning("No process can be made to leave discovery; doing it without", reason=error)
+            self._log.warning("No process can be made to leave discovery", next="done without", reason=error)
             if here:
                 self._outcomes = run_here(self._withdraw, min(limit, _WITHDRAWAL_LIMIT))
 
@@ -223,7 +223,7 @@ class Cleanup:
         try:
             helper = Helper(wait_released, limit + 0.2)
         except OSError as error:
-            self._log.warning("No process can be made to watch the memory of the GPUs; doing it without", reason=error)
+            self._log.warning("No process can be made to watch the GPUs", next="done without", reason=error)
             result = None if self._rough else run_here(wait_released, limit)
         else:
             result = helper.result(self._wait, lambda: min(deadline + 0.1, self.deadline))

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dynamo_worker.contract import CONTROL_FD, FORCED_STOP, KILL_RESERVE, RUN_DIR
+from dynamo_worker.contract import CONTROL_FD, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.supervisor import channel, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 #: What is left of the whole process after the third signal.
 _AT_ONCE = 0.35
-
-#: Signals of one kind that arrive faster than this count once: a terminal may send them to a group, twice.
-_DEBOUNCE = 0.1
 
 #: When we wake up later than this, it was us who did not run.
 _LATE = 0.2
@@ -104,7 +101,7 @@ class Supervisor:
         self._level = 0
         self._stop_at = 0.0
         self._forced_at = 0.0
-        self._signals: dict[int, float] = {}
+        self._counted_signal, self._counted_at = 0, 0.0
         self._last_signal = 0
         self._stuck_at: float | None = None
         self._stuck_for = 0.0
@@ -196,7 +193,7 @@ class Supervisor:
         try:
             sweep.sweep_in_background(self._run_directory, self._log)
         except OSError as error:
-            self._log.warning("Not cleaned up behind earlier workers: no process can be made for it", reason=error)
+            self._log.warning("Not cleaned up behind an earlier worker", error=error)
 
     def _over(self) -> bool:
         """Return whether the worker is gone, or the guardian, or the guardian does not say so."""
@@ -336,7 +333,7 @@ class Supervisor:
         if code < 0:
             return SIGNAL_BASE - code, self._death_by_signal(-code)
         if code:
-            return code, said or f"worker exited with code {code}"
+            return self._documented(code), said or f"worker exited with code {code}"
         if self._level:
             return int(ExitCode.STOPPED), said or f"stopped after {_signal_name(self._last_signal)}"
         if self._farewell.get("code") == 0 or (self._state in _ENDING and self._state != "FATAL"):
@@ -344,7 +341,19 @@ class Supervisor:
         told = self._farewell.get("code")
         if isinstance(told, int) and 0 < told < 256:
             return told, said or f"worker reported code {told}"
-        return int(ExitCode.FATAL), f"worker ended by itself in state {self._state}, though nobody had asked it to"
+        unasked = ExitCode.START_FAILED if self._state == "STARTING" else ExitCode.FATAL
+        return int(unasked), f"worker ended by itself in state {self._state}, though nobody had asked it to"
+
+    def _documented(self, code: int) -> int:
+        """Return what the worker's exit code means to our caller.
+
+        Unless the worker announced it, or a signal is behind it, a plugin or a library has ended the process.
+        """
+        if code == self._farewell.get("code") or code - SIGNAL_BASE in signal.valid_signals():
+            return code
+        if self._state != "STARTING":
+            return int(ExitCode.FATAL)
+        return code if code == ExitCode.USAGE else int(ExitCode.START_FAILED)
 
     def _death_by_signal(self, number: int) -> str:
         reason = f"worker killed by {_signal_name(number)}"
@@ -364,9 +373,9 @@ class Supervisor:
             self._log.info("Stack dump requested", state=self._state)
             self._dump_stack()
             return
-        if now - self._signals.get(number, -1.0) < _DEBOUNCE:
+        if now < self._counted_at + SIGNAL_DEBOUNCE and (number != signal.SIGQUIT or number == self._counted_signal):
             return
-        self._signals[number] = now
+        self._counted_signal, self._counted_at = number, now
         name = _signal_name(number)
         if self._exit_code is not None or self._cleanup is not None:
             self._hurry(name)
@@ -677,6 +686,8 @@ def _setting(argv: Sequence[str], flag: str, variable: str, default: str) -> str
     """Return a setting that we need before the worker has read its own, or without it ever doing so."""
     value = os.environ.get(variable, default)
     for index, argument in enumerate(argv):
+        if argument == "--":  # what follows is the engine's
+            break
         if argument == flag and index + 1 < len(argv):
             value = argv[index + 1]
         elif argument.startswith(flag + "="):
@@ -723,15 +734,18 @@ def _open_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> int:
-    """Run a worker under supervision and return the exit code.
+def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> NoReturn:
+    """Run a worker under supervision and end this process with the exit code.
+
+    At once: the interpreter's own end gives signals their default actions back, and one that came then would take the
+    place of the code.
 
     :param argv: the command line of ``dynamo-worker``, without its name.
     :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
     """
     _open_standard_descriptors()
     own = [sys.executable, "-m", "dynamo_worker", "--no-supervise"] if command is None else list(command)
-    return Supervisor([*own, *argv], argv).run()
+    os._exit(Supervisor([*own, *argv], argv).run())
 
 
 __all__ = ["Supervisor", "supervise"]
