@@ -103,7 +103,8 @@ def compare(arguments: argparse.Namespace, before: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    arguments = engine_benchmark.parse(__doc__, "python benchmarks/sglang.py --parts start,load --plot sglang.png")
+    example = "python benchmarks/sglang.py --parts start,load --plot sglang.png"
+    arguments = engine_benchmark.parser(__doc__, example).parse_args()
     measures = "load" in arguments.parts.split(",") and not arguments.list and not arguments.no_ours
     with tempfile.TemporaryDirectory() as directory:
         arguments.json = arguments.json or Path(directory) / "results.json"

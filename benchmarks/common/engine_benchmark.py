@@ -40,11 +40,13 @@ _COLUMNS: dict[str, tuple[str, Callable[[Sequence[float]], str]]] = {
     "tokens_per_second": ("tokens/s", spread),
     "cpu_us_per_token": ("CPU/token of the main process", lambda values: spread(values, "µs")),
     "time_to_first_token_s": ("first token", lambda values: spread([value * 1e3 for value in values], "ms")),
+    "merged_chunks": ("chunks with several tokens", spread),
+    "lost": ("requests lost", lambda values: number(sum(values))),
 }
 
 
-def parse(doc: str | None, example: str) -> argparse.Namespace:
-    """Parse the command line that all engines' benchmarks share."""
+def parser(doc: str | None, example: str) -> argparse.ArgumentParser:
+    """Return the command line that all engines' benchmarks share."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"example: {example}"
     )
@@ -53,8 +55,12 @@ def parse(doc: str | None, example: str) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds to take medians of (default: 3)")
     parser.add_argument("--load-streams", type=int, default=32, metavar="N", help="streams of the load (default: 32)")
-    parser.add_argument("--requests", type=int, default=128, metavar="N", help="requests of the load (default: 128)")
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of each of them (default: 256)")
+    parser.add_argument(
+        "--requests", type=int, default=128, metavar="N", help="requests of the load (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=256, metavar="N", help="tokens of each of them (default: %(default)s)"
+    )
     parser.add_argument("--scenario", action="append", default=[], metavar="TEXT", help="only stops with this name")
     parser.add_argument("--list", action="store_true", help="name the scenarios of the part `stops`, and end")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each stop (default: 1)")
@@ -70,7 +76,7 @@ def parse(doc: str | None, example: str) -> argparse.Namespace:
     alone.add_argument("--no-ours", action="store_true", help="measure the peer alone")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     add_output_arguments(parser)
-    return parser.parse_args()
+    return parser
 
 
 def main(engine: RealEngine, bars: Bars, arguments: argparse.Namespace) -> int:
@@ -95,7 +101,9 @@ def main(engine: RealEngine, bars: Bars, arguments: argparse.Namespace) -> int:
         results: dict[str, Any] = {}
         if "start" in parts or "load" in parts:
             results |= _start_and_load(engine, kinds, parts, arguments)
-            results["ratios"] = _report(engine, kinds, bars, results)
+            results["ratios"] = [
+                ratio for setting in engine.settings for ratio in _report(engine, kinds, bars, results, setting)
+            ]
         if "stops" in parts:
             with Workbench(engine, arguments.keep_logs) as bench:
                 chosen = scenarios.chosen(scenarios.of_real(engine, bounds), arguments.scenario)
@@ -125,24 +133,30 @@ def _start_and_load(
             _load(bench, worker, arguments, arguments.load_streams)
             bench.end([worker])
         for round_ in range(arguments.rounds):
-            # Another order in every round: no worker always runs behind the same one.
-            # One at a time: an idle engine is not idle, its processes poll each other.
-            for kind in kinds if round_ % 2 else reversed(kinds):
-                where = f"round {round_ + 1} of {arguments.rounds}: {engine.titles[kind]}"
-                began = time.monotonic()
-                worker = bench.start(kind, f"{kind}-{round_}")
-                took = time.monotonic() - began
-                progress(f"{where}: ready after {took:.1f} s")
-                results["start"].append({"worker": kind, "round": round_, "ready_s": took})
-                if "load" in parts:
-                    _load(bench, worker, arguments, arguments.load_streams)  # warms up
-                    result = _load(bench, worker, arguments, arguments.requests)
-                    results["load"].append({"worker": kind, "round": round_, **result})
-                    progress(
-                        f"{where}: {result['tokens_per_second']:.0f} tokens/s, "
-                        f"{result['cpu_us_per_token']:.1f} µs of CPU per token"
-                    )
-                bench.end([worker])
+            for setting, variables in engine.settings.items():
+                # Another order in every round: no worker always runs behind the same one. One at a time: vLLM's
+                # processes still spin for a second after a load.
+                for kind in kinds if round_ % 2 else reversed(kinds):
+                    where = f"round {round_ + 1} of {arguments.rounds}: {engine.titles[kind]}"
+                    if setting:
+                        where += f", {setting}"
+                    about = {"worker": kind, "round": round_, "setting": setting}
+                    began = time.monotonic()
+                    worker = bench.start(kind, f"{kind}-{setting}-{round_}", additions=variables)
+                    took = time.monotonic() - began
+                    progress(f"{where}: ready after {took:.1f} s")
+                    results["start"].append({**about, "ready_s": took})
+                    if "load" in parts:
+                        _load(bench, worker, arguments, arguments.load_streams)  # warms up
+                        result = _load(bench, worker, arguments, arguments.requests)
+                        results["load"].append({**about, **result})
+                        progress(
+                            f"{where}: {result['tokens_per_second']:.0f} tokens/s, "
+                            f"{result['cpu_us_per_token']:.1f} µs of CPU per token, "
+                            f"{result['merged_chunks']} of {result['chunks']} chunks with several tokens, "
+                            f"{result['lost']} requests lost"
+                        )
+                    bench.end([worker])
     return results
 
 
@@ -161,26 +175,34 @@ def _load(bench: Workbench, worker: Worker, arguments: argparse.Namespace, reque
         )
     )
     cpu = cpu_seconds(serving) - before
-    if result.lost:
-        raise WorkbenchError(f"{worker.program.name} lost {result.lost} of {len(result.records)}: {result.losses()}")
+    for reason, times in result.losses().items():
+        progress(f"{worker.program.name}: {times} x {reason}")
+    if not result.completed:
+        raise WorkbenchError(f"{worker.program.name} has answered no request")
     return {
         "tokens_per_second": result.tokens_per_second,
         "cpu_us_per_token": cpu / result.tokens * 1e6,
         "time_to_first_token_s": result.time_to_first_token() or 0.0,
+        "chunks": result.chunks,
+        "merged_chunks": result.merged,
+        "lost": result.lost,
     }
 
 
 def _report(
-    engine: RealEngine, kinds: Sequence[str], bars: Bars, results: dict[str, list[dict[str, Any]]]
+    engine: RealEngine, kinds: Sequence[str], bars: Bars, results: dict[str, list[dict[str, Any]]], setting: str
 ) -> list[dict[str, Any]]:
     values: dict[tuple[str, str], list[float]] = {}
     for part in ("start", "load"):
         for entry in results[part]:
+            if entry["setting"] != setting:
+                continue
             for key, value in entry.items():
-                if key not in ("worker", "round"):
+                if key not in ("worker", "round", "setting"):
                     values.setdefault((entry["worker"], key), []).append(value)
+    title = f"{engine.name}, {setting}" if setting else engine.name
     table(
-        f"{engine.name}: medians (range)",
+        f"{title}: medians (range)",
         ["", "ready after", *(title for title, _ in _COLUMNS.values())],
         [
             [
@@ -199,10 +221,11 @@ def _report(
             continue
         wanted = f"≤ {most}" if most is not None else f"≥ {least}"
         verdict = bar(median(each), most, least)
-        ratios.append({"what": key, "ratios": each, "ratio": median(each), "bar": wanted, "verdict": verdict})
+        what = f"{key}, {setting}" if setting else key
+        ratios.append({"what": what, "ratios": each, "ratio": median(each), "bar": wanted, "verdict": verdict})
     if ratios:
         table(
-            "dynamo-worker / peer, medians of the rounds' ratios",
+            f"{title}: dynamo-worker / peer, medians of the rounds' ratios",
             ["", "ratio", "range", "bar", ""],
             [
                 [

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -31,10 +31,14 @@ if TYPE_CHECKING:
 _TOKEN = b'"content":"'
 _CONTENT = re.compile(rb'"content":"((?:[^"\\]|\\.)*)"')
 _USAGE = re.compile(rb'"completion_tokens":(\d+)')
+_TOKEN_IDS = b'"completion_token_ids":['
+_SEVERAL_IDS = re.compile(rb'"completion_token_ids":\[\d+,')
 _END = b"0\r\n\r\n"
 _KEPT = len(_TOKEN) - 1
 
 
+#: What makes the server count.
+_COUNTED = {"stream_options": {"include_usage": True}, "nvext": {"extra_fields": ["completion_token_ids"]}}
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 
 
@@ -49,8 +53,8 @@ class LoadSpecification:
     :param max_tokens: tokens of each request; it is lost when the client does not get exactly that many.
     :param prompt: what the user says.
     :param expected: the whole text of the answer; a request with another text is lost. None: only count tokens.
-    :param count_by_usage: whether the server is asked for the number of tokens: engines put several into one chunk when
-        they are in a hurry. False: every chunk with text is one.
+    :param count_by_usage: whether the server is asked for the number of tokens, and for the ids of the tokens in every
+        chunk: engines put several into one when they are in a hurry. False: every chunk with text is one token.
     :param ramp: streams started per second; 0: all at once.
     :param timeout: bound of one request in seconds.
     :param time_limit: bound of the whole run in seconds.
@@ -71,13 +75,19 @@ class LoadSpecification:
 
 @dataclass(frozen=True)
 class Record:
-    """One request, with times of CLOCK_MONOTONIC (the same in all processes of a machine)."""
+    """One request, with times of CLOCK_MONOTONIC (the same in all processes of a machine).
+
+    :param chunks: that carried tokens, where the specification says `count_by_usage`.
+    :param merged: those of them that carried more than one.
+    """
 
     started: float
     first: float | None
     ended: float
     tokens: int
     lost: str | None
+    chunks: int = 0
+    merged: int = 0
 
 
 @dataclass
@@ -102,6 +112,16 @@ class LoadResult:
     def tokens(self) -> int:
         """Tokens that arrived, of lost requests too."""
         return sum(record.tokens for record in self.records)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that carried tokens."""
+        return sum(record.chunks for record in self.records)
+
+    @property
+    def merged(self) -> int:
+        """Chunks that carried more than one token."""
+        return sum(record.merged for record in self.records)
 
     @property
     def tokens_per_second(self) -> float:
@@ -237,9 +257,12 @@ class _Stream(asyncio.Protocol):
         self.started = 0.0
         self.first: float | None = None
         self.tokens = 0
+        self._chunks = self._merged = 0
         self._carry = b""
-        # The last packets are enough to see how a stream ended; all of them are needed to compare its text.
-        self._recent: deque[bytes] = deque(maxlen=None if generator.specification.expected is not None else 8)
+        # The last packets are enough to see how a stream ended; all of them are needed to look at its chunks.
+        specification = generator.specification
+        everything = specification.expected is not None or specification.count_by_usage
+        self._recent: deque[bytes] = deque(maxlen=None if everything else 8)
         self._failed_head = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -251,7 +274,7 @@ class _Stream(asyncio.Protocol):
         self.busy = True
         self.started = time.monotonic()
         self.first = None
-        self.tokens = 0
+        self.tokens = self._chunks = self._merged = 0
         self._carry = b""
         self._recent.clear()
         self._failed_head = False
@@ -300,6 +323,8 @@ class _Stream(asyncio.Protocol):
         if self._generator.specification.count_by_usage:
             counts = _USAGE.findall(tail)
             self.tokens = int(counts[-1]) if counts else 0
+            self._chunks = tail.count(_TOKEN_IDS)
+            self._merged = len(_SEVERAL_IDS.findall(tail))
         wanted = self._generator.specification.max_tokens
         if b'"finish_reason":"length"' not in tail or b"data: [DONE]" not in tail:
             self._end(f"no clean finish: {_error_text(tail)}")
@@ -328,7 +353,9 @@ class _Stream(asyncio.Protocol):
 
     def _end(self, lost: str | None, again: bool = True) -> None:
         self.busy = False
-        self._generator.ended(self, Record(self.started, self.first, time.monotonic(), self.tokens, lost), again)
+        ended = time.monotonic()
+        record = Record(self.started, self.first, ended, self.tokens, lost, self._chunks, self._merged)
+        self._generator.ended(self, record, again)
 
 
 def _text(data: bytes) -> str:
@@ -358,7 +385,7 @@ class _Generator:
                 # Said here, because not every worker heeds what the model says of itself.
                 "temperature": 0.0,
                 "messages": [{"role": "user", "content": specification.prompt}],
-                **({"stream_options": {"include_usage": True}} if specification.count_by_usage else {}),
+                **(_COUNTED if specification.count_by_usage else {}),
             }
         ).encode()
         self.request = (
@@ -405,9 +432,7 @@ class _Generator:
             event="done",
             elapsed=end - start,
             client_cpu=time.process_time() - cpu,
-            records=[
-                [record.started, record.first, record.ended, record.tokens, record.lost] for record in self._records
-            ],
+            records=[astuple(record) for record in self._records],
         )
 
     def streaming(self) -> None:

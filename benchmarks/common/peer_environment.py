@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,8 +127,10 @@ def ensure_packages(module: str, variables: Mapping[str, str]) -> Path:
     if not (directory / "dynamo").exists():
         progress(f"peer: installing ai-dynamo {PEER_VERSION} into {directory} (once, about 50 MB)")
         missing = [package for name, package in _ENGINE_WORKER_NEEDS.items() if importlib.util.find_spec(name) is None]
-        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-        _run(*pip, "--no-deps", "--target", str(directory), _WITHOUT_DEPENDENCIES[0], *missing)
+        with tempfile.TemporaryDirectory() as tools:  # an environment that uv has made has no pip of its own
+            _run(sys.executable, "-m", "venv", tools)
+            python = Path(tools, "bin", "python")
+            _pip(python, "--no-deps", "--target", str(directory), _WITHOUT_DEPENDENCIES[0], *missing)
         (directory / "sitecustomize.py").write_text(_OPERATORS)
     environment = {**os.environ, **variables, "PYTHONPATH": str(directory)}
     check = [sys.executable, "-c", f"import {module}.main"]

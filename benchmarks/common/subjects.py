@@ -97,6 +97,7 @@ class RealEngine:
     :param model_flag: the engine's flag for the model's directory.
     :param flags: engine flags, the same for both.
     :param variables: environment variables, the same for both.
+    :param settings: further variables for start and load, by the name of the setting: both are measured in each.
     :param processes: the engine's processes: a name, and what their command lines begin with.
     :param peer_processes: the same of those that only the peer has.
     :param loading: what the engine logs once it is deep in its start.
@@ -110,6 +111,7 @@ class RealEngine:
     loading: str
     peer_processes: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"": {}})
     peer_packages: Path | None = None
     start_seconds: float = 240.0
     stream_tokens: int = 1500

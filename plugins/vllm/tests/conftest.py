@@ -19,9 +19,6 @@ ENVIRONMENT = {
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     # Otherwise every worker binds itself to the same first core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "PYTHONPATH": os.pathsep.join(
-        filter(None, (str(Path(__file__).parent / "few_cores"), os.environ.get("PYTHONPATH")))
-    ),
     "TORCHINDUCTOR_CACHE_DIR": str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo-worker-tests" / "torchinductor"
     ),

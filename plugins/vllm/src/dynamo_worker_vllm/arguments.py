@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
 from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
+from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
     import argparse
@@ -52,6 +53,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     """
     from vllm.usage.usage_lib import UsageContext
 
+    os.environ[waiting.MARK] = "1"
     engine_args = _engine_args().from_cli_args(args)
     # Speculative, pooling and other exotic settings are vLLM's business: it checks them itself.
     if args.publish_kv_events and engine_args.kv_events_config is None:

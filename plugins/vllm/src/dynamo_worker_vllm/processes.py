@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from dynamo_worker import standby
 from dynamo_worker.engine_arguments import EarlyParser
 from dynamo_worker.standby import Level
+from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +22,10 @@ TITLE: Final = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b":
 _ENGINE_CORE = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 _WORKER = ("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.gpu_worker", "torch._inductor.compile_fx")
 
-#: Variables that vLLM sets while it starts, and looks up whenever it needs them.
+#: Variables that vLLM, or this plugin, sets while it starts, and looks up whenever it needs them.
 _HARMLESS: Final = frozenset(
     {
+        waiting.MARK,
         *("VLLM_RPC_BASE_PATH", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_DISABLE_SHARED_EXPERTS_STREAM"),
         *("VLLM_SSM_CONV_STATE_LAYOUT", "AITER_SITUV2_A4W4"),
     }
