@@ -15,10 +15,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynamo_worker import frontend
-from dynamo_worker.address import Address
+from dynamo_worker.address import Address, resolve
+from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.frontend import FrontendProcess, parse_address
 from dynamo_worker.settings import WorkerSettings
+from dynamo_worker.supervisor import ledger, linux
 
 
 def free_address():
@@ -99,6 +101,25 @@ def test_urls_can_be_opened():
     assert started.url == "http://[::1]:8000"
 
 
+def test_host_names_become_addresses_because_the_runtime_takes_nothing_else():
+    assert Address("localhost", 8000).resolved("--http") == ("127.0.0.1", 8000)
+    assert Address("::1", 8000).resolved("--http") == ("::1", 8000)
+    assert Address("0.0.0.0", 8000).resolved("--http") == ("0.0.0.0", 8000)
+
+
+def test_ipv4_comes_first_where_a_name_has_both(monkeypatch):
+    both = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    assert resolve("both", "--http both") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "256.1.1.1", "a..b", "x" * 300])
+def test_a_name_that_does_not_resolve_is_a_mistake_of_the_usage(host):
+    with pytest.raises(UsageError, match="cannot be resolved") as raised:
+        Address(host, 8000).resolved("--http")
+    assert f"--http {host}:8000: the host {host!r}" in str(raised.value)
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -112,8 +133,10 @@ def arguments(tmp_path, monkeypatch):
 
     def start(settings, discovery_path):
         monkeypatch.setattr(sys, "executable", str(script))
-        started = FrontendProcess.start(settings, discovery_path)
+        started = FrontendProcess.start(settings, discovery_path, tmp_path)
         try:
+            recorded, seconds = ledger.frontend(tmp_path)
+            assert (recorded.pid, seconds) == (started.pid, 30.0)
             assert os.getsid(started.pid) == started.pid, "a Ctrl-C meant for the worker would end it"
             deadline = time.monotonic() + 10
             while not called.exists():
@@ -121,7 +144,7 @@ def arguments(tmp_path, monkeypatch):
                 time.sleep(0.005)
             return called.read_text().splitlines()
         finally:
-            asyncio.run(started.stop())
+            asyncio.run(started.stop(Deadline.after(0.2)))
 
     return start
 
@@ -148,6 +171,8 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
         "event_plane": "zmq",
         "migration_limit": 7,
         "router_mode": "kv",
+        "log_level": "info",
+        "log_format": "text",
     }
 
 
@@ -165,12 +190,49 @@ def test_dynamos_variables_are_the_defaults(monkeypatch):
     assert frontend.parser().parse_args(["--migration-limit", "0"]).migration_limit == 0
 
 
-def test_a_wrong_variable_is_a_mistake_of_the_usage(monkeypatch, capsys):
-    monkeypatch.setenv("DYN_MIGRATION_LIMIT", "many")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DYN_MIGRATION_LIMIT", "many"),
+        ("DYN_MIGRATION_LIMIT", "-1"),
+        ("DYN_MIGRATION_LIMIT", "4294967296"),
+        ("DYN_MIGRATION_LIMIT", "1" * 5000),
+        ("DYN_WORKER_LOG_LEVEL", "trace"),
+        ("DYN_WORKER_LOG_FORMAT", "xml"),
+        ("DYN_ROUTER_MODE", "best"),
+        ("DYN_DISCOVERY_BACKEND", "zookeeper"),
+    ],
+)
+def test_a_wrong_variable_is_a_mistake_of_the_usage(monkeypatch, capsys, variable, value):
+    monkeypatch.setenv(variable, value)
     with pytest.raises(SystemExit) as raised:
         frontend.parser().parse_args([])
     assert raised.value.code == 2
-    assert "--migration-limit" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"(from {variable})" in error
+    assert value in error
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "nan", "inf", "1e8"])
+def test_a_wrong_limit_for_the_end_is_a_mistake_of_the_usage(monkeypatch, text):
+    monkeypatch.setenv("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", text)
+    with pytest.raises(UsageError, match=f"DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS={text}"):
+        frontend._drain_seconds()
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch):
+    for name in ("DYN_EVENT_PLANE", "DYN_MIGRATION_LIMIT", "DYN_WORKER_LOG_LEVEL", "DYN_DISCOVERY_BACKEND"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "")
+    args = frontend.parser().parse_args([])
+    assert (args.event_plane, args.migration_limit, args.log_level) == (None, 3, "info")
+    assert args.discovery_backend == "file"
+    assert frontend._drain_seconds() == 5
+
+
+def test_case_does_not_matter_as_for_the_worker(monkeypatch):
+    monkeypatch.setenv("DYN_WORKER_LOG_LEVEL", "INFO")
+    assert frontend.parser().parse_args([]).log_level == "info"
 
 
 def test_an_address_in_use_is_found_before_anything_is_started(monkeypatch):
@@ -178,24 +240,54 @@ def test_an_address_in_use_is_found_before_anything_is_started(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         settings = WorkerSettings(engine="echo", frontend=f"127.0.0.1:{other.getsockname()[1]}")
         with pytest.raises(StartError, match="in use"):
-            FrontendProcess.start(settings, None)
+            FrontendProcess.start(settings, None, None)
 
 
 # ----------------------------------------------------------------------------------------------------- start and end
 
 
-def test_it_is_ready_once_it_listens():
-    address = free_address()
-    child, started = process(
-        f"import socket, time; time.sleep(0.1); s = socket.create_server({tuple(address)!r}); time.sleep(60)", address
-    )
+SERVER = """
+import http.server, json, os, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        names = ["other"] + ["model"] * os.path.exists({offered!r})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({{"data": [{{"id": name}} for name in names]}}).encode())
+    def log_message(self, *_): pass
+time.sleep(0.1)
+http.server.HTTPServer({address!r}, Handler).serve_forever()
+"""
+
+
+def test_it_is_ready_once_it_offers_the_model(tmp_path):
+    address, offered = free_address(), tmp_path / "offered"
+    child, started = process(SERVER.format(address=tuple(address), offered=str(offered)), address)
+
+    async def scenario():
+        await started.wait_ready()
+        await started.check()
+        ready = asyncio.ensure_future(started.wait_ready("model"))
+        await asyncio.sleep(0.1)
+        assert not ready.done()
+        offered.touch()
+        await asyncio.wait_for(ready, 10)
+
     with child:
         try:
-            begin = time.monotonic()
-            asyncio.run(started.wait_ready())
-            assert time.monotonic() - begin >= 0.05
-            with socket.create_connection(address):
-                pass
+            asyncio.run(scenario())
+        finally:
+            child.kill()
+
+
+def test_one_that_never_offers_the_model_is_a_failed_start(monkeypatch, tmp_path):
+    monkeypatch.setattr(frontend, "_START_SECONDS", 1.0)
+    address = free_address()
+    child, started = process(SERVER.format(address=tuple(address), offered="/none"), address)
+    with child:
+        try:
+            with pytest.raises(StartError, match="does not offer 'model' after 1 s"):
+                asyncio.run(started.wait_ready("model"))
         finally:
             child.kill()
 
@@ -222,12 +314,11 @@ def test_a_frontend_that_never_listens_is_a_failed_start(monkeypatch):
     [
         ("import time; print('up', flush=True); time.sleep(60)", -15),
         ("import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)", -9),
-        ("import os, signal; print('up', flush=True); os.kill(os.getpid(), signal.SIGSTOP)", -9),
+        ("import os, signal; print('up', flush=True); os.kill(os.getpid(), signal.SIGSTOP)", -15),
     ],
     ids=["obedient", "stubborn", "stopped"],
 )
-def test_it_is_gone_after_stop_whatever_it_does(monkeypatch, program, code):
-    monkeypatch.setattr(frontend, "_STOP_SECONDS", 0.2)
+def test_it_is_gone_after_stop_whatever_it_does(program, code):
     child, started = process(program)
     with child:
         assert child.stdout.readline() == b"up\n"
@@ -238,7 +329,7 @@ def test_it_is_gone_after_stop_whatever_it_does(monkeypatch, program, code):
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
         begin = time.monotonic()
-        asyncio.run(started.stop())
+        asyncio.run(started.stop(Deadline.after(0.2)))
         assert time.monotonic() - begin < 3
         assert child.returncode == code
         assert not Path(f"/proc/{child.pid}").exists(), "reaped"
@@ -248,5 +339,11 @@ def test_stopping_one_that_is_gone_is_no_error():
     child, started = process("pass")
     with child:
         child.wait()
-        asyncio.run(started.stop())
-        asyncio.run(started.stop())
+        asyncio.run(started.stop(Deadline.after(0.2)))
+        asyncio.run(started.stop(Deadline.after(0.2)))
+
+
+def test_one_whose_worker_is_gone_already_does_not_begin(monkeypatch):
+    monkeypatch.setenv("DYNAMO_WORKER_FRONTEND_OF", str(os.getpid()))  # not the parent of this very process
+    monkeypatch.setattr(linux, "on_parent_death", lambda number, parent: parent != os.getpid())
+    assert frontend.main(["--http", "nonsense:nonsense"]) == 0

@@ -11,16 +11,22 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
-#: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (two
-#: lines for every request, complaints about text-only models, about endpoints that have already left discovery).
+#: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (one or
+#: two for every client that leaves, complaints about text-only models, about endpoints that have already left
+#: discovery). It has no way to silence its target ``request_span``: the runtime appends ``request_span=trace`` itself.
+#: A directive with a field would win over that one, but every directive with a bracket puts a lock on each span.
 WORKER_RUNTIME_LOG: Final = (
-    "warn,request_span=warn,mm_routing=error,tower_http=off,dynamo_runtime::component::endpoint=error,"
-    "dynamo_runtime::component::client=off"
+    "warn,mm_routing=error,tower_http=off,dynamo_runtime::component::endpoint=error,"
+    "dynamo_runtime::component::client=off,dynamo_runtime::pipeline::network::ingress::push_handler=off,"
+    "dynamo_runtime::pipeline::network::tcp=error"
 )
-#: The same for a frontend, which also complains about the end of its own watches when it is stopped.
+#: The same for a frontend, which also complains about the end of its own watches when it is stopped, and writes two
+#: errors for every request that its client got wrong. A request that failed here still costs its line.
 FRONTEND_RUNTIME_LOG: Final = (
     f"{WORKER_RUNTIME_LOG},dynamo_llm::discovery::controller=error,dynamo_runtime::storage::kv=off,"
-    "dynamo_runtime::pipeline::network::egress::push_router=error"
+    "dynamo_runtime::pipeline::network::egress::push_router=error,dynamo_llm::http::service::disconnect=off,"
+    "dynamo_llm::http::service::metrics=off,dynamo_llm::http::service::service_v2=off,"
+    "tower_http::trace::on_failure=error"
 )
 
 _BARE_VALUE: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f]+")

@@ -6,12 +6,12 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any
 
-from dynamo_worker.calling import contained, report
+from dynamo_worker.calling import report
 from dynamo_worker.engine import Engine, MayPause, ReportsProgress
-from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError, describe
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class StallMonitor:
                 now = since
 
     async def _answers(self, seen: tuple[int, int]) -> bool:
-        canary = asyncio.ensure_future(contained(self._canary))
+        canary = asyncio.ensure_future(self._canary())
         tick = self._timeout * self.TICK_SHARE
         left = self._timeout * self.CANARY_SHARE
         try:
@@ -242,8 +242,54 @@ class StallMonitor:
             return False
         if error is not None:
             # It answered, if only with an error: alive.
-            log.warning("Canary request failed", error=describe(error))
+            log.warning("Canary request failed", error=error)
         return True
+
+
+class FrontendMonitor:
+    """Notices a frontend beside the worker that is alive but does not answer."""
+
+    TICK_SHARE = 0.02
+
+    def __init__(
+        self,
+        check: Callable[[], Coroutine[Any, Any, None]],
+        on_fatal: OnFatal,
+        *,
+        interval: float,
+        timeout: float,
+    ) -> None:
+        """Watch a frontend.
+
+        :param check: returns as soon as the frontend answers anything.
+        :param timeout: seconds without an answer after which it is held to hang.
+        """
+        self._check = check
+        self._on_fatal = on_fatal
+        self._interval = interval
+        self._timeout = timeout
+
+    async def run(self) -> None:
+        """Check until cancelled or until the frontend hangs."""
+        tick = self._timeout * self.TICK_SHARE
+        while True:
+            await asyncio.sleep(self._interval)
+            left = self._timeout
+            check = asyncio.ensure_future(self._check())
+            try:
+                while left > 0 and not check.done():
+                    started = time.monotonic()
+                    await asyncio.wait({check}, timeout=tick)
+                    # Time in which this process itself was held up does not count.
+                    left -= min(time.monotonic() - started, 2 * tick)
+                if not check.done():
+                    self._on_fatal(WorkerError(f"the frontend does not answer for {self._timeout:g} s"))
+                    return
+                error = check.exception()
+                if error is not None:  # it refuses connections: if it is dead, the watch over its process says so
+                    log.warning("Frontend check failed", error=error)
+            finally:
+                check.cancel()
 
 
 class Heartbeat:

@@ -1,16 +1,21 @@
-"""Keeps the tracebacks that the Dynamo runtime prints out of the log.
+"""Keeps out of the log what the Dynamo runtime prints and has no switch for: tracebacks, a line for every request.
 
-The runtime prints a traceback to ``sys.stderr`` for everything that a handler raises (measured on 1.6.1), also for
-what is raised on purpose: one for every request that is handed off or was wrong. The request path has logged all of
-them already, in one line or with the traceback of the real error. There is no switch for it, and no hook: the text
-is written by native code from a thread of its own.
+It prints a traceback to ``sys.stderr`` for everything that a handler raises (measured on 1.6.1), also for what is
+raised on purpose: one for every request that is handed off or was wrong. The request path has logged all of them
+already, in one line or with the traceback of the real error. There is no switch for it, and no hook: the text is
+written by native code from a thread of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import select
 import sys
+import threading
 import traceback
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from dynamo_worker.logs import get_logger
 
@@ -46,3 +51,57 @@ class NativeOutputFilter:
 def redirect() -> None:
     """Put the filter in the place of ``sys.stderr``. Log handlers that are set up already keep the stream itself."""
     sys.stderr = NativeOutputFilter(sys.stderr)
+
+
+class RequestLineFilter:
+    """Takes the line that the runtime logs for every request, whatever ``DYN_LOG`` says, out of what goes to stderr.
+
+    For a frontend only: its interpreter is idle. What native code writes in its last moment, before an abort, may be
+    lost here, and so would be the stack dump of a worker whose interpreter hangs.
+    """
+
+    #: Its target is ``request_span``. Warnings with that target pass.
+    _LINE: Final = re.compile(rb'\S+ +INFO (?:\S+: )?request_span: |\{(?=.*"level":"INFO").*"target":"request_span"')
+    _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
+    #: How long a reader of our log may keep us waiting, in milliseconds. Then what it should read is dropped.
+    _PATIENCE: Final = 50
+    #: Read at once, and the longest part of a line that is held until the rest of it comes.
+    _MOST_BYTES: Final = 64 * 1024
+    #: Seconds for what is still in the pipe at the end.
+    _END: Final = 0.5
+
+    def __init__(self) -> None:
+        """Put a pipe in the place of stderr, of which a thread copies all other lines to the real one."""
+        self._stderr = os.dup(2)
+        self._output, end = os.pipe()
+        os.dup2(end, 2)
+        os.close(end)
+        self._writable = select.poll()
+        self._writable.register(self._stderr, select.POLLOUT)
+        self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give stderr back and wait until everything has arrived there."""
+        os.dup2(self._stderr, 2)
+        self._thread.join(self._END)
+
+    def _copy(self) -> None:
+        held = b""
+        while data := os.read(self._output, self._MOST_BYTES):
+            whole, newline, held = (held + data).rpartition(b"\n")
+            lines = (whole + newline).splitlines(keepends=True)
+            if len(held) > self._MOST_BYTES:
+                lines, held = [*lines, held], b""
+            self._write(b"".join(line for line in lines if not self._drops(line)))
+        self._write(held)
+
+    def _drops(self, line: bytes) -> bool:
+        return b"request_span" in line and self._LINE.match(self._COLOUR.sub(b"", line)) is not None
+
+    def _write(self, data: bytes) -> None:
+        for start in range(0, len(data), select.PIPE_BUF):  # so much a pipe takes at once if it takes anything
+            if not self._writable.poll(self._PATIENCE):
+                return
+            with contextlib.suppress(OSError):
+                os.write(self._stderr, data[start : start + select.PIPE_BUF])

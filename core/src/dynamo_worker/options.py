@@ -20,6 +20,9 @@ LogFormat = Literal["text", "json"]
 #: Where ``--frontend`` without a value listens.
 DEFAULT_FRONTEND: Final = "127.0.0.1:8000"
 
+#: The largest number of migrations that the runtime takes.
+MOST_MIGRATIONS: Final = 2**32 - 1
+
 #: The key of the configuration file that holds the engine's own flags; it is no setting of the worker.
 ENGINE_ARGS_KEY: Final = "engine_args"
 

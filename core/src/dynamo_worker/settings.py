@@ -12,12 +12,13 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from dynamo_worker.address import Address
+from dynamo_worker.address import Address, resolve
 from dynamo_worker.errors import UsageError
 from dynamo_worker.options import (
     BY_NAME,
     DEFAULT_FRONTEND,
     ENGINE_ARGS_KEY,
+    MOST_MIGRATIONS,
     OPTIONS,
     DiscoveryBackend,
     DrainMode,
@@ -87,6 +88,12 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _not_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a yes or no")
+    return value
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 
 
@@ -97,11 +104,13 @@ def _check_patience(value: float) -> float:
     return value
 
 
+#: YAML reads `yes` and `on` as true, which would pass for 1.
+_NUMBER: Final = BeforeValidator(_not_boolean)
 #: Longer than a week is a mistake in the unit, or meant as "never".
 _MOST_SECONDS: Final = 7 * 24 * 3600
-Seconds = Annotated[float, AllowInfNan(False), Ge(0), Le(_MOST_SECONDS)]
+Seconds = Annotated[float, AllowInfNan(False), Ge(0), Le(_MOST_SECONDS), _NUMBER]
 #: Less than a hundredth of a second is over before anything can happen in it.
-PositiveSeconds = Annotated[float, AllowInfNan(False), Ge(0.01), Le(_MOST_SECONDS)]
+PositiveSeconds = Annotated[float, AllowInfNan(False), Ge(0.01), Le(_MOST_SECONDS), _NUMBER]
 #: Silence after which a worker is given up.
 Patience = Annotated[Seconds, AfterValidator(_check_patience)]
 #: One part of ``namespace.component.endpoint``.
@@ -140,7 +149,7 @@ class WorkerSettings(BaseSettings):
         BeforeValidator(_parse_address),
         PlainSerializer(lambda value: None if value is None else str(value)),
     ] = _option("frontend")
-    migration_limit: Annotated[int, Ge(0)] = _option("migration_limit")
+    migration_limit: Annotated[int, Ge(0), Le(MOST_MIGRATIONS), _NUMBER] = _option("migration_limit")
     router_mode: RouterMode = _option("router_mode")
 
     # --- Discovery and request plane
@@ -169,7 +178,7 @@ class WorkerSettings(BaseSettings):
     heartbeat_timeout: Patience = _option("heartbeat_timeout")
     slow_client_timeout: Patience = _option("slow_client_timeout")
     system_host: str = _option("system_host")
-    system_port: Annotated[int, Ge(-1), Le(65535)] = _option("system_port")
+    system_port: Annotated[int, Ge(-1), Le(65535), _NUMBER] = _option("system_port")
 
     # --- Model registration
     tool_call_parser: str | None = _option("tool_call_parser")
@@ -243,6 +252,20 @@ class WorkerSettings(BaseSettings):
         ]
         return found
 
+    def resolved(self) -> WorkerSettings:
+        """Return the settings with IP addresses in place of host names.
+
+        :raises UsageError: a name does not resolve.
+        """
+        resolved: dict[str, Any] = {}
+        if self.frontend is not None:
+            named = self.origin("frontend").describe("frontend", str(self.frontend))
+            resolved["frontend"] = Address(resolve(self.frontend.host, named), self.frontend.port)
+        if self.system_port >= 0:
+            named = self.origin("system_host").describe("system_host", self.system_host)
+            resolved["system_host"] = resolve(self.system_host, named)
+        return self.model_copy(update=resolved)
+
     def check(self) -> None:
         """Refuse settings that contradict each other.
 
@@ -294,8 +317,23 @@ def read_config(path: Path) -> ConfigFile:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML lets a later key win over an equal one, without a word."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            lines: dict[tuple[str, str], int] = {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    name = (key.tag, key.value)
+                    if name in lines:
+                        problem = f"the key {key.value!r} is already given in line {lines[name]}"
+                        raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                    lines[name] = key.start_mark.line + 1
+            return node
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a safe loader
     except OSError as error:
         raise UsageError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 from dynamo_worker.supervisor import ledger
+from dynamo_worker.supervisor.linux import Process
 
 
 def test_registrations_come_back(tmp_path):
@@ -57,3 +58,13 @@ def test_an_illegible_record_of_segments_is_none(tmp_path):
     for content in ("", "{", "[1]", json.dumps([["a", "x"]])):
         (tmp_path / "segments.json").write_text(content)
         assert ledger.read_segments(tmp_path) == []
+
+
+def test_the_frontend_comes_back_and_is_no_registration(tmp_path):
+    assert ledger.frontend(tmp_path) is None
+    ledger.record_frontend(tmp_path, Process(12, 345), 30.0)
+    assert ledger.frontend(tmp_path) == (Process(12, 345), 30.0)
+    assert ledger.registrations(tmp_path) == []
+    with (tmp_path / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"kind":"frontend","pid":"x","start":1,"seconds":1}\n')
+    assert ledger.frontend(tmp_path) is None

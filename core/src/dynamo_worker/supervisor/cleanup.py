@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor import discovery, gpu, ledger, process_tree, shared_memory
+from dynamo_worker.supervisor.frontend import Frontend
 from dynamo_worker.supervisor.helper import Helper, run_here
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 #: Longest time the whole routine may take when nobody sets a nearer deadline.
 LIMIT = 15.0
+
+#: Time that the kernel gets for a frontend that is killed because its time is up.
+_FRONTEND_KILL_LIMIT = 1.0
 
 #: Time that the removal of the run directory gets in any case.
 _REMOVAL_LIMIT = 0.3
@@ -93,6 +97,7 @@ class Cleanup:
     :param rough: look into no process, because that may hang: the kernel locks the memory map of a process that is
         stuck in a driver. Then everything is killed alike, and shared memory is left to the next start.
     :param worker: pid of the worker if it was killed: it may have held GPU memory itself.
+    :param patient: whether the frontend beside the worker gets time for the streams that it carries.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class Cleanup:
         withdrawal: Withdrawal | None = None,
         worker: int | None = None,
         rough: bool = False,
+        patient: bool = True,
     ) -> None:
         self._run_directory = run_directory
         self._find = find
@@ -116,11 +122,15 @@ class Cleanup:
         self._withdrawal = withdrawal
         self._worker = worker
         self._rough = rough
+        self._patient = patient
+        self._frontend: Frontend | None = None
         self._killing = process_tree.Killing(self._find_rest, reap, wait, spare_trackers=not rough)
         self._found: dict[str, int] = {}
         self._report: dict[str, Any] = {"processes": 0, "segments": 0, "withdrawn": []}
         #: When to be done (monotonic); may be moved while it runs.
         self.deadline = time.monotonic() + LIMIT
+        #: When the frontend has to be gone, if anybody says so (monotonic); may be moved while it runs.
+        self.frontend_deadline: float | None = None
         #: The processes that could not be killed; None while that is not known.
         self.stuck: list[Process] | None = None
 
@@ -128,6 +138,7 @@ class Cleanup:
         """Do it all, each step whatever became of the one before, and return what was done (JSON-compatible)."""
         started = time.monotonic()
         self._do(self._begin_withdrawal)
+        self._do(self._ask_frontend)
         self._do(self._look_for_segments)
         self._do(self._kill)
         while self.stuck is None and time.monotonic() < self.deadline:  # no descriptor, no memory: a moment's shortage
@@ -137,6 +148,7 @@ class Cleanup:
         self._do(self._wait_for_gpus)
         self._do(self._remove_segments)
         self._do(self._withdraw)
+        self._do(self._wait_for_frontend)
         self._do(self._remove_directory)
         self._report["seconds"] = time.monotonic() - started
         return self._report
@@ -152,6 +164,18 @@ class Cleanup:
     def _begin_withdrawal(self) -> None:
         if self._withdrawal is None:
             self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.path), self._log)
+
+    def _ask_frontend(self) -> None:
+        """Have the frontend end with its last stream, and leave it out of what is killed."""
+        self._frontend = Frontend.of(self._run_directory.path) if self._patient else None
+
+    def _wait_for_frontend(self) -> None:
+        """Give the frontend its time, now that everything else is free again."""
+        if self._frontend is None or self._frontend.wait(self._wait, lambda: self.frontend_deadline, self._log):
+            return
+        self._frontend = None
+        self.deadline = max(self.deadline, time.monotonic() + _FRONTEND_KILL_LIMIT)
+        self._kill()
 
     def _look_for_segments(self) -> None:
         """Find out which shared memory the tree uses, while there is a tree."""
@@ -200,9 +224,10 @@ class Cleanup:
             self._log.warning("Run directory not removed", path=path, reason="; ".join(problems[:3]))
 
     def _find_rest(self) -> Mapping[Process, Stat]:
-        """Return what is left of the tree, without our own helper."""
+        """Return what is left of the tree, without our own helper and a frontend that has its time."""
         helper = self._withdrawal.process if self._withdrawal is not None else None
-        return {process: stat for process, stat in self._find().items() if process != helper}
+        frontend = self._frontend.process if self._frontend is not None else None
+        return {process: stat for process, stat in self._find().items() if process not in (helper, frontend)}
 
     def _wait_for_gpus(self) -> None:
         """Wait until the driver has taken the killed processes' memory back."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -71,6 +70,7 @@ class Guardian:
         self._record = process_tree.TreeRecord(run_directory.path, self._tree)
         self._cleanup: Cleanup | None = None
         self._deadline: float | None = None
+        self._frontend_deadline: float | None = None
         self._orphaned = False
 
     def run(self) -> None:
@@ -87,9 +87,6 @@ class Guardian:
         while self._worker is not None and self._exit_code is None:
             due = self._segments.due() if self._segments is not None else None
             self._pump(min(due, self._record.due) if due is not None else self._record.due)
-        if self._segments is not None:
-            with contextlib.suppress(OSError):  # no descriptors left? What is recorded goes all the same
-                self._segments.claim()
         if self._exit_code is not None:
             self._channel.send("exited", code=self._exit_code)
         self._clean()
@@ -107,6 +104,7 @@ class Guardian:
         )
         if self._deadline is not None:
             self._cleanup.deadline = self._deadline
+        self._cleanup.frontend_deadline = self._frontend_deadline
         report = self._cleanup.run()
         if self._cleanup.stuck is None:
             raise RuntimeError("the worker's processes could not be killed")  # the supervisor tries it, too
@@ -159,9 +157,10 @@ class Guardian:
         for message in self._channel.receive():
             kind = message["type"]
             if kind == "deadline":
-                self._deadline = float(message["at"])
+                self._deadline, self._frontend_deadline = float(message["at"]), float(message["frontend"])
                 if self._cleanup is not None:
                     self._cleanup.deadline = self._deadline
+                    self._cleanup.frontend_deadline = self._frontend_deadline
             elif kind == "withdraw" and self._withdrawal is None:
                 self._withdrawal = Withdrawal(registrations(self._run_directory.path), self._log)
         if self._channel.closed and not self._orphaned:

@@ -1,7 +1,7 @@
 """What has to be taken back when the worker is gone: written before it is done, read by whoever cleans up.
 
-``ledger.jsonl`` (registrations, appended by the worker), ``segments.json`` (shared memory) and ``processes.json`` (both
-rewritten by the guardian) in the run directory. The worker imports this module too.
+``ledger.jsonl`` (registrations and the frontend, appended by the worker), ``segments.json`` (shared memory) and
+``processes.json`` (both rewritten by the guardian) in the run directory. The worker imports this module too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,20 +37,46 @@ def record_registration(run_dir: str | os.PathLike[str], backend: str, instance_
 def registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the recorded registrations. A torn or foreign line is skipped."""
     found: dict[str, dict[str, Any]] = {}
+    for entry in _entries(run_dir, "registration"):
+        if "instance" in entry:
+            found[f"{entry.get('backend')}/{entry['instance']}"] = entry
+    return list(found.values())
+
+
+def record_frontend(run_dir: str | os.PathLike[str], process: Process, seconds: float) -> None:
+    """Record the frontend beside the worker.
+
+    :param seconds: how long it may outlive the worker for the streams that it carries.
+    """
+    _append(run_dir, {"kind": "frontend", "pid": process.pid, "start": process.start, "seconds": seconds})
+
+
+def frontend(run_dir: str | os.PathLike[str]) -> tuple[Process, float] | None:
+    """Return the recorded frontend and how long it may outlive the worker, or None if there was none."""
+    entries = _entries(run_dir, "frontend")
+    try:
+        entry = entries[-1]
+        return Process(int(entry["pid"]), int(entry["start"])), float(entry["seconds"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _entries(run_dir: str | os.PathLike[str], kind: str) -> list[dict[str, Any]]:
+    """Return what the ledger holds of one kind. A torn or foreign line is skipped."""
     try:
         with open(os.path.join(run_dir, _LEDGER), "rb") as file:
             lines = file.read().split(b"\n")
     except OSError:
         return []
+    entries = []
     for line in lines:
         try:
             entry = json.loads(line)
-            kind, instance = entry["kind"], str(entry["instance"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             continue
-        if kind == "registration":
-            found[f"{entry.get('backend')}/{instance}"] = entry
-    return list(found.values())
+        if isinstance(entry, dict) and entry.get("kind") == kind:
+            entries.append(entry)
+    return entries
 
 
 def write_segments(run_dir: str | os.PathLike[str], segments: Iterable[tuple[str, int]]) -> None:

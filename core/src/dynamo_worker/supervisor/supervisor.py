@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_worker.contract import CONTROL_FD, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
-from dynamo_worker.supervisor import channel, linux, process_tree, report, sweep
+from dynamo_worker.supervisor import channel, ledger, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.guardian import become_guardian
@@ -111,6 +111,7 @@ class Supervisor:
         self._worker: Process | None = None
         self._worker_watch: int | None = None
         self._worker_gone_at: float | None = None
+        self._gone_at = 0.0
         self._exit_code: int | None = None
         self._spawn_failure: str | None = None
         self._guardian = 0
@@ -120,6 +121,7 @@ class Supervisor:
         self._report: dict[str, Any] | None = None
         self._cleanup: Cleanup | None = None
         self._cleaning_deadline = 0.0
+        self._frontend_deadline = 0.0
         self._hurried = False
         self._closed_at: float | None = None
         self._next_watchdog = 0.0
@@ -210,7 +212,7 @@ class Supervisor:
 
     def _finish(self) -> int:
         """Wait until everything is cleaned, say why it ended, and return the exit code."""
-        gone_at = time.monotonic()
+        gone_at = self._gone_at = time.monotonic()
         if not self._control.closed:
             self._on_worker_message(_MOST_AT_THE_END)
         if not self._guardian_told:
@@ -258,14 +260,38 @@ class Supervisor:
         if self._hurried:  # the guardian goes on without us, but nobody would after us
             deadline = now + (_AT_ONCE - 0.1 if self._cleanup is None else _LAST_CLEANING)
         self._cleaning_deadline = deadline
-        self._to_guardian.send("deadline", at=deadline)
+        self._frontend_deadline = self._frontend_limit(now)
+        self._to_guardian.send("deadline", at=deadline, frontend=self._frontend_deadline)
         if self._cleanup is not None:
             self._cleanup.deadline = deadline
+            self._cleanup.frontend_deadline = self._frontend_deadline
+
+    def _frontend_limit(self, now: float) -> float:
+        """Return when a frontend that still carries streams has to be gone.
+
+        It gets what is left of the termination grace period, or a whole one if the worker ended by itself.
+        """
+        if self._hurried:
+            return now
+        if self._level >= 2:
+            return self._forced_at + FORCED_STOP
+        since = min(self._stop_at, self._gone_at) if self._level else self._gone_at
+        return since + self._grace - _TAKE_OVER_RESERVE - _SHORTEST_CLEANING
+
+    def _frontend_lives(self) -> bool:
+        """Return whether those who clean are waiting for a frontend, and rightly so."""
+        recorded = ledger.frontend(self._run_directory.path) if time.monotonic() < self._frontend_deadline else None
+        return recorded is not None and linux.is_alive(recorded[0])
 
     def _await_report(self) -> None:
         """Wait for the guardian's report, as long as it lives and is within its time."""
+        patience = 0.0
         while self._report is None and self._guardian_code is None:
             limit = self._cleaning_deadline + (_LATENESS if self._level else _GUARDIAN_LIMIT)
+            if self._frontend_lives():
+                patience = min(time.monotonic() + _GUARDIAN_LIMIT, self._frontend_deadline) + _GUARDIAN_LIMIT
+            if not self._hurried:
+                limit = max(limit, patience)
             if time.monotonic() >= limit:
                 break
             self._pump(min(limit, self._watchdog_due() or limit))

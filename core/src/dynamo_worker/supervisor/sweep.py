@@ -70,7 +70,7 @@ def _clean_up(path: str, log: Log) -> None:
         else:
             readable(descriptor, seconds)
 
-    report = Cleanup(directory, find=find, reap=_reap, wait=wait, log=log).run()
+    report = Cleanup(directory, find=find, reap=_reap, wait=wait, log=log, patient=False).run()
     log.info(
         "Cleaned up behind an earlier worker",
         run_dir=path,

@@ -1,9 +1,9 @@
 """A worker that does what its arguments say, one after the other: what the supervisor's tests hurt and watch.
 
 settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=URL:LEASE
-child=SCRIPT (with the interpreter, waits until it is up) temp deep=LEVELS close-control garbage fill touch=PATH
-print=TEXT exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop) obey-slowly=CODE:SECONDS
-sleep=SECONDS segment hang exit=CODE die=SIGNAL
+child=SCRIPT (with the interpreter, waits until it is up) frontend=PATH:ALLOWED temp deep=LEVELS close-control garbage
+fill touch=PATH print=TEXT exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop)
+obey-slowly=CODE:SECONDS sleep=SECONDS hang exit=CODE die=SIGNAL
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ def send(**message: object) -> None:
     control.send(json.dumps(message).encode())
 
 
-def child(script: str) -> None:
+def child(script: str, *arguments: str) -> int:
     """Start a script of this folder; it writes a line when it has arrived where it wants to be."""
-    process = subprocess.Popen([sys.executable, str(HERE / script)], stdout=subprocess.PIPE)
+    command = [sys.executable, str(HERE / script), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=bool(arguments))
     assert process.stdout is not None
     running.append(process)
     process.stdout.readline()
+    return process.pid
 
 
 def wait_for_stop() -> dict[str, object]:
@@ -71,14 +73,18 @@ def do(step: str) -> None:
         ledger.record_registration(os.environ["DYNAMO_WORKER_RUN_DIR"], "etcd", int(lease), endpoints=[url])
     elif name == "child":
         child(value)
+    elif name == "frontend":
+        from dynamo_worker.supervisor import ledger, linux
+
+        path, _, allowed = value.rpartition(":")
+        pid = child("frontend.py", path)
+        stat = linux.read_stat(pid)
+        assert stat is not None
+        process = linux.Process(pid, stat.start)
+        ledger.record_frontend(os.environ["DYNAMO_WORKER_RUN_DIR"], process, float(allowed))
     elif name == "temp":
         Path(os.environ["TMPDIR"], "left", "behind").mkdir(parents=True)
         Path(os.environ["TMPDIR"], "left", "behind", "file").write_text("x" * 1000)
-    elif name == "segment":
-        segment = f"dwtest-{os.getpid()}-{len(running)}"
-        with open(os.environ["SHM_NAMES"], "a") as file:
-            file.write(f"{segment}\n")
-        running.append(os.open(f"/dev/shm/{segment}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     elif name == "deep":
         os.chdir(os.environ["TMPDIR"])
         for _ in range(int(value)):
