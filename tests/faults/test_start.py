@@ -25,6 +25,16 @@ def test_sigterm_during_a_start_that_hangs(faulty: FaultyCluster, fault: str) ->
     print(f"gone after {time.monotonic() - since:.2f} s")
 
 
+@pytest.mark.parametrize("kind", ["hang", "block"])
+def test_sigterm_during_a_start_that_cannot_be_cleaned_up(faulty: FaultyCluster, kind: str) -> None:
+    """Nothing is in flight: it does not take the termination grace period."""
+    worker = faulty.start("--start-fault", "hang", "--hook-fault", f"cleanup={kind}")
+    worker.wait_log("Waiting in the start")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait_gone(9) == 0
+    worker.wait_log("Worker stopped code=0 reason=.stopped during (the )?start")
+
+
 def test_sigterm_before_the_worker_has_said_anything(faulty: FaultyCluster) -> None:
     worker = faulty.start()
     time.sleep(0.05)

@@ -16,6 +16,9 @@ from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, Engin
 from dynamo_worker.engine import EndpointSpec, Send
 from dynamo_worker.engines.echo import EchoEngine
 from dynamo_worker.errors import InvalidRequestError, StartError
+from dynamo_worker.logs import get_logger
+
+log = get_logger(__name__)
 
 #: Long enough for every test, short enough to end by itself.
 FOREVER = 100.0
@@ -55,6 +58,7 @@ class FaultyEngine(EchoEngine):
         elif fault == "gil":
             hold_gil(FOREVER)
         elif fault == "hang":
+            log.info("Waiting in the start")
             await asyncio.sleep(FOREVER)
         elif fault == "error":
             raise StartError("no CUDA-capable device is detected", hint="run it on a machine with a GPU")

@@ -115,6 +115,15 @@ class TestGracefulStop:
         measured("SIGTERM during a blocked start", time.monotonic() - started, 3.0)
         assert 'reason="stopped during start"' in supervised.text
 
+    def test_a_start_that_blocks_while_it_is_cleaned_up(self, supervised, measured):
+        """It has never served: its cleaning up gets the same 2 s, and no more."""
+        supervised.start(SETTINGS % (30, 0), "state=CLEANUP@60", "arrived", "hang")
+        started = time.monotonic()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        measured("SIGTERM during a blocked start", time.monotonic() - started, 3.0)
+        assert 'reason="stopped during start"' in supervised.text
+
     def test_the_announced_deadline_is_enforced(self, supervised):
         supervised.start(SETTINGS % (30, 0), SERVING, "arrived", "state=DRAINING@0.5", "hang")
         supervised.signal(signal.SIGTERM)

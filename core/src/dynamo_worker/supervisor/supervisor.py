@@ -567,6 +567,11 @@ class Supervisor:
 
     # -- Timers -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _interrupted_start(self) -> bool:
+        """Whether a worker that is to stop has never served, so that no request needs its time."""
+        return self._state == "STARTING" or (self._state == "CLEANUP" and not self._ready)
+
     def _kill_time(self) -> float | None:
         """Return when the worker is to be killed if it is not gone by then."""
         if self._level >= 3:
@@ -576,7 +581,7 @@ class Supervisor:
         if self._level == 2:
             return self._forced_at + FORCED_STOP
         if self._level == 1:
-            if self._state == "STARTING":
+            if self._interrupted_start:
                 return self._stop_at + FORCED_STOP
             last = self._stop_at + self._grace - KILL_RESERVE
             return last if self._announced is None else min(self._announced, last)
@@ -625,7 +630,7 @@ class Supervisor:
                 self._kill("stuck")
             elif self._level >= 2:
                 self._kill("forced")
-            elif self._level == 1 and self._state == "STARTING":
+            elif self._level == 1 and self._interrupted_start:
                 self._kill("start")
             else:
                 self._kill("deadline")

@@ -136,6 +136,20 @@ class FaultTable:
             assert self.assert_gone(spare, since, 1.0, subject) == 1
             assert "Fatal error kind=EngineDeadError" in spare.log
 
+    def test_engine_process_killed_while_draining(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        """Its streams end with it, as if they had been drained: no clean stop all the same."""
+        if not subject.processes:
+            pytest.skip("this engine has no process of its own")
+        worker, _ = start(2, "--grace-period", "0")
+        process = worker.child(next(iter(subject.processes.values())))
+        load = self.busy(cluster, subject, worker)
+        worker.signal(signal.SIGTERM)
+        worker.wait_log(" Draining ")
+        since = worker.signal(signal.SIGKILL, process)
+        assert self.assert_gone(worker, since, 1.0, subject) == 1
+        assert "Fatal error kind=EngineDeadError" in worker.log
+        self.assert_complete(load, subject)
+
     def test_engine_process_stopped(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         self.check_standstill(cluster, subject, start, subject.stall_timeout)
 
