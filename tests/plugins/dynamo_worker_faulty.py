@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, EngineInfo, Request, RequestContext, hookimpl
 from dynamo_worker.engine import EndpointSpec, Send
@@ -28,7 +30,7 @@ class PanicException(BaseException):
     """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
 
 
-#: What no ``except Exception`` catches.
+#: What no ``except Exception`` catches, by the word that asks for it.
 NO_EXCEPTIONS = {
     "panic": lambda: PanicException("called `Option::unwrap()` on a `None` value"),
     "exit": lambda: SystemExit(0),
@@ -43,6 +45,13 @@ def hold_gil(seconds: float) -> None:
     library.usleep(ctypes.c_uint(int(seconds * 1e6)))
 
 
+def raise_for(place: str, faults: Sequence[str]) -> None:
+    """Raise what one of the faults, ``PLACE=KIND``, asks for at this place."""
+    for kind, error in NO_EXCEPTIONS.items():
+        if f"{place}={kind}" in faults:
+            raise error()
+
+
 class FaultyEngine(EchoEngine):
     """The echo engine, and what is wrong with it."""
 
@@ -50,6 +59,7 @@ class FaultyEngine(EchoEngine):
         super().__init__(args)
         self.args = args
         self._requests = 0
+        self.task: asyncio.Task[None] | None = None
 
     async def start(self, worker_id: int) -> EngineInfo:
         fault = self.args.start_fault
@@ -64,18 +74,18 @@ class FaultyEngine(EchoEngine):
             raise StartError("no CUDA-capable device is detected", hint="run it on a machine with a GPU")
         elif fault == "bug":
             raise KeyError("a bug in the engine")
+        raise_for("start", self.args.hook_fault)
         info = await super().start(worker_id)
         second = EndpointSpec("side", generate=super().generate, graceful_shutdown=False)
-        return EngineInfo(
-            model_name=info.model_name,
-            model_path=self.args.model_directory or info.model_path,
-            context_length=info.context_length,
-            kv_block_size=info.kv_block_size,
-            endpoints=[second],
-        )
+        return replace(info, model_path=self.args.model_directory or info.model_path, endpoints=[second])
+
+    async def work(self) -> None:
+        """Do what engines do in tasks of their own, for which nobody waits."""
+        raise_for("task", self.args.hook_fault)
 
     async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         self._requests += 1
+        raise_for("generate", self.args.hook_fault)
         text = "".join(chr(token - 3) for token in request["token_ids"] if token >= 3)
         if self._requests == 1:
             # The first request compiles.
@@ -117,7 +127,12 @@ class PushingFaultyEngine(FaultyEngine):
 
 class FaultyPlugin:
     @hookimpl
+    def prepare(self, arguments: Sequence[str]) -> None:
+        raise_for("prepare", arguments)
+
+    @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        raise_for("add_arguments", sys.argv)
         group = parser.add_argument_group("faulty engine")
         group.add_argument("--model-name", default="echo")
         group.add_argument("--model-directory")
@@ -128,15 +143,17 @@ class FaultyPlugin:
         group.add_argument("--silent-seconds", type=float, default=0.0)
         group.add_argument("--push", action="store_true")
         group.add_argument("--start-fault", choices=["block", "gil", "hang", "error", "bug"])
-        group.add_argument("--hook-fault", action="append", default=[], metavar="HOOK=hang|raise|block|stubborn")
+        group.add_argument("--hook-fault", action="append", default=[], metavar="PLACE=KIND")
 
     @hookimpl
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> FaultyEngine:
+        raise_for("create_engine", args.hook_fault)
         return (PushingFaultyEngine if args.push else FaultyEngine)(args)
 
     @hookimpl
     async def check_health(self, engine: FaultyEngine) -> None:
         await self._misbehave(engine, "check_health")
+        engine.task = asyncio.ensure_future(engine.work())
 
     @hookimpl
     async def drain(self, engine: FaultyEngine, deadline: Deadline) -> None:
@@ -156,6 +173,7 @@ class FaultyPlugin:
             name, _, kind = fault.partition("=")
             if name != hook:
                 continue
+            raise_for(hook, [fault])
             if kind == "raise":
                 raise RuntimeError(f"{hook} is broken")
             if kind == "block":

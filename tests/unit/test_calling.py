@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dynamo_worker.calling import CANCEL_GRACE, call_concurrently, call_in_order
+from dynamo_worker.calling import CANCEL_GRACE, call_concurrently, call_in_order, contained
 from dynamo_worker.deadline import Deadline
 
 
@@ -35,6 +35,18 @@ async def leave():
     raise SystemExit(3)
 
 
+async def interrupt():
+    raise KeyboardInterrupt
+
+
+class PanicException(BaseException):
+    """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
+
+
+async def panic():
+    raise PanicException("poisoned")
+
+
 async def cancel_itself():
     raise asyncio.CancelledError
 
@@ -53,6 +65,8 @@ def test_every_plugin_has_its_outcome(caplog):
             "fails": fail,
             "fails at once": fail_at_once,
             "leaves": leave,
+            "interrupts": interrupt,
+            "panics": panic,
             "cancels": cancel_itself,
         }
     )
@@ -64,12 +78,36 @@ def test_every_plugin_has_its_outcome(caplog):
         ("fails", "ValueError"),
         ("fails at once", "ValueError"),
         ("leaves", "SystemExit"),
+        ("interrupts", "KeyboardInterrupt"),
+        ("panics", "PanicException"),
         ("cancels", "CancelledError"),
     ]
     assert outcomes[0].ok
     assert outcomes[2].duration == pytest.approx(0.2, abs=0.1)
     fields = [record.fields for record in caplog.records]
-    assert {field["plugin"] for field in fields} == {"hangs", "fails", "fails at once", "leaves", "cancels"}
+    assert [field["plugin"] for field in fields] == [outcome.plugin for outcome in outcomes if outcome.error]
+
+
+@pytest.mark.parametrize("escape", [leave, interrupt])
+def test_what_would_end_the_loop_does_not_leave_its_task(escape):
+    async def main():
+        task = asyncio.ensure_future(contained(escape))
+        await asyncio.wait({task})
+        return task.exception()
+
+    error = asyncio.run(main())
+    assert isinstance(error, RuntimeError)
+    assert isinstance(error.__cause__, (SystemExit, KeyboardInterrupt))
+    assert type(error.__cause__).__name__ in str(error)
+
+
+def test_what_is_contained_is_awaited_otherwise():
+    async def answer():
+        return 42
+
+    assert asyncio.run(contained(answer)) == 42
+    with pytest.raises(ValueError, match="async"):
+        asyncio.run(contained(fail))
 
 
 def test_a_hook_that_ignores_its_cancellation_is_abandoned(caplog):

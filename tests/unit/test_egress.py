@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 
 import pytest
 from aio import until
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker import egress as module
-from dynamo_worker.egress import Egress, SlowClientError, merged, weight
+from dynamo_worker.egress import Egress, SlowClientError, joined, weight
 from dynamo_worker.errors import WorkerError
 
 
@@ -494,20 +495,26 @@ def chunks(draw):
 
 
 @settings(max_examples=300)
-@given(chunks(), chunks())
-def test_merging_keeps_everything(first, second):
-    one = merged(first, second)
-    if one is None:
-        return
-    assert one["token_ids"] == first["token_ids"] + second["token_ids"]
-    for name in ("log_probs", "top_logprobs"):
-        assert (name in one) == (name in first) == (name in second)
-        if name in one:
-            assert one[name] == first[name] + second[name]
-    rest = {key: value for key, value in second.items() if key not in ("token_ids", "log_probs", "top_logprobs")}
-    assert {key: one[key] for key in rest} == rest
-    assert first.keys() <= {"token_ids", "index", "log_probs", "top_logprobs"}
-    assert weight(one) == weight(first) + weight(second) - weight({})
+@given(st.lists(chunks(), min_size=1, max_size=8))
+def test_joining_keeps_everything(parts):
+    waiting = deque(parts)
+    frames = []
+    while waiting:
+        frame, count = joined(waiting)
+        frames.append((frame, parts[:count]))
+        parts = parts[count:]
+    assert not parts
+    for frame, group in frames:
+        for name in ("token_ids", "log_probs", "top_logprobs"):
+            assert all((name in chunk) == (name in frame) for chunk in group)
+            if name in frame:
+                assert frame[name] == [value for chunk in group for value in chunk[name]]
+        *before, last = group
+        rest = {key: value for key, value in last.items() if key not in ("token_ids", "log_probs", "top_logprobs")}
+        assert {key: frame[key] for key in rest} == rest
+        assert all(chunk["index"] == last["index"] for chunk in before)
+        assert all(chunk.keys() <= {"token_ids", "index", "log_probs", "top_logprobs"} for chunk in before)
+        assert weight(frame) - weight({}) == sum(weight(chunk) - weight({}) for chunk in group)
 
 
 @pytest.mark.parametrize(
@@ -521,12 +528,19 @@ def test_merging_keeps_everything(first, second):
         (token(1), {"index": 0}),
         ({"sleeping": True}, {"sleeping": False}),
         (token(1), {"token_ids": b"\x01\x00\x00\x00", "index": 0}),
+        ({"token_ids": b"\x01\x00\x00\x00", "index": 0}, token(1)),
     ],
 )
 def test_what_cannot_be_said_in_one_chunk_stays_two(first, second):
-    assert merged(first, second) is None
+    assert joined(deque([first, second])) == (first, 1)
 
 
 def test_the_last_chunk_takes_the_tokens_before_it():
     last = token(2, finish_reason="stop", completion_usage={"total_tokens": 2})
-    assert merged(token(1), last) == {**last, "token_ids": [1, 2]}
+    assert joined(deque([token(1), last])) == ({**last, "token_ids": [1, 2]}, 2)
+
+
+def test_frames_with_alternatives_are_short():
+    """Encoding them takes long, with the interpreter locked."""
+    waiting = deque(token(1, log_probs=[-1.0], top_logprobs=[[{"token_id": 1}] * 20]) for _ in range(40))
+    assert [joined(waiting)[1] for _ in range(3)] == [16, 16, 8]

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 from aio import settle, until
-from dynamo.llm.exceptions import Cancelled, EngineShutdown, WorkerUnavailable
+from dynamo.llm.exceptions import Cancelled, EngineShutdown, InvalidArgument, WorkerUnavailable
 from dynamo.runtime import Context
 from prometheus_client import CollectorRegistry, Gauge
 
@@ -137,6 +138,8 @@ class FakeRuntime:
 class FakePlugins:
     """The hooks; ``hooks`` maps a name to an asynchronous function that replaces doing nothing."""
 
+    engine = "engine 'toy'"
+
     def __init__(self, world):
         self.world = world
         self.hooks = {}
@@ -144,7 +147,7 @@ class FakePlugins:
 
     def create_engine(self, args, context):
         self.world.context = context
-        if isinstance(self.world.engine, Exception):
+        if isinstance(self.world.engine, BaseException):
             raise self.world.engine
         self.world.note("engine created")
         return self.world.engine
@@ -486,7 +489,130 @@ def test_a_bug_in_a_stage_does_not_stop_the_shutdown(world, caplog):
     world.plugins.hooks["cleanup"] = fail
     assert world.run(stop_when_serving) == ExitCode.STOPPED
     assert world.states == GRACEFUL
-    assert "Shutdown stage failed" in caplog.text
+    assert "Shutdown step failed" in caplog.text
+
+
+class PanicException(BaseException):
+    """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
+
+
+#: What no ``except Exception`` catches.
+NO_EXCEPTIONS = [PanicException, SystemExit, KeyboardInterrupt, asyncio.CancelledError]
+#: Where the runtime and the engine can raise during the start.
+IN_THE_START = ["create", "create_engine", "start", "processes", "canary_request", "generate", "attach", "register"]
+
+
+def raising(error, *, later=False):
+    """Return a function that raises, when it is called or when it is awaited."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    async def fail_later(*args, **kwargs):
+        raise error
+
+    return fail_later if later else fail
+
+
+@pytest.mark.parametrize("error", NO_EXCEPTIONS, ids=lambda error: error.__name__)
+@pytest.mark.parametrize("place", IN_THE_START)
+def test_no_exception_hangs_the_start(world, monkeypatch, place, error):
+    async def nowhere(endpoint, info):
+        pass
+
+    world.engine.attach = nowhere
+    if place == "create":
+        world.create_error = error()
+    elif place == "create_engine":
+        world.engine = error()
+    elif place == "register":
+        monkeypatch.setattr(FakeRuntime, place, raising(error))
+    else:
+        setattr(world.engine, place, raising(error))
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert error.__name__ in world.reason
+    assert world.states == ["STARTING", "FATAL", "STOPPED"]
+    assert world.took < 3
+
+
+@pytest.mark.parametrize("error", NO_EXCEPTIONS, ids=lambda error: error.__name__)
+@pytest.mark.parametrize("fatal", [False, True], ids=["stop", "fatal"])
+@pytest.mark.parametrize("place", ["set_ready", "unregister", "shutdown"])
+def test_no_exception_of_the_runtime_keeps_a_stop_from_going_on(world, monkeypatch, place, error, fatal):
+    async def scenario(world):
+        await world.serving()
+        monkeypatch.setattr(FakeRuntime, place, raising(error, later=place != "set_ready"))
+        if fatal:
+            world.launcher._on_fatal(EngineDeadError("dead"))
+        else:
+            world.stop()
+
+    assert world.run(scenario) == (ExitCode.FATAL if fatal else ExitCode.STOPPED)
+    assert world.reason == ("dead" if fatal else "stopped by SIGTERM")
+    assert world.states == (FATAL if fatal else GRACEFUL)
+    assert "cleanup" in world.happened
+    assert ("on_fatal_error" in world.happened) == fatal
+    assert world.took < 3
+
+
+@pytest.mark.parametrize("error", NO_EXCEPTIONS, ids=lambda error: error.__name__)
+def test_a_monitor_that_is_ended_by_its_engine_is_not_silent(world, caplog, error):
+    world.settings["stall_timeout"] = 1
+    world.engine.progress = lambda: 0
+
+    async def scenario(world):
+        await world.serving()
+        world.engine.progress = raising(error)
+        await until(lambda: "Monitor failed" in caplog.text)
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+
+
+class FakeLauncher:
+    """Lives until something was reported that has escaped."""
+
+    reason = "stopped"
+
+    def __init__(self, work):
+        self.work = work
+        self.escaped = []
+        self.seen = asyncio.Event()
+
+    async def run(self):
+        task = asyncio.ensure_future(self.work())
+        await self.seen.wait()
+        task.exception()
+        return 7
+
+    def on_escaped(self, error):
+        self.escaped.append(error)
+        self.seen.set()
+
+
+@pytest.mark.parametrize("new_event_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt], ids=lambda error: error.__name__)
+def test_the_loop_goes_on_when_a_task_wants_to_end_the_interpreter(new_event_loop, error):
+    async def work():
+        raise error
+
+    with contextlib.closing(new_event_loop()) as loop:
+        launcher = FakeLauncher(work)
+        assert module._live(loop, launcher) == 7
+        assert [type(escaped) for escaped in launcher.escaped] == [error]
+
+
+@pytest.mark.parametrize("error", [*NO_EXCEPTIONS, ZeroDivisionError], ids=lambda error: error.__name__)
+def test_a_bug_of_ours_has_an_exit_code_and_a_reason(error, capsys):
+    class Broken:
+        async def run(self):
+            raise error
+
+    with contextlib.closing(uvloop.new_event_loop()) as loop:
+        launcher = Broken()
+        assert module._live(loop, launcher) == ExitCode.FATAL
+    assert launcher.reason.startswith(f"bug in dynamo-worker: {error.__name__}")
+    assert "please report it" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- discovery
@@ -651,6 +777,26 @@ def test_a_stop_during_the_start(world):
     assert world.reason == "stopped during the start"
     assert world.order("start cancelled", "runtime shut down", "cleanup")
     assert world.took < 2
+
+
+def test_a_stop_during_the_start_has_little_time(world):
+    """Nothing is in flight: the termination grace period is for requests."""
+
+    async def slow(worker_id):
+        await asyncio.sleep(60)
+
+    world.engine.start = slow
+    world.plugins.hooks["cleanup"] = lambda: asyncio.sleep(60)
+    stopped = []
+
+    async def scenario(world):
+        await until(lambda: "engine created" in world.happened)
+        stopped.append(world.stop())
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert world.took < 5
+    (message,) = [message for message in world.messages if message.get("state") == "CLEANUP"]
+    assert message["deadline"] == pytest.approx(stopped[0] + 2)
 
 
 def test_a_stop_during_a_start_that_ignores_its_cancellation(world, monkeypatch):
@@ -855,6 +1001,47 @@ def test_a_fatal_error_during_a_drain_ends_it(world):
 
     assert world.run(scenario) == ExitCode.FATAL
     assert world.states == [*GRACEFUL[:5], "FATAL", "STOPPED"]
+
+
+@pytest.mark.parametrize("state", ["UNREGISTERING", "GRACE", "DRAINING"])
+@pytest.mark.parametrize("found_by", ["request", "process"])
+def test_an_engine_that_dies_during_a_stop_is_not_silent(world, state, found_by):
+    """Its requests end at once: nothing is in flight any more, as if it had been drained."""
+    world.settings |= {"grace_period": 0.3}
+    broken = asyncio.Event()
+
+    async def generate(request, context):
+        yield {"token_ids": [1], "finish_reason": "stop" if context.id().startswith("canary") else None}
+        if not context.id().startswith("canary"):
+            await broken.wait()
+            if found_by == "request":
+                raise EngineDeadError("the connection to the core is closed")
+            raise ConnectionResetError("the connection to the core is closed")
+
+    world.engine.generate = generate
+
+    async def scenario(world):
+        with child() as process:
+            world.engine.pids = [process.pid]
+            await world.serving()
+            world.runtime.unregister_seconds = 0.3
+            running = world.request()
+            await until(lambda: len(world.launcher._registry) == 1)
+            world.stop()
+            await until(lambda: world.launcher._state.value == state)
+            await asyncio.sleep(0.01)
+            broken.set()
+            with pytest.raises((EngineShutdown, ConnectionResetError)):
+                await running
+            # The kernel closes the connections of a dying process a moment before its pidfd tells of the death.
+            if found_by == "process":
+                process.kill()
+            await until(lambda: world.launcher._state.value in ("FATAL", "STOPPED"))
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.states == [*GRACEFUL[: GRACEFUL.index(state) + 1], "FATAL", "STOPPED"]
+    assert ("killed by SIGKILL" if found_by == "process" else "the connection to the core") in world.reason
+    assert world.happened.count("unregistered") == 1
 
 
 def test_an_error_during_the_clean_up_is_no_news(world):
@@ -1064,7 +1251,67 @@ async def stop_itself(world):
 # ------------------------------------------------------------------------------------------- what an engine may offer
 
 
+BROKEN = {
+    "generate is a coroutine": "generate is a coroutine function",
+    "start returns None": "start returned None instead of an EngineInfo",
+    "processes returns an int": "processes returned 7 instead of pids",
+    "no token_ids": "its first answer has a chunk without a list of token_ids",
+    "a float": "has the token 1.5",
+    "beyond the vocabulary": "has the token 100, which is not in its vocabulary of 100 tokens",
+    "unknown finish reason": "has the finish_reason 'done'",
+    "no finish reason": "ended without a finish_reason",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_engine_does_not_serve(world, fault):
+    async def nothing_(*args):
+        return None
+
+    answers = {
+        "no token_ids": [{"index": 0, "finish_reason": "stop"}],
+        "a float": [{"token_ids": [1.5], "finish_reason": "stop"}],
+        "beyond the vocabulary": [{"token_ids": [100], "finish_reason": "stop"}],
+        "unknown finish reason": [{"token_ids": [1], "finish_reason": "done"}],
+        "no finish reason": [{"token_ids": [1]}],
+    }
+
+    async def generate(request, context):
+        for chunk in answers[fault]:
+            yield chunk
+
+    world.engine.info = EngineInfo("toy", "/models/toy", vocab_size=100)
+    if fault in answers:
+        world.engine.generate = generate
+    elif fault == "generate is a coroutine":
+        world.engine.generate = nothing_
+    elif fault == "start returns None":
+        world.engine.start = nothing_
+    else:
+        world.engine.processes = lambda: 7
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert world.reason.startswith("engine 'toy': ")
+    assert BROKEN[fault] in world.reason
+    assert world.runtime.registered == []
+
+
+def test_prompts_beyond_the_vocabulary_are_refused(world):
+    world.engine.info = EngineInfo("toy", "/models/toy", vocab_size=100)
+
+    async def scenario(world):
+        await world.serving()
+        handler = world.runtime.handlers["generate"]
+        with pytest.raises(InvalidArgument, match="vocabulary of 100 tokens"):
+            await handler({"token_ids": [100]}, Context(id="r")).__anext__()
+        world.stop()
+
+    assert world.run(scenario) == ExitCode.STOPPED
+
+
 def test_everything_an_engine_offers_is_wired(world):
+    async def sleep(body):
+        return body
+
     class Rich(EngineWithCanary):
         async def attach(self, endpoint, info):
             self.world.note(f"attached to {endpoint} for {info.model_name}")
@@ -1075,7 +1322,7 @@ def test_everything_an_engine_offers_is_wired(world):
             return registry
 
         def control_routes(self):
-            return {"sleep": "route"}
+            return {"sleep": sleep}
 
     world.engine = Rich(world)
     world.engine.info = EngineInfo("toy", "/m", endpoints=[EndpointSpec("clear"), EndpointSpec("lora")])
@@ -1089,7 +1336,7 @@ def test_everything_an_engine_offers_is_wired(world):
     assert world.order("attached to endpoint generate for toy", "recorded", "served generate", "registered", "ready")
     assert sorted(world.runtime.handlers) == ["clear", "generate", "lora"]
     assert world.runtime.registered == ["generate"]
-    assert world.runtime.routes == {"sleep": "route"}
+    assert world.runtime.routes == {"sleep": sleep}
 
 
 def test_a_headless_rank_serves_only_what_it_offers(world):

@@ -488,10 +488,15 @@ def test_progress_of_others_vouches_for_an_engine_whose_canary_waits():
     asyncio.run(main())
 
 
-def test_a_canary_that_fails_shows_an_engine_that_answers(caplog):
+class PanicException(BaseException):
+    """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, PanicException])
+def test_a_canary_that_fails_shows_an_engine_that_answers(caplog, error):
     async def main():
         async def refuse():
-            raise ValueError("max_tokens must be 2 here")
+            raise error("max_tokens must be 2 here")
 
         stall = Stall(refuse)
         async with running(stall.monitor) as task:
@@ -501,6 +506,8 @@ def test_a_canary_that_fails_shows_an_engine_that_answers(caplog):
 
     asyncio.run(main())
     assert "Canary request failed" in caplog.text
+    fields = [record.fields for record in caplog.records if record.getMessage() == "Canary request failed"]
+    assert f"{error.__name__}: max_tokens must be 2 here" in fields[0]["error"]
 
 
 def test_a_canary_that_is_cancelled_from_within_does_not_end_the_watch():

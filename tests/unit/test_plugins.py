@@ -367,6 +367,24 @@ def test_hook_prepare_may_fail(site, caplog):
     assert "Plugin hook failed" in caplog.text
 
 
+@pytest.mark.parametrize("error", ["SystemExit(0)", "BaseException('a panic')", "asyncio.CancelledError()"])
+def test_what_is_no_exception_is_an_error_of_its_plugin(site, caplog, error):
+    bodies = ("prepare(arguments)", "add_arguments(parser)")
+    plugins = load(site, "import asyncio\n" + "".join(f"@hookimpl\ndef {body}: raise {error}\n" for body in bodies))
+    plugins.prepare([])
+    assert "Plugin hook failed" in caplog.text
+    kind = error.partition("(")[0].removeprefix("asyncio.")
+    with pytest.raises(PluginError, match=f"cannot add its flags: {kind}"):
+        plugins.add_arguments(argparse.ArgumentParser())
+
+
+@pytest.mark.parametrize(("hook", "argument"), [("prepare", "arguments"), ("add_arguments", "parser")])
+def test_ctrl_c_passes_before_the_worker_takes_signals(site, hook, argument):
+    plugins = load(site, f"@hookimpl\ndef {hook}({argument}): raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        getattr(plugins, hook)(argparse.ArgumentParser())
+
+
 def test_hook_create_engine(site):
     assert load(site).create_engine(argparse.Namespace(), None) == "engine"
 
@@ -376,6 +394,9 @@ def test_hook_create_engine(site):
     [
         ("return None", "create_engine returned nothing"),
         ("raise ValueError('no model')", "cannot create the engine: ValueError: no model"),
+        ("raise SystemExit(0)", "cannot create the engine: SystemExit: 0"),
+        ("raise KeyboardInterrupt", "cannot create the engine: KeyboardInterrupt"),
+        ("raise BaseException('a panic')", "cannot create the engine: BaseException: a panic"),
     ],
 )
 def test_hook_create_engine_fails(site, body, message):

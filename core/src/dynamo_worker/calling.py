@@ -48,8 +48,8 @@ class Outcome:
         return self.error is None
 
 
-async def contained(call: Awaitable[T]) -> T:
-    """Await what an engine or a plugin does, in a task of its own.
+async def contained(call: Callable[[], Awaitable[T]]) -> T:
+    """Call something of an engine or a plugin and await it, in a task of its own.
 
     SystemExit and KeyboardInterrupt end the event loop when they leave a task, whoever waits for it. From here they
     leave as what they are to us: an error of the one who raised them.
@@ -57,7 +57,7 @@ async def contained(call: Awaitable[T]) -> T:
     :raises RuntimeError: it raised one of these.
     """
     try:
-        return await call
+        return await call()
     except (SystemExit, KeyboardInterrupt) as error:
         raise RuntimeError(describe(error)) from error
 

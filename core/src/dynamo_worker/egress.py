@@ -20,6 +20,7 @@ import queue
 import threading
 import time
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.errors import WorkerError
@@ -43,8 +44,10 @@ _CAUGHT_UP: Final = 1.0
 _SLOW_SECONDS: Final = 0.1
 #: Chunks of one stream on their way, beyond which an engine that can wait has to.
 _ROOM: Final = 256
-#: Most tokens in a frame of several chunks: the frontend decodes a frame in one go.
+#: Most tokens in a frame of several chunks, and most if they come with alternatives: the runtime encodes a frame in
+#: one go, with the interpreter locked, and the frontend decodes it so.
 _MOST_TOKENS: Final = 256
+_MOST_LISTED: Final = 16
 #: Weight of what may wait for one slow stream, and for all of them: about 40 and 160 MB.
 _MOST_WAITING: Final = 1_000_000
 _MOST_WAITING_IN_ALL: Final = 4_000_000
@@ -67,21 +70,39 @@ class SlowClientError(RuntimeError):
     """The client has not read for too long, or too much is waiting for it."""
 
 
-def merged(first: Chunk, second: Chunk) -> Chunk | None:
-    """Return the one chunk that says what two of a stream say one after the other, or None if there is none.
+def joined(chunks: deque[Chunk]) -> tuple[Chunk, int]:
+    """Take from the left of ``chunks`` what one chunk can say; return that one, and how many it stands for."""
+    last = chunks.popleft()
+    group = [last]
+    if chunks and type(last.get("token_ids")) is list:
+        room = (_MOST_LISTED if "top_logprobs" in last else _MOST_TOKENS) - len(last["token_ids"])
+        while chunks and _continues(last, chunks[0]) and room >= len(chunks[0]["token_ids"]):
+            last = chunks.popleft()
+            room -= len(last["token_ids"])
+            group.append(last)
+    if len(group) == 1:
+        return last, 1
+    whole = dict(last)
+    for name in _LISTS:
+        if name in last:
+            whole[name] = list(chain.from_iterable(chunk[name] for chunk in group))
+    return whole, len(group)
+
+
+def _continues(first: Chunk, second: Chunk) -> bool:
+    """Return whether one chunk can say what two of a stream say one after the other.
 
     The first may hold nothing but tokens and their log-probabilities; the second may end the stream.
     """
     if not first.keys() <= _MERGEABLE or first.get("index") != second.get("index"):
-        return None
-    chunk = dict(second)
-    for name in _LISTS:
+        return False
+    if type(second.get("token_ids")) is not list:
+        return False
+    for name in ("log_probs", "top_logprobs"):
         values, more = first.get(name), second.get(name)
-        if type(values) is list and type(more) is list:
-            chunk[name] = values + more
-        elif values is not None or more is not None:
-            return None
-    return chunk if len(chunk.get("token_ids", ())) <= _MOST_TOKENS else None
+        if (values is not None or more is not None) and not (type(values) is list and type(more) is list):
+            return False
+    return True
 
 
 def weight(chunk: Chunk) -> int:
@@ -516,16 +537,10 @@ class Egress:
 
 
 def _next(stream: Stream) -> tuple[Chunk, int]:
-    """Take from a stream what can be sent as one frame, and return it and how many chunks it is."""
-    chunks = stream.chunks
-    chunk = chunks.popleft()
-    taken = 1
-    while chunks and (more := merged(chunk, chunks[0])) is not None:
-        chunk = more
-        chunks.popleft()
-        taken += 1
-    stream.taken += taken
-    return chunk, taken
+    """Take from a stream what is sent as one frame; return it, and how many chunks it stands for."""
+    chunk, count = joined(stream.chunks)
+    stream.taken += count
+    return chunk, count
 
 
 def _try(transmit: Send, chunk: Chunk) -> BaseException | None:

@@ -91,6 +91,8 @@ class EngineInfo:
     :param worker_type: ``aggregated``, ``prefill``, ``decode`` or ``encode``.
     :param needs: peers without which this worker cannot serve: a list of alternatives, each a list of worker types.
     :param context_length: longest sequence in tokens.
+    :param vocab_size: the first token id that the engine does not know, added tokens and placeholders counted: prompts
+        with it or a higher one are refused before they reach the engine. None leaves them to the engine.
     :param kv_block_size: tokens in one KV-cache block.
     :param total_kv_blocks: KV-cache blocks per data-parallel rank.
     :param max_num_seqs: most sequences in one batch.
@@ -113,6 +115,7 @@ class EngineInfo:
     worker_type: str = "aggregated"
     needs: Sequence[Sequence[str]] = ()
     context_length: int | None = None
+    vocab_size: int | None = None
     kv_block_size: int | None = None
     total_kv_blocks: int | None = None
     max_num_seqs: int | None = None

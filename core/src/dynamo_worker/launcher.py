@@ -22,22 +22,29 @@ import uvloop
 
 from dynamo_worker import __version__, logs, native_output, standby
 from dynamo_worker.address import Address
+from dynamo_worker.calling import contained
+from dynamo_worker.cli.report import print_crash
 from dynamo_worker.contract import FORCED_STOP, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.control import ControlChannel
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.drain_progress import DrainProgress
 from dynamo_worker.egress import Egress
 from dynamo_worker.engine import (
+    Chunk,
     EndpointSpec,
     Engine,
     EngineContext,
     EngineInfo,
+    Generate,
     HasCanary,
     HasControlRoutes,
     HasMetrics,
     PublishesEvents,
+    Request,
+    RequestContext,
 )
-from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError
+from dynamo_worker.engine_checks import AnswerCheck, EngineChecks
+from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError, describe
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.frontend import FRONTEND_ABORT_SECONDS, FrontendProcess
 from dynamo_worker.lifecycle import TRANSITIONS, Event, State
@@ -45,12 +52,12 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.metrics import WorkerMetrics
 from dynamo_worker.monitors import FrontendMonitor, HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
 from dynamo_worker.runtime import Runtime
-from dynamo_worker.serving import Cut, LocalContext, RequestHandler, RequestRegistry
+from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry
 from dynamo_worker.shutdown_plan import ShutdownPlan
 from dynamo_worker.status_server import StatusServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from dynamo_worker.plugins import Plugins
     from dynamo_worker.settings import WorkerSettings
@@ -102,11 +109,27 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
     uvloop.install()
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
-    exit_code = loop.run_until_complete(launcher.run())
+    exit_code = _live(loop, launcher)
     control.send("exit", code=exit_code, reason=launcher.reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def _live(loop: asyncio.AbstractEventLoop, launcher: Launcher) -> int:
+    """Run a worker's life on the loop and return its exit code, whatever happens in it."""
+    life = loop.create_task(launcher.run())
+    while True:
+        try:
+            return loop.run_until_complete(life)
+        except BaseException as error:  # noqa: PERF203 - as rare as it gets
+            if life.done():
+                print_crash(error)
+                launcher.reason = f"bug in dynamo-worker: {describe(error)}"
+                return ExitCode.FATAL
+            # SystemExit and KeyboardInterrupt stop the loop when they leave a task or a callback: one of the engine's
+            # own, because ours let none out. The loop goes on from where it was.
+            launcher.on_escaped(error)
 
 
 class Launcher:
@@ -141,6 +164,7 @@ class Launcher:
         self._signal_at = 0.0
         self._deadline: Deadline | None = None
         self._error: BaseException | None = None
+        self._found_dead: BaseException | None = None
         self._exit_code: int = ExitCode.STOPPED
         run_dir = os.environ.get(RUN_DIR)
         self._run_dir = Path(run_dir) if run_dir and control.supervised else None
@@ -190,6 +214,8 @@ class Launcher:
         elif state is State.CLEANUP:
             if previous is State.STARTING:
                 self.reason = "stopped during the start"
+                # Nothing is in flight: the time for requests is not needed.
+                self._deadline = ShutdownPlan.forced_deadline(self._stopped_at)
             if self._stop_level > 1:
                 self._force()
             log.info("Cleaning up worker", in_flight=len(self._registry))
@@ -215,10 +241,10 @@ class Launcher:
         }[state]
         try:
             await stage()
-        except (Exception, asyncio.CancelledError, SystemExit) as error:
+        except BaseException as error:
             if self._state is not state:  # cancelled: the worker has moved on
                 return
-            # An engine's start may also end the interpreter, or be cancelled from within: both are failures.
+            # An engine's start may also end the interpreter, be cancelled from within, or panic in Rust code.
             if state is State.STARTING:
                 # An error that was reported before is the cause, this one its consequence.
                 self._error = self._error or error
@@ -290,12 +316,17 @@ class Launcher:
         self._error = error
         self._events.put_nowait(Event.FATAL_ERROR)
 
+    def on_escaped(self, error: BaseException) -> None:
+        """Take note of what has left a task of the engine and stopped the event loop: the engine wants to end."""
+        self._on_fatal(error)
+
     def _on_request_found_dead(self, error: BaseException) -> None:
         """Take note of an engine that a request found dead.
 
         A dying process closes its connections a moment before its pidfd tells of the death, and only the pidfd knows
         the cause: let it come first.
         """
+        self._found_dead = self._found_dead or error
         asyncio.get_running_loop().call_later(_CAUSE_SECONDS, self._on_fatal, error)
 
     # --------------------------------------------------------------------------------------------------- stages
@@ -324,13 +355,16 @@ class Launcher:
             private_dir=private_dir,
             supervised=self._control.supervised,
         )
-        engine = self._engine = self._plugins.create_engine(self._engine_args, context)
-        info = await engine.start(runtime.worker_id)
+        engine = self._plugins.create_engine(self._engine_args, context)
+        checks = EngineChecks(self._plugins.engine)
+        checks.methods(engine)
+        self._engine = engine
+        info = await checks.started(engine.start(runtime.worker_id))
         standby.dismiss()  # what stood by has been taken, or was not needed
         assert self._processes is not None
-        self._processes.watch(engine.processes(), "engine process")
+        self._processes.watch(checks.pids(engine.processes()), "engine process")
         if info.model_path is not None:
-            await self._warm_up(engine)
+            await self._warm_up(engine, checks, info.vocab_size)
         # What was made until now lives as long as the worker: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -339,7 +373,7 @@ class Launcher:
         )
         endpoints = [main, *info.endpoints] if info.model_path is not None else list(info.endpoints)
         self._egress.start()
-        handler = RequestHandler(engine, self._registry, self._egress, self._on_request_found_dead)
+        handler = RequestHandler(engine, self._registry, self._egress, self._on_request_found_dead, info.vocab_size)
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(main.name), runtime.completed(info))
         runtime.record_registration(self._run_dir)
@@ -351,7 +385,7 @@ class Launcher:
         if isinstance(engine, HasMetrics):
             self._metrics.add_registry(engine.metrics_registry())
         if isinstance(engine, HasControlRoutes):
-            runtime.add_routes(engine.control_routes())
+            runtime.add_routes(checks.mapping("control_routes", engine.control_routes()))
         runtime.expose_metrics(self._metrics.exposition, endpoint=main.name)
         if self._frontend is not None:
             await self._frontend.wait_ready(_offered(runtime.completed(info)))
@@ -384,21 +418,32 @@ class Launcher:
         self._frontend = FrontendProcess.start(settings, settings.discovery_path, private_dir)
         return settings
 
-    async def _warm_up(self, engine: Engine) -> None:
-        """Make the first request ourselves: it compiles kernels on some engines, for as long as 20 s (measured)."""
+    async def _warm_up(self, engine: Engine, checks: EngineChecks, vocab_size: int | None) -> None:
+        """Make the first request ourselves: it compiles kernels on some engines, for as long as 20 s (measured).
+
+        :raises StartError: it takes too long, or its answer is not what clients could be given.
+        """
         if not self._settings.warmup:
             return
         if not isinstance(engine, HasCanary):
             log.warning("No warm-up and no stall detection: the engine has no canary request")
             return
         started = time.monotonic()
+        request = checks.canary(engine.canary_request(), vocab_size)
+        answer = AnswerCheck(checks, vocab_size)
+
+        def generate(request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+            return checks.stream(engine.generate(request, context))
+
         try:
-            await asyncio.wait_for(self._canary(), self._settings.warmup_timeout)
+            asking = contained(lambda: self._ask(generate, request, answer.take))
+            await asyncio.wait_for(asking, self._settings.warmup_timeout)
         except (asyncio.TimeoutError, TimeoutError):
             raise StartError(
                 f"the engine did not answer its first request within {self._settings.warmup_timeout:g} s",
                 hint="raise --warmup-timeout, or look for the reason in the engine's own messages",
             ) from None
+        answer.end()
         log.info("Engine warmed up", seconds=time.monotonic() - started)
 
     async def _canary(self) -> None:
@@ -406,13 +451,20 @@ class Launcher:
         engine = self._engine
         assert engine is not None
         assert isinstance(engine, HasCanary)
+        await self._ask(engine.generate, engine.canary_request(), lambda _: None)
+
+    async def _ask(self, generate: Generate, request: Request, take: Callable[[Chunk], None]) -> None:
+        """Make a request of our own, and ``take`` the chunks of its answer."""
+        engine = self._engine
+        assert engine is not None
         request_id = f"canary-{time.monotonic_ns():x}"
-        stream = engine.generate(engine.canary_request(), LocalContext(request_id))
         try:
-            async for _ in stream:
+            async for chunk in generate(request, LocalContext(request_id)):
+                take(chunk)
                 self._registry.chunks += 1
         except asyncio.CancelledError:
-            await engine.abort(request_id)
+            with contextlib.suppress(Exception):  # whether it can be aborted or not: it has not been answered
+                await asyncio.wait_for(contained(lambda: engine.abort(request_id)), _CUT_SECONDS)
             raise
 
     def _serving(self) -> None:
@@ -437,7 +489,7 @@ class Launcher:
         registration = runtime.watch_registration(self._on_fatal)
         if registration is not None:
             watches.append(registration.run())
-        self._monitors = [asyncio.ensure_future(watch) for watch in watches]
+        self._monitors = [asyncio.ensure_future(self._watch(watch)) for watch in watches]
         if self._frontend is not None:
             monitor = FrontendMonitor(
                 self._frontend.check,
@@ -447,8 +499,14 @@ class Launcher:
             )
             self._frontend_monitor = asyncio.ensure_future(monitor.run())
             self._monitors.append(self._frontend_monitor)
-        for task in self._monitors:
-            task.add_done_callback(_report_monitor)
+
+    async def _watch(self, monitor: Coroutine[Any, Any, None]) -> None:
+        """Make sure that a monitor which fails (an engine's ``progress`` may raise) does not do so unseen."""
+        try:
+            await monitor
+        except BaseException as error:
+            if self._monitors:
+                log.error("Monitor failed; the worker goes on without it", exc_info=error)
 
     def _on_frontend_hung(self, error: WorkerError) -> None:
         assert self._frontend is not None
@@ -465,17 +523,16 @@ class Launcher:
             self._frontend.drain()
 
     async def _unregistering(self) -> None:
-        assert self._runtime is not None
-        self._runtime.set_ready(False)
         await self._unregister(self._plan.unregister_deadline(self._stopped_at))
 
     async def _unregister(self, deadline: Deadline) -> None:
         """Leave discovery by the deadline; what cannot be taken back, the supervisor withdraws at the end."""
         runtime = self._runtime
-        if runtime is None:
+        if runtime is None or self._withdrawn:
             return
+        runtime.set_ready(False)
         try:
-            self._withdrawn = await asyncio.wait_for(runtime.unregister(), deadline.remaining())
+            self._withdrawn = await asyncio.wait_for(contained(runtime.unregister), deadline.remaining())
         except (asyncio.TimeoutError, TimeoutError):
             log.warning("Discovery did not answer; the supervisor withdraws the registration at the end")
 
@@ -488,6 +545,7 @@ class Launcher:
         registry, engine = self._registry, self._engine
         assert engine is not None
         deadline = self._plan.drain_deadline(self._stopped_at)
+        failed = registry.outcomes[Outcome.FAILED]
         log.info("Draining", mode=self._settings.drain, in_flight=len(registry), budget_s=deadline.remaining())
         self._drain_frontend()
         registry.refuse("the worker is shutting down")
@@ -502,6 +560,11 @@ class Launcher:
             await asyncio.wait({hooks, finished}, timeout=deadline.remaining())
         for task in (hooks, finished):
             task.cancel()
+        if self._found_dead is not None or registry.outcomes[Outcome.FAILED] > failed:
+            # The requests may have ended because the engine has: the death of its process is about to be known.
+            await asyncio.sleep(_CAUSE_SECONDS)
+        if self._found_dead is not None:
+            self._on_fatal(self._found_dead)
 
     async def _cut_the_rest(self, how: Cut, reason: str) -> None:
         """Refuse new requests and end those in flight; a moment for their last message to leave."""
@@ -516,10 +579,8 @@ class Launcher:
     async def _cleanup(self) -> None:
         self._stop_monitors()
         deadline = self._deadline or Deadline.after(self._settings.engine_shutdown_timeout)
-        if self._runtime is not None and not self._withdrawn:
-            # A forced stop, or one during the start.
-            self._runtime.set_ready(False)
-            await self._unregister(deadline.within(_FATAL_UNREGISTER))
+        # Here only after a forced stop, or one during the start.
+        await self._attempt("leave discovery", self._unregister(deadline.within(_FATAL_UNREGISTER)))
         how = Cut.ABORT if self._settings.drain == "abort" else Cut.HANDOFF
         await self._cut_the_rest(how, "the worker is shutting down")
         await self._release(deadline)
@@ -533,7 +594,7 @@ class Launcher:
             self._exit_code = error.exit_code
         else:
             self._exit_code = ExitCode.START_FAILED if starting else ExitCode.FATAL
-        self.reason = str(error.args[0]) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+        self.reason = str(error.args[0]) if isinstance(error, WorkerError) else describe(error)
         self._metrics.fatal_errors.labels(type(error).__name__).inc()
         budget = _FATAL_UNREGISTER + _CUT_SECONDS + _LAST_WORDS + _FATAL_CLEANUP + _RUNTIME_SHUTDOWN
         self._deadline = self._deadline.within(budget) if self._deadline else Deadline.after(budget)
@@ -543,9 +604,7 @@ class Launcher:
         assert error is not None
         assert deadline is not None
         self._stop_monitors()
-        if self._runtime is not None:
-            self._runtime.set_ready(False)
-            await self._unregister(deadline.within(_FATAL_UNREGISTER))
+        await self._attempt("leave discovery", self._unregister(deadline.within(_FATAL_UNREGISTER)))
         # Logged only now: every millisecond in discovery brings requests that cannot be served.
         hint = {"next": error.hint} if isinstance(error, WorkerError) and error.hint else {}
         log.error(
@@ -566,23 +625,39 @@ class Launcher:
         if self._processes is not None:
             self._processes.close()
         if self._runtime is not None:
-            await self._runtime.shutdown(deadline.within(_RUNTIME_SHUTDOWN).remaining())
-            log.info("DistributedRuntime shutdown complete")
+            shutdown = self._runtime.shutdown(deadline.within(_RUNTIME_SHUTDOWN).remaining())
+            if await self._attempt("shut the runtime down", shutdown):
+                log.info("DistributedRuntime shutdown complete")
         if self._engine is not None:
-            await self._plugins.cleanup(
+            hooks = self._plugins.cleanup(
                 self._engine, deadline.reserve(_HOOK_MARGIN), limit=self._settings.engine_shutdown_timeout
             )
+            await self._attempt("clean up", hooks)
         self._drain_frontend()
         if self._frontend is not None and not self._control.supervised:  # else who cleans up behind us waits for it
             abort = self._settings.drain == "abort"
-            await self._frontend.stop(deadline.within(FRONTEND_ABORT_SECONDS) if abort else deadline)
+            stop = self._frontend.stop(deadline.within(FRONTEND_ABORT_SECONDS) if abort else deadline)
+            await self._attempt("stop the frontend", stop)
         if self._status is not None:
             self._status.close()
         if self._run_dir is not None and not self._control.supervised:
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
+    async def _attempt(self, what: str, step: Awaitable[Any]) -> bool:
+        """Take one step of the end; one that fails is logged and does not keep the next ones from being taken."""
+        state = self._state
+        try:
+            await step
+        except BaseException as error:
+            if self._state is not state:  # cancelled: the worker has moved on
+                raise
+            log.error("Shutdown step failed", step=what, state=state, exc_info=error)
+            return False
+        return True
+
     def _stop_monitors(self) -> None:
-        for monitor in self._monitors:
+        monitors, self._monitors = self._monitors, []
+        for monitor in monitors:
             monitor.cancel()
 
     def _on_endpoint_closed(self, task: asyncio.Task[None]) -> None:
@@ -606,10 +681,3 @@ def _offered(info: EngineInfo) -> str | None:
     complete = info.worker_type == "aggregated" and not info.needs
     clients = not {"chat", "completions"}.isdisjoint(info.endpoint_types)
     return info.model_name if info.model_path is not None and complete and clients else None
-
-
-def _report_monitor(monitor: asyncio.Task[None]) -> None:
-    """Make sure that a monitor which fails (an engine's ``progress`` may raise) does not do so unseen."""
-    error = None if monitor.cancelled() else monitor.exception()
-    if error is not None:
-        log.error("Monitor failed; the worker goes on without it", exc_info=error)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker.calling import report
+from dynamo_worker.calling import contained, report
 from dynamo_worker.engine import Engine, MayPause, ReportsProgress
-from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError, describe
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class StallMonitor:
                 now = since
 
     async def _answers(self, seen: tuple[int, int]) -> bool:
-        canary = asyncio.ensure_future(self._canary())
+        canary = asyncio.ensure_future(contained(self._canary))
         tick = self._timeout * self.TICK_SHARE
         left = self._timeout * self.CANARY_SHARE
         try:
@@ -242,7 +242,7 @@ class StallMonitor:
             return False
         if error is not None:
             # It answered, if only with an error: alive.
-            log.warning("Canary request failed", error=error)
+            log.warning("Canary request failed", error=describe(error))
         return True
 
 

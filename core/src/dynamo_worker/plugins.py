@@ -33,7 +33,7 @@ from dynamo_worker.discovery import (
     reference,
     source,
 )
-from dynamo_worker.errors import EngineDeadError, StartError, UsageError, WorkerError
+from dynamo_worker.errors import EngineDeadError, StartError, UsageError, WorkerError, describe
 from dynamo_worker.hookspecs import API_VERSION, PROJECT_NAME
 from dynamo_worker.logs import get_logger
 from dynamo_worker.suggest import suggestion
@@ -153,8 +153,10 @@ class Plugins:
         for record in self.records:
             try:
                 self._call(record.name, "prepare", arguments=arguments)
-            except Exception as error:  # noqa: PERF203 - each plugin has its own message
-                log.warning("Plugin hook failed", hook="prepare", plugin=record.name, error=error)
+            except KeyboardInterrupt:  # noqa: PERF203 - each plugin has its own message
+                raise  # Ctrl-C: nobody has taken the signal yet
+            except BaseException as error:
+                log.warning("Plugin hook failed", hook="prepare", plugin=record.name, error=describe(error))
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Let every plugin add its flags, the engine first.
@@ -164,9 +166,9 @@ class Plugins:
         for record in self.records:
             try:
                 self._call(record.name, "add_arguments", parser=parser)
-            except Exception as error:  # noqa: PERF203 - each plugin has its own message
-                if isinstance(error, WorkerError):
-                    raise
+            except (WorkerError, KeyboardInterrupt):  # noqa: PERF203 - each plugin has its own message
+                raise
+            except BaseException as error:
                 raise _failed(record, "cannot add its flags", error) from error
 
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> Engine:
@@ -179,7 +181,7 @@ class Plugins:
             engine: Any = self._manager.hook.create_engine(args=args, context=context)
         except WorkerError:
             raise
-        except Exception as error:
+        except BaseException as error:
             raise _failed(self.engine, "cannot create the engine", error) from error
         if engine is None or inspect.isawaitable(engine):
             got = "nothing" if engine is None else "an awaitable (it must be a plain function)"
@@ -389,7 +391,9 @@ def _import(record: PluginRecord, module: str) -> ModuleType:
             f"{record} ended the interpreter while it was imported: SystemExit({error.code!r}) ({_where(error)})",
             hint=_way_out(record),
         ) from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise _failed(record, "cannot be imported", error) from error
 
 
@@ -527,10 +531,10 @@ def hook_signatures() -> dict[str, tuple[str, ...]]:
 # --- Messages
 
 
-def _failed(record: PluginRecord, what: str, error: Exception) -> PluginError:
+def _failed(record: PluginRecord, what: str, error: BaseException) -> PluginError:
     return PluginError(
         replace(record, status="broken"),
-        f"{record} {what}: {type(error).__name__}: {error} ({_where(error)})",
+        f"{record} {what}: {describe(error)} ({_where(error)})",
         hint=_way_out(record),
     )
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 from dynamo.runtime import DistributedRuntime, Endpoint
 
-from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.errors import StartError, UsageError, describe
 from dynamo_worker.logs import get_logger
 from dynamo_worker.registration import FileStore, Registration
 from dynamo_worker.supervisor import ledger
@@ -86,6 +86,11 @@ class Runtime:
             )
         except Exception as error:
             raise StartError(f"the Dynamo runtime does not start: {error}") from error
+        except BaseException as error:  # a panic: it takes threads and descriptors for granted
+            raise StartError(
+                f"the Dynamo runtime does not start: {describe(error)}",
+                hint="raise the limits of this process: descriptors (ulimit -n), threads (ulimit -u, pids.max), memory",
+            ) from error
         status_port = None
         if settings.system_port >= 0:
             started = sorted(_listening_ports() - before)

@@ -369,7 +369,7 @@ async def pulled(
 ) -> AsyncGenerator[Chunk, None]:
     """Yield what an engine pushes (:class:`~dynamo_worker.engine.PushesChunks`): its ``generate`` in one line."""
     chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
-    task = asyncio.ensure_future(contained(push(request, context, chunks.put_nowait)))
+    task = asyncio.ensure_future(contained(lambda: push(request, context, chunks.put_nowait)))
     task.add_done_callback(lambda _: chunks.put_nowait(None))
     try:
         while (chunk := await chunks.get()) is not None:

@@ -69,6 +69,13 @@ class TestTheWorkerIsKilled:
         assert supervised.wait() == 137
         assert time.monotonic() - started < 10
 
+    def test_shared_memory_made_right_before(self, supervised):
+        """Nobody had time to see whose it is, and the dead use nothing."""
+        supervised.start(SERVING, "segment", "arrived", "sleep=0.05", "segment", "sleep=0.01", "segment", "die=9")
+        assert supervised.wait() == 137
+        assert len(supervised.shm_names.read_text().split()) == 3
+        assert supervised.segments() == []
+
     def test_worker_that_is_stopped(self, supervised):
         supervised.start(SERVING, "arrived", "hang")
         os.kill(supervised.worker, signal.SIGSTOP)

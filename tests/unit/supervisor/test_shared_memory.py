@@ -108,6 +108,10 @@ class TestWatch:
         yield watch
         watch.close()
 
+    def look_up_again(self, watch) -> None:
+        time.sleep(max(0.0, watch.due() - time.monotonic()))
+        watch.look_up()
+
     def test_ours_are_recorded_and_others_are_not(self, watch, make, tmp_path):
         mapped, unused = make("mapped"), make("unused")
         assert watch.due() is None
@@ -116,7 +120,7 @@ class TestWatch:
         watch.look_up()
         assert (watch.recorded.get(mapped[0]), watch.recorded.get(unused[0])) == (mapped[1], None)
         assert mapped in ledger.read_segments(tmp_path)
-        watch.look_up()
+        self.look_up_again(watch)
         assert unused[0] not in watch.recorded
         assert watch.due() is None  # twice is enough
 
@@ -124,7 +128,7 @@ class TestWatch:
         mapped, unused = make("mapped"), make("unused")
         watch.read()
         watch.look_up()
-        watch.look_up()
+        self.look_up_again(watch)
         for name in (mapped[0], unused[0]):
             (SHM / name).unlink()
         watch.read()
@@ -143,12 +147,60 @@ class TestWatch:
         finally:
             (SHM / new).unlink()
 
-    def test_lookups_are_limited_in_their_share_of_time(self, watch, make):
+    def test_each_is_looked_up_at_once(self, watch, make):
+        for _ in range(3):
+            name, inode = make("mapped")
+            watch.read()
+            assert watch.due() <= time.monotonic()
+            watch.look_up()
+            assert watch.recorded[name] == inode
+
+    def test_one_that_is_not_used_yet_is_looked_up_again(self, watch, make):
         make("unused")
         watch.read()
-        started = time.monotonic()
         watch.look_up()
-        assert watch.due() is None or watch.due() >= started + 0.1
+        assert watch.due() > time.monotonic() + 0.05
+        make("unused")  # another one does not take the second chance from it
+        watch.read()
+        watch.look_up()
+        assert len(watch._lookups) == 2
+
+    def test_lookups_are_limited_in_their_share_of_time(self, make, tmp_path):
+        def slow():
+            time.sleep(0.1)
+            return []
+
+        watch = SegmentWatch(str(tmp_path), slow)
+        try:
+            for _ in range(3):
+                make("unused")
+                watch.read()
+                watch.look_up()
+            make("unused")
+            watch.read()
+            assert time.monotonic() + 1.0 < watch.due() < time.monotonic() + 2.0
+        finally:
+            watch.close()
+
+    def test_what_the_worker_held_when_it_died(self, watch, make, tmp_path):
+        """It was made since the last lookup: nobody can tell any more whose it was, but for when it was let go of."""
+        code = "import os, sys; [os.open(p, os.O_RDWR | os.O_CREAT) for p in sys.argv[1:]]; os.kill(os.getpid(), 9)"
+        names = [f"dwtest-dead-{os.getpid()}-{number}" for number in range(2)]
+        held, foreign = make("open"), make("unused")
+        try:
+            time.sleep(0.3)
+            watch.read()
+            assert foreign[0] in watch._closed
+            watch._closed[foreign[0]] -= 0.3  # as if it had been read when it happened
+            subprocess.run([sys.executable, "-c", code, *(str(SHM / name) for name in names)], check=False)
+            watch.claim()
+            assert set(watch.recorded) == set(names)
+            assert held[0] not in watch.recorded
+            assert sorted(shared_memory.remove_unused(watch.recorded.items())) == names
+            assert {name for name, _ in ledger.read_segments(tmp_path)} == set(names)
+        finally:
+            for name in names:
+                (SHM / name).unlink(missing_ok=True)
 
     def test_a_full_disk_is_no_end(self, watch, make, monkeypatch):
         def full(*_):

@@ -28,7 +28,7 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code; every error ends as a message on stderr."""
-    from dynamo_worker.errors import WorkerError
+    from dynamo_worker.errors import WorkerError, describe
 
     try:
         return _dispatch(argv)
@@ -36,12 +36,14 @@ def main(argv: list[str]) -> int:
         print_error(error)
         return _end(error.exit_code, str(error.args[0]))
     except KeyboardInterrupt:
-        return SIGNAL_BASE + 2
+        return _end(SIGNAL_BASE + 2, "interrupted (KeyboardInterrupt)")
     except BrokenPipeError:
         # The reader of the output is gone (`dynamo-worker --help | head`). Nothing may be written at exit either.
         sys.stdout = None
         return SIGNAL_BASE + 13
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         shortage = _shortage(error)
         if shortage is not None:
             print_error(shortage)
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> int:
         from dynamo_worker.cli.report import print_crash
 
         print_crash(error)
-        return _end(ExitCode.FATAL, f"bug in dynamo-worker: {type(error).__name__}: {error}")
+        return _end(ExitCode.FATAL, f"bug in dynamo-worker: {describe(error)}")
 
 
 def print_error(error: Exception) -> None:
@@ -74,7 +76,7 @@ def _end(code: int, reason: str) -> int:
     return code
 
 
-def _shortage(error: Exception) -> WorkerError | None:
+def _shortage(error: BaseException) -> WorkerError | None:
     """Return what to say about an error that says no more than that this machine or container has run short."""
     from dynamo_worker.errors import StartError
 

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
 
     plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
     if not print_only:
+        logs.setup(values.log_level, values.log_format)
         plugins.prepare(line.rest)
     parser = arguments.engine_parser(plugins)
     engine_args = arguments.parse_engine_args(parser, line.rest, config)

@@ -36,6 +36,7 @@ MODEL_DIR = Path(__file__).parent / "echo_model"
 ANSWER_TOKEN = 0
 EOS_TOKEN = 1
 CONTEXT_LENGTH = 131_072
+VOCAB_SIZE = 259
 KV_BLOCK_SIZE = 16
 #: Sampling options the engine cannot honour; a request that asks for one is refused, not silently altered.
 _UNSUPPORTED = ("guided_decoding", "use_beam_search")
@@ -110,6 +111,7 @@ class EchoEngine:
             model_name=self._model_name,
             model_path=str(MODEL_DIR),
             context_length=CONTEXT_LENGTH,
+            vocab_size=VOCAB_SIZE,
             kv_block_size=KV_BLOCK_SIZE,
         )
 

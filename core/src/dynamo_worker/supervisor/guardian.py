@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -87,6 +88,9 @@ class Guardian:
         while self._worker is not None and self._exit_code is None:
             due = self._segments.due() if self._segments is not None else None
             self._pump(min(due, self._record.due) if due is not None else self._record.due)
+        if self._segments is not None:
+            with contextlib.suppress(OSError):  # no descriptors left? What is recorded goes all the same
+                self._segments.claim()
         if self._exit_code is not None:
             self._channel.send("exited", code=self._exit_code)
         self._clean()

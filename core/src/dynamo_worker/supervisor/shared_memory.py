@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 #: Where POSIX shared memory lives on Linux.
 DIRECTORY = "/dev/shm"  # noqa: S108 -- this is the place itself
 
-#: A new segment is looked up at once; the next lookup waits for so many times what the last one took, within limits.
-_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+#: A new segment is looked up at once, as long as lookups have taken less than one part in ``_SHARE`` of the time and
+#: ``_CREDIT`` seconds; then they wait until that is so again, but not longer than ``_LONGEST_PAUSE``.
 _SHARE = 20.0
+_CREDIT = 0.2
+_LONGEST_PAUSE = 2.0
 
-#: Lookups of one segment: its creator may not have mapped it yet at the first.
-_LOOKUPS = 2
+#: A segment is looked up again so much later: its creator may not have mapped it yet the first time.
+_PAUSE = 0.1
+
+#: What the last process to use a segment lets go of so shortly before the worker is seen dead, it let go of by dying.
+_DYING = 0.25
 
 
 def segments_of(pid: int) -> set[int]:
@@ -108,29 +113,36 @@ class SegmentWatch:
     def __init__(self, run_dir: str, tree: Callable[[], Iterable[int]]) -> None:
         self._run_dir = run_dir
         self._tree = tree
-        self._lookups: dict[str, int] = {}
-        self._scanned = 0.0
-        self._pause = _PAUSE
+        self._lookups: dict[str, float | None] = {}  # new segments, and when they were first looked up
+        self._closed: dict[str, float] = {}
+        self._scanned = time.monotonic()
+        self._credit = _CREDIT
         #: Recorded segments: inode by name.
         self.recorded: dict[str, int] = {}
-        mask = linux.IN_CREATE | linux.IN_MOVED_TO | linux.IN_DELETE | linux.IN_MOVED_FROM
+        mask = linux.IN_CREATE | linux.IN_MOVED_TO | linux.IN_DELETE | linux.IN_MOVED_FROM | linux.IN_CLOSE_WRITE
         #: inotify descriptor; readable when there are events for ``read``.
         self.descriptor = linux.watch_directory(DIRECTORY, mask)
 
     def read(self) -> None:
-        """Take note of what was created and removed."""
+        """Take note of what was created, let go of and removed."""
         for mask, name in linux.read_events(self.descriptor):
             if mask & linux.IN_Q_OVERFLOW:
-                self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded), 0))
+                self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded)))
+            elif mask & linux.IN_CLOSE_WRITE:
+                if name in self._lookups:
+                    self._closed[name] = time.monotonic()
             elif mask & (linux.IN_CREATE | linux.IN_MOVED_TO):
-                self._lookups[name] = 0
+                self._lookups[name] = None
             else:
-                self._lookups.pop(name, None)
+                self._forget(name)
                 self.recorded.pop(name, None)
 
     def due(self) -> float | None:
         """Return when ``look_up`` should be called next (monotonic), or None."""
-        return self._scanned + self._pause if self._lookups else None
+        if not self._lookups:
+            return None
+        rested = self._scanned + min(max(0.0, -self._credit * _SHARE), _LONGEST_PAUSE)
+        return max(rested, min(0.0 if first is None else first + _PAUSE for first in self._lookups.values()))
 
     def look_up(self) -> None:
         """Find out which of the new segments are used by our tree, and record those."""
@@ -139,7 +151,7 @@ class SegmentWatch:
         for name in list(self._lookups):
             inode = _inode(name)
             if inode is None:  # gone again, or not ours
-                del self._lookups[name]
+                self._forget(name)
             else:
                 wanted[inode] = name
         if wanted:
@@ -149,30 +161,63 @@ class SegmentWatch:
                 if len(found) == len(wanted):
                     break
             for inode, name in wanted.items():
-                self._lookups[name] += 1
+                first = self._lookups[name]
                 if inode in found:
                     self.recorded[name] = inode
-                if inode in found or self._lookups[name] >= _LOOKUPS:
-                    del self._lookups[name]
+                    self._forget(name)
+                elif first is None:
+                    self._lookups[name] = started
+                elif started >= first + _PAUSE:
+                    self._forget(name)
             if found:
-                with contextlib.suppress(OSError):  # disk full? The copy in memory still serves this process
-                    ledger.write_segments(self._run_dir, self.recorded.items())
+                self._write()
+        earned = (started - self._scanned) / _SHARE
         self._scanned = time.monotonic()
-        self._pause = min(max(_PAUSE, _SHARE * (self._scanned - started)), _LONGEST_PAUSE)
+        self._credit = min(self._credit + earned, _CREDIT) - (self._scanned - started)
+
+    def claim(self) -> None:
+        """Record what the worker made and held until it died, right after its death.
+
+        Nobody can look up any more who used that. It is what was made since the last lookups and what its last user let
+        go of at that moment.
+        """
+        self.read()
+        now, now_on_disk = time.monotonic(), time.time()
+        claimed = {}
+        for name, closed_at in self._closed.items():
+            inode = _inode(name, since=now_on_disk - _LONGEST_PAUSE - _DYING)
+            if inode is not None and now - closed_at <= _DYING:
+                claimed[name] = inode
+        self._closed.clear()
+        if claimed:
+            self.recorded.update(claimed)
+            self._write()
+
+    def _forget(self, name: str) -> None:
+        """Look a segment up no more."""
+        self._lookups.pop(name, None)
+        self._closed.pop(name, None)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # disk full? The copy in memory still serves this process
+            ledger.write_segments(self._run_dir, self.recorded.items())
 
     def close(self) -> None:
         """Stop watching."""
         os.close(self.descriptor)
 
 
-def _inode(name: str) -> int | None:
-    """Return the inode of a segment that this user may own, or None."""
+def _inode(name: str, since: float = 0.0) -> int | None:
+    """Return the inode of a segment that this user may own, or None.
+
+    :param since: seconds since the epoch; older ones do not count.
+    """
     if "/" in name:  # no segment has such a name; a forged record must not lead elsewhere
         return None
     try:
         status = os.lstat(os.path.join(DIRECTORY, name))
     except OSError:
         return None
-    if os.geteuid() not in (0, status.st_uid) or status.st_mode & 0o170000 != 0o100000:
+    if os.geteuid() not in (0, status.st_uid) or status.st_mode & 0o170000 != 0o100000 or status.st_ctime < since:
         return None
     return status.st_ino

@@ -3,7 +3,7 @@
 settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=URL:LEASE
 child=SCRIPT (with the interpreter, waits until it is up) frontend=PATH:ALLOWED temp deep=LEVELS close-control garbage
 fill touch=PATH print=TEXT exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop)
-obey-slowly=CODE:SECONDS sleep=SECONDS hang exit=CODE die=SIGNAL
+obey-slowly=CODE:SECONDS sleep=SECONDS segment hang exit=CODE die=SIGNAL
 """
 
 from __future__ import annotations
@@ -85,6 +85,11 @@ def do(step: str) -> None:
     elif name == "temp":
         Path(os.environ["TMPDIR"], "left", "behind").mkdir(parents=True)
         Path(os.environ["TMPDIR"], "left", "behind", "file").write_text("x" * 1000)
+    elif name == "segment":
+        segment = f"dwtest-{os.getpid()}-{len(running)}"
+        with open(os.environ["SHM_NAMES"], "a") as file:
+            file.write(f"{segment}\n")
+        running.append(os.open(f"/dev/shm/{segment}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     elif name == "deep":
         os.chdir(os.environ["TMPDIR"])
         for _ in range(int(value)):
