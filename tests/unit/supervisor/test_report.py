@@ -4,10 +4,11 @@ import contextlib
 import json
 import os
 import re
+import time
 
 import pytest
 
-from dynamo_worker.supervisor import report, supervisor
+from dynamo_worker.supervisor import output, report, supervisor
 
 
 @contextlib.contextmanager
@@ -70,13 +71,20 @@ class TestLog:
     def test_a_reader_that_does_not_read_costs_lines_and_not_time(self):
         with piped_stderr() as stderr:
             log = report.Log("x")
-            for _ in range(40):
+            lines = 2 * output.MOST_WAITING // 3900
+            since = time.monotonic()
+            for _ in range(lines):
                 log.info("y" * 3900)
-            assert "log_lines_lost" not in stderr()
+            assert time.monotonic() - since < 2
+            seen = ""
+            while log.output.pending:
+                seen += stderr()
+                log.output.flush()
             log.info("again")
-            assert re.search(r"again log_lines_lost=\d+\n$", stderr())
-            log.info("and on")
-            assert stderr().endswith("and on\n")
+            seen += stderr()
+            lost = re.search(r"WARNING x: Log lines lost: nobody reads them lines=(\d+)\n.* INFO x: again\n$", seen)
+            assert lost
+            assert seen.count("yyy\n") + int(lost[1]) == lines
 
     def test_a_closed_stderr(self):
         saved = os.dup(2)

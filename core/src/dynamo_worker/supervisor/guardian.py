@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_worker.supervisor.linux import Process, Stat
+    from dynamo_worker.supervisor.output import Relay
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
 _NAME = "dw-guardian"
@@ -55,6 +56,7 @@ class Guardian:
         run_directory: RunDirectory,
         command: Sequence[str],
         environment: Mapping[str, str],
+        relay: Relay,
         log: Log,
     ) -> None:
         self._channel = Channel(supervisor)
@@ -62,8 +64,10 @@ class Guardian:
         self._run_directory = run_directory
         self._command = command
         self._environment = environment
+        self._relay = relay
         self._log = log
         self._loop = Loop((), self._on_signal, self._on_child)
+        self._loop.outputs.add(log.output)
         self._worker: Process | None = None
         self._exit_code: int | None = None
         self._withdrawal: Withdrawal | None = None
@@ -77,14 +81,22 @@ class Guardian:
     def run(self) -> None:
         """Start the worker, wait for its end or the supervisor's, and clean up."""
         self._watch_segments()
+        self._relay.start(self._loop)
         self._loop.add(self._channel.socket.fileno(), self._on_message)
         try:
-            self._worker = spawn(self._command, self._environment, self._control.fileno(), self._run_directory.mark)
+            self._worker = spawn(
+                self._command,
+                self._environment,
+                self._control.fileno(),
+                self._run_directory.mark,
+                self._relay.ends,
+            )
         except SpawnError as error:
             self._channel.send("spawn_failed", reason=str(error))
         else:
             self._channel.send("spawned", pid=self._worker.pid, start=self._worker.start)
         self._control.close()
+        self._relay.close_ends()
         while self._worker is not None and self._exit_code is None:
             due = self._segments.due() if self._segments is not None else None
             self._pump(min(due, self._record.due) if due is not None else self._record.due)
@@ -110,6 +122,7 @@ class Guardian:
             self._cleanup.deadline = self._deadline
         self._cleanup.frontend_deadline = self._frontend_deadline
         report = self._cleanup.run()
+        self._relay.finish()
         if self._cleanup.stuck is None:
             raise RuntimeError("the worker's processes could not be killed")  # the supervisor tries it, too
         self._channel.send("cleaned", report=report)
@@ -182,12 +195,12 @@ def become_guardian(
     run_directory: RunDirectory,
     command: Sequence[str],
     environment: Mapping[str, str],
-    *,
-    log_as_json: bool,
+    relay: Relay,
+    log: Log,
 ) -> NoReturn:
     """Turn a process just forked from the supervisor, with all signals blocked, into the guardian."""
     code = 1
-    log = Log("dynamo_worker.guardian", as_json=log_as_json)
+    log = Log("dynamo_worker.guardian", as_json=log.as_json, output=log.output)
     try:
         os.setsid()  # neither the terminal nor a kill of the supervisor's group reaches us
         linux.set_name(_NAME)
@@ -196,11 +209,12 @@ def become_guardian(
         linux.on_parent_death(signal.SIGCONT, os.getppid())
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        guardian = Guardian(supervisor, control, run_directory, command, environment, log)
+        guardian = Guardian(supervisor, control, run_directory, command, environment, relay, log)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         guardian.run()
         code = 0
     except BaseException as error:
         log.error("The guardian failed; the supervisor takes over", error=f"{type(error).__name__}: {error}")
     finally:
+        log.drain()
         os._exit(code)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from dynamo_worker.supervisor.output import Output
+
 
 #: Longest single wait, in seconds: epoll takes no more than 24.8 days. Who waits for longer is woken in between.
 _LONGEST_WAIT = 3600.0
@@ -34,6 +36,8 @@ class Loop:
     ) -> None:
         self._selector = selectors.DefaultSelector()
         self._signals = frozenset(signals)
+        #: What they could not write at once is written as soon as it can be.
+        self.outputs: set[Output] = set()
         self._on_signal = on_signal
         self._on_child = on_child
         self._wakeup, wakeup = socket.socketpair()
@@ -45,7 +49,7 @@ class Loop:
             signal.signal(number, _ignore)
         self.add(self._wakeup.fileno(), self._read_signals)
 
-    def add(self, descriptor: int, on_input: Callable[[], None]) -> None:
+    def add(self, descriptor: int, on_input: Callable[[], object]) -> None:
         """Call ``on_input`` whenever the descriptor is readable."""
         self._selector.register(descriptor, selectors.EVENT_READ, (on_input, None))
 
@@ -69,6 +73,9 @@ class Loop:
         watched = descriptor is not None
         if descriptor is not None:
             self.add(descriptor, _nothing)
+        pending = [output for output in self.outputs if output.pending]
+        for output in pending:
+            self._selector.register(output.descriptor, selectors.EVENT_WRITE, (_nothing, output.flush))
         try:
             # The wait of a process that was stopped meanwhile ends without a look at what has arrived: look again.
             for key, events in self._selector.select(timeout) or self._selector.select(0):
@@ -80,6 +87,8 @@ class Loop:
         finally:
             if watched and descriptor is not None:
                 self.remove(descriptor)
+            for output in pending:
+                self.remove(output.descriptor)
 
     def reap(self) -> bool:
         """Reap all children that have ended, adopted ones too; return whether there is no child left at all."""

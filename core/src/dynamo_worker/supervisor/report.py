@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import socket
 import stat
 import time
 from typing import Any
 
-#: A pipe with room for one page takes a write of this size at once or not at all.
+from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
+
+#: A pipe takes a write of this size at once or not at all.
 _MOST_BYTES = 4000
 
 #: Longer texts are cut, so that JSON stays JSON.
 _MOST_CHARACTERS = 700
-
-#: How long a reader of our log may keep us waiting. Then the line is dropped: a deadline matters more.
-_PATIENCE_MS = 50
 
 #: What the kubelet reads of a termination message.
 _MOST_TERMINATION_BYTES = 4096
@@ -29,12 +27,14 @@ class Log:
 
     :param name: the logger's name, below ``dynamo_worker``.
     :param as_json: one JSON object a line.
+    :param output: the one that another log of this process writes to; a new one if there is none.
     """
 
-    def __init__(self, name: str, *, as_json: bool = False) -> None:
+    def __init__(self, name: str, *, as_json: bool = False, output: Output | None = None) -> None:
         self.name = name
         self.as_json = as_json
-        self._dropped = 0
+        #: Descriptor 2.
+        self.output = Output(2, self._lost) if output is None else output
 
     def info(self, message: str, /, **fields: Any) -> None:
         """Log what an operator wants to see in a normal life."""
@@ -48,11 +48,19 @@ class Log:
         """Log what ends the worker, or what could not be done."""
         self._write("ERROR", message, fields)
 
+    def drain(self) -> None:
+        """Give the reader a last moment to take what is waiting."""
+        self.output.drain(LAST_OUTPUT)
+
+    def _lost(self, lines: int) -> bytes:
+        return self._line("WARNING", "Log lines lost: nobody reads them", {"lines": lines})
+
     def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
+        self.output.write(self._line(level, message, fields))
+
+    def _line(self, level: str, message: str, fields: dict[str, Any]) -> bytes:
         now = time.time()
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
-        if self._dropped:
-            fields = {**fields, "log_lines_lost": self._dropped}
         fields = {
             name: value[:_MOST_CHARACTERS] + "…" if isinstance(value, str) and len(value) > _MOST_CHARACTERS else value
             for name, value in fields.items()
@@ -66,16 +74,7 @@ class Log:
         else:
             line = f"{stamp} {level} {self.name}: {message}"
             line += "".join(f" {name}={_value(value)}" for name, value in fields.items())
-        data = line.encode("utf-8", "replace")[:_MOST_BYTES].decode("utf-8", "ignore").encode() + b"\n"
-        try:
-            poll = select.poll()
-            poll.register(2, select.POLLOUT)
-            if not poll.poll(_PATIENCE_MS):
-                raise BlockingIOError
-            os.write(2, data)
-            self._dropped = 0
-        except OSError:
-            self._dropped += 1
+        return line.encode("utf-8", "replace")[:_MOST_BYTES].decode("utf-8", "ignore").encode() + b"\n"
 
 
 def _value(value: object) -> str:

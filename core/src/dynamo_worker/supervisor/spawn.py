@@ -42,13 +42,20 @@ def fork() -> int:
     return pid
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int, mark_of_tree: int) -> linux.Process:
+def spawn(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    keep: int,
+    mark_of_tree: int,
+    output: Mapping[int, int],
+) -> linux.Process:
     """Start ``command`` as a child in a new session that dies by SIGKILL with this process.
 
     Only for a process without threads: between fork and exec the child runs Python.
 
     :param keep: the one descriptor above 2 that the child inherits.
     :param mark_of_tree: the mark of the child and all that come from it.
+    :param output: what it gets as stdout (1) and stderr (2) instead of ours.
     :raises SpawnError: there can be no process for it, or the command cannot be executed.
     """
     parent = os.getpid()
@@ -57,7 +64,7 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int, mar
         try:
             pid = fork()
             if pid == 0:
-                _become(command, environment, keep, mark_of_tree, report_child, parent)
+                _become(command, environment, keep, mark_of_tree, output, report_child, parent)
         finally:
             os.close(report_child)
     except OSError as error:
@@ -72,7 +79,13 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], keep: int, mar
 
 
 def _become(
-    command: Sequence[str], environment: Mapping[str, str], keep: int, mark_of_tree: int, report: int, parent: int
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    keep: int,
+    mark_of_tree: int,
+    output: Mapping[int, int],
+    report: int,
+    parent: int,
 ) -> None:
     """Turn the forked child into the command. Never returns."""
     try:
@@ -81,6 +94,8 @@ def _become(
             os._exit(128 + signal.SIGKILL)
         reset_signals()
         mark.put_on_ourselves(mark_of_tree)
+        for descriptor, end in output.items():
+            os.dup2(end, descriptor)
         for name in os.listdir("/proc/self/fd"):
             descriptor = int(name)
             if descriptor > 2 and descriptor != report:

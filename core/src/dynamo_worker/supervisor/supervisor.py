@@ -18,6 +18,7 @@ from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.guardian import become_guardian
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import Loop
+from dynamo_worker.supervisor.output import Relay
 from dynamo_worker.supervisor.run_directory import RunDirectory
 from dynamo_worker.supervisor.spawn import fork
 
@@ -160,12 +161,14 @@ class Supervisor:
         code = int(ExitCode.START_FAILED)
         report.write_termination_message(self._termination_message_path, reason)
         self._log.error("Worker not started", code=code, reason=reason)
+        self._log.drain()
         return code
 
     def _start(self) -> None:
         guardian_end, guardian_channel = channel.pair()
         control_end, control = channel.pair()
         environment = _environment(self._run_directory, control.fileno())
+        self._relay = Relay(self._log.output)
         gc.collect()
         gc.freeze()  # keeps the collector of either process off the pages that both share
         self._guardian = fork()
@@ -178,8 +181,10 @@ class Supervisor:
                 self._run_directory,
                 self._command,
                 environment,
-                log_as_json=self._log.as_json,
+                self._relay,
+                self._log,
             )
+        self._relay.close_ends()
         guardian_channel.close()
         control.close()
         self._to_guardian = Channel(guardian_end)
@@ -189,6 +194,7 @@ class Supervisor:
         # Signals that whoever started us had ignored (nohup) stay ignored.
         wanted = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._loop = Loop([*wanted, signal.SIGUSR1], self._on_signal, self._on_child)
+        self._loop.outputs.add(self._log.output)
         self._loop.add(self._to_guardian.socket.fileno(), self._on_guardian_message)
         self._loop.add(self._control.socket.fileno(), self._on_worker_message)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -248,6 +254,7 @@ class Supervisor:
         else:
             fields["cleaned"] = "in the background"
         (self._log.info if code == 0 else self._log.error)("Worker stopped", **fields)
+        self._log.drain()
 
     # -- Cleaning -----------------------------------------------------------------------------------------------------
 
@@ -320,6 +327,7 @@ class Supervisor:
             self._log.error("The guardian is gone; the supervisor takes the worker down", guardian=ended)
         if self._worker is not None and self._exit_code is None:
             linux.send_signal(self._worker, signal.SIGKILL)  # the kernel does that, too
+        self._relay.start(self._loop)  # the worker's last words
         self._cleanup = Cleanup(
             self._run_directory,
             find=lambda: process_tree.descendants(os.getpid(), self._strangers),
@@ -331,6 +339,7 @@ class Supervisor:
         )
         self._set_cleaning_deadline()
         self._report = self._cleanup.run()
+        self._relay.finish()
 
     # -- Verdict ------------------------------------------------------------------------------------------------------
 

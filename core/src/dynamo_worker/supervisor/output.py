@@ -1,0 +1,222 @@
+"""Output that waits for nobody: a log collector that hangs must stop neither a worker nor its supervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import select
+import socket
+import stat
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_worker.supervisor.loop import Loop
+
+#: So much waits for a reader, in bytes; what comes on top is dropped and counted.
+MOST_WAITING = 1 << 20
+
+#: A pipe takes so much at once or not at all, so that lines of several writers do not mix.
+_AT_ONCE = select.PIPE_BUF
+
+#: How much is read of the worker's output at a time, and may wait there while we do something else.
+_PIECE, _PIPE_SIZE = 64 * 1024, 1 << 20
+_F_SETPIPE_SZ = 1031  # in fcntl since Python 3.10 only where the C library's headers have it
+
+#: How long we look, at the end, for what the worker's tree has printed last, and wait for the reader to take it.
+LAST_OUTPUT = 0.2
+
+
+class Output:
+    """A descriptor that lines are written to; what it does not take now waits in a bounded buffer.
+
+    :param lost: makes the line that says how many were dropped.
+    """
+
+    def __init__(self, descriptor: int, lost: Callable[[int], bytes]) -> None:
+        self.descriptor = descriptor
+        self.lost = lost
+        self._waiting = bytearray()
+        self._ends_line = True
+        # Losing lines: until there is room again, and the current line has come to its end.
+        self._losing = False
+        self._torn = False
+        self._dropped = 0
+        self._reported = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits for the reader."""
+        return bool(self._waiting)
+
+    def write(self, data: bytes) -> None:
+        """Write what fits, keep the rest for :meth:`flush`, and drop what is too much. Never blocks, never raises."""
+        if self._torn:
+            end = data.find(b"\n") + 1
+            if not end:
+                return
+            self._dropped += 1
+            self._torn = False
+            data = data[end:]
+        self.flush()
+        room = 0 if self._losing else MOST_WAITING - len(self._waiting)
+        if len(data) > room:
+            kept = data.rfind(b"\n", 0, room) + 1
+            self._append(data[:kept])
+            self._lose(data[kept:])
+        else:
+            self._append(data)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting, as far as the reader takes it."""
+        self._resume()
+        while self._waiting:
+            piece = bytes(self._waiting[:_AT_ONCE])
+            if len(self._waiting) > _AT_ONCE:
+                piece = piece[: piece.rfind(b"\n") + 1] or piece
+            try:
+                written = write_now(self.descriptor, piece)
+            except BlockingIOError:
+                return
+            except OSError:  # the reader is gone, or the disk is full
+                self._dropped += self._waiting.count(b"\n") + max(0, self._reported - 1)
+                self._losing = True
+                self._reported = 0
+                self._waiting.clear()
+                return
+            del self._waiting[:written]
+            if not self._waiting:
+                self._reported = 0
+                self._resume()
+
+    def drain(self, seconds: float) -> None:
+        """Give the reader so many seconds to take what is waiting."""
+        deadline = time.monotonic() + seconds
+        self.flush()
+        while self._waiting and writable(self.descriptor, deadline - time.monotonic()):
+            self.flush()
+
+    def _append(self, data: bytes) -> None:
+        if data:
+            self._waiting += data
+            self._ends_line = data.endswith(b"\n")
+
+    def _lose(self, data: bytes) -> None:
+        if not self._ends_line:
+            self._append(b"\n")
+        self._losing = True
+        self._dropped += data.count(b"\n")
+        self._torn = bool(data) and not data.endswith(b"\n")
+
+    def _resume(self) -> None:
+        """Take lines again once half of the room is free, and say how many are missing here."""
+        if self._losing and not self._torn and len(self._waiting) <= MOST_WAITING // 2:
+            self._losing = False
+            if self._dropped:
+                self._append(self.lost(self._dropped))
+                self._reported, self._dropped = self._dropped, 0
+
+
+def write_now(descriptor: int, data: bytes) -> int:
+    """Write what a descriptor takes without waiting, and return how many bytes that were.
+
+    ``O_NONBLOCK`` is no way: it would hold for every process that shares the terminal or pipe with us. So it is opened
+    once more, each time, because whoever forks closes what he does not know.
+
+    :raises OSError: nothing was written; BlockingIOError: nothing fits now.
+    """
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(mode):
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            return connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    if not stat.S_ISFIFO(mode) and not os.isatty(descriptor):
+        return os.write(descriptor, data)  # a file takes everything at once
+    try:
+        own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:  # it belongs to another user, nobody reads it any more, or no descriptor is left
+        if not writable(descriptor, 0):
+            raise BlockingIOError from None
+        return os.write(descriptor, data[:_AT_ONCE])
+    try:
+        return os.write(own, data)
+    finally:
+        os.close(own)
+
+
+def writable(descriptor: int, seconds: float) -> bool:
+    """Return whether a descriptor becomes writable within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+class Relay:
+    """Carries what the worker's whole tree prints to our own stdout and stderr, where those are pipes or sockets.
+
+    So neither the worker nor the Dynamo runtime nor the engine's processes ever wait for, or die of, who reads the log.
+    Terminals and files they keep themselves.
+
+    :param stderr: where what is printed to stderr goes to.
+    """
+
+    def __init__(self, stderr: Output) -> None:
+        #: What is to be the worker's stdout and stderr instead of ours.
+        self.ends: dict[int, int] = {}
+        self._sources: dict[int, Output] = {}
+        places: dict[tuple[int, int], int] = {}
+        for descriptor in (stderr.descriptor, 1):
+            status = os.fstat(descriptor)
+            if not stat.S_ISFIFO(status.st_mode) and not stat.S_ISSOCK(status.st_mode):
+                continue
+            place = (status.st_dev, status.st_ino)
+            if place not in places:
+                reading, places[place] = os.pipe()
+                os.set_blocking(reading, False)
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(reading, _F_SETPIPE_SZ, _PIPE_SIZE)
+                self._sources[reading] = stderr if descriptor == stderr.descriptor else Output(descriptor, stderr.lost)
+            self.ends[descriptor] = places[place]
+
+    def close_ends(self) -> None:
+        """Leave the writing ends to the worker's tree alone."""
+        for descriptor in set(self.ends.values()):
+            os.close(descriptor)
+        self.ends = {}
+
+    def start(self, loop: Loop) -> None:
+        """Carry from now on."""
+        self._loop = loop
+        for source, output in self._sources.items():
+            loop.add(source, functools.partial(self._carry, source))
+            loop.outputs.add(output)
+
+    def finish(self) -> None:
+        """Carry what is left once the tree has ended, and give the readers a moment."""
+        deadline = time.monotonic() + LAST_OUTPUT
+        outputs = set(self._sources.values())
+        for source in list(self._sources):
+            # Something may still write, a process that cannot be killed for example.
+            while self._carry(source) and time.monotonic() < deadline:
+                pass
+        for output in outputs:
+            output.drain(deadline - time.monotonic())
+
+    def _carry(self, source: int) -> bool:
+        """Carry one piece and return whether there may be more."""
+        try:
+            data = os.read(source, _PIECE)
+        except BlockingIOError:
+            return False
+        output = self._sources[source]
+        if not data:
+            self._loop.remove(source)
+            os.close(source)
+            del self._sources[source]
+            return False
+        output.write(data)
+        return True
