@@ -96,6 +96,8 @@ class FaultyEngine(EchoEngine):
             raise InvalidRequestError("temperature must not be negative")
         if "bug" in text:
             raise ValueError("not enough values to unpack")
+        if "print" in text:
+            print("a line that waits in a buffer until the end")
         if "dead" in text:
             raise EngineDeadError("CUDA error: an illegal memory access was encountered")
         if "unserializable" in text:

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -545,3 +547,50 @@ def test_a_bug_is_one(command):
     result = command.python("-c", script)
     assert result.returncode == 1
     assert "this is a bug" in result.stderr
+
+
+# --- Who reads the output
+
+
+@pytest.fixture
+def unread():
+    """Return a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["engines"], ["plan"], ["plan", "--json"], ["frontend", "--help"]]
+)
+def test_nobody_reads_or_the_disk_is_full(command, unread, argv, buffered):
+    argv = ["-m", "dynamo_worker", *argv]
+    environment = {"PYTHONUNBUFFERED": buffered}
+    result = command.python(*argv, environment=environment, stdout=unread)
+    ignored = buffered and argv[2] == "frontend"  # argparse does not look whether its help was written
+    assert result.returncode == (0 if ignored else 141)
+    assert not result.stderr
+    with open("/dev/full", "w") as full:
+        result = command.python(*argv, environment=environment, stdout=full)
+    assert result.returncode == (0 if ignored else 1)
+    if not ignored:
+        assert result.stderr == "dynamo-worker: error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("argv", [["plan"], ["engines"], ["--version"]])
+def test_closed_descriptors_are_no_error(command, argv):
+    script = 'exec "$@" <&- >&- 2>&-'
+    result = subprocess.run(
+        ["/bin/sh", "-c", script, "sh", sys.executable, "-m", "dynamo_worker", *argv],
+        env=command.environment,
+        timeout=60,
+    )
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize("argv", [["nonsense"], [RUN, "--engine", "nope"], ["--engine", "nope"]])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(command, unread, argv):
+    result = command.python("-m", "dynamo_worker", *argv, stdout=unread, stderr=unread)
+    assert result.returncode == 2

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
 import re
+import threading
+import time
 
 import pytest
 
 from dynamo_worker import logs
+from dynamo_worker.supervisor import output
+from dynamo_worker.supervisor.output import write_now
 
 
 @pytest.fixture
@@ -76,6 +82,111 @@ def test_records_of_other_libraries_look_the_same(stream):
 def test_runtime_log_can_be_chosen(monkeypatch):
     monkeypatch.setenv("DYN_LOG", "debug")
     logs.quiet_runtime()
-    import os
-
     assert os.environ["DYN_LOG"] == "debug"
+
+
+@pytest.fixture
+def pipe():
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as stream:
+        yield reading, stream
+    os.close(reading)
+
+
+def fill(descriptor):
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += write_now(descriptor, b"x" * 4096)
+    return filled
+
+
+def read(descriptor, size):
+    data = b""
+    while len(data) < size:
+        data += os.read(descriptor, size - len(data))
+    return data
+
+
+def test_a_line_is_out_when_the_call_returns(stream, pipe):
+    """What follows may hold the interpreter for ever."""
+    reading, writing = pipe
+    logs.setup(stream=logs.UnblockedStream(writing))
+    logs.get_logger("a").info("hello")
+    os.set_blocking(reading, False)
+    assert os.read(reading, 1000).endswith(b" INFO a: hello\n")
+
+
+def test_a_reader_that_hangs_holds_up_nobody_and_misses_nothing_later(stream, pipe):
+    reading, writing = pipe
+    unblocked = logs.UnblockedStream(writing)
+    logs.setup(stream=unblocked)
+    filled = fill(writing.fileno())
+    since = time.monotonic()
+    for number in range(500):
+        logs.get_logger("a").info("line", number=number)
+    assert time.monotonic() - since < 2
+    assert sum(thread.name == "log writer" for thread in threading.enumerate()) == 1
+    read(reading, filled)
+    seen = b""
+    while b"number=499" not in seen:
+        seen += os.read(reading, 1 << 16)
+    assert re.findall(rb"number=(\d+)\n", seen) == [b"%d" % number for number in range(500)]
+    since = time.monotonic()
+    while unblocked._writer is not None:
+        assert time.monotonic() - since < 5, "the thread ends when nothing waits"
+        time.sleep(0.001)
+
+
+def test_what_is_lost_is_counted_in_the_format_of_the_log(stream, pipe, monkeypatch):
+    reading, writing = pipe
+    monkeypatch.setattr(output, "MOST_WAITING", 1000)
+    unblocked = logs.UnblockedStream(writing)
+    logs.setup(log_format="json", stream=unblocked)
+    filled = fill(writing.fileno())
+    for number in range(100):
+        logs.get_logger("a").info("line", number=number)
+    read(reading, filled)
+    seen = b""
+    while b"Log lines lost" not in seen or not seen.endswith(b"\n"):
+        seen += os.read(reading, 1 << 16)
+    events = [json.loads(line) for line in seen.splitlines()]
+    assert events[-1]["message"] == "Log lines lost: nobody reads them"
+    assert events[-1]["lines"] == 100 - (len(events) - 1)
+
+
+def test_the_end_waits_for_the_reader_and_not_for_ever(stream, pipe):
+    _, writing = pipe
+    unblocked = logs.UnblockedStream(writing)
+    fill(writing.fileno())
+    unblocked.write("last\n")
+    since = time.monotonic()
+    unblocked.drain(0.1)
+    assert time.monotonic() - since < 2
+
+
+def test_a_forked_child_has_a_lock_and_a_buffer_of_its_own(stream, pipe):
+    reading, writing = pipe
+    unblocked = logs.UnblockedStream(writing)
+    filled = fill(writing.fileno())
+    unblocked.write("parent\n")
+    with unblocked._lock:
+        pid = os.fork()
+        if pid == 0:
+            unblocked.write("child\n")
+            os._exit(0 if unblocked._output.pending else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    read(reading, filled)
+    assert read(reading, 7) == b"parent\n"
+    os.set_blocking(reading, False)
+    with pytest.raises(BlockingIOError):
+        os.read(reading, 1)
+
+
+def test_it_stands_for_the_stream(pipe):
+    unblocked = logs.UnblockedStream(pipe[1])
+    assert unblocked.fileno() == pipe[1].fileno()
+    assert not unblocked.isatty()
+    unblocked.writelines(["a\n", "b\n"])
+    unblocked.flush()
+    assert os.read(pipe[0], 100) == b"a\nb\n"

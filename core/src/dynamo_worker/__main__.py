@@ -13,15 +13,25 @@ _IN_PROCESS = frozenset({"-h", "--help", "--version", "--print-config", "--no-su
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code; a worker ends this process itself."""
+    from dynamo_worker.supervisor import output
+
+    output.open_standard_streams()
     if argv is None:
         argv = sys.argv[1:]
     if runs_worker(argv):
         from dynamo_worker.supervisor import supervise
 
         supervise(argv)
+    from dynamo_worker.cli import finish_output
     from dynamo_worker.cli import main as run_here
 
-    return run_here(argv)
+    try:
+        code = run_here(argv)
+    except SystemExit as error:  # argparse ends the program itself
+        if not isinstance(error.code, int):
+            raise
+        code = error.code
+    return finish_output(code)
 
 
 def runs_worker(argv: list[str]) -> bool:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,8 @@ _RUNTIME_SHUTDOWN = 3.0
 _CAUSE_SECONDS = 0.01
 #: Seconds between the end of the hooks' time and the end of their stage, to cancel, log and go on.
 _HOOK_MARGIN = 0.3
+#: Seconds that who reads our output has, at the end, to take what is left of it.
+_LAST_OUTPUT = 0.5
 #: Seconds a start that is cancelled has to give up.
 _CANCEL_START = 1.0
 
@@ -94,8 +97,9 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
     faulthandler.enable(all_threads=True)
     # The supervisor asks for the stacks of a worker that hangs; this works while the GIL is held in native code.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    logs.setup(settings.log_level, settings.log_format)
-    native_output.redirect()
+    stderr = logs.UnblockedStream(sys.stderr)
+    logs.setup(settings.log_level, settings.log_format, stderr)
+    native_output.redirect(stderr)
     control = ControlChannel.from_environment()
     control.send(
         "settings",
@@ -111,8 +115,7 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
     asyncio.set_event_loop(loop)
     exit_code = _live(loop, launcher)
     control.send("exit", code=exit_code, reason=launcher.reason)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush(stderr)
     os._exit(exit_code)
 
 
@@ -130,6 +133,20 @@ def _live(loop: asyncio.AbstractEventLoop, launcher: Launcher) -> int:
             # SystemExit and KeyboardInterrupt stop the loop when they leave a task or a callback: one of the engine's
             # own, because ours let none out. The loop goes on from where it was.
             launcher.on_escaped(error)
+
+
+def _flush(stderr: logs.UnblockedStream) -> None:
+    """Write out what waits in buffers; who does not read it, or cannot any more, changes nothing."""
+
+    def flush_stdout() -> None:
+        with contextlib.suppress(Exception):  # whatever the engine has put in its place
+            sys.stdout.flush()
+
+    thread = threading.Thread(target=flush_stdout, daemon=True)
+    with contextlib.suppress(RuntimeError):  # no more threads
+        thread.start()
+        thread.join(_LAST_OUTPUT)
+    stderr.drain(_LAST_OUTPUT)
 
 
 class Launcher:

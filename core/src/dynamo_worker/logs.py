@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from typing import Any, Final, TextIO
+from collections.abc import Iterable, Mapping
+from typing import IO, Any, Final
+
+from dynamo_worker.supervisor.output import Output, writable
 
 #: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (one or
 #: two for every client that leaves, complaints about text-only models, about endpoints that have already left
@@ -71,21 +75,89 @@ def get_logger(name: str) -> EventLogger:
     return EventLogger(name)
 
 
-def setup(level: str = "info", log_format: str = "text", stream: TextIO | None = None) -> None:
+def setup(level: str = "info", log_format: str = "text", stream: IO[str] | UnblockedStream | None = None) -> None:
     """Send all log records of this process to stderr in one format.
 
     :param level: ``debug``, ``info``, ``warning`` or ``error``.
     :param log_format: ``text`` or ``json``.
     :param stream: where to write instead of stderr.
     """
+    formatter = JsonFormatter() if log_format == "json" else TextFormatter()
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(formatter)
+    if isinstance(stream, UnblockedStream):
+        stream.formatter = formatter
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def quiet_runtime(directives: str = WORKER_RUNTIME_LOG) -> None:
     """Set the default of ``DYN_LOG``. The runtime reads it while ``dynamo`` is imported: call this before."""
     os.environ.setdefault("DYN_LOG", directives)
+
+
+class UnblockedStream:
+    """Stands in for a text stream such as ``sys.stderr``: whoever writes never waits for who reads.
+
+    What the descriptor does not take at once, a thread writes when it does. What is too much is dropped and counted.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._descriptor = stream.fileno()
+        #: Of the line that says how many lines were lost.
+        self.formatter: logging.Formatter = TextFormatter()
+        self._begin()
+        # A child of the engine's may be forked while another thread writes, or while something waits.
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        # Reentrant, because a signal handler may log.
+        self._lock = threading.RLock()
+        self._output = Output(self._descriptor, self._lost)
+        self._writer: threading.Thread | None = None
+
+    def write(self, text: str) -> int:
+        """Write ``text``, now or later."""
+        with self._lock:
+            self._output.write(text.encode("utf-8", "backslashreplace"))
+            if self._output.pending and self._writer is None:
+                writer = threading.Thread(target=self._write_rest, name="log writer", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no more threads: the next line takes it along
+                    writer.start()
+                    self._writer = writer
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write all of them."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Do nothing: only what cannot be written waits."""
+
+    def drain(self, seconds: float) -> None:
+        """Give the reader so many seconds to take what is waiting."""
+        with self._lock:
+            self._output.drain(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _write_rest(self) -> None:
+        while True:
+            writable(self._descriptor, 60)
+            with self._lock:
+                self._output.flush()
+                if not self._output.pending:
+                    self._writer = None
+                    return
+            time.sleep(0.01)  # what poll calls writable may still be too little for a line
+
+    def _lost(self, lines: int) -> bytes:
+        message = "Log lines lost: nobody reads them"
+        record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, (), None)
+        record.fields = {"lines": lines}
+        return f"{self.formatter.format(record)}\n".encode("utf-8", "backslashreplace")
 
 
 class TextFormatter(logging.Formatter):

@@ -22,13 +22,15 @@ from dynamo_worker.logs import get_logger
 if TYPE_CHECKING:
     from types import FrameType
 
+    from dynamo_worker.logs import UnblockedStream
+
 log = get_logger(__name__)
 
 
 class NativeOutputFilter:
     """Stands in for ``sys.stderr``: what native code writes goes to the log at level debug, all else passes."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: IO[str] | UnblockedStream) -> None:
         self._stream = stream
         self._held = ""
 
@@ -48,9 +50,9 @@ class NativeOutputFilter:
         return getattr(self._stream, name)
 
 
-def redirect() -> None:
-    """Put the filter in the place of ``sys.stderr``. Log handlers that are set up already keep the stream itself."""
-    sys.stderr = NativeOutputFilter(sys.stderr)
+def redirect(stream: UnblockedStream) -> None:
+    """Put the filter, in front of ``stream``, in the place of ``sys.stderr``; log handlers keep the stream itself."""
+    sys.stderr = NativeOutputFilter(stream)
 
 
 class RequestLineFilter:

@@ -6,16 +6,21 @@ import contextlib
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from dynamo_worker import __version__
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from dynamo_worker.errors import WorkerError
 
 #: What an ``OSError`` has run short of: memory, processes, files, disk.
 _SHORT_OF = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+
+#: Why output cannot be written, apart from a reader that is gone.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 #: The commands beside running a worker, with what `--help` says about them.
 COMMANDS = {
@@ -38,25 +43,54 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _end(SIGNAL_BASE + 2, "interrupted (KeyboardInterrupt)")
     except BrokenPipeError:
-        # The reader of the output is gone (`dynamo-worker --help | head`). Nothing may be written at exit either.
-        sys.stdout = None
-        return SIGNAL_BASE + 13
+        return SIGNAL_BASE + 13  # the reader of the output is gone (`dynamo-worker --help | head`)
     except SystemExit:
         raise
     except BaseException as error:
+        if _is_about_output(error):
+            print_error(OSError(f"the output cannot be written: {error.strerror}"))
+            return ExitCode.FATAL
         shortage = _shortage(error)
         if shortage is not None:
             print_error(shortage)
             return _end(shortage.exit_code, str(shortage.args[0]))
         from dynamo_worker.cli.report import print_crash
 
-        print_crash(error)
+        with contextlib.suppress(OSError):
+            print_crash(error)
         return _end(ExitCode.FATAL, f"bug in dynamo-worker: {describe(error)}")
 
 
 def print_error(error: Exception) -> None:
     """Print an expected error: what is wrong, and what to do next."""
-    print(f"dynamo-worker: error: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"dynamo-worker: error: {error}", file=sys.stderr)
+
+
+def finish_output(code: int) -> int:
+    """Write out what waits in buffers; return the exit code, which depends on that if all else went well.
+
+    The interpreter would try it at its end, and exit with 120 where that fails.
+    """
+    error = _flush(sys.stdout)
+    if error is not None and code == ExitCode.STOPPED:
+        code = SIGNAL_BASE + 13
+        if not isinstance(error, BrokenPipeError):
+            code = ExitCode.FATAL
+            print_error(OSError(f"the output cannot be written: {error.strerror}"))
+    _flush(sys.stderr)
+    return code
+
+
+def _flush(stream: IO[str]) -> OSError | None:
+    """Write out what waits; what cannot be written is thrown away, and why is returned."""
+    try:
+        stream.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
+        return error
+    return None
 
 
 def _end(code: int, reason: str) -> int:
@@ -74,6 +108,16 @@ def _end(code: int, reason: str) -> int:
                 stream.flush()
         os._exit(code)
     return code
+
+
+def _is_about_output(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether an error came of writing an answer: it names no file, and no worker has begun to run."""
+    return (
+        isinstance(error, OSError)
+        and error.errno in _UNWRITABLE
+        and error.filename is None
+        and "dynamo_worker.launcher" not in sys.modules
+    )
 
 
 def _shortage(error: BaseException) -> WorkerError | None:

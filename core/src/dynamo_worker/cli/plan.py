@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.cli import arguments
+from dynamo_worker.cli import arguments, report
 from dynamo_worker.cli.arguments import EngineParser
 from dynamo_worker.contract import FORCED_STOP
 from dynamo_worker.plugins import Plugins
@@ -80,11 +80,10 @@ def _meaning(stage: Stage, settings: WorkerSettings) -> str:
 
 
 def _draw(plan: ShutdownPlan, settings: WorkerSettings) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = report.console(highlight=False, width=None if sys.stdout.isatty() else 120)
     stages = plan.stages()
     span = max(plan.total, stages[-1].end)
     room = max(20, min(60, console.width - 60))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import __version__
 from dynamo_worker.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
 
 def print_crash(error: BaseException) -> None:
@@ -58,7 +60,6 @@ def unknown_command(word: str) -> UsageError:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: with lines and colour for a person, plain columns for a pipe."""
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -66,11 +67,22 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             table.add_column(heading, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        Console(highlight=False, markup=False).print(table)
+        console(highlight=False, markup=False).print(table)
         return
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
     for row in [headings, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def console(**options: Any) -> Console:
+    """Return a console whose output ends like that of ``print`` when its reader is gone; rich's own exits with 1."""
+    from rich.console import Console
+
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PlainConsole(**options)
 
 
 def only_flags(argv: Sequence[str], allowed: Sequence[str], usage: str) -> set[str]:

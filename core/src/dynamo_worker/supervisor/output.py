@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import stat
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,20 @@ def writable(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def open_standard_streams() -> None:
+    """Give every closed standard descriptor something harmless, or the next socket we open would become stderr."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    # The interpreter has none for a descriptor that was closed when it started.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 class Relay:

@@ -18,7 +18,7 @@ from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.guardian import become_guardian
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import Loop
-from dynamo_worker.supervisor.output import Relay
+from dynamo_worker.supervisor.output import Relay, open_standard_streams
 from dynamo_worker.supervisor.run_directory import RunDirectory
 from dynamo_worker.supervisor.spawn import fork
 
@@ -765,15 +765,6 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _open_standard_descriptors() -> None:
-    """Give every closed standard descriptor something harmless, or the next socket we open would become stderr."""
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor <= 2:
-        os.set_inheritable(descriptor, True)
-        descriptor = os.open(os.devnull, os.O_RDWR)
-    os.close(descriptor)
-
-
 def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> NoReturn:
     """Run a worker under supervision and end this process with the exit code.
 
@@ -783,7 +774,7 @@ def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> N
     :param argv: the command line of ``dynamo-worker``, without its name.
     :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
     """
-    _open_standard_descriptors()
+    open_standard_streams()
     own = [sys.executable, "-m", "dynamo_worker", "--no-supervise"] if command is None else list(command)
     os._exit(Supervisor([*own, *argv], argv).run())
 
