@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import IO
 
 import pytest
 
@@ -26,15 +25,14 @@ COMMAND = [sys.executable, "-m", "dynamo_worker", "--engine", "faulty", "--grace
 class Piped:
     """A worker whose stderr, or both outputs, are a pipe that we read when we want to."""
 
-    def __init__(self, cluster: Cluster, *arguments: str, stdout: int | IO[bytes] | None = None) -> None:
+    def __init__(self, cluster: Cluster, *arguments: str, **environment: str) -> None:
         self.reading, self.writing = os.pipe()
         self.text = b""
-        environment = cluster.environment(PYTHONPATH=str(PLUGINS), PYTHONUNBUFFERED=None)
         self.process = subprocess.Popen(
             [*COMMAND, *arguments],
-            env=environment,
+            env=cluster.environment(PYTHONPATH=str(PLUGINS), PYTHONUNBUFFERED=None, **environment),
             stdin=subprocess.DEVNULL,
-            stdout=self.writing if stdout is None else stdout,
+            stdout=self.writing,
             stderr=self.writing,
             start_new_session=True,
         )
@@ -86,8 +84,10 @@ def serving(cluster: Cluster) -> Iterator[list[Piped]]:
 def test_a_log_that_nobody_reads(cluster: Cluster, serving: list[Piped], supervised: bool) -> None:
     """Refused requests are logged, with long texts; the supervisor would kill a worker whose loop waits for that."""
     # Without a supervisor what the Dynamo runtime prints may wait, but our own lines do not.
-    mode = ["--heartbeat-timeout", "3", "--log-level", "debug"] if supervised else ["--no-supervise"]
-    worker = Piped(cluster, *mode)
+    if supervised:
+        worker = Piped(cluster, "--heartbeat-timeout", "3", "--log-level", "debug")
+    else:
+        worker = Piped(cluster, "--no-supervise", DYN_LOG="off")
     serving.append(worker)
     worker.fill()
     since = time.monotonic()
