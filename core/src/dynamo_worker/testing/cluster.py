@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.testing.client import Load, Result, chat
@@ -21,7 +22,6 @@ from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 #: Variables that would let a test talk to anything but itself.
 _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
@@ -79,6 +79,11 @@ class Worker:
         match = re.search(r"Starting worker .*pid=(\d+)", self.log)
         assert match, f"no worker process yet:\n{self.log}"
         return int(match[1])
+
+    @property
+    def run_dir(self) -> Path:
+        """Its private directory, which its supervisor removes."""
+        return Path(self.wait_log(r"Worker started .*run_dir=(\S+)")[1])
 
     @property
     def guardian_pid(self) -> int:

@@ -16,9 +16,12 @@ tests are busy. The real figures come from ``benchmarks/lifecycle.py``.
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,7 +30,7 @@ from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from dynamo_worker.testing.client import Result
     from dynamo_worker.testing.cluster import Cluster, Worker
@@ -208,6 +211,23 @@ class FaultTable:
         since = second.signal(signal.SIGKILL, second.guardian_pid)
         assert self.assert_gone(second, since, 1.0, subject) != 0
 
+    def test_no_more_processes(self, cluster: Cluster, subject: Subject, start: Start) -> None:
+        """The limit of processes is reached: whatever ends then is cleaned up all the same, and with the right code."""
+        first, second, third = start(3)
+
+        def end(worker: Worker, number: signal.Signals, pid: int, bound: float) -> int:
+            load = self.busy(cluster, subject, worker)
+            with no_more_processes([worker.pid, *worker.children()]):
+                since = worker.signal(number, pid)
+                code = self.assert_gone(worker, since, bound, subject)
+                self.assert_complete(load, subject)
+                eventually(lambda: not worker.run_dir.exists(), 5.0 * subject.patience, "its directory removed")
+            return code
+
+        assert end(first, signal.SIGKILL, first.worker_pid, 1.0) == 128 + signal.SIGKILL
+        assert end(second, signal.SIGKILL, second.pid, 1.0) == 128 + signal.SIGKILL
+        assert end(third, signal.SIGTERM, third.pid, 25.0) == 0
+
     def test_registration_lost(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
         """A worker whose entries vanish (one that was stopped for longer than they last) says so and comes back."""
         load = self.busy(cluster, subject, serving)
@@ -298,6 +318,37 @@ class FaultTable:
             code = worker.wait_gone(3.0 * subject.patience)
             print(f"{stage}: gone after {time.monotonic() - since:.3f} s")
             assert code == 0, worker.log
+
+
+@contextlib.contextmanager
+def no_more_processes(pids: Iterable[int]) -> Iterator[None]:
+    """Have the kernel refuse these processes every fork, as when a limit of processes or threads is reached."""
+    if os.geteuid() != 0:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
+        yield
+        return
+    # Root is exempt from that limit, but not from a cgroup's.
+    for parent in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
+        group = parent / f"dynamo-worker-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / "pids.max").exists():
+                break
+            group.rmdir()
+    else:
+        pytest.skip("no cgroup to limit processes in")
+    try:
+        (group / "pids.max").write_text("0")
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        (group / "pids.max").write_text("max")
+        eventually(lambda: not (group / "cgroup.procs").read_text(), 10.0, "an empty cgroup")
+        group.rmdir()
 
 
 #: Signals closer together than 0.1 s count once: a terminal and a script often send two.
