@@ -131,6 +131,37 @@ def batch(**requests: tuple[list[int], Any]) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "submitted", "expected"),
+    [
+        (ValueError("the input is too long"), False, InvalidRequestError),
+        (TypeError("not enough arguments"), False, TypeError),
+        (ValueError("not enough values to unpack"), True, ValueError),
+    ],
+)
+def test_only_what_is_refused_before_it_is_submitted_is_the_clients_fault(
+    error: Exception, submitted: bool, expected: type[Exception]
+) -> None:
+    async def run() -> None:
+        harness = Harness()
+        answer = harness.request("a")
+
+        async def generate_request(request: Any) -> Any:
+            if not submitted:
+                raise error
+            answers = harness.manager._wait_one_response(request)
+            answer.fail(error)
+            async for output in answers:
+                yield output
+
+        harness.manager.generate_request = generate_request
+        with pytest.raises(expected, match=str(error)) as raised:
+            await harness.manager.run(GenerateRequest(rid="a", answer=answer))
+        assert type(raised.value) is expected
+
+    asyncio.run(run())
+
+
 def test_the_short_way() -> None:
     async def run() -> None:
         harness = Harness()

@@ -8,7 +8,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, engine_processes, translation
+from dynamo_worker import EngineDeadError, EngineInfo, engine_processes, translation
 from dynamo_worker.chunks import nothing
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
@@ -143,6 +143,7 @@ class SglangEngine(PushEngine):
             worker_type=role.mode,
             needs=role.needs,
             context_length=self._context_length,
+            vocab_size=manager.model_config.vocab_size,
             kv_block_size=self._block_size,
             total_kv_blocks=tokens // settings["page_size"],
             max_num_seqs=running,
@@ -188,10 +189,7 @@ class SglangEngine(PushEngine):
                 # The router sends the request on to a decode worker as soon as it knows where the two meet.
                 send({"token_ids": [], "index": 0, "disaggregated_params": meeting})
             name = None if adapter is None else adapter.name
-            try:
-                await self._answer(manager, request, context, send, translated, name)
-            except (ValueError, TypeError) as error:
-                raise InvalidRequestError(str(error)) from error
+            await self._answer(manager, request, context, send, translated, name)
 
     async def _answer(
         self,

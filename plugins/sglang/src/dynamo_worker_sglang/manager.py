@@ -17,7 +17,7 @@ from sglang.srt.entrypoints import engine as entrypoint
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from dynamo_worker import EngineDeadError, StartError
+from dynamo_worker import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -103,14 +103,24 @@ class Manager(TokenizerManager):  # type: ignore[misc]
 
     def _wait_one_response(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
         if isinstance(obj, GenerateRequest) and obj.answer is not None:
+            obj.answer.submitted = True
             return _nothing_until_the_end(obj.answer)
         stream: AsyncIterator[Any] = super()._wait_one_response(obj, request)
         return stream
 
     async def run(self, request: GenerateRequest) -> None:
-        """Have one request answered; returns when its answer is complete."""
-        async for _ in self.generate_request(request):
-            pass
+        """Have one request answered; returns when its answer is complete.
+
+        :raises InvalidRequestError: SGLang refuses the request.
+        """
+        try:
+            async for _ in self.generate_request(request):
+                pass
+        except ValueError as error:
+            # Until the scheduler has it, this is how SGLang says what is wrong with a request; later it is a bug.
+            if request.answer is None or request.answer.submitted:
+                raise
+            raise InvalidRequestError(str(error)) from error
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside everything else."""

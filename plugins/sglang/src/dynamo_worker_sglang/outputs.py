@@ -59,6 +59,8 @@ class Answer:
         self._state: Any = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._done.add_done_callback(_looked_at)
+        #: Whether the scheduler has the request.
+        self.submitted = False
         #: Set at the first sign of life of this answer.
         self.begun = asyncio.Event()
         self.plain = top is None and prompt_top is None

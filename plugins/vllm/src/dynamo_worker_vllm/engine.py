@@ -136,6 +136,14 @@ class VllmEngine(PushEngine):
         length: int = self._config.model_config.max_model_len
         return length
 
+    @property
+    def _vocab_size(self) -> int:
+        """The first token id that vLLM refuses: some models know more of them than their tokenizer, some fewer."""
+        assert self._config is not None
+        size: int = self._config.model_config.get_vocab_size()
+        tokenizer = None if self._llm is None else self._llm.tokenizer
+        return size if tokenizer is None else max(size, tokenizer.max_token_id + 1)
+
     def _describe(self) -> EngineInfo:
         config, role, control = self._config, self._role, self._control
         assert config is not None
@@ -154,6 +162,7 @@ class VllmEngine(PushEngine):
             worker_type=role.mode,
             needs=role.needs,
             context_length=self._context_length,
+            vocab_size=self._vocab_size,
             kv_block_size=config.cache_config.block_size,
             total_kv_blocks=blocks // len(ranks) if blocks else None,
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -257,6 +266,8 @@ class VllmEngine(PushEngine):
                 kv_hints=sampling.kv_hints(request),
                 reasoning_parser_kwargs=extra.get("reasoning_parser_kwargs"),
             )
+        except ValueError as error:  # beside errors of its own this is how vLLM refuses a request
+            raise InvalidRequestError(str(error)) from error
         except Exception as error:
             raise _translated(error) from error
 
@@ -378,6 +389,6 @@ def _translated(error: BaseException) -> BaseException:
         return EngineDeadError("vLLM's engine is dead")
     if isinstance(error, exceptions.GracefulHTTPError):
         return WorkerUnavailable(f"vLLM takes no more requests: {error}")
-    if isinstance(error, (exceptions.VLLMClientError, ValueError, TypeError)):
+    if isinstance(error, exceptions.VLLMClientError):
         return InvalidRequestError(str(error))
     return error
