@@ -17,7 +17,7 @@ from aio import settle, until
 from dynamo_worker.calling import Outcome, call_concurrently
 from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
 from dynamo_worker.metrics import WorkerMetrics
-from dynamo_worker.monitors import HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
+from dynamo_worker.monitors import FrontendMonitor, HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
 from dynamo_worker.serving import RequestRegistry
 
 
@@ -625,5 +625,70 @@ def test_without_a_timeout_the_heart_still_beats():
         async with running(Heartbeat(control, registry, WorkerMetrics(registry), timeout=0)):
             await settle()
         assert len(control.sent) == 1
+
+    asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------- frontend
+
+
+class Answering:
+    """Stands in for a frontend's check; `answer` decides what it does."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = 0
+
+    async def __call__(self):
+        self.asked += 1
+        await self.answer()
+
+
+async def speak():
+    await asyncio.sleep(0)
+
+
+async def refuse():
+    raise ConnectionRefusedError
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("answer", [speak, refuse])
+def test_a_frontend_that_answers_anything_is_asked_again(answer):
+    async def main():
+        reported, check = [], Answering(answer)
+        async with running(FrontendMonitor(check, reported.append, interval=0.01, timeout=1)):
+            await until(lambda: check.asked > 3)
+        assert reported == []
+
+    asyncio.run(main())
+
+
+def test_a_frontend_that_does_not_answer_is_reported():
+    async def main():
+        reported, check = [], Answering(never)
+        async with running(FrontendMonitor(check, reported.append, interval=0.01, timeout=0.2)) as task:
+            await until(task.done)
+        (error,) = reported
+        assert isinstance(error, WorkerError)
+        assert str(error) == "the frontend does not answer for 0.2 s"
+        assert check.asked == 1
+
+    asyncio.run(main())
+
+
+def test_a_frontend_is_not_blamed_for_time_in_which_the_worker_itself_did_not_run():
+    async def main():
+        reported, answered = [], asyncio.Event()
+        check = Answering(answered.wait)
+        async with running(FrontendMonitor(check, reported.append, interval=0.01, timeout=2)):
+            await until(lambda: check.asked == 1)
+            time.sleep(2.5)
+            answered.set()
+            await until(lambda: check.asked > 1)
+        assert reported == []
 
     asyncio.run(main())

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
+import time
+from typing import TYPE_CHECKING
 
 import pytest
 
-from dynamo_worker.native_output import NativeOutputFilter
+from dynamo_worker.native_output import NativeOutputFilter, RequestLineFilter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 
 def test_python_code_writes_through() -> None:
@@ -53,3 +60,79 @@ def test_native_code_is_logged_at_level_debug(caplog: pytest.LogCaptureFixture) 
             time.sleep(0.001)
     assert stream.getvalue() == ""
     assert [record.fields["text"] for record in caplog.records] == ["Traceback (most recent call last):", "Boom: no"]
+
+
+COMPLETED = (
+    b"\x1b[2m2026-11-21T14:15:07.711002Z\x1b[0m \x1b[32m INFO\x1b[0m \x1b[1mhttp-request\x1b[0m:"
+    b"\x1b[1mrouter.route_request\x1b[0m: \x1b[2mrequest_span\x1b[0m\x1b[2m:\x1b[0m route request completed "
+    b'request.outcome="success"\n'
+)
+FAILED = COMPLETED.replace(b"32m INFO", b"33m WARN")
+PLAIN = b"2026-11-21T14:15:07.711002Z  INFO request_span: route request completed\n"
+JSON = b'{"time":"2026-11-21T14:30:06.467463Z","level":"INFO","target":"request_span","message":"route"}\n'
+OURS = b"2026-11-21T14:15:07.711Z INFO dynamo_worker.frontend: request_span: no line of the runtime\n"
+
+
+@pytest.fixture
+def through(tmp_path: Path) -> Iterator[Callable[[Sequence[bytes]], bytes]]:
+    """Write pieces to descriptor 2 with the filter in front of a file; return what arrives in the file."""
+    saved = os.dup(2)
+
+    def write(pieces: Sequence[bytes]) -> bytes:
+        with open(tmp_path / "stderr", "wb", buffering=0) as file:
+            os.dup2(file.fileno(), 2)
+        output = RequestLineFilter()
+        try:
+            for piece in pieces:
+                os.write(2, piece)
+            output.close()
+        finally:
+            os.dup2(saved, 2)
+        return (tmp_path / "stderr").read_bytes()
+
+    yield write
+    os.close(saved)
+
+
+def test_the_line_of_a_request_is_left_out_and_all_else_passes(through: Callable[[Sequence[bytes]], bytes]) -> None:
+    kept = [
+        FAILED,
+        OURS,
+        JSON.replace(b"INFO", b"ERROR"),
+        b"\xff\r\n",
+        b"\n",
+        b"Traceback:\n",
+        b"the end, without a newline",
+    ]
+    pieces = [COMPLETED, kept[0], PLAIN, kept[1], JSON, *kept[2:6], COMPLETED, kept[6]]
+    assert through(pieces) == b"".join(kept)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 5000])
+def test_lines_may_come_in_any_pieces(through: Callable[[Sequence[bytes]], bytes], size: int) -> None:
+    text = (OURS + COMPLETED + FAILED) * 20
+    assert through([text[at : at + size] for at in range(0, len(text), size)]) == (OURS + FAILED) * 20
+
+
+def test_a_line_without_an_end_is_not_held_for_ever(through: Callable[[Sequence[bytes]], bytes]) -> None:
+    assert through([b"x" * 10_000] * 30 + [b"\n", COMPLETED]) == b"x" * 300_000 + b"\n"
+
+
+def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
+    """What it should have read is dropped; native code that logs goes on."""
+    reading, writing = os.pipe()
+    saved = os.dup(2)
+    os.dup2(writing, 2)
+    output = RequestLineFilter()
+    try:
+        started = time.monotonic()
+        for _ in range(60):
+            os.write(2, OURS * 50)
+        assert time.monotonic() - started < 20
+        os.set_blocking(reading, False)
+        assert os.read(reading, 1 << 20).startswith(OURS)
+        output.close()
+    finally:
+        os.dup2(saved, 2)
+        for descriptor in (saved, reading, writing):
+            os.close(descriptor)

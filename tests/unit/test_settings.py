@@ -235,11 +235,60 @@ def test_empty_file(tmp_path):
         ("1: 3\n", "unknown key 1"),
         ("config: other.yaml\n", "unknown key 'config'"),
         ("engine_args: --size 2\n", "engine_args must be a mapping"),
+        (
+            "drain: abort\nengine: echo\ndrain: handoff\n",
+            r"w\.yaml, line 3, .*the key 'drain' is already given in line 1",
+        ),
+        ("engine_args: {size: 1, size: 2}\n", r"line 1, .*the key 'size' is already given in line 1"),
+        ("engine_args:\n  a: {b: 1}\n  a:\n    b: 2\n", r"line 3, .*the key 'a' is already given in line 2"),
     ],
 )
 def test_bad_file(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
         read_config(write(tmp_path, text))
+
+
+def test_a_key_may_come_back_elsewhere_and_in_a_merge(tmp_path):
+    text = "engine_args:\n  outer: {inner: &b {<<: &a {size: 1, rate: 2}, size: 3}}\n  other: {<<: [*a, *b], size: 4}\n"
+    assert read_config(write(tmp_path, text)).engine_args == {
+        "outer": {"inner": {"size": 3, "rate": 2}},
+        "other": {"size": 4, "rate": 2},
+    }
+
+
+@pytest.mark.parametrize("word", ["yes", "true", "on", "no"])
+@pytest.mark.parametrize("key", ["grace_period", "termination_grace_period", "system_port", "migration_limit"])
+def test_yes_is_no_number(tmp_path, key, word):
+    with pytest.raises(UsageError, match=f"`{key}: .*must be a number, not a yes or no"):
+        load({}, {}, read_config(write(tmp_path, f"{key}: {word}\n")))
+
+
+def test_no_more_migrations_than_the_runtime_takes():
+    assert load({"migration_limit": "4294967295"}, {}).migration_limit == 2**32 - 1
+    with pytest.raises(UsageError, match="--migration-limit 4294967296"):
+        load({"migration_limit": "4294967296"}, {})
+
+
+def test_host_names_are_resolved_for_the_runtime(monkeypatch):
+    settings = load({"frontend": "localhost:1234", "system_host": "localhost", "system_port": "0"}, {}).resolved()
+    assert settings.frontend == ("127.0.0.1", 1234)
+    assert settings.system_host == "127.0.0.1"
+    assert settings.origin("frontend").kind == "flag"
+    alone = load({"system_host": "no.such.host.invalid"}, {})
+    assert alone.resolved().system_host == "no.such.host.invalid", "without a status server nobody asks for it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "said"),
+    [
+        ({"frontend": "no.such.host.invalid"}, {}, "--frontend no.such.host.invalid:8000: the host"),
+        ({}, {"DYN_WORKER_FRONTEND": "256.1.1.1:80"}, "DYN_WORKER_FRONTEND=256.1.1.1:80: the host"),
+        ({"system_port": "0"}, {"DYN_SYSTEM_HOST": "a..b"}, "DYN_SYSTEM_HOST=a..b: the host"),
+    ],
+)
+def test_a_name_that_does_not_resolve_is_named_as_it_was_given(flags, environ, said):
+    with pytest.raises(UsageError, match=f"{re.escape(said)} .* cannot be resolved"):
+        load(flags, environ).resolved()
 
 
 def test_missing_file(tmp_path):

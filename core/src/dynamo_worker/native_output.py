@@ -62,8 +62,8 @@ class RequestLineFilter:
     lost here, and so would be the stack dump of a worker whose interpreter hangs.
     """
 
-    #: Its target is ``request_span``. Warnings with that target pass.
-    _LINE: Final = re.compile(rb'\S+ +INFO (?:\S+: )?request_span: |\{(?=.*"level":"INFO").*"target":"request_span"')
+    #: Its target is ``request_span``. Warnings with that target pass. Two spaces: it fills levels up to five letters.
+    _LINE: Final = re.compile(rb'\S+  INFO (?:\S+: )?request_span: |\{(?=.*"level":"INFO").*"target":"request_span"')
     _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
     #: How long a reader of our log may keep us waiting, in milliseconds. Then what it should read is dropped.
     _PATIENCE: Final = 50

@@ -15,6 +15,7 @@ from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.supervisor import channel, ledger, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
+from dynamo_worker.supervisor.early_settings import EarlySettings
 from dynamo_worker.supervisor.guardian import become_guardian
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import Loop
@@ -78,14 +79,10 @@ class Supervisor:
     def __init__(self, command: Sequence[str], argv: Sequence[str]) -> None:
         self._command = list(command)
         self._started = time.monotonic()
-        as_json = _setting(argv, "--log-format", "DYN_WORKER_LOG_FORMAT", "text") == "json"
-        self._log = report.Log("dynamo_worker.supervisor", as_json=as_json)
-        self._termination_message_path = _setting(
-            argv, "--termination-message-path", "DYN_WORKER_TERMINATION_MESSAGE_PATH", "/dev/termination-log"
-        )
-        self._grace = _positive(
-            _setting(argv, "--termination-grace-period", "DYN_WORKER_TERMINATION_GRACE_PERIOD", ""), 30.0
-        )
+        settings = EarlySettings(argv)
+        self._log = report.Log("dynamo_worker.supervisor", as_json=settings.get("log_format", "text") == "json")
+        self._termination_message_path = settings.get("termination_message_path", "/dev/termination-log")
+        self._grace = _positive(settings.get("termination_grace_period", ""), 30.0)
         self._notifier = report.Notifier()
         self._memory_kills = linux.memory_kills()
 
@@ -720,19 +717,6 @@ def _user_name() -> str:
         except KeyError:
             name = str(os.getuid())
     return "".join("_" if character in '\\/:*?"<>|' else character for character in name)
-
-
-def _setting(argv: Sequence[str], flag: str, variable: str, default: str) -> str:
-    """Return a setting that we need before the worker has read its own, or without it ever doing so."""
-    value = os.environ.get(variable, default)
-    for index, argument in enumerate(argv):
-        if argument == "--":  # what follows is the engine's
-            break
-        if argument == flag and index + 1 < len(argv):
-            value = argv[index + 1]
-        elif argument.startswith(flag + "="):
-            value = argument[len(flag) + 1 :]
-    return value
 
 
 def _positive(text: str, default: float) -> float:

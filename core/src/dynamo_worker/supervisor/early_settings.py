@@ -1,0 +1,59 @@
+"""The few settings that are needed before the worker has read its own, or without it ever doing so."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: So much of a configuration file is looked at.
+_MOST_BYTES = 256 * 1024
+
+
+class EarlySettings:
+    """Reads settings where the worker will, in the same order: command line, environment, configuration file.
+
+    There is no YAML parser here. Of the file it knows lines such as ``log_format: json`` at the left margin; where a
+    file is written in another way, the worker's own message comes a little later.
+
+    :param argv: the command line of ``dynamo-worker``, without its name.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self._argv = argv[: argv.index("--")] if "--" in argv else argv  # what follows is the engine's
+        self._file = ""
+        self._file = _beginning_of(self.get("config", ""))
+
+    def get(self, name: str, default: str) -> str:
+        """Return a setting as it was written."""
+        flag = "--" + name.replace("_", "-")
+        line = re.search(rf"^{name}[ \t]*:[ \t]+(['\"]?)(.+?)\1[ \t]*(?:[ \t]#.*)?$", self._file, re.MULTILINE)
+        value = os.environ.get(f"DYN_WORKER_{name.upper()}") or (line[2] if line else default)
+        for index, argument in enumerate(self._argv):
+            if argument == flag and index + 1 < len(self._argv):
+                value = self._argv[index + 1]
+            elif argument.startswith(flag + "="):
+                value = argument[len(flag) + 1 :]
+        return value
+
+
+def _beginning_of(path: str) -> str:
+    """Return the text of a regular file; nothing of what can be read only once, or not at once."""
+    if not path:
+        return ""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return ""
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return ""
+        return os.read(descriptor, _MOST_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,87 @@
+"""What the supervisor reads by itself is what the worker will read, wherever it stands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dynamo_worker.settings import load, read_config
+from dynamo_worker.supervisor.early_settings import EarlySettings
+
+
+def written(tmp_path, text):
+    path = tmp_path / "worker.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "log_format: json\n",
+        "engine: echo\nlog_format:   json  # for the collector\n",
+        "log_format: 'json'\n",
+        'log_format : "json" # x\nengine_args:\n  log_format: text\n',
+        "log_format: json",
+    ],
+)
+def test_the_file_is_read_as_the_worker_reads_it(tmp_path, monkeypatch, text):
+    path = written(tmp_path, text)
+    monkeypatch.delenv("DYN_WORKER_LOG_FORMAT", raising=False)
+    assert load({}, {}, read_config(tmp_path / "worker.yaml")).log_format == "json"
+    assert EarlySettings(["--config", path]).get("log_format", "text") == "json"
+    assert EarlySettings([f"--config={path}"]).get("log_format", "text") == "json"
+    monkeypatch.setenv("DYN_WORKER_CONFIG", path)
+    assert EarlySettings([]).get("log_format", "text") == "json"
+    assert EarlySettings(["--", "--config", "/none"]).get("log_format", "text") == "json"
+
+
+@pytest.mark.parametrize(
+    "text", ["# log_format: json\n", "engine_args:\n  log_format: json\n", "my_log_format: json\n", "log_format:json\n"]
+)
+def test_what_is_no_setting_is_none(tmp_path, text):
+    assert EarlySettings(["--config", written(tmp_path, text)]).get("log_format", "text") == "text"
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch):
+    argv = ["--config", written(tmp_path, "termination_grace_period: 1\n")]
+    assert EarlySettings(argv).get("termination_grace_period", "") == "1"
+    monkeypatch.setenv("DYN_WORKER_TERMINATION_GRACE_PERIOD", "")
+    assert EarlySettings(argv).get("termination_grace_period", "") == "1", "empty is unset"
+    monkeypatch.setenv("DYN_WORKER_TERMINATION_GRACE_PERIOD", "2")
+    assert EarlySettings(argv).get("termination_grace_period", "") == "2"
+    assert EarlySettings([*argv, "--termination-grace-period=3"]).get("termination_grace_period", "") == "3"
+
+
+@pytest.mark.parametrize("name", ["", "missing.yaml", ".", "pipe", "binary", "with\0zero"])
+def test_what_cannot_be_read_is_left_to_the_worker(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")  # as in `--config <(...)`: it can be read only once, and perhaps never
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00log_format")
+    path = f"{tmp_path}/{name}" if name else ""
+    assert EarlySettings(["--config", path]).get("log_format", "text") == "text"
+
+
+def test_every_line_of_the_supervisor_is_json(supervised, tmp_path):
+    path = written(tmp_path, "engine: echo\nlog_format: json\n")
+    supervised.environment["DYN_WORKER_CONFIG"] = path
+    supervised.start("state=SERVING", "arrived", "exit=0")
+    supervised.wait()
+    assert len(supervised.events()) == len(supervised.text.splitlines()) >= 2
+
+
+def test_the_guardian_speaks_json_too(supervised, tmp_path):
+    supervised.environment["DYN_WORKER_CONFIG"] = written(tmp_path, "log_format: json\n")
+    supervised.start("state=SERVING", "arrived", "hang")
+    os.kill(supervised.pid, 9)
+    supervised.wait()
+    supervised.gone()
+    assert "guardian" in supervised.text
+    assert len(supervised.events()) == len(supervised.text.splitlines())
+
+
+def test_it_needs_the_standard_library_only():
+    program = "import sys, dynamo_worker.supervisor; sys.exit('yaml' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
