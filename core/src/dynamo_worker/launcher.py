@@ -79,6 +79,8 @@ _CUT_SECONDS = 1.0
 _RUNTIME_SHUTDOWN = 3.0
 #: Seconds that an error found by a request waits for its cause.
 _CAUSE_SECONDS = 0.01
+#: Seconds in which a process that has closed its connections is dead, on a machine with too much to do.
+_DEATH_SECONDS = 0.1
 #: Seconds between the end of the hooks' time and the end of their stage, to cancel, log and go on.
 _HOOK_MARGIN = 0.3
 #: Seconds that who reads our output has, at the end, to take what is left of it.
@@ -577,11 +579,14 @@ class Launcher:
             await asyncio.wait({hooks, finished}, timeout=deadline.remaining())
         for task in (hooks, finished):
             task.cancel()
-        if self._found_dead is not None or registry.outcomes[Outcome.FAILED] > failed:
-            # The requests may have ended because the engine has: the death of its process is about to be known.
-            await asyncio.sleep(_CAUSE_SECONDS)
         if self._found_dead is not None:
+            await asyncio.sleep(_CAUSE_SECONDS)
             self._on_fatal(self._found_dead)
+        elif registry.outcomes[Outcome.FAILED] > failed:
+            # They may have failed because the engine is dying, which is about to be known.
+            known_by = Deadline.after(_DEATH_SECONDS)
+            while self._error is None and not known_by.passed:
+                await asyncio.sleep(_CAUSE_SECONDS)
 
     async def _cut_the_rest(self, how: Cut, reason: str) -> None:
         """Refuse new requests and end those in flight; a moment for their last message to leave."""
