@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
@@ -58,8 +60,7 @@ class Supervised:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.mark = f"DWTEST_MARK={uuid.uuid4().hex}"
-        self.tmp = base / "t"
-        self.tmp.mkdir()
+        self.tmp = Path(tempfile.mkdtemp(prefix="dwt-"))  # pytest's own are too long for unix sockets
         self.log = base / "log"
         self.termination_message = base / "termination-log"
         self.shm_names = base / "shm"
@@ -196,6 +197,7 @@ class Supervised:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(self.tmp, ignore_errors=True)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 
 import pytest
@@ -18,7 +20,8 @@ INSTANCE = "4ec5c2a6e8130c29"
 @pytest.fixture
 def left(tmp_path, monkeypatch):
     """A run directory with a registration and a segment to take back; returns the routine that does it."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    place = tempfile.mkdtemp(prefix="dwt-")  # pytest's own are too long for unix sockets
+    monkeypatch.setenv("TMPDIR", place)
     directory = RunDirectory.create()
     registration = tmp_path / "discovery" / INSTANCE
     registration.parent.mkdir()
@@ -34,6 +37,7 @@ def left(tmp_path, monkeypatch):
     routine.traces = {"registration": str(registration), "segment": path, "directory": directory.path}
     yield routine
     directory.close()
+    shutil.rmtree(place)
     if os.path.exists(path):
         os.unlink(path)
 

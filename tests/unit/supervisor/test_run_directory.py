@@ -3,10 +3,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +20,11 @@ from dynamo_worker.supervisor.run_directory import RunDirectory
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path
+def place(monkeypatch):
+    path = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own are too long for unix sockets
+    monkeypatch.setenv("TMPDIR", str(path))
+    yield path
+    shutil.rmtree(path)
 
 
 def ourselves() -> Process:
@@ -64,7 +70,7 @@ def test_falls_back_when_tmpdir_cannot_be_used(monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     directory = RunDirectory.create()
     assert directory.base == "/tmp"
-    assert directory.skipped == ["/nonexistent: No such file or directory"]
+    assert directory.trouble == ["/nonexistent: No such file or directory"]
     directory.remove(later())
     directory.close()
 
@@ -89,6 +95,52 @@ def test_a_full_disk(place, monkeypatch):
         RunDirectory.create()
     assert os.listdir(place) == []
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+@pytest.mark.parametrize("options", ["size=8k", "size=8m,nr_inodes=20"])
+def test_a_disk_that_is_nearly_full(place, monkeypatch, options):
+    """The worker could not even write down that it is registered."""
+    monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        with pytest.raises(OSError, match=rf"{place}: full \(.* bytes free, .* files\) \(make room, or set TMPDIR"):
+            RunDirectory.create()
+        assert os.listdir(place) == []
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+class TestUnixSockets:
+    """Their paths have 107 bytes, and engines make some in the worker's TMPDIR."""
+
+    def bind(self, directory: RunDirectory) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.path.join(directory.temporary, str(uuid.uuid4())))  # as vLLM does
+
+    @pytest.mark.parametrize("length", [48, 49, 200])
+    def test_a_long_place(self, place, monkeypatch, length):
+        longer = place / ("x" * (length - len(str(place)) - 1))
+        longer.mkdir()
+        monkeypatch.setenv("TMPDIR", str(longer))
+        directory = RunDirectory.create()
+        self.bind(directory)
+        assert directory.base == (str(longer) if length == 48 else "/tmp")
+        expected = [f"{longer}: too long for unix sockets in it ({length} bytes; 48 at most)"]
+        assert directory.trouble == ([] if length == 48 else expected)
+        directory.remove(later())
+        directory.close()
+
+    def test_no_shorter_place(self, place, monkeypatch):
+        longer = place / ("x" * 60)
+        longer.mkdir()
+        monkeypatch.setenv("TMPDIR", str(longer))
+        monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
+        directory = RunDirectory.create()
+        assert directory.base == str(longer)
+        assert "too long for unix sockets" in directory.trouble[0]
+        directory.remove(later())
+        directory.close()
 
 
 def test_a_disk_that_is_full_by_the_time_the_owners_are_known(place, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,13 @@ _UNFINISHED = _OWNER + "~"
 
 #: Where temporary files go if the environment does not say.
 _USUAL_PLACES = ("/tmp", "/var/tmp", "/usr/tmp", ".")  # noqa: S108 -- mkdir with mode 0700 makes them safe
+
+#: Longest path of such a place in bytes. A unix socket has 107; below us there are ``/dw-4194304-123abc/tmp`` and the
+#: name of the socket: vLLM's have 36, those of ``multiprocessing`` 31.
+_LONGEST_PLACE = 107 - 22 - 37
+
+#: A place with less room than this is full: the worker could not even write down that it is registered.
+_LEAST_BYTES, _LEAST_FILES = 1 << 20, 100
 
 #: A directory without a legible owner may be one that is just being made.
 _SETTLED = 60.0
@@ -64,8 +72,8 @@ class RunDirectory:
         self._directory = directory
         self._lock = lock
         self._record = record
-        #: Places that come before this one but could not be used, and why.
-        self.skipped: list[str] = []
+        #: Places that should have been used rather than this one, or not as they are, and why.
+        self.trouble: list[str] = []
 
     @classmethod
     def create(cls) -> RunDirectory:
@@ -73,27 +81,33 @@ class RunDirectory:
 
         :raises OSError: there is no place to write; its text says what is wrong with each.
         """
-        skipped: dict[str, OSError] = {}
-        for place in (*map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), *_USUAL_PLACES):
-            if place and os.path.abspath(place) not in skipped:
-                try:
-                    created = cls._create_in(os.path.abspath(place))
-                except OSError as error:
-                    skipped[os.path.abspath(place)] = error
-                else:
-                    created.skipped = _in_words(skipped)
-                    return created
-        number = next(iter(skipped.values())).errno
-        raise OSError(number, f"{'; '.join(_in_words(skipped))} (make room, or set TMPDIR to a place that has some)")
+        problems: dict[str, OSError] = {}
+        variables = map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))
+        places = list(dict.fromkeys(os.path.abspath(place) for place in (*variables, *_USUAL_PLACES) if place))
+        # Too long is better than none: not every engine uses sockets.
+        for place, length_counts in [(place, True) for place in places] + [(place, False) for place in places]:
+            try:
+                created = cls._create_in(place, length_counts=length_counts)
+                created.trouble = _in_words(problems)
+                return created
+            except OSError as error:  # noqa: PERF203 - each place has its own trouble
+                problems.setdefault(place, error)
+        number = next(iter(problems.values())).errno
+        raise OSError(number, f"{'; '.join(_in_words(problems))} (make room, or set TMPDIR to a place that has some)")
 
     @classmethod
-    def _create_in(cls, place: str) -> RunDirectory:
+    def _create_in(cls, place: str, *, length_counts: bool) -> RunDirectory:
+        length = len(os.fsencode(place))
+        if length_counts and length > _LONGEST_PLACE:
+            words = f"too long for unix sockets in it ({length} bytes; {_LONGEST_PLACE} at most)"
+            raise OSError(errno.ENAMETOOLONG, words)
         name = f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}"
         with contextlib.ExitStack() as undo:
             base = _opened(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
             os.mkdir(name, 0o700, dir_fd=base)
             undo.callback(_quietly, os.rmdir, name, base)
             directory = _opened(os.open(name, _FLAGS, dir_fd=base), undo)
+            _check_room(directory)
             os.mkdir("tmp", 0o700, dir_fd=directory)
             undo.callback(_quietly, os.rmdir, "tmp", directory)
             # Nobody looks at `owner` before it is locked and written: it has another name until then.
@@ -205,6 +219,18 @@ def _opened(descriptor: int, undo: contextlib.ExitStack) -> int:
 def _quietly(function: Callable[..., None], name: str, directory: int) -> None:
     with contextlib.suppress(OSError):
         function(name, dir_fd=directory)
+
+
+def _check_room(directory: int) -> None:
+    """Check that there is some room on the file system of a directory.
+
+    :raises OSError: it is full, or nearly so.
+    """
+    room = os.fstatvfs(directory)
+    free = room.f_bfree if os.geteuid() == 0 else room.f_bavail  # file systems keep some for root
+    files = room.f_ffree if os.geteuid() == 0 else room.f_favail
+    if (room.f_blocks and free * room.f_frsize < _LEAST_BYTES) or (room.f_files and files < _LEAST_FILES):
+        raise OSError(errno.ENOSPC, f"full ({free * room.f_frsize} bytes free, {files} files)")
 
 
 def _lock(descriptor: int) -> bool:

@@ -138,11 +138,11 @@ class Supervisor:
             self._run_directory = RunDirectory.create()
         except OSError as error:
             return self._fail(f"cannot create the worker's private directory: {error.strerror}")
-        if self._run_directory.skipped:
+        if self._run_directory.trouble:
             self._log.warning(
-                "Temporary files do not go to the first place for them",
-                instead=self._run_directory.base,
-                reason="; ".join(self._run_directory.skipped),
+                "TMPDIR cannot be used as it is",
+                used=self._run_directory.base,
+                reason="; ".join(self._run_directory.trouble),
             )
         try:
             self._start()
