@@ -373,6 +373,34 @@ class TestNoMoreProcesses:
             assert "Not cleaned up behind" in supervised.text
 
 
+def test_no_more_descriptors_for_what_the_guardian_records(supervised, tmp_path):
+    """A shortage on the whole machine, for a while: the worker goes on serving, and is cleaned up behind as ever."""
+    full, tried, go, made = (tmp_path / name for name in ("full", "tried", "go", "made"))
+    supervised.patch(f"""
+        import errno, os
+        listdir = os.listdir
+        def refuse(path="."):
+            if path == "/proc" and os.path.exists({str(full)!r}):
+                with open({str(tried)!r}, "a") as file:
+                    file.write("x")
+                raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+            return listdir(path)
+        os.listdir = refuse
+    """)
+    supervised.start(SERVING, "arrived", f"await={go}", "child=shm_leaker.py", f"touch={made}", "hang")
+    full.touch()
+    go.touch()
+    wait_until(made.exists)
+    wait_until(tried.exists)
+    time.sleep(1.5)
+    assert supervised.process.poll() is None
+    assert tried.stat().st_size < 10, "it does nothing else any more"
+    full.unlink()
+    os.kill(supervised.worker, signal.SIGKILL)
+    assert supervised.wait() == 137
+    assert "guardian is gone" not in supervised.text
+
+
 @pytest.fixture
 def pids_limit():
     """A cgroup of this test's own whose number of processes can be limited; returns its directory."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _NAME = "dw-guardian"
 
+#: Pause after this machine had no resources for what we record.
+_SHORTAGE_PAUSE = 1.0
+
 #: Signals that are not for the guardian, whoever sends them to the whole group or container.
 _IGNORED = (
     signal.SIGINT,
@@ -73,6 +76,7 @@ class Guardian:
         self._withdrawal: Withdrawal | None = None
         self._segments: shared_memory.SegmentWatch | None = None
         self._record = process_tree.TreeRecord(run_directory.path, self._tree)
+        self._records_rest_until = 0.0
         self._cleanup: Cleanup | None = None
         self._deadline: float | None = None
         self._frontend_deadline: float | None = None
@@ -98,8 +102,7 @@ class Guardian:
         self._control.close()
         self._relay.close_ends()
         while self._worker is not None and self._exit_code is None:
-            due = self._segments.due() if self._segments is not None else None
-            self._pump(min(due, self._record.due) if due is not None else self._record.due)
+            self._pump(self._records_due())
         if self._segments is not None:
             with contextlib.suppress(OSError):  # no descriptors left? What is recorded goes all the same
                 self._segments.claim()
@@ -143,7 +146,12 @@ class Guardian:
         except OSError as error:
             self._log.warning("Shared memory is not watched; segments may be left", reason=error)
         else:
-            self._loop.add(self._segments.descriptor, self._segments.read)
+            self._loop.add(self._segments.descriptor, self._read_segments)
+
+    def _read_segments(self) -> None:
+        assert self._segments is not None
+        with contextlib.suppress(OSError):  # what is not seen now is found at the end, if somebody uses it then
+            self._segments.read()
 
     def _tree(self) -> dict[Process, Stat]:
         """Return all processes of the worker's tree: everything below us but our own helper."""
@@ -153,12 +161,24 @@ class Guardian:
     def _pump(self, until: float | None, descriptor: int | None = None) -> None:
         """Handle what happens until a point in time, at most once."""
         self._loop.pump(None if until is None else max(0.0, until - time.monotonic()), descriptor)
-        if self._segments is not None and self._cleanup is None:
-            due = self._segments.due()
-            if due is not None and due <= time.monotonic():
+        if self._cleanup is None and self._records_due() <= time.monotonic():
+            self._update_records()
+
+    def _records_due(self) -> float:
+        """Return when to bring up to date what a cleaning will need (monotonic)."""
+        due = self._segments.due() if self._segments is not None else None
+        return max(self._record.due if due is None else min(due, self._record.due), self._records_rest_until)
+
+    def _update_records(self) -> None:
+        now = time.monotonic()
+        try:
+            due = self._segments.due() if self._segments is not None else None
+            if self._segments is not None and due is not None and due <= now:
                 self._segments.look_up()
-        if self._cleanup is None and self._record.due <= time.monotonic():
-            self._record.update()
+            if self._record.due <= now:
+                self._record.update()
+        except OSError:  # no descriptors, no memory: for a moment, and nothing to end a worker for that serves
+            self._records_rest_until = now + _SHORTAGE_PAUSE
 
     def _wait(self, seconds: float, descriptor: int | None) -> None:
         self._pump(time.monotonic() + seconds, descriptor)
