@@ -130,6 +130,16 @@ def test_a_name_that_does_not_resolve_is_one_mistake_of_the_usage(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [("frontend", "--http"), ("--engine", "echo", "--frontend")])
+def test_a_discovery_directory_that_cannot_be_made_is_a_mistake_of_the_usage(
+    cluster: Cluster, arguments: tuple[str, ...]
+) -> None:
+    done = cluster.run(*arguments, f"127.0.0.1:{free_port()}", DYN_FILE_KV="/proc/nope")
+    assert done.returncode == 2
+    assert "the discovery directory /proc/nope cannot be created" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_one_that_hangs_ends_the_worker(cluster: Cluster) -> None:
     checks = ("--health-check-interval", "0.2", "--health-check-timeout", "1")
     worker = with_frontend(cluster, "--grace-period", "0", *checks)

@@ -255,13 +255,13 @@ def test_a_name_that_does_not_resolve_is_said_in_words():
 
 def test_the_discovery_directory_is_created(tmp_path):
     directory = tmp_path / "a" / "b"
-    assert runtime_module._writable(directory) == directory
+    assert runtime_module.writable_directory(directory) == directory
     assert directory.is_dir()
 
 
 def test_without_a_setting_the_directory_is_dynamos(tmp_path, monkeypatch):
     monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "kv"))
-    assert runtime_module._writable(None) == tmp_path / "kv"
+    assert runtime_module.writable_directory(None) == tmp_path / "kv"
 
 
 def test_a_file_in_the_way_says_so(tmp_path):
@@ -269,7 +269,7 @@ def test_a_file_in_the_way_says_so(tmp_path):
     path.touch()
     for directory in (path, path / "below"):
         with pytest.raises(UsageError, match="cannot be created") as raised:
-            runtime_module._writable(directory)
+            runtime_module.writable_directory(directory)
         assert str(directory) in str(raised.value)
         assert "--discovery-path" in raised.value.hint
 
@@ -278,13 +278,13 @@ def test_a_file_in_the_way_says_so(tmp_path):
 def test_a_directory_of_somebody_else_says_so(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="is not writable"):
-        runtime_module._writable(tmp_path)
+        runtime_module.writable_directory(tmp_path)
 
 
 def test_a_directory_that_cannot_be_written_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="is not writable"):
-        runtime_module._writable(tmp_path)
+        runtime_module.writable_directory(tmp_path)
 
 
 def test_a_runtime_that_does_not_start_says_why(tmp_path, monkeypatch):

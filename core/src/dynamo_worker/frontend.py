@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dynamo_worker import logs, native_output
@@ -28,7 +29,6 @@ from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from dynamo_worker.settings import WorkerSettings
 
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> int:
     """Run the frontend until SIGTERM or SIGINT.
 
     :raises StartError: the address is in use.
-    :raises UsageError: a variable or the address is wrong.
+    :raises UsageError: a variable or the address is wrong, or the discovery directory cannot be used.
     """
     worker = os.environ.pop(_WORKER, None)
     # Whatever becomes of its worker and of who cleans up: a frontend never stays behind.
@@ -310,8 +310,11 @@ def main(argv: list[str]) -> int:
     if args.log_format == "json":
         os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     _check_free(address)
-    if args.discovery_path:
-        os.environ["DYN_FILE_KV"] = args.discovery_path
+    if args.discovery_backend == "file":
+        from dynamo_worker.runtime import writable_directory  # only now: it imports the runtime, which reads DYN_LOG
+
+        path = writable_directory(Path(args.discovery_path) if args.discovery_path else None)
+        os.environ["DYN_FILE_KV"] = str(path)
     # The runtime's own status server would want the worker's port.
     os.environ["DYN_SYSTEM_PORT"] = "-1"
     with contextlib.closing(native_output.RequestLineFilter()) if quiet else contextlib.nullcontext():

@@ -52,7 +52,7 @@ from dynamo_worker.lifecycle import TRANSITIONS, Event, State
 from dynamo_worker.logs import get_logger
 from dynamo_worker.metrics import WorkerMetrics
 from dynamo_worker.monitors import FrontendMonitor, HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
-from dynamo_worker.runtime import Runtime
+from dynamo_worker.runtime import Runtime, writable_directory
 from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry
 from dynamo_worker.shutdown_plan import ShutdownPlan
 from dynamo_worker.status_server import StatusServer
@@ -433,7 +433,7 @@ class Launcher:
         if settings.discovery_backend == "file" and settings.discovery_path is None:
             settings = settings.model_copy(update={"discovery_path": private_dir / "discovery"})
         if settings.discovery_path is not None:
-            settings.discovery_path.mkdir(parents=True, exist_ok=True)
+            writable_directory(settings.discovery_path)
         self._frontend = FrontendProcess.start(settings, settings.discovery_path, private_dir)
         return settings
 

@@ -27,7 +27,7 @@ WORKER_RUNTIME_LOG: Final = (
 #: The same for a frontend, which also complains about the end of its own watches when it is stopped, and writes two
 #: errors for every request that its client got wrong. A request that failed here still costs its line.
 FRONTEND_RUNTIME_LOG: Final = (
-    f"{WORKER_RUNTIME_LOG},dynamo_llm::discovery::controller=error,dynamo_runtime::storage::kv=off,"
+    f"{WORKER_RUNTIME_LOG},dynamo_llm::discovery=error,dynamo_runtime::storage::kv=off,"
     "dynamo_runtime::pipeline::network::egress::push_router=error,dynamo_llm::http::service::disconnect=off,"
     "dynamo_llm::http::service::metrics=off,dynamo_llm::http::service::service_v2=off,"
     "tower_http::trace::on_failure=error"

@@ -68,7 +68,7 @@ class Runtime:
             "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": str(_RUNTIME_DRAIN_SECONDS),
         }
         if settings.discovery_backend == "file":
-            environment["DYN_FILE_KV"] = str(_writable(settings.discovery_path))
+            environment["DYN_FILE_KV"] = str(writable_directory(settings.discovery_path))
         os.environ.update(environment)
         # One thread of the runtime's own costs a quarter less CPU per token than its default of one for each processor,
         # which wake each other for every chunk (measured, see docs/design.md).
@@ -292,7 +292,7 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> N
     )
 
 
-def _writable(path: Path | None) -> Path:
+def writable_directory(path: Path | None) -> Path:
     """Return the directory of the file backend, created if it is missing."""
     directory = path or Path(os.environ.get("DYN_FILE_KV") or _DEFAULT_FILE_KV)
     try:
