@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import signal
 import socket
@@ -92,6 +93,28 @@ def test_requests_through_etcd(cluster: Cluster, etcd: Etcd) -> None:
     assert cluster.ask().ok
     worker.signal(signal.SIGTERM)
     assert worker.wait_gone() == 0
+
+
+def test_a_worker_whose_keys_vanish_from_etcd_comes_back(cluster: Cluster, etcd: Etcd) -> None:
+    cluster.start_frontend("--discovery-backend", "etcd", ETCD_ENDPOINTS=etcd.url)
+    worker = serving(cluster, etcd)
+    cluster.wait_model()
+    before = etcd.keys()
+    with urllib.request.urlopen(
+        f"{etcd.url}/v3/kv/deleterange", b'{"key": "djEv", "range_end": "djEw"}', timeout=5
+    ) as response:
+        response.read()
+    assert etcd.empty()
+    eventually(lambda: worker.status("/health")[0] == 503, 20, "/health to answer 503")
+    worker.wait_log("In discovery again", 20)
+    assert worker.status("/health")[0] == 200
+    assert re.findall('"key":"[^"]*"|"lease":"[^"]*"', etcd.keys()) == re.findall(
+        '"key":"[^"]*"|"lease":"[^"]*"', before
+    )
+    eventually(lambda: cluster.ask(1).ok, 10, "an answer")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait_gone() == 0
+    assert etcd.empty()
 
 
 @pytest.mark.slow

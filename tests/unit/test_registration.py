@@ -14,14 +14,14 @@ from aio import until
 
 from dynamo_worker import registration as module
 from dynamo_worker.errors import DiscoveryLostError
-from dynamo_worker.registration import FileStore, Registration, leaving
+from dynamo_worker.registration import EtcdStore, FileStore, Registration, leaving
 
 INSTANCE = "4b13168d7bd741fa"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "_INTERVAL", 0.01)
+    monkeypatch.setattr(FileStore, "interval", 0.01)
     monkeypatch.setattr(module, "_CONFIRM", 0.05)
 
 
@@ -164,6 +164,8 @@ def test_a_worker_that_cannot_come_back_ends(tmp_path, entries):
 class HungStore:
     """A network file system whose server is gone."""
 
+    interval = 0.01
+
     def __init__(self):
         self.go_on = threading.Event()
         self.hangs = False
@@ -238,3 +240,86 @@ def test_without_a_descriptor_nothing_is_taken_for_lost(tmp_path, entries, monke
     entries[1].unlink()
     (tmp_path / "v1/mdc/other").write_text("a change, so that it has to look")
     assert store.missing() == [str(entries[1])]
+
+
+class FakeEtcd:
+    """The gateway of an etcd with one lease."""
+
+    def __init__(self, monkeypatch):
+        self.kvs = {"aQ==": "one", "bQ==": "two"}
+        self.ttl = 30
+        self.down = set()
+        self.logins = 0
+        self.token_ends = False
+        monkeypatch.setattr(module, "post", self.post)
+        monkeypatch.setattr(module, "etcd_headers", self.login)
+
+    def login(self, endpoint, timeout):
+        self.logins += 1
+        return {"Authorization": str(self.logins)}
+
+    def post(self, endpoint, path, body, headers, timeout):
+        if endpoint in self.down:
+            raise ConnectionRefusedError("connection refused")
+        if self.token_ends:
+            self.token_ends = False
+            return 401, {"message": "invalid auth token"}
+        if path == "/v3/lease/timetolive":
+            assert body == {"ID": "77", "keys": True}
+            return 200, {"TTL": str(self.ttl), **({"keys": list(self.kvs)} if self.kvs else {})}
+        if path == "/v3/kv/range":
+            return 200, {"kvs": [{"key": body["key"], "value": self.kvs[body["key"]]}]}
+        assert path == "/v3/kv/put"
+        assert body["lease"] == "77"
+        self.kvs[body["key"]] = body["value"]
+        return 200, {}
+
+
+@pytest.fixture
+def etcd(monkeypatch):
+    return FakeEtcd(monkeypatch)
+
+
+def test_keys_that_vanish_from_etcd_are_put_back_with_the_lease(etcd):
+    store = EtcdStore(["a"], 77)
+    store.adopt(())
+    etcd.kvs["cQ=="] = "adapter"
+    assert store.missing() == []
+    before = dict(etcd.kvs)
+    etcd.kvs.clear()
+    missing = store.missing()
+    assert sorted(missing) == sorted(before)
+    store.restore(missing)
+    assert etcd.kvs == before
+    assert store.missing() == []
+    del etcd.kvs["aQ=="]
+    store.adopt(())
+    assert store.missing() == [], "the worker has taken it away"
+    store.close()
+    etcd.kvs.clear()
+    store.restore(["bQ=="])
+    assert not etcd.kvs
+
+
+def test_an_etcd_that_does_not_answer_or_a_lease_that_has_ended_is_the_runtimes_business(etcd):
+    store = EtcdStore(["a", "b"], 77)
+    etcd.down = {"a"}
+    store.adopt(())
+    etcd.down = {"a", "b"}
+    assert store.missing() == []
+    etcd.down = set()
+    etcd.kvs.clear()
+    etcd.ttl = -1
+    assert store.missing() == []
+
+
+def test_a_token_that_has_ended_is_renewed(etcd):
+    store = EtcdStore(["a"], 77)
+    store.adopt(())
+    store.missing()
+    assert etcd.logins == 1
+    etcd.token_ends = True
+    del etcd.kvs["aQ=="]
+    assert store.missing() == []
+    assert store.missing() == ["aQ=="]
+    assert etcd.logins == 2

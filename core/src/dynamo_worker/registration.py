@@ -7,17 +7,20 @@ for 14 s, or had no descriptor left to refresh a file with, would be healthy and
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from dynamo_worker.errors import DiscoveryLostError
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.discovery import etcd_headers, post
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
     from dynamo_worker.errors import WorkerError
 
@@ -25,13 +28,16 @@ log = get_logger(__name__)
 
 _T = TypeVar("_T")
 
-#: Seconds between two looks.
-_INTERVAL = 1.0
+#: Seconds between two looks at files, and at etcd.
+_FILE_INTERVAL = 1.0
+_ETCD_INTERVAL = 5.0
 #: Seconds before a lost entry is put back. The supervisor withdraws a worker whose loop hangs, and kills it 1 s later:
 #: one that comes to itself in between must not register again.
 _CONFIRM = 1.5
 #: Seconds that discovery may take to answer. Entries expire after ten without a refresh, with every backend.
 _PATIENCE = 10.0
+#: Seconds that one endpoint of etcd may take.
+_ETCD_TIMEOUT = 2.0
 #: The runtime refreshes files every 3.3 s (measured on 1.6.1). One that is older than this is refreshed here.
 _OVERDUE = 5.0
 #: Seconds that leaving discovery waits for a look that is under way.
@@ -39,7 +45,12 @@ _CLOSE = 0.3
 
 
 class Store(Protocol):
-    """Where the entries are. Every method may block and raise OSError; never two at a time."""
+    """Where the entries are. Every method may block and raise OSError; never two at a time.
+
+    :ivar interval: seconds between two looks.
+    """
+
+    interval: float
 
     def adopt(self, lost: Collection[str]) -> None:
         """Take what is there, and what was ``lost``, for what should be there."""
@@ -61,6 +72,8 @@ class _File(NamedTuple):
 
 class FileStore:
     """The entries of the ``file`` backend: all files below a directory whose names contain the instance id."""
+
+    interval = _FILE_INTERVAL
 
     def __init__(self, root: str, instance: str) -> None:
         self._root = root
@@ -147,6 +160,78 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+class EtcdStore:
+    """The entries of the ``etcd`` backend: all keys of the worker's lease, seen through etcd's HTTP gateway.
+
+    An etcd that does not answer is no reason to worry: the runtime keeps the lease, and gives up when that is lost.
+    """
+
+    interval = _ETCD_INTERVAL
+
+    def __init__(self, endpoints: Sequence[str], lease: int) -> None:
+        self._endpoints = list(endpoints)
+        self._lease = str(lease)
+        self._headers: dict[str, str] | None = None
+        self._values: dict[str, str] = {}
+        self._closed = False
+
+    def adopt(self, lost: Collection[str]) -> None:
+        """Take what is there, and what was ``lost``, for what should be there."""
+        there = self._keys()
+        if there is not None:
+            kept = {key: self._values[key] for key in lost if key not in there}
+            self._values = {**kept, **{key: self._value(key) for key in there}}
+
+    def missing(self) -> list[str]:
+        """Return the keys that should be there and are not, while the lease itself is."""
+        try:
+            there = self._keys()
+            if there is None:
+                return []
+            for key in there.difference(self._values):
+                self._values[key] = self._value(key)
+        except OSError as error:
+            log.debug("Registration not looked at", error=error)
+            return []
+        return [key for key in self._values if key not in there]
+
+    def restore(self, names: Collection[str]) -> None:
+        """Put keys back as they were, the instance (``v1/instances``) before the models (``v1/mdc``)."""
+        for key in sorted(names, key=base64.b64decode):
+            if not self._closed:
+                self._call("/v3/kv/put", {"key": key, "value": self._values[key], "lease": self._lease})
+
+    def close(self) -> None:
+        """Restore nothing any more, not even when a call that hangs goes on."""
+        self._closed = True
+
+    def _keys(self) -> set[str] | None:
+        """Return the keys of the lease; None if it has ended."""
+        answer = self._call("/v3/lease/timetolive", {"ID": self._lease, "keys": True})
+        return set(answer.get("keys", ())) if int(answer.get("TTL", -1)) > 0 else None
+
+    def _value(self, key: str) -> str:
+        found = self._call("/v3/kv/range", {"key": key}).get("kvs", ())
+        return str(found[0].get("value", "")) if found else ""
+
+    def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Ask the endpoint that answered last, then the others, once each; a token that has ended is renewed."""
+        failures = []
+        for endpoint in list(self._endpoints):
+            try:
+                if self._headers is None:
+                    self._headers = etcd_headers(endpoint, _ETCD_TIMEOUT)
+                status, answer = post(endpoint, path, body, self._headers, _ETCD_TIMEOUT)
+                if status == 200:
+                    return answer
+                failures.append(f"{endpoint}: {answer.get('message', status)}")
+            except (OSError, HTTPException) as error:
+                failures.append(f"{endpoint}: {error}")
+            self._headers = None
+            self._endpoints.append(self._endpoints.pop(0))
+        raise OSError(f"etcd: {'; '.join(failures)}")
+
+
 class Registration:
     """What one worker has in discovery.
 
@@ -174,9 +259,10 @@ class Registration:
         global _watched
         _watched = self
         adopted = False
+        looked = time.monotonic()
         while not self._closed:
+            out = self.problem is not None
             async with self._lock:
-                started = time.monotonic()
                 try:
                     if not adopted:
                         await self._ask(lambda: self._store.adopt(()))
@@ -185,14 +271,15 @@ class Registration:
                 except OSError as error:
                     if adopted:  # otherwise nothing is known to be lost
                         self._out(_reason(error))
-            wait = _INTERVAL if self.problem is None else _CONFIRM
-            await asyncio.sleep(wait)
-            if self.problem is None:
-                self._out_for = 0.0
-                continue
             # Time in which this process itself did not run does not count.
-            self._out_for += min(time.monotonic() - started, _PATIENCE + _CONFIRM)
-            if self._out_for >= self._timeout and not self._closed:
+            passed, looked = min(time.monotonic() - looked, _PATIENCE + _CONFIRM), time.monotonic()
+            if out:  # so it has tried to come back
+                self._out_for += passed
+            if self.problem is None:
+                if out:
+                    log.warning("In discovery again", out_s=self._out_for)
+                self._out_for = 0.0
+            elif self._out_for >= self._timeout and not self._closed:
                 self._on_fatal(
                     DiscoveryLostError(
                         f"the worker fell out of discovery and cannot come back; tried for {self._timeout:g} s: "
@@ -200,6 +287,7 @@ class Registration:
                     )
                 )
                 return
+            await asyncio.sleep(self._store.interval if self.problem is None else _CONFIRM)
 
     @contextlib.asynccontextmanager
     async def leaving(self) -> AsyncIterator[None]:
@@ -233,9 +321,8 @@ class Registration:
         if missing:
             await self._ask(lambda: self._store.restore(missing))
             missing = await self._ask(self._store.missing)
-        if self.problem is not None and not missing:
+        if not missing:
             self.problem = None
-            log.warning("In discovery again", out_s=self._out_for)
 
     def _out(self, problem: str) -> None:
         if problem != self.problem and not self._closed:

@@ -16,7 +16,7 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 
 from dynamo_worker.errors import StartError, UsageError, describe
 from dynamo_worker.logs import get_logger
-from dynamo_worker.registration import FileStore, Registration
+from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.engine import EndpointSpec, EngineInfo
     from dynamo_worker.errors import WorkerError
+    from dynamo_worker.registration import Store
     from dynamo_worker.serving import Handler
     from dynamo_worker.settings import WorkerSettings
 
@@ -181,8 +182,12 @@ class Runtime:
 
     def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
         """Return what watches that this worker stays in discovery until it unregisters; None if nothing can."""
+        store: Store | None = None
         if self._settings.discovery_backend == "file":
             store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
+        elif self._settings.discovery_backend == "etcd":
+            store = EtcdStore(_addresses("ETCD_ENDPOINTS", _DEFAULT_ETCD), self.worker_id)
+        if store is not None:
             self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
         return self._registration
 

@@ -58,16 +58,25 @@ def _withdraw_etcd(registration: dict[str, Any], deadline: float) -> str:
     raise OSError("; ".join(failures) or "no endpoint recorded")
 
 
-def _revoke(endpoint: str, lease: int, timeout: float) -> str:
+def etcd_headers(endpoint: str, timeout: float) -> dict[str, str]:
+    """Return the headers of requests to etcd's gateway, logged in if there is a user.
+
+    :raises OSError: it does not answer, or refuses the user.
+    """
     headers = {"Content-Type": "application/json"}
     user = os.environ.get("ETCD_AUTH_USERNAME")
     if user:
         login = {"name": user, "password": os.environ.get("ETCD_AUTH_PASSWORD", "")}
-        status, answer = _post(endpoint, "/v3/auth/authenticate", login, headers, timeout)
+        status, answer = post(endpoint, "/v3/auth/authenticate", login, headers, timeout)
         if status != 200:
             raise OSError(f"authentication failed: {answer.get('message', status)}")
         headers["Authorization"] = str(answer["token"])
-    status, answer = _post(endpoint, "/v3/lease/revoke", {"ID": str(lease)}, headers, timeout)
+    return headers
+
+
+def _revoke(endpoint: str, lease: int, timeout: float) -> str:
+    headers = etcd_headers(endpoint, timeout)
+    status, answer = post(endpoint, "/v3/lease/revoke", {"ID": str(lease)}, headers, timeout)
     if status == 200:
         return "etcd: lease revoked"
     message = str(answer.get("message", answer.get("error", status)))
@@ -76,7 +85,7 @@ def _revoke(endpoint: str, lease: int, timeout: float) -> str:
     raise OSError(f"lease not revoked: {message}")
 
 
-def _post(
+def post(
     endpoint: str, path: str, body: dict[str, Any], headers: dict[str, str], timeout: float
 ) -> tuple[int, dict[str, Any]]:
     """POST one JSON object to etcd's gateway; return the status and the answer."""
