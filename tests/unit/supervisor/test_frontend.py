@@ -119,6 +119,18 @@ def test_a_second_signal_leaves_at_once(supervised):
     supervised.gone()
 
 
+def test_a_first_signal_cuts_nothing_after_a_crash(supervised):
+    frontend = start(supervised)
+    kill_worker(supervised)
+    wait_until(lambda: "finishes its streams" in supervised.text)
+    supervised.signal(signal.SIGTERM)
+    wait_until(lambda: "another one leaves at once" in supervised.text)
+    assert lives(frontend)
+    done(supervised).touch()
+    assert supervised.wait() == 137
+    assert "its time is up" not in supervised.text
+
+
 def test_a_forced_stop_has_its_two_seconds_for_the_frontend_too(supervised):
     start(supervised, grace=30, then="hang")
     supervised.signal(signal.SIGTERM)
