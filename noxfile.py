@@ -72,6 +72,16 @@ def tests(session: nox.Session, suite: str) -> None:
 
 
 @nox.session
+def nightly(session: nox.Session) -> None:
+    """Run what takes an hour: thousands of random faults and fuzzed requests, and the slow tests of the core."""
+    _install(session, *TEST)
+    session.env.setdefault("DYNAMO_WORKER_TEST_ROUNDS", "2000")
+    session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "2000")
+    session.run("pytest", "tests/faults/test_random.py", "tests/integration/test_fuzz.py", *session.posargs)
+    session.run("pytest", "-m", "slow", "tests")
+
+
+@nox.session
 @nox.parametrize("suite", list(ENGINES), ids=list(ENGINES))
 def gpu(session: nox.Session, suite: str) -> None:
     """Run the tests of one engine on this machine's GPU, whose memory has to be free again after every test."""

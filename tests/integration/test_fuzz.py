@@ -174,7 +174,7 @@ def check_answer(answer: tuple[str, object]) -> None:
         assert what.get("finish_reason"), answer
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arguments", [(), ("--process-tree",)], ids=["in process", "process tree"])
 def test_requests(cluster: Cluster, arguments: tuple[str, ...]) -> None:
     watched = Watched(cluster, *arguments)
@@ -266,7 +266,7 @@ def speak(port: int, message: bytes, pieces: int, leaving: str) -> socket.socket
     return None
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_status_server(cluster: Cluster) -> None:
     watched = Watched(cluster)
     port = watched.worker.status_port

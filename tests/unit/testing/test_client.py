@@ -135,6 +135,13 @@ def test_an_http_error_is_seen_with_its_text():
     assert not result.ok
 
 
+def test_an_error_without_a_text_has_started_and_ended():
+    with frontend(status=404) as (url, _):
+        load = Load(url, [chat("echo", "Hi", 5)])
+        assert load.wait(20)[0].error == ""
+    assert load.started()
+
+
 def test_nobody_listening():
     (result,) = ask(f"http://127.0.0.1:{free_port()}")
     assert result.status == 0

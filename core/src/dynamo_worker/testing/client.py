@@ -108,7 +108,7 @@ class Load:
 
     def started(self) -> bool:
         """Return whether every stream has received text, or has ended."""
-        return all(result.text or result.error for result in self.results)
+        return all(result.text or result.error is not None for result in self.results)
 
     def wait(self, timeout: float = 120.0) -> list[Result]:
         """Wait until all streams have ended and return what they saw.

@@ -27,16 +27,26 @@ if TYPE_CHECKING:
 _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
 
 
+#: Ports that have been given away: whoever got one may not listen yet.
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface, below the range of outgoing connections."""
+    """Return a TCP port that is free on the loopback interface, below the range of outgoing connections.
+
+    None is returned twice.
+    """
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
         with socket.socket() as probe:
             candidate = 10_000 + port % 20_000
+            if candidate in _given:
+                continue
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", candidate))
+                _given.add(candidate)
                 return candidate
 
 
@@ -256,18 +266,21 @@ class Cluster:
             check=False,
         )
 
-    def start_worker(self, *arguments: str, **environment: str | None) -> Worker:
-        """Start a worker without waiting for it."""
+    def start_worker(self, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> Worker:
+        """Start a worker without waiting for it.
+
+        :param prefix: a command in front of the worker's that becomes it, as one that sets limits does.
+        """
         status_port = free_port()
         number = len(self._processes)
         log = self._directory / f"worker-{number}.log"
         command = [sys.executable, "-m", "dynamo_worker", *self.engine_args, "--system-port", str(status_port)]
-        process = self._start([*command, *arguments], log, environment)
+        process = self._start([*prefix, *command, *arguments], log, environment)
         return Worker(process, log, self, status_port)
 
-    def worker(self, *arguments: str, **environment: str | None) -> Worker:
+    def worker(self, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> Worker:
         """Start a worker and wait until it serves."""
-        return self.start_worker(*arguments, **environment).wait_ready()
+        return self.start_worker(*arguments, prefix=prefix, **environment).wait_ready()
 
     def serve(self, count: int, *arguments: str, frontend: Sequence[str] = ()) -> list[Worker]:
         """Start workers, all at once, and a frontend if there is none yet; wait until it offers the model.

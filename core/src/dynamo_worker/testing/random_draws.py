@@ -1,0 +1,204 @@
+"""What a round of random faults does, drawn from a seed, and the exit codes that the documentation allows for it."""
+
+from __future__ import annotations
+
+import calendar
+import random
+import re
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
+from dynamo_worker.testing.limits import AMOUNTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Moments, in the order of a worker's life.
+MOMENTS = ("start", "idle", "busy", "grace", "draining", "cleanup")
+#: Processes that every worker has; the subject's own come on top, and the frontend where one is embedded.
+OWNERS = ("supervisor", "guardian", "worker")
+DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+#: Some signals are drawn more often than others: SIGKILL and SIGTERM are what happens.
+_SIGNALS = (*DEADLY, *STOPPING, signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
+
+#: Bounds of the worker under test, in seconds, and flags that set them.
+TERMINATION, HEARTBEAT, GRACE = 12.0, 4.0, 0.6
+#: What a stage lasts longer in the log than in truth, or shorter: lines are written a moment later.
+_MARGIN = 0.15
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One signal to one process.
+
+    :param after: seconds after the hit before.
+    :param stopped: seconds until SIGCONT follows a SIGSTOP.
+    """
+
+    victim: str
+    number: signal.Signals
+    after: float
+    stopped: float = 0.0
+
+    def __str__(self) -> str:
+        stopped = f" for {self.stopped:.2f} s" if self.stopped else ""
+        return f"{self.number.name}{stopped} to {self.victim} after {self.after:.3f} s"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one round does.
+
+    :param fraction: how far into a start its moment is, 1 being the length of one.
+    :param amount: of the limited resource from the start on; None: it runs short with the first hit.
+    :param frontend: whether the worker has one embedded.
+    """
+
+    seed: int
+    number: int
+    moment: str
+    fraction: float
+    hits: tuple[Hit, ...]
+    limit: str
+    amount: int | None
+    drain: str
+    frontend: bool
+
+    def __str__(self) -> str:
+        where = f"{self.moment} ({self.fraction:.2f})" if self.moment == "start" else self.moment
+        limit = f", {self.limit} {'short' if self.amount is None else self.amount}" if self.limit != "none" else ""
+        frontend = ", frontend" if self.frontend else ""
+        return f"{where}, {self.drain}{frontend}{limit}: {'; '.join(map(str, self.hits))}"
+
+
+def draw(seed: int, number: int, processes: Sequence[str], stall_timeout: float) -> Draw:
+    """Draw one round.
+
+    :param processes: names of the engine's own processes.
+    :param stall_timeout: seconds in which a standstill of the engine is noticed; some stops are longer.
+    """
+    rng = random.Random(f"{seed}/{number}")
+    moment = rng.choice(MOMENTS)
+    frontend = rng.random() < 0.3
+    victims = [*OWNERS, *processes, *(["frontend"] if frontend else [])]
+    hits = []
+    for position in range(rng.choice((1, 2))):
+        chosen = rng.choice(_SIGNALS)
+        after = rng.choice((0.0, 0.001, 0.02, rng.uniform(0, 0.3))) if position else rng.uniform(0, 0.3)
+        if moment == "cleanup":
+            after /= 10
+        long = rng.random() < 0.1
+        stopped = rng.uniform(1.5, 1.8) * max(HEARTBEAT, stall_timeout) if long else rng.uniform(0.01, 0.8)
+        hits.append(Hit(rng.choice(victims), chosen, after, stopped if chosen == signal.SIGSTOP else 0.0))
+    if rng.random() < 0.05:  # nobody is left to clean up: the next start has to
+        hits = [Hit("supervisor", signal.SIGKILL, hits[0].after), Hit("guardian", signal.SIGKILL, 0.0)]
+    limit = rng.choice(tuple(AMOUNTS)) if rng.random() < 0.35 else "none"
+    return Draw(
+        seed=seed,
+        number=number,
+        moment=moment,
+        fraction=rng.uniform(0, 1.1),
+        hits=tuple(hits),
+        limit=limit,
+        amount=rng.choice(AMOUNTS[limit]),
+        drain=rng.choice(("complete", "complete", "handoff")),
+        frontend=frontend,
+    )
+
+
+#: Codes by which a worker may fail that has too little of a resource: it cannot start, or not go on.
+_SHORT = {int(ExitCode.FATAL), int(ExitCode.START_FAILED)}
+#: Where memory cannot be had, or threads, native libraries end the process.
+_ABORTED = _SHORT | {SIGNAL_BASE + number for number in DEADLY}
+
+
+def codes_of(hit: Hit, stage: str, stall_timeout: float, *, again: bool) -> set[int]:
+    """Return the exit codes that the documentation allows when only this happens.
+
+    :param stage: of the worker when it happens, see :func:`stages_between`.
+    :param again: whether a stop had been asked for before.
+    """
+    stopped, fatal, number = int(ExitCode.STOPPED), int(ExitCode.FATAL), SIGNAL_BASE + hit.number
+    over = {stopped} if stage in ("cleanup", "ended") else set()
+    if hit.number == signal.SIGSTOP:
+        bound = {"supervisor": None, "guardian": None, "worker": HEARTBEAT, "frontend": 1.0}.get(
+            hit.victim, stall_timeout
+        )
+        if bound is None or hit.stopped < 0.4 * bound:
+            return {stopped}
+        # Noticed or not; and a worker that stands still may miss the deadline of a stop.
+        return {stopped, fatal, int(ExitCode.START_FAILED), int(ExitCode.DEADLINE)}
+    if hit.victim in ("supervisor", "worker") and hit.number in STOPPING:
+        if stage == "fork" or (stage == "exec" and hit.victim == "worker"):
+            # Nobody listens yet, and Python makes an error of its own of SIGINT.
+            return {number, *_SHORT} if hit.number == signal.SIGINT else {number}
+        if again:  # forced, or too late for that, or the same signal twice within an instant
+            return {stopped, number}
+        return ({number} | over) if hit.number == signal.SIGQUIT else {stopped}
+    if hit.victim == "supervisor":
+        return {number, stopped} if stage == "ended" else {number}
+    if hit.victim == "guardian":
+        return {fatal} | over if hit.number in DEADLY else {stopped}
+    if hit.victim == "worker":
+        return {number} | over
+    died = {int(ExitCode.START_FAILED) if stage in ("fork", "exec", "start") else fatal} | over
+    # The subject's own processes and the frontend: signals that ask may be refused, or ignored.
+    return died if hit.number in DEADLY else died | {stopped}
+
+
+def allowed(limit: str, hits: Sequence[tuple[Hit, set[str]]], stall_timeout: float, *, stop_asked: bool) -> set[int]:
+    """Return all exit codes that the documentation allows for a round.
+
+    :param limit: name of the resource that ran short.
+    :param hits: those that found their victim, with the stages that the worker may have been in.
+    :param stop_asked: whether a stop was asked for before the first hit.
+    """
+    codes = {int(ExitCode.STOPPED)}
+    again, certain = stop_asked, False
+    for hit, stages in hits:
+        own = set().union(*(codes_of(hit, stage, stall_timeout, again=again) for stage in stages))
+        codes |= own
+        certain = certain or int(ExitCode.STOPPED) not in own
+        again = again or (hit.victim in ("supervisor", "worker") and hit.number in STOPPING)
+    if certain:
+        codes.discard(int(ExitCode.STOPPED))
+    if limit != "none":
+        codes |= _ABORTED if limit in ("memory", "pids") else _SHORT
+    return codes
+
+
+#: Lines of the log with which a stage begins.
+STAGES = {
+    "exec": r"supervisor: Worker started",
+    "start": r"launcher: Starting worker",
+    "serving": r"launcher: Worker ready",
+    "grace": r"launcher: Grace period",
+    "draining": r"launcher: Draining",
+    "cleanup": r"launcher: Cleaning up worker",
+    "ended": r"launcher: Worker process ends|Worker stopped|Worker not started",
+}
+
+
+def stages_between(log: str, since: float, until: float) -> set[str]:
+    """Return the stages that a worker may have been in.
+
+    :param log: all of it, with text lines.
+    :param since: seconds since the epoch.
+    :param until: the same.
+    """
+    begins = [("fork", 0.0)]
+    for stage, pattern in STAGES.items():
+        match = re.search(rf"^(\S+)\.(\d{{3}})Z \w+ \S*(?:{pattern})", log, re.MULTILINE)
+        if match:
+            seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
+            begins.append((stage, seconds + int(match[2]) / 1000))
+    ends = [begin for _, begin in begins[1:]] + [float("inf")]
+    return {
+        stage
+        for (stage, begin), end in zip(begins, ends, strict=True)
+        if begin - _MARGIN <= until and since <= end + _MARGIN
+    }
