@@ -694,6 +694,13 @@ def test_a_start_that_fails(world, error, code, reason):
     assert "served generate" not in world.happened
 
 
+def test_a_start_without_a_thread_to_spare(world, monkeypatch):
+    monkeypatch.setattr(module, "can_start_thread", lambda: False)
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert "no thread can be started" in world.reason
+    assert "served generate" not in world.happened
+
+
 def test_the_supervisor_is_told_why(world):
     async def fail(worker_id):
         raise StartError("no GPU")

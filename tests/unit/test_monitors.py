@@ -14,10 +14,19 @@ import pytest
 import uvloop
 from aio import settle, until
 
+from dynamo_worker import monitors as module
 from dynamo_worker.calling import Outcome, call_concurrently
-from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, NoThreadsError, WorkerError
 from dynamo_worker.metrics import WorkerMetrics
-from dynamo_worker.monitors import FrontendMonitor, HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
+from dynamo_worker.monitors import (
+    FrontendMonitor,
+    HealthMonitor,
+    Heartbeat,
+    ProcessWatch,
+    StallMonitor,
+    ThreadMonitor,
+    can_start_thread,
+)
 from dynamo_worker.serving import RequestRegistry
 
 
@@ -692,3 +701,26 @@ def test_a_frontend_is_not_blamed_for_time_in_which_the_worker_itself_did_not_ru
         assert reported == []
 
     asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------------------------------------- threads
+
+
+def test_no_thread_three_times_in_a_row_is_fatal(monkeypatch):
+    answers = iter([True, False, False, True, False, False, False])
+    monkeypatch.setattr(module, "can_start_thread", lambda: next(answers))
+    reported = []
+    asyncio.run(asyncio.wait_for(ThreadMonitor(reported.append, interval=0.001).run(), 5))
+    assert [type(error) for error in reported] == [NoThreadsError]
+    assert "no thread can be started" in str(reported[0])
+    assert list(answers) == []
+
+
+def test_whether_a_thread_can_be_started(monkeypatch):
+    assert can_start_thread()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module.threading.Thread, "start", refuse)
+    assert not can_start_thread()

@@ -43,6 +43,10 @@ class EngineStalledError(EngineDeadError):
     """The engine makes no progress and does not answer a canary request."""
 
 
+class NoThreadsError(WorkerError):
+    """No thread can be started any more (exit code 1): the runtime would leave requests waiting."""
+
+
 class DiscoveryLostError(WorkerError):
     """The worker is out of discovery and cannot come back: lease, connection or entries are lost (exit code 1)."""
 

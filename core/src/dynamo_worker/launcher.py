@@ -51,7 +51,17 @@ from dynamo_worker.frontend import FRONTEND_ABORT_SECONDS, FrontendProcess
 from dynamo_worker.lifecycle import TRANSITIONS, Event, State
 from dynamo_worker.logs import get_logger
 from dynamo_worker.metrics import WorkerMetrics
-from dynamo_worker.monitors import FrontendMonitor, HealthMonitor, Heartbeat, ProcessWatch, StallMonitor
+from dynamo_worker.monitors import (
+    NO_THREADS,
+    NO_THREADS_HINT,
+    FrontendMonitor,
+    HealthMonitor,
+    Heartbeat,
+    ProcessWatch,
+    StallMonitor,
+    ThreadMonitor,
+    can_start_thread,
+)
 from dynamo_worker.runtime import Runtime, writable_directory
 from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry
 from dynamo_worker.shutdown_plan import ShutdownPlan
@@ -384,6 +394,8 @@ class Launcher:
         self._processes.watch(checks.pids(engine.processes()), "engine process")
         if info.model_path is not None:
             await self._warm_up(engine, checks, info.vocab_size)
+        if not can_start_thread():
+            raise StartError(NO_THREADS, hint=NO_THREADS_HINT)
         # What was made until now lives as long as the worker: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -500,6 +512,7 @@ class Launcher:
                 interval=settings.health_check_interval,
                 timeout=settings.health_check_timeout,
             ).run(),
+            ThreadMonitor(self._on_fatal, interval=settings.health_check_interval).run(),
         ]
         if settings.stall_timeout and isinstance(engine, HasCanary):
             watches.append(

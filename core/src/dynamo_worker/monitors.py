@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.calling import contained, report
 from dynamo_worker.engine import Engine, MayPause, ReportsProgress
-from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError, describe
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, NoThreadsError, WorkerError, describe
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -290,6 +291,47 @@ class FrontendMonitor:
                     log.warning("Frontend check failed", error=error)
             finally:
                 check.cancel()
+
+
+def can_start_thread() -> bool:
+    """Return whether one more thread can be had: no where a pids limit is reached, or the address space is full."""
+    try:
+        threading.Thread(target=_nothing, name="probe", daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _nothing() -> None:
+    """Be the work of a thread that only shows that it can be had."""
+
+
+class ThreadMonitor:
+    """Notices that no thread can be started any more.
+
+    The runtime takes a thread for each request that it has none for. If it gets none the request waits without end,
+    never reaches the engine, and the worker looks well (measured on 1.6.1).
+    """
+
+    #: Failures in a row that are fatal: a limit may be reached for a moment.
+    FAILURES = 3
+
+    def __init__(self, on_fatal: OnFatal, *, interval: float) -> None:
+        self._on_fatal = on_fatal
+        self._interval = interval
+
+    async def run(self) -> None:
+        """Try until cancelled, or until there has been none for a while."""
+        failures = 0
+        while failures < self.FAILURES:
+            await asyncio.sleep(self._interval)
+            failures = 0 if can_start_thread() else failures + 1
+        self._on_fatal(NoThreadsError(NO_THREADS, hint=NO_THREADS_HINT))
+
+
+#: Why a worker that gets no threads must not serve, and what to do about it.
+NO_THREADS = "no thread can be started any more, so that requests would wait without end"
+NO_THREADS_HINT = "raise the pids limit (pids.max, ulimit -u) or the limit of memory (ulimit -v); what uses it up?"
 
 
 class Heartbeat:

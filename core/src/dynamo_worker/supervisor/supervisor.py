@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,6 +32,9 @@ _AT_ONCE = 0.35
 
 #: When we wake up later than this, it was us who did not run.
 _LATE = 0.2
+
+#: With fewer descriptors than that the worker could not serve, nor could be cleaned up behind it.
+_LEAST_DESCRIPTORS = 64
 
 #: What the supervisor's own cleaning gets after a third signal: it is the last that can do it.
 _LAST_CLEANING = 2.0
@@ -134,6 +138,9 @@ class Supervisor:
         # Children that a shell had before it became us by `exec` are not ours to kill.
         self._strangers = set(process_tree.descendants(os.getpid()))
         linux.become_subreaper()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= descriptors < _LEAST_DESCRIPTORS:  # negative: no limit
+            return self._fail(f"the limit of open files is {descriptors}; {_LEAST_DESCRIPTORS} are needed (ulimit -n)")
         try:
             self._run_directory = RunDirectory.create()
         except OSError as error:
