@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from dynamo_worker.supervisor.run_directory import RunDirectory
 
 from .conftest import state_of, wait_until
 
@@ -548,6 +551,28 @@ class TestCleanEnd:
             assert time.monotonic() - started < 2.0
             assert "leaving at once" in supervised.text
             supervised.gone(2.0)
+
+
+def test_another_pid_namespace_without_locks(supervised, tmp_path, monkeypatch):
+    """Nothing tells from here whether that worker lives: it is left alone."""
+    if subprocess.run(["unshare", "-fp", "--mount-proc", "true"], capture_output=True).returncode:
+        pytest.skip("no pid namespaces here")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import fcntl\ndef refuse(*_):\n    raise OSError(38, 'Function not implemented')\nfcntl.flock = refuse\n"
+    )
+    supervised.environment["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    supervised.start(SERVING, "arrived", "obey=0", shell_wrapper='exec unshare -fp --mount-proc "$0" "$@"')
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    (run_directory,) = supervised.run_directories
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        assert RunDirectory.take_over(str(run_directory)) is None
+    (init,) = supervised.children_of(supervised.pid)
+    os.kill(init, signal.SIGTERM)
+    assert supervised.wait() == 0
 
 
 class TestPid1:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dynamo_worker.supervisor import linux
+from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.waiting import eventually
 
@@ -210,6 +212,22 @@ class FaultTable:
         assert self.assert_gone(first, since, 1.0, subject) == 128 + signal.SIGKILL
         since = second.signal(signal.SIGKILL, second.guardian_pid)
         assert self.assert_gone(second, since, 1.0, subject) != 0
+
+    def test_supervisor_and_guardian_killed_at_once(self, subject: Subject, start: Start) -> None:
+        """Nobody is left to clean up: the next start finds all, whatever the engine's processes call themselves."""
+        (worker,) = start(1)
+        stats = {pid: linux.read_stat(pid) for pid in worker.children()}
+        tree = [Process(pid, stat.start) for pid, stat in stats.items() if stat is not None]
+        run_dir, guardian = worker.run_dir, worker.guardian_pid
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            worker.signal(number, guardian)
+            worker.signal(number)
+        worker.wait_gone()
+        (after,) = start(1)
+        eventually(lambda: not run_dir.exists(), 20.0 * subject.patience, "its directory removed")
+        assert not [process for process in tree if linux.is_alive(process)]
+        assert not worker.registered
+        after.stop()
 
     def test_no_more_processes(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         """The limit of processes is reached: whatever ends then is cleaned up all the same, and with the right code."""
