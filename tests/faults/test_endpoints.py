@@ -58,10 +58,18 @@ def test_both_endpoints_answer(faulty: FaultyCluster, endpoint: str, tokens: str
     assert answer(call(faulty, endpoint, request)) == {"tokens": [70, 71, 70, 71]}
 
 
-@pytest.mark.parametrize("request_", [{"token_ids": "text"}, {"token_ids": [1.5]}, {"packed": []}, {}])
-def test_a_malformed_request_gets_its_typed_error(faulty: FaultyCluster, request_: dict[str, object]) -> None:
+#: Wrong in itself, and beyond the engine's vocabulary.
+MALFORMED = [
+    *({"token_ids": "text"}, {"token_ids": [1.5]}, {"token_ids": [70, True]}, {"packed": []}, {}),
+    *({"token_ids": [70, -1]}, {"packed": [70, -1]}, {"token_ids": [70, 259]}, {"packed": [70, 259]}),
+]
+
+
+def test_a_malformed_request_gets_its_typed_error(faulty: FaultyCluster) -> None:
     worker = faulty.serving()
-    assert "token_ids" in str(answer(call(faulty, "generate", request_))["error"])
+    clients = [call(faulty, "generate", request) for request in MALFORMED]
+    for client, request in zip(clients, MALFORMED, strict=True):
+        assert "InvalidArgument: token_ids: " in str(answer(client)["error"]), request
     assert faulty.cluster.ask().ok
     assert worker.running
 

@@ -340,7 +340,7 @@ class Launcher:
     def _on_fatal(self, error: BaseException) -> None:
         """Take note of a fatal error; the first one is the cause, what follows are its consequences."""
         if self._error is not None or self._state in (State.CLEANUP, State.FATAL, State.STOPPED):
-            log.debug("Later error", error=error)
+            log.debug("Later error", error=describe(error))
             return
         self._error = error
         self._events.put_nowait(Event.FATAL_ERROR)
