@@ -9,6 +9,7 @@ written by native code from a thread of its own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import select
@@ -58,15 +59,18 @@ def redirect(stream: UnblockedStream) -> None:
 class RequestLineFilter:
     """Takes the line that the runtime logs for every request, whatever ``DYN_LOG`` says, out of what goes to stderr.
 
-    For a frontend only: its interpreter is idle. What native code writes in its last moment, before an abort, may be
-    lost here, and so would be the stack dump of a worker whose interpreter hangs.
+    For a frontend only: its interpreter is idle. In a worker, native code that holds the interpreter and writes more
+    than the pipe takes would wait for itself, and what it writes in its last moment, before an abort, would be lost.
     """
 
     #: Its target is ``request_span``. Warnings with that target pass. Two spaces: it fills levels up to five letters.
     _LINE: Final = re.compile(rb'\S+  INFO (?:\S+: )?request_span: |\{(?=.*"level":"INFO").*"target":"request_span"')
     _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
-    #: How long a reader of our log may keep us waiting, in milliseconds. Then what it should read is dropped.
+    #: How long a reader of our log may keep us waiting, in milliseconds. Then what it should read is dropped, and more
+    #: without waiting until it reads again.
     _PATIENCE: Final = 50
+    #: Bytes that native code may be ahead of us: more than it writes while it holds the interpreter.
+    _PIPE_BYTES: Final = 1 << 20
     #: Read at once, and the longest part of a line that is held until the rest of it comes.
     _MOST_BYTES: Final = 64 * 1024
     #: Seconds for what is still in the pipe at the end.
@@ -76,8 +80,11 @@ class RequestLineFilter:
         """Put a pipe in the place of stderr, of which a thread copies all other lines to the real one."""
         self._stderr = os.dup(2)
         self._output, end = os.pipe()
+        with contextlib.suppress(OSError):  # the user has too many pipes: then it has the usual size
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, self._PIPE_BYTES)
         os.dup2(end, 2)
         os.close(end)
+        self._stuck = False
         self._writable = select.poll()
         self._writable.register(self._stderr, select.POLLOUT)
         self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
@@ -103,7 +110,8 @@ class RequestLineFilter:
 
     def _write(self, data: bytes) -> None:
         for start in range(0, len(data), select.PIPE_BUF):  # so much a pipe takes at once if it takes anything
-            if not self._writable.poll(self._PATIENCE):
+            self._stuck = not self._writable.poll(0 if self._stuck else self._PATIENCE)
+            if self._stuck:
                 return
             with contextlib.suppress(OSError):
                 os.write(self._stderr, data[start : start + select.PIPE_BUF])
