@@ -149,6 +149,13 @@ class TestLeftOf:
         ours = [Process(pid, linux.read_stat(pid).start) for pid in (os.getpid(), os.getppid())]
         assert process_tree.left_of("/x/dw-1", 0, ours).keys().isdisjoint(ours)
 
+    def test_never_those_of_the_supervisor_that_asks(self, spawn):
+        """Somebody has started it from within the tree that is dead now."""
+        of_tree = mark.draw()
+        process = spawn(READY, preexec_fn=lambda: mark.put_on_ourselves(of_tree))
+        assert process in process_tree.left_of("/x/dw-1", of_tree, [])
+        assert process not in process_tree.left_of("/x/dw-1", of_tree, [], supervisor=os.getpid())
+
 
 class TestRecord:
     def test_changes_are_recorded(self, tmp_path):
@@ -178,6 +185,14 @@ class TestRecord:
         record = process_tree.TreeRecord(str(tmp_path), tree)
         record.update()
         assert record.due >= time.monotonic() + 45
+
+    def test_no_descriptor_left_is_no_end(self, tmp_path):
+        def tree() -> list[Process]:
+            raise OSError(24, "Too many open files")
+
+        record = process_tree.TreeRecord(str(tmp_path), tree)
+        record.update()
+        assert record.due > time.monotonic()
 
     def test_a_full_disk_is_no_end(self, tmp_path):
         record = process_tree.TreeRecord(str(tmp_path / "missing"), lambda: [Process(5, 6)])

@@ -202,6 +202,19 @@ class TestWatch:
             for name in names:
                 (SHM / name).unlink(missing_ok=True)
 
+    def test_no_descriptor_left_is_no_end(self, make, tmp_path):
+        def tree() -> list[int]:
+            raise OSError(24, "Too many open files")
+
+        watch = SegmentWatch(str(tmp_path), tree)
+        try:
+            make("mapped")
+            watch.read()
+            watch.look_up()
+            assert watch.due() > time.monotonic() + 1.0  # later, and not again and again
+        finally:
+            watch.close()
+
     def test_a_full_disk_is_no_end(self, watch, make, monkeypatch):
         def full(*_):
             raise OSError(28, "No space left on device")

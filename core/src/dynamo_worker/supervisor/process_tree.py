@@ -40,7 +40,7 @@ def descendants(root: int, excluded: Collection[Process] = ()) -> dict[Process, 
     return _below([root], _children(), excluded)
 
 
-def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process]) -> dict[Process, Stat]:
+def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process], supervisor: int = 0) -> dict[Process, Stat]:
     """Return all processes of a tree whose owners are dead, without us and our ancestors.
 
     A process belongs to it if it bears the tree's mark, was started with its run directory in the environment, was
@@ -48,6 +48,8 @@ def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process]) -> d
 
     :param mark_of_tree: see ``mark``; 0 if unknown.
     :param recorded: processes that the guardian has recorded; only if their pids are of our pid namespace.
+    :param supervisor: pid of the supervisor that wants to know. None of its own tree belongs to the dead one, even if
+        it was started from there and has inherited everything.
     """
     entry = f"\0{RUN_DIR}=".encode() + os.fsencode(run_dir) + b"\0"
     children = _children()
@@ -58,6 +60,7 @@ def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process]) -> d
     while ancestor > 0 and ancestor not in ourselves:
         ourselves.add(ancestor)
         ancestor = parents.get(ancestor, 0)
+    ourselves.update(process.pid for process in _below([supervisor] if supervisor else [], dict(children), ()))
     excluded = [process for process in stats if process.pid in ourselves]
     known = frozenset(recorded)
     found = {
@@ -151,10 +154,11 @@ class TreeRecord:
     def update(self) -> None:
         """Record the tree as it is."""
         started = time.monotonic()
-        processes = set(self._tree())
-        changed = processes != self._recorded
-        if changed:
-            with contextlib.suppress(OSError):  # disk full? The marks of the processes have to do
+        changed = False
+        with contextlib.suppress(OSError):  # disk full, or no descriptor left? The marks of the processes have to do
+            processes = set(self._tree())
+            changed = processes != self._recorded
+            if changed:
                 ledger.write_processes(self._run_dir, processes)
                 self._recorded = processes
         now = time.monotonic()

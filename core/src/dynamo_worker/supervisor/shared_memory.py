@@ -127,7 +127,8 @@ class SegmentWatch:
         """Take note of what was created, let go of and removed."""
         for mask, name in linux.read_events(self.descriptor):
             if mask & linux.IN_Q_OVERFLOW:
-                self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded)))
+                with contextlib.suppress(OSError):  # no descriptor left: what is used at the end is found then
+                    self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded)))
             elif mask & linux.IN_CLOSE_WRITE:
                 if name in self._lookups:
                     self._closed[name] = time.monotonic()
@@ -156,7 +157,12 @@ class SegmentWatch:
                 wanted[inode] = name
         if wanted:
             found: set[int] = set()
-            for pid in self._tree():
+            try:
+                pids = list(self._tree())
+            except OSError:  # no descriptor left: try again later
+                self._scanned, self._credit = time.monotonic(), -_LONGEST_PAUSE / _SHARE
+                return
+            for pid in pids:
                 found |= segments_of(pid) & wanted.keys()
                 if len(found) == len(wanted):
                     break

@@ -30,6 +30,7 @@ def sweep_in_background(own: RunDirectory, log: Log) -> None:
     :raises OSError: there can be no process for it.
     """
     stale = [path for path in run_directory.candidates(own.base) if path != own.path]
+    supervisor = os.getpid()
     if not stale or spawn.fork() != 0:
         return
     try:
@@ -42,27 +43,27 @@ def sweep_in_background(own: RunDirectory, log: Log) -> None:
                 with contextlib.suppress(OSError):  # the descriptor of the listing itself
                     os.close(int(name))
         for path in stale:
-            _sweep(path, log)
+            _sweep(path, supervisor, log)
     finally:
         os._exit(0)
 
 
-def _sweep(path: str, log: Log) -> None:
+def _sweep(path: str, supervisor: int, log: Log) -> None:
     """Clean up behind one earlier worker, if it is dead; whatever happens, the others get their turn."""
     try:
-        _clean_up(path, log)
+        _clean_up(path, supervisor, log)
     except Exception as error:
         log.warning("Not cleaned up behind an earlier worker", run_dir=path, error=f"{type(error).__name__}: {error}")
 
 
-def _clean_up(path: str, log: Log) -> None:
+def _clean_up(path: str, supervisor: int, log: Log) -> None:
     directory = RunDirectory.take_over(path)
     if directory is None:
         return
     recorded = [Process(*entry) for entry in ledger.read_processes(path)] if directory.knows_its_pids else []
 
     def find() -> Mapping[Process, Stat]:
-        return process_tree.left_of(path, directory.mark, recorded)
+        return process_tree.left_of(path, directory.mark, recorded, supervisor)
 
     def wait(seconds: float, descriptor: int | None) -> None:
         if descriptor is None:
