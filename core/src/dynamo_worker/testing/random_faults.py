@@ -61,8 +61,8 @@ if TYPE_CHECKING:
 _LATE = 8.0
 #: Seconds between two requests that come while a fault is under way, and their tokens.
 _TRICKLE, _TRICKLE_TOKENS = 0.15, 5
-#: Streams on the worker when it is hit.
-_STREAMS = 4
+#: Streams on both workers when one is hit, through the frontend and through the embedded one.
+_STREAMS, _OWN_STREAMS = 4, 2
 #: What the log of a worker never says, whatever signals are sent.
 _TROUBLE = (
     "Shutdown stage failed",
@@ -152,7 +152,10 @@ class Round:
         # With the moments between which each has its effect.
         self._hits: list[tuple[Hit, float, float]] = []
         self._stop_asked = False
-        self._streams: list[tuple[Load, str, int]] = []
+        self._own_url = f"http://127.0.0.1:{free_port()}"  # of the embedded frontend
+        # With what they ask for, and how many tokens.
+        self._streams: list[tuple[Load, list[str], int]] = []
+        self._own_streams: list[tuple[Load, list[str], int]] = []
 
     def run(self) -> None:
         """Do it; everything that is wrong ends up in ``problems``."""
@@ -180,7 +183,7 @@ class Round:
     # ------------------------------------------------------------------------------------------------------- acting
 
     def _start(self, prefix: Sequence[str]) -> Worker:
-        frontend = ["--frontend", f"127.0.0.1:{free_port()}"] if self.drawn.frontend else []
+        frontend = ["--frontend", self._own_url.removeprefix("http://")] if self.drawn.frontend else []
         bounds = {
             "--termination-grace-period": TERMINATION,
             "--heartbeat-timeout": HEARTBEAT,
@@ -206,8 +209,15 @@ class Round:
                 self._settle(worker)
             self.code = worker.wait_gone(TERMINATION + _LATE)
 
+    def _frontend_outlives(self) -> bool:
+        """Return whether the embedded frontend has to finish its streams, whatever has become of the worker."""
+        stops = [hit for hit, _, _ in self._hits if hit.victim in ("supervisor", "worker") and hit.number in STOPPING]
+        forced = len(stops) + self._stop_asked > 1 or signal.SIGQUIT in [hit.number for hit in stops]
+        hurt = "frontend" in {hit.victim for hit, _, _ in self._hits}
+        return self._limit == "none" and not (forced or hurt or self._orphaned)
+
     def _take_over(self, trickle: Trickle) -> None:
-        self._streams += [(load, "trickle", _TRICKLE_TOKENS) for load in trickle.loads]
+        self._streams += [(load, ["trickle"], _TRICKLE_TOKENS) for load in trickle.loads]
 
     def _reach(self, worker: Worker) -> bool:
         """Return whether the worker got as far as the moment."""
@@ -221,12 +231,11 @@ class Round:
             return True
         with contextlib.suppress(AssertionError):  # one that is short of something may never get a request
             self._cluster.wait_routed(worker, 3.0)
-        bodies = [
-            chat(self._subject.model, f"round{number}", self._subject.stream_tokens) for number in range(_STREAMS)
-        ]
-        load = Load(self._cluster.url, bodies)
-        self._streams.append((load, "round", self._subject.stream_tokens))
-        eventually(load.started, 30, "the streams to start")
+        self._streams.append(self._ask(self._cluster.url, _STREAMS))
+        if self.drawn.frontend:
+            self._own_streams.append(self._ask(self._own_url, _OWN_STREAMS))
+        for load, _, _ in (*self._streams, *self._own_streams):
+            eventually(load.started, 30, "the streams to start")
         if self.drawn.moment == "busy":
             return worker.running
         with contextlib.suppress(ProcessLookupError):
@@ -234,6 +243,11 @@ class Round:
         self._stop_asked = True
         stage = {"grace": "Grace period", "draining": "Draining", "cleanup": "Cleaning up worker"}[self.drawn.moment]
         return self._says(worker, stage, TERMINATION)
+
+    def _ask(self, url: str, count: int) -> tuple[Load, list[str], int]:
+        """Start streams through a frontend."""
+        prompts, tokens = [f"round{number}" for number in range(count)], self._subject.stream_tokens
+        return Load(url, [chat(self._subject.model, prompt, tokens) for prompt in prompts]), prompts, tokens
 
     def _says(self, worker: Worker, pattern: str, timeout: float) -> bool:
         """Wait for a line in the log; return False if the worker has ended, or does not get there."""
@@ -315,10 +329,10 @@ class Round:
             with contextlib.suppress(AssertionError):
                 eventually(lambda: not worker.running, 0.3)
         if self._limit == "none":
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: not worker.running or worker.status("/health")[0] == 200, 5)
-            if worker.running and (status := worker.status("/health"))[0] != 200 and worker.running:
-                self.problems.append(f"it neither serves nor ends: {status}")
+            try:
+                eventually(lambda: not worker.running or worker.status("/health")[0] == 200, TERMINATION)
+            except AssertionError:
+                self.problems.append(f"it neither serves nor ends: {worker.status('/health')}")
         with contextlib.suppress(ProcessLookupError):
             worker.signal(signal.SIGTERM)
 
@@ -412,14 +426,16 @@ class Round:
         return {str(path.relative_to(root)) for path in found}
 
     def _check_streams(self) -> None:
-        for load, prompt, tokens in self._streams:
-            for number, result in enumerate(load.wait(60)):
-                whole = f"{prompt}{number}" if prompt == "round" else prompt
-                expected = self._subject.expected(whole, tokens) if self._subject.expected else result.text
+        own = self._own_streams if self._frontend_outlives() else []
+        for load, prompts, tokens in (*self._streams, *own):
+            for prompt, result in zip(prompts, load.wait(60), strict=True):
+                expected = self._subject.expected(prompt, tokens) if self._subject.expected else result.text
                 if not result.ok or result.text != expected:
-                    self.problems.append(
-                        f"a stream is lost: {result.status} {result.error}, {len(result.text)} of {tokens} tokens"
-                    )
+                    through = "the embedded frontend" if load in [each[0] for each in own] else "the frontend"
+                    lost = f"{result.status} {result.error}, {len(result.text)} of {tokens} tokens"
+                    self.problems.append(f"a stream through {through} is lost: {lost}")
+        for load, _, _ in self._own_streams:
+            load.wait(60)
         if not self._place.spare.running:
             self.problems.append(f"the other worker is gone: {self._place.spare.log[-1000:]}")
 
