@@ -296,6 +296,22 @@ def test_a_runtime_that_does_not_start_says_why(tmp_path, monkeypatch):
         asyncio.run(Runtime.create(worker_settings(discovery_backend="file", discovery_path=tmp_path)))
 
 
+class PanicException(BaseException):
+    """Stands for ``pyo3_runtime.PanicException``, which is no Exception either and cannot be imported."""
+
+
+def test_a_runtime_that_panics_says_why_and_names_the_limits(tmp_path, monkeypatch):
+    """It takes threads and descriptors for granted."""
+
+    def panic(*args, **options):
+        raise PanicException("failed to spawn thread: Resource temporarily unavailable")
+
+    monkeypatch.setattr(runtime_module, "DistributedRuntime", panic)
+    with pytest.raises(StartError, match=r"does not start: PanicException: failed to spawn thread") as raised:
+        asyncio.run(Runtime.create(worker_settings(discovery_backend="file", discovery_path=tmp_path)))
+    assert "pids.max" in str(raised.value.hint)
+
+
 def test_the_runtime_gets_a_free_port_of_its_own_for_its_status_server(tmp_path, monkeypatch):
     """It reads the port as a signed 16-bit number, and ours stands in front of it."""
     servers = []

@@ -59,7 +59,7 @@ async def contained(call: Callable[[], Awaitable[T]]) -> T:
     try:
         return await call()
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(describe(error)) from error
+        raise RuntimeError(f"it raised {describe(error)}") from error
 
 
 async def call_concurrently(
