@@ -134,24 +134,6 @@ class TestNotifier:
 
 
 class TestSettings:
-    @pytest.mark.parametrize(
-        ("argv", "environment", "value"),
-        [
-            ([], None, "default"),
-            ([], "env", "env"),
-            (["--flag", "a"], "env", "a"),
-            (["--flag=b", "--other"], None, "b"),
-            (["--flag", "a", "--flag=b"], None, "b"),
-            (["--flag"], None, "default"),
-            (["--flagged=c"], None, "default"),
-        ],
-    )
-    def test_flag_before_environment_before_default(self, monkeypatch, argv, environment, value):
-        monkeypatch.delenv("DWTEST_SETTING", raising=False)
-        if environment:
-            monkeypatch.setenv("DWTEST_SETTING", environment)
-        assert supervisor._setting(argv, "--flag", "DWTEST_SETTING", "default") == value
-
     @pytest.mark.parametrize(("text", "number"), [("5", 5.0), ("x", 30.0), ("", 30.0), ("-1", 30.0), ("nan", 30.0)])
     def test_numbers_that_are_none(self, text, number):
         assert supervisor._positive(text, 30.0) == number
