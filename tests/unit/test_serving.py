@@ -347,11 +347,14 @@ def test_a_sender_whose_stream_is_closed_ends_the_request_quietly(caplog):
     async def main():
         context = Context(id="r")
 
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+
         def close(sender):
             context.stop_generating()
             sender.closed = True
+            loop.call_soon_threadsafe(closed.set)
 
-        served = Served(FakeEngine())
+        served = Served(FakeEngine(chunk(1), closed, chunk(2), chunk(3, "stop")))
         with pytest.raises(Cancelled):
             await served.request(context, Sender(close))
         await settle()
@@ -364,8 +367,14 @@ def test_a_sender_whose_stream_is_closed_ends_the_request_quietly(caplog):
 
 def test_a_sender_that_fails_for_another_reason_is_a_failure(caplog):
     async def main():
-        sender = Sender(lambda sender: setattr(sender, "closed", True))
-        served = Served(FakeEngine())
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+
+        def close(sender):
+            sender.closed = True
+            loop.call_soon_threadsafe(closed.set)
+
+        sender = Sender(close)
+        served = Served(FakeEngine(chunk(1), closed, chunk(2), chunk(3, "stop")))
         with pytest.raises(Unknown, match="RuntimeError: response stream is closed"):
             await served.request(sender=sender)
         await settle()
