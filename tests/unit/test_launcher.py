@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -1511,3 +1513,19 @@ def test_no_private_directory_is_left_in_the_temporary_directory(world, tmp_path
     world.create_error = StartError("no etcd")
     assert world.run(nothing) == ExitCode.START_FAILED
     assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith("dw-")]
+
+
+def test_the_last_flush_does_not_wait_for_a_thread_that_dies_at_birth(monkeypatch):
+    """For want of memory, say: `threading.Thread.start` waits for its first sign of life without end."""
+
+    class Stream:
+        def drain(self, timeout):
+            self.drained = True
+
+    monkeypatch.setattr(module, "_LAST_OUTPUT", 0.1)
+    monkeypatch.setattr(_thread, "start_new_thread", lambda function, arguments: 1)
+    monkeypatch.setattr(threading, "_start_new_thread", lambda function, arguments: 1, raising=False)
+    stream, since = Stream(), time.monotonic()
+    module._flush(stream)
+    assert time.monotonic() - since < 5
+    assert stream.drained

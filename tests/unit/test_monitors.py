@@ -719,8 +719,8 @@ def test_no_thread_three_times_in_a_row_is_fatal(monkeypatch):
 def test_whether_a_thread_can_be_started(monkeypatch):
     assert can_start_thread()
 
-    def refuse(thread):
+    def refuse(function, arguments):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(module.threading.Thread, "start", refuse)
+    monkeypatch.setattr(module._thread, "start_new_thread", refuse)
     assert not can_start_thread()

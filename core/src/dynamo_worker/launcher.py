@@ -5,6 +5,7 @@ It executes the table in ``lifecycle.py``: every state has one coroutine, every 
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import faulthandler
@@ -149,15 +150,17 @@ def _live(loop: asyncio.AbstractEventLoop, launcher: Launcher) -> int:
 
 def _flush(stderr: logs.UnblockedStream) -> None:
     """Write out what waits in buffers; who does not read it, or cannot any more, changes nothing."""
+    flushed = threading.Event()
 
     def flush_stdout() -> None:
         with contextlib.suppress(Exception):  # whatever the engine has put in its place
             sys.stdout.flush()
+        flushed.set()
 
-    thread = threading.Thread(target=flush_stdout, daemon=True)
-    with contextlib.suppress(RuntimeError):  # no more threads
-        thread.start()
-        thread.join(_LAST_OUTPUT)
+    with contextlib.suppress(RuntimeError, MemoryError):  # no more threads
+        # Not `threading.Thread`: its start waits without end for a thread that dies for want of memory.
+        _thread.start_new_thread(flush_stdout, ())
+        flushed.wait(_LAST_OUTPUT)
     stderr.drain(_LAST_OUTPUT)
 
 

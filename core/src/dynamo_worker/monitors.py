@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import os
 import signal
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
@@ -296,8 +296,9 @@ class FrontendMonitor:
 def can_start_thread() -> bool:
     """Return whether one more thread can be had: no where a pids limit is reached, or the address space is full."""
     try:
-        threading.Thread(target=_nothing, name="probe", daemon=True).start()
-    except RuntimeError:
+        # Not `threading.Thread`: its start waits without end for a thread that dies for want of memory.
+        _thread.start_new_thread(_nothing, ())
+    except (RuntimeError, MemoryError):
         return False
     return True
 

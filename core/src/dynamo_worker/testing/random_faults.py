@@ -408,7 +408,9 @@ class Round:
             files -= set(re.findall(r"run_dir=\S*/(dw-\S+)", heir.log)[:1])
         segments = shared_memory() - self._segments
         if self._orphaned and self._limit != "none":
-            segments.clear()  # of a process that failed for lack of something, before anybody had noted what it made
+            # A record that could not be written, or not yet: a directory without one is swept when it is a minute old.
+            segments.clear()
+            files.clear()
         # Other rounds take place at the same time: what one of their processes maps, or was seen to map, is theirs.
         segments -= {name for name in segments if self._place.segments.get(name, self._marker) != self._marker}
         segments -= mapped_by_others(segments, self._marker)
