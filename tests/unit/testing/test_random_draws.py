@@ -54,6 +54,7 @@ CASES = [
     ("core", "SIGKILL", "cleanup", True, {0, 1}),
     ("core", "SIGTERM", "serving", False, {0, 1}),
     ("frontend", "SIGKILL", "serving", False, {1}),
+    ("frontend", "SIGKILL", "draining", True, {0, 1}),
 ]
 
 

@@ -145,6 +145,8 @@ def codes_of(hit: Hit, stage: str, stall_timeout: float, *, again: bool) -> set[
         return {fatal} | over if hit.number in DEADLY else {stopped}
     if hit.victim == "worker":
         return {number} | over
+    if hit.victim == "frontend" and stage == "draining":
+        over = {stopped}  # it has been asked to end by then
     died = {int(ExitCode.START_FAILED) if stage in ("fork", "exec", "start") else fatal} | over
     # The subject's own processes and the frontend: signals that ask may be refused, or ignored.
     return died if hit.number in DEADLY else died | {stopped}
