@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import random
 from typing import NamedTuple
 
 import nox
@@ -77,6 +78,8 @@ def nightly(session: nox.Session) -> None:
     _install(session, *TEST)
     session.env.setdefault("DYNAMO_WORKER_TEST_ROUNDS", "2000")
     session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "2000")
+    session.env.setdefault("DYNAMO_WORKER_TEST_SEED", str(random.SystemRandom().randrange(10**6)))
+    session.env.setdefault("DYNAMO_WORKER_TEST_REPEATS", "0")
     session.run("pytest", "tests/faults/test_random.py", "tests/integration/test_fuzz.py", *session.posargs)
     session.run("pytest", "-m", "slow", "tests")
 

@@ -196,7 +196,9 @@ def test_requests(cluster: Cluster, arguments: tuple[str, ...]) -> None:
         fuzz()
         for extreme in EXTREMES:
             check_answer(client.ask(extreme)[0])
-        assert client.ask(VALID)[0] == ("ended", {"token_ids": [70], "index": 0, "finish_reason": "length"})
+        how, last = client.ask(VALID)[0]
+        # What waits together leaves together: the last chunk may hold all three tokens.
+        assert (how, last["token_ids"][-1], last["finish_reason"]) == ("ended", 70, "length")
     finally:
         client.close()
     watched.end()
