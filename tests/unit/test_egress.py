@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dynamo_worker import egress as module
 from dynamo_worker.egress import Egress, SlowClientError, joined, weight
-from dynamo_worker.errors import WorkerError
+from dynamo_worker.errors import StartError, WorkerError
 
 
 class Client:
@@ -283,17 +283,10 @@ def test_threads_do_not_pile_up():
                 client, stream = await sending.block()
                 client.reads.set()
                 await stream.flush()
-            await until(lambda: threads() <= 3)
+            await until(lambda: sending.egress._threads <= 3)
+        await until(lambda: not sending.egress._threads)
 
     run(main())
-    deadline = time.monotonic() + 5
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not threads(), "stopped, and yet there are threads"
-
-
-def threads():
-    return sum(thread.name == "dw-egress" for thread in threading.enumerate())
 
 
 def test_a_client_that_does_not_read_for_too_long_is_given_up():
@@ -411,16 +404,22 @@ def test_a_send_that_blocks_late_is_noticed_although_nothing_else_happens(monkey
 # ------------------------------------------------------------------------------------------------- the system's limits
 
 
-def test_without_another_thread_clients_wait_and_then_the_worker_ends(monkeypatch, caplog):
-    monkeypatch.setattr(module, "_STRANDED_SECONDS", 0.2)
+def refuse(*arguments):
+    raise RuntimeError("can't start new thread")
+
+
+def die_at_birth(*arguments):
+    """For want of memory a thread may end before its first line, and nobody is told."""
+
+
+@pytest.mark.parametrize("start", [refuse, die_at_birth])
+def test_without_another_thread_clients_wait_and_then_the_worker_ends(monkeypatch, caplog, start):
+    monkeypatch.setattr(module, "_BIRTH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_STRANDED_SECONDS", 0.3)
 
     async def main():
         async with Sending() as sending:
-
-            def refuse(self):
-                raise RuntimeError("can't start new thread")
-
-            monkeypatch.setattr(threading.Thread, "start", refuse)
+            monkeypatch.setattr(module._thread, "start_new_thread", start)
             await sending.block()  # the spare thread takes over
             reader, stream = sending.open()
             stream.send(token(1))
@@ -435,23 +434,33 @@ def test_without_another_thread_clients_wait_and_then_the_worker_ends(monkeypatc
             assert sending.egress.refusal == "this worker has no thread to send with"
 
     run(main())
-    assert "No thread to send with" in caplog.text
+    assert ("No thread to send with" in caplog.text) == (start is refuse)
+
+
+@pytest.mark.parametrize("start", [refuse, die_at_birth])
+def test_without_a_thread_nothing_starts(monkeypatch, start):
+    monkeypatch.setattr(module, "_BIRTH_SECONDS", 0.05)
+    monkeypatch.setattr(module._thread, "start_new_thread", start)
+
+    async def main():
+        with pytest.raises(StartError, match="no thread can be started to send with"):
+            Egress(pytest.fail, slow_client_timeout=60.0).start()
+
+    run(main())
 
 
 def test_it_recovers_when_there_is_a_thread_again(monkeypatch):
+    monkeypatch.setattr(module, "_BIRTH_SECONDS", 0.05)
+    start = module._thread.start_new_thread
+
     async def main():
         async with Sending() as sending:
-            start = threading.Thread.start
-
-            def refuse(self):
-                raise RuntimeError("can't start new thread")
-
-            monkeypatch.setattr(threading.Thread, "start", refuse)
+            monkeypatch.setattr(module._thread, "start_new_thread", refuse)
             await sending.block()
             _, second = sending.open(reads=False)
             second.send(token(1))
             await until(lambda: sending.egress.refusal)
-            monkeypatch.setattr(threading.Thread, "start", start)
+            monkeypatch.setattr(module._thread, "start_new_thread", start)
             reader, stream = sending.open()
             stream.send(token(1))
             await stream.flush()

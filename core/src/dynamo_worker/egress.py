@@ -13,6 +13,7 @@ and in the frontend. There is no way to ask it beforehand, and none to take a ca
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import math
@@ -23,8 +24,9 @@ from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.errors import WorkerError
+from dynamo_worker.errors import StartError, WorkerError
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor import linux
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -58,8 +60,10 @@ _ALTERNATIVE_WEIGHT: Final = 10
 _MANY_SLOW: Final = 256
 #: Seconds for which a stream must have been blocked to be given up for the sake of others.
 _LEAST_PATIENCE: Final = 10.0
-#: Seconds without a thread to send with after which the worker ends.
-_STRANDED_SECONDS: Final = 2.0
+#: Seconds that a thread has to come up, and without a thread to send with after which the worker ends.
+_BIRTH_SECONDS: Final = 1.0
+_STRANDED_SECONDS: Final = 5.0
+_NO_THREADS: Final = "no thread can be started to send with"
 
 #: What a chunk may hold to be merged with the next one. All but ``index`` are lists with one entry for each token.
 _LISTS: Final = ("token_ids", "log_probs", "top_logprobs")
@@ -225,7 +229,10 @@ class Egress:
         self._attentive = False
         self._slow_due = 0.0
         self._seen: tuple[int, Stream | None] = (0, None)
+        #: Since when the carrier is held up without a spare, when one was last asked for, and whether that was said.
         self._stranded_since: float | None = None
+        self._asked_at = -math.inf
+        self._warned = False
         #: Streams that have chunks and are not slow; the carrier's own.
         self._ready: deque[Stream] = deque()
         #: Batches that were handed over, that the carrier has taken, and of which it has sent all.
@@ -239,6 +246,7 @@ class Egress:
         self._lock = threading.Lock()
         self._carrier: object = None
         self._spares = 0
+        self._threads = 0
         self._slow: set[Stream] = set()
         self._waiting = 0
         self._stopped = False
@@ -248,19 +256,27 @@ class Egress:
     def start(self) -> None:
         """Start the carrier and a spare thread.
 
-        :raises RuntimeError: the system gives no threads.
+        :raises StartError: the system gives no threads.
         """
         self.loop = asyncio.get_running_loop()
-        self._add_spare()
+        try:
+            self._add_spare()
+            self._add_spare()
+        except RuntimeError as error:
+            raise StartError(f"{_NO_THREADS}: {error}", hint="raise the pids limit, or the limit of memory") from error
+        deadline = time.monotonic() + _BIRTH_SECONDS
+        while self._spares < 2:
+            if time.monotonic() > deadline:
+                raise StartError(_NO_THREADS, hint="raise the limit of memory (ulimit -v)")
+            time.sleep(0.001)
         with self._lock:
             self._appoint()
-        self._add_spare()
 
     def stop(self) -> None:
         """End all threads but those that are in a call."""
         with self._lock:
             self._stopped = True
-            spares = self._spares
+            spares = max(self._spares, 0)
         if self._timer is not None:
             self._timer.cancel()
         self._batches.put([])
@@ -314,7 +330,7 @@ class Egress:
         if self._sending is not None and seen == self._seen:
             self._replace_carrier(self._sending)
         else:
-            self._stranded_since = None
+            self._stranded_since, self._warned = None, False
         now = time.monotonic()
         if self._slow and now >= self._slow_due:
             self._slow_due = now + _SLOW_TICK
@@ -334,7 +350,8 @@ class Egress:
 
     def _replace_carrier(self, stream: Stream) -> None:
         """Leave a stream to the thread that it holds up, and have a spare one carry."""
-        if not self._spares and not self._try_to_add_spare():
+        if not self._spares:
+            self._ask_for_spare()
             return
         with self._lock:
             if self._sending is not stream:  # it has just got through
@@ -346,25 +363,33 @@ class Egress:
                 self._weigh(stream, weight(chunk))
             self._appoint()
         if not self._spares:
-            self._try_to_add_spare()
+            with contextlib.suppress(RuntimeError):  # tried again when it is needed
+                self._add_spare()
 
-    def _try_to_add_spare(self) -> bool:
+    def _ask_for_spare(self) -> None:
+        """Start a thread for a carrier that is held up; the next look finds it."""
+        now = time.monotonic()
+        if self._stranded_since is None:
+            self._stranded_since = now
+        if now - self._asked_at < _BIRTH_SECONDS:
+            return
         try:
             self._add_spare()
         except RuntimeError as error:  # a limit of the system
-            now = time.monotonic()
-            if self._stranded_since is None:
-                self._stranded_since = now
+            if not self._warned:
+                self._warned = True
                 log.warning("No thread to send with; clients may have to wait", error=error, slow=len(self._slow))
-            elif now - self._stranded_since >= _STRANDED_SECONDS:
-                self._on_fatal(WorkerError(f"no thread can be started to send with: {error}"))
-            return False
-        return True
+        if now - self._stranded_since >= _STRANDED_SECONDS:
+            self._on_fatal(WorkerError(_NO_THREADS))
 
     def _add_spare(self) -> None:
-        threading.Thread(target=self._work, name="dw-egress", daemon=True).start()
-        with self._lock:
-            self._spares += 1
+        """Start a thread, which says by itself that it is there.
+
+        Not with the class of the ``threading`` module: that waits for the thread, without end if it dies at birth for
+        want of memory.
+        """
+        _thread.start_new_thread(self._work, ())
+        self._asked_at = time.monotonic()
 
     def _appoint(self) -> None:
         """Make a spare thread the carrier; the lock is held."""
@@ -401,6 +426,10 @@ class Egress:
 
     def _work(self) -> None:
         """Be a thread: spare, then the carrier, then the keeper of the stream that held it up, then spare again."""
+        linux.set_name("dw-egress")
+        with self._lock:
+            self._spares += 1
+            self._threads += 1
         try:
             while (token := self._calls.get()) is not None:
                 stream = self._carry(token)
@@ -414,6 +443,9 @@ class Egress:
         except BaseException as error:
             log.error("Sending failed", exc_info=error)
             self._call(self._on_fatal, WorkerError(f"sending failed: {type(error).__name__}: {error}"))
+        finally:
+            with self._lock:
+                self._threads -= 1
 
     def _carry(self, token: object) -> Stream | None:
         """Be the carrier, until a send has held us up for so long that another thread was made the carrier.
