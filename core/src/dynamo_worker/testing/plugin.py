@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import uuid
 from pathlib import Path
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_worker.testing.subject import Subject
+
+
+def pytest_configure() -> None:
+    """Let the workers of the tests hear the signals that they are sent.
+
+    A shell starts what runs in its background with SIGINT and SIGQUIT ignored, ``nohup`` with SIGHUP; a worker leaves
+    ignored what whoever started it has ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
