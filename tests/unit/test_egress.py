@@ -192,6 +192,25 @@ def test_an_engine_that_can_wait_does():
     run(main())
 
 
+def test_an_engine_that_waits_is_told_when_a_short_hold_up_is_over():
+    """The stream goes back to the carrier at once then; nothing more comes of an engine that waits."""
+
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(reads=False)
+            while not stream.full:
+                stream.send(token(stream.given))
+            room = asyncio.ensure_future(stream.room())
+            await until(lambda: sending.egress.slow_streams)
+            client.reads.set()
+            await asyncio.wait_for(room, 5)
+            given = stream.given
+            await stream.flush()
+            assert client.tokens == list(range(given))
+
+    run(main())
+
+
 def test_who_waits_for_room_learns_that_the_client_is_gone():
     async def main():
         async with Sending() as sending:

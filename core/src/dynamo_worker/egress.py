@@ -455,10 +455,10 @@ class Egress:
         batches, ready = self._batches, self._ready
         done: list[Stream] = []
         while not self._stopped:
+            if done:
+                self._report(done)
+                done = []
             if not ready:
-                if done:
-                    self._report(done)
-                    done = []
                 self._settled = self._taken
                 self._take(batches.get())
             while not batches.empty():  # what waits together leaves together
@@ -522,7 +522,7 @@ class Egress:
             error = _try(stream.transmit, chunk)
             if error is not None:
                 self.fail(stream, error)
-        if over:
+        if over or stream.wants_room:
             self._report([stream])
 
     def _take(self, batch: Iterable[tuple[Stream, Chunk | None]]) -> None:
