@@ -336,10 +336,9 @@ class Egress:
             self._slow_due = now + _SLOW_TICK
             self._look_at_slow(now)
         self._attentive = False
-        if self._settled != self._handed_over:
-            self._look_after(_TICK)
-        elif self._slow:
-            self._look_after(_SLOW_TICK)
+        busy = self._sending is not None or self._settled != self._handed_over
+        if busy or self._slow:
+            self._look_after(_TICK if busy else _SLOW_TICK)
 
     def _look_after(self, seconds: float) -> None:
         self._attentive = seconds == _TICK
