@@ -211,6 +211,31 @@ def test_an_engine_that_waits_is_told_when_a_short_hold_up_is_over():
     run(main())
 
 
+def test_a_carrier_that_is_held_up_keeps_nobody_waiting():
+    """What it had to report is reported by the next one."""
+
+    async def main():
+        async with Sending() as sending:
+            (first, quick), (_, stuck) = sending.open(), sending.open(reads=False)
+            quick.send(token(1))
+            stuck.send(token(1))  # sent right behind the other, in the same round
+            await asyncio.wait_for(quick.flush(), 5)
+            for _ in range(5):
+                _, stuck = sending.open(reads=False)
+                flush = asyncio.ensure_future(quick_flush(sending))
+                await asyncio.sleep(0)
+                stuck.send(token(1))
+                await asyncio.wait_for(flush, 5)
+            assert first.tokens == [1]
+
+    async def quick_flush(sending):
+        _, stream = sending.open()
+        stream.send(token(1))
+        await stream.flush()
+
+    run(main())
+
+
 def test_who_waits_for_room_learns_that_the_client_is_gone():
     async def main():
         async with Sending() as sending:

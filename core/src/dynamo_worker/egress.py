@@ -235,6 +235,8 @@ class Egress:
         self._warned = False
         #: Streams that have chunks and are not slow; the carrier's own.
         self._ready: deque[Stream] = deque()
+        #: Streams whose tasks are to be told something. The next carrier tells it if this one is held up before.
+        self._done: list[Stream] = []
         #: Batches that were handed over, that the carrier has taken, and of which it has sent all.
         self._handed_over = 0
         self._taken = 0
@@ -452,11 +454,10 @@ class Egress:
         :returns: the stream that is this thread's to keep; None at the end of the worker.
         """
         batches, ready = self._batches, self._ready
-        done: list[Stream] = []
         while not self._stopped:
-            if done:
+            if self._done:
+                done, self._done = self._done, []
                 self._report(done)
-                done = []
             if not ready:
                 self._settled = self._taken
                 self._take(batches.get())
@@ -479,10 +480,8 @@ class Egress:
                     if stream.error is not None:
                         stream.chunks.clear()
                     if stream.ended or stream.wants_room or stream.error is not None:
-                        done.append(stream)
+                        self._done.append(stream)
                     continue
-                if done:
-                    self._report(done)
                 return stream
         return None
 
