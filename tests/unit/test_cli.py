@@ -569,7 +569,8 @@ def test_nobody_reads_or_the_disk_is_full(command, unread, argv, buffered):
     argv = ["-m", "dynamo_worker", *argv]
     environment = {"PYTHONUNBUFFERED": buffered}
     result = command.python(*argv, environment=environment, stdout=unread)
-    ignored = buffered and argv[2] == "frontend"  # argparse does not look whether its help was written
+    # argparse prints this one; since Python 3.11 it does not look whether its help was written.
+    ignored = buffered and argv[2] == "frontend" and sys.version_info >= (3, 11)
     assert result.returncode == (0 if ignored else 141)
     assert not result.stderr
     with open("/dev/full", "w") as full:

@@ -156,13 +156,16 @@ def test_what_is_lost_is_counted_in_the_format_of_the_log(stream, pipe, monkeypa
 
 
 def test_the_end_waits_for_the_reader_and_not_for_ever(stream, pipe):
-    _, writing = pipe
+    reading, writing = pipe
     unblocked = logs.UnblockedStream(writing)
-    fill(writing.fileno())
+    filled = fill(writing.fileno())
     unblocked.write("last\n")
     since = time.monotonic()
     unblocked.drain(0.1)
     assert time.monotonic() - since < 2
+    # Its thread must not find the next test's pipe behind the same descriptor.
+    read(reading, filled)
+    assert read(reading, 5) == b"last\n"
 
 
 def test_a_forked_child_has_a_lock_and_a_buffer_of_its_own(stream, pipe):
