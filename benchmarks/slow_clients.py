@@ -50,6 +50,8 @@ _PLUGINS = Path(__file__).parent.parent / "tests" / "plugins"
 _FLOOD_TOKENS = 100_000
 #: Bytes a second of a client that reads slowly, and seconds between two of its reads.
 _SLOW_RATE, _SLOW_PAUSE = 10_000, 0.1
+#: Requests of one load, some 8 s of it.
+_REQUESTS = 2000
 #: Seconds that clients get to be found slow.
 _FILL_SECONDS = 240.0
 
@@ -155,8 +157,9 @@ class Watch:
         self._url = f"http://127.0.0.1:{status_port}"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        #: Seconds that ``/live`` took to answer.
+        #: Seconds that ``/live`` took to answer, and by which the worker's event loop woke up late.
         self.answers: list[float] = []
+        self.lags: list[float] = []
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -171,6 +174,8 @@ class Watch:
             started = time.monotonic()
             urllib.request.urlopen(f"{self._url}/live", timeout=60).read()
             self.answers.append(time.monotonic() - started)
+            if len(self.answers) % 10 == 0:
+                self.lags.append(self.metric("dynamo_worker_event_loop_lag_seconds"))
 
     def metric(self, name: str) -> float:
         """Return one metric of the worker."""
@@ -188,7 +193,7 @@ class Watch:
 
 
 def _load(bench: Workbench, worker: Worker) -> float:
-    result = run(LoadSpecification(bench.ports, worker.model, 32, 320, 500, timeout=120.0, count_by_usage=True))
+    result = run(LoadSpecification(bench.ports, worker.model, 32, _REQUESTS, 500, timeout=120.0, count_by_usage=True))
     if result.lost:
         raise WorkbenchError(f"lost {result.lost} of {len(result.records)}: {result.losses()}")
     return result.tokens_per_second
@@ -204,7 +209,6 @@ def _round(bench: Workbench, worker: Worker, status_port: int, scenario: Scenari
         with watch:
             beside = _load(bench, worker)
         after = pss_bytes(worker.serving_pid())
-        lag = watch.metric("dynamo_worker_event_loop_lag_seconds")
         slow = watch.metric("dynamo_worker_slow_clients")
     watch.wait("dynamo_worker_in_flight", 0)
     if not worker.program.running:
@@ -217,7 +221,7 @@ def _round(bench: Workbench, worker: Worker, status_port: int, scenario: Scenari
         "ratio": beside / alone,
         "live_s": median(answers),
         "live_p99_s": answers[int(0.99 * (len(answers) - 1))] if answers else None,
-        "event_loop_lag_s": lag,
+        "event_loop_lags_s": watch.lags,
         "slow_clients": slow,
         "memory_before": before,
         "memory_filled": filled,
@@ -230,7 +234,7 @@ def _report(rounds: Sequence[Mapping[str, Any]]) -> None:
         for title in dict.fromkeys(round_["scenario"] for round_ in rounds):
             own = [round_ for round_ in rounds if round_["scenario"] == title]
             ratio = median(round_["ratio"] for round_ in own)
-            lag = max(round_["event_loop_lag_s"] for round_ in own)
+            lags = [max(round_["event_loop_lags_s"], default=0.0) for round_ in own]
             yield [
                 title,
                 spread([round_["alone_tokens_per_second"] for round_ in own]),
@@ -239,13 +243,14 @@ def _report(rounds: Sequence[Mapping[str, Any]]) -> None:
                 bar(ratio, at_least=0.9),
                 seconds(median(round_["live_s"] for round_ in own)),
                 seconds(max(round_["live_p99_s"] or 0.0 for round_ in own)),
-                f"{seconds(lag)} {bar(lag, at_most=0.05)}",
+                seconds(max(lags)),
+                bar(median(lags), at_most=0.05),
                 number(max(round_["memory_after"] - round_["memory_before"] for round_ in own) / 1e6, "MB"),
             ]
 
     table(
         f"Slow clients, medians (range) of {len(rounds) // len({r['scenario'] for r in rounds})} rounds",
-        ["", "tokens/s alone", "beside", "ratio", "≥ 0.9", "/live", "p99", "loop lag ≤ 50 ms", "memory"],
+        ["", "tokens/s alone", "beside", "ratio", "≥ 0.9", "/live", "p99", "most loop lag", "≤ 50 ms", "memory"],
         rows(),
     )
 
@@ -261,6 +266,7 @@ def main() -> int:
     try:
         (status_port,) = free_ports(1)
         flags = ["--system-host", "127.0.0.1", "--system-port", str(status_port), "--slow-client-timeout", "0"]
+        flags += ["--heartbeat-timeout", "2.5"]  # the event loop's lag is taken five times as often
         with Workbench(Flood(), arguments.keep_logs) as bench:
             worker = bench.start(OURS, "flood", [*flags, *(["--push"] if arguments.push else [])])
             _load(bench, worker)

@@ -192,6 +192,26 @@ def test_an_engine_that_can_wait_does():
     run(main())
 
 
+def test_alternatives_to_tokens_take_their_share_of_the_room():
+    """Hundreds of thousands of small objects in line keep the garbage collector at work, at everybody's cost."""
+
+    async def main():
+        async with Sending() as sending:
+            client, stream = sending.open(reads=False)
+            sent = 0
+            while not stream.full:
+                stream.send(token(sent, log_probs=[-0.1], top_logprobs=[[{"rank": 1}] * 20]))
+                sent += 1
+            assert sent <= 40
+            client.reads.set()
+            await stream.room()
+            await stream.flush()
+            assert client.tokens == list(range(sent))
+            assert stream.given == stream.taken
+
+    run(main())
+
+
 def test_an_engine_that_waits_is_told_when_a_short_hold_up_is_over():
     """The stream goes back to the carrier at once then; nothing more comes of an engine that waits."""
 
@@ -511,6 +531,34 @@ def test_it_recovers_when_there_is_a_thread_again(monkeypatch):
             assert reader.tokens == [1]
             await until(lambda: sending.egress.refusal is None)
             assert not sending.fatal
+
+    run(main())
+
+
+def test_a_thread_that_takes_its_time_to_come_up_has_nobody_refused(monkeypatch):
+    start = module._thread.start_new_thread
+
+    def start_late(function, arguments):
+        def late():
+            time.sleep(0.2)
+            function(*arguments)
+
+        start(late, ())
+
+    async def main():
+        async with Sending() as sending:
+            monkeypatch.setattr(module._thread, "start_new_thread", start_late)
+            await sending.block()  # takes the spare thread; the next one comes late
+            _, second = sending.open(reads=False)
+            second.send(token(1))
+            refusals = set()
+
+            def second_is_slow():
+                refusals.add(sending.egress.refusal)
+                return sending.egress.slow_streams == 2
+
+            await until(second_is_slow)
+            assert refusals == {None}
 
     run(main())
 

@@ -44,8 +44,10 @@ _PAUSE: Final = 0.05
 _CAUGHT_UP: Final = 1.0
 #: Seconds for which a stream must be held up to be slow: the thread may just not have got a processor.
 _SLOW_SECONDS: Final = 0.1
-#: Chunks of one stream on their way, beyond which an engine that can wait has to.
+#: Chunks of one stream on their way, beyond which an engine that can wait has to; with alternatives to its tokens one
+#: is as much as so many: they are a thousand objects each, which the garbage collector looks through again and again.
 _ROOM: Final = 256
+_LISTED_UNITS: Final = 8
 #: Most tokens in a frame of several chunks, and most if they come with alternatives: the runtime encodes a frame in
 #: one go, with the interpreter locked, and the frontend decodes it so.
 _MOST_TOKENS: Final = 256
@@ -142,7 +144,7 @@ class Stream:
         self._room: asyncio.Future[None] | None = None
         self.transmit = transmit
         self.on_slow = on_slow
-        #: Chunks that the event loop has handed over, and those of them that have left the queue.
+        #: Units (:func:`_units`) that the event loop has handed over, and those of them that have left the queue.
         self.given = 0
         self.taken = 0
         self.wants_room = False
@@ -168,7 +170,7 @@ class Stream:
         """
         if self.error is not None:
             raise self.error
-        self.given += 1
+        self.given += _units(chunk)
         self._egress.collect(self, chunk)
 
     @property
@@ -303,7 +305,10 @@ class Egress:
         """Why other workers had better take new requests; None as long as this one can."""
         if len(self._slow) >= _MANY_SLOW:
             return f"{len(self._slow)} clients of this worker do not read what it sends"
-        return None if self._stranded_since is None else "this worker has no thread to send with"
+        since = self._stranded_since
+        if since is None or time.monotonic() - since < _BIRTH_SECONDS:  # a spare thread is on its way
+            return None
+        return "this worker has no thread to send with"
 
     def collect(self, stream: Stream, chunk: Chunk | None) -> None:
         """Take one chunk, or the end of a stream, to hand it over with all others of this iteration."""
@@ -569,8 +574,13 @@ class Egress:
 def _next(stream: Stream) -> tuple[Chunk, int]:
     """Take from a stream what is sent as one frame; return it, and how many chunks it stands for."""
     chunk, count = joined(stream.chunks)
-    stream.taken += count
+    stream.taken += count * _units(chunk)
     return chunk, count
+
+
+def _units(chunk: Chunk) -> int:
+    """Return how much of the room of its stream a chunk takes."""
+    return 1 if chunk.get("top_logprobs") is None else _LISTED_UNITS
 
 
 def _try(transmit: Send, chunk: Chunk) -> BaseException | None:
