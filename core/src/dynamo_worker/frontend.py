@@ -28,7 +28,7 @@ from dynamo_worker.supervisor import ledger, linux
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from dynamo_worker.settings import WorkerSettings
 
@@ -352,8 +352,10 @@ async def _serve(address: Address, args: argparse.Namespace, drain_seconds: floa
         loop.add_signal_handler(number, stop)
     serving = asyncio.ensure_future(run_input(runtime, "http", engine))
     stopping = asyncio.ensure_future(stopped.wait())
+    sending_at_once = asyncio.ensure_future(_send_at_once(address))
     log.info("Frontend listening", url=f"http://{address}")
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    sending_at_once.cancel()
     if not serving.done():
         deadline = Deadline.after(drain_seconds)
         await asyncio.to_thread(_drain, address, deadline)
@@ -399,12 +401,32 @@ def _stop_listening(address: Address) -> None:
         nobodys.setblocking(False)
         nobodys.bind("")  # the kernel picks a name without a file
         nobodys.listen()
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                    continue
-                with socket.socket(fileno=os.dup(int(name))) as candidate:
-                    listens = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                    ours = listens and candidate.getsockname()[:2] == tuple(address)
-                if ours:
-                    os.dup2(nobodys.fileno(), int(name), inheritable=False)
+        for descriptor, _ in _listeners(address):
+            os.dup2(nobodys.fileno(), descriptor, inheritable=False)
+
+
+async def _send_at_once(address: Address) -> None:
+    """Have the frontend send every token when it comes; the runtime leaves Nagle's algorithm on.
+
+    A client that keeps its connection acknowledges after 40 ms, and until then the kernel keeps the next token back
+    (measured on 1.6.1: 44 ms to the first token instead of 2). Connections take the option over from their listener.
+    """
+    deadline = Deadline.after(_START_SECONDS)
+    found = False
+    while not found and not deadline.passed:
+        for _, listener in _listeners(address):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            found = True
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _listeners(address: Address) -> Iterator[tuple[int, socket.socket]]:
+    """Yield this process's sockets that listen on an address, each with its descriptor and an object of our own."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as candidate:
+                listens = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if listens and candidate.getsockname()[:2] == tuple(address):
+                    yield int(name), candidate
