@@ -181,7 +181,7 @@ def test_good_answers(checks, chunks):
         ([{**GOOD, "finish_reason": 1}], "has the finish_reason 1"),
         ([{**GOOD, "finish_reason": "error: no memory"}], "ended with an error: error: no memory"),
         ([{**GOOD, "finish_reason": {"error": "no memory"}}], "ended with an error: no memory"),
-        ([LAST, GOOD], "goes on behind its finish_reason"),
+        ([LAST, GOOD], "continues after its finish_reason"),
         ([GOOD], "ended without a finish_reason"),
         ([], "ended without a finish_reason"),
         ([{**GOOD, "logits": object()}], "has a chunk that cannot be encoded (object is no type of JSON)"),

@@ -253,8 +253,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = ["other"] + ["model"] * os.path.exists({offered!r})
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({{"data": [{{"id": name}} for name in names]}}).encode())
+        models = {{"data": [{{"id": name}} for name in names]}}
+        answer = models if time.monotonic() > begin + 0.5 else {{"message": "not yet"}}
+        self.wfile.write(json.dumps(answer).encode())
     def log_message(self, *_): pass
+begin = time.monotonic()
 time.sleep(0.1)
 http.server.HTTPServer({address!r}, Handler).serve_forever()
 """

@@ -1467,7 +1467,7 @@ def test_a_frontend_that_hangs_ends_the_worker_and_is_given_no_time(world, front
         world.frontend.hangs = True
 
     assert world.run(scenario) == ExitCode.FATAL
-    assert world.reason == "the frontend does not answer for 0.3 s"
+    assert world.reason == "the frontend has not answered for 0.3 s"
     assert "frontend killed" in world.happened
 
 

@@ -683,7 +683,7 @@ def test_a_frontend_that_does_not_answer_is_reported():
             await until(task.done)
         (error,) = reported
         assert isinstance(error, WorkerError)
-        assert str(error) == "the frontend does not answer for 0.2 s"
+        assert str(error) == "the frontend has not answered for 0.2 s"
         assert check.asked == 1
 
     asyncio.run(main())

@@ -112,6 +112,50 @@ def test_what_the_worker_takes_away_stays_away(tmp_path, entries):
     asyncio.run(main())
 
 
+def test_what_the_worker_takes_away_stays_away_when_the_look_at_it_fails(tmp_path, entries, monkeypatch):
+    instance, card = entries
+    adopt = FileStore.adopt
+    failed = []
+
+    def fails_once(store, lost):
+        if not instance.exists() and not failed:
+            failed.append(True)
+            raise OSError(24, "Too many open files")
+        adopt(store, lost)
+
+    monkeypatch.setattr(FileStore, "adopt", fails_once)
+
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
+            async with leaving():
+                instance.unlink()
+            assert failed
+            await until(lambda: registration._unadopted is None)
+            card.unlink()
+            await until(card.exists)
+            await asyncio.sleep(0.2)
+            assert not instance.exists()
+            assert registration.problem is None
+
+    asyncio.run(main())
+
+
+def test_no_thread_to_look_with_is_a_failed_look(tmp_path, entries, monkeypatch):
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
+
+            def refuse(*_):
+                raise RuntimeError("can't start new thread")
+
+            loop = asyncio.get_running_loop()
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, "run_in_executor", refuse)
+                await until(lambda: registration.problem == "can't start new thread")
+            await until(lambda: registration.problem is None)
+
+    asyncio.run(main())
+
+
 def test_what_was_lost_before_the_worker_leaves_is_still_lost(tmp_path, entries):
     instance, card = entries
     store = FileStore(str(tmp_path), INSTANCE)
@@ -251,6 +295,7 @@ class FakeEtcd:
         self.down = set()
         self.logins = 0
         self.token_ends = False
+        self.unreadable = set()
         monkeypatch.setattr(module, "post", self.post)
         monkeypatch.setattr(module, "etcd_headers", self.login)
 
@@ -268,6 +313,8 @@ class FakeEtcd:
             assert body == {"ID": "77", "keys": True}
             return 200, {"TTL": str(self.ttl), **({"keys": list(self.kvs)} if self.kvs else {})}
         if path == "/v3/kv/range":
+            if body["key"] in self.unreadable:
+                return 200, {"message": "half an answer"}
             return 200, {"kvs": [{"key": body["key"], "value": self.kvs[body["key"]]}]}
         assert path == "/v3/kv/put"
         assert body["lease"] == "77"
@@ -299,6 +346,20 @@ def test_keys_that_vanish_from_etcd_are_put_back_with_the_lease(etcd):
     etcd.kvs.clear()
     store.restore(["bQ=="])
     assert not etcd.kvs
+
+
+def test_what_cannot_be_read_from_etcd_is_not_put_back_empty(etcd):
+    store = EtcdStore(["a"], 77)
+    etcd.unreadable = {"aQ=="}
+    with pytest.raises(OSError, match="cannot be read"):
+        store.adopt(())
+    etcd.unreadable = set()
+    store.adopt(())
+    etcd.kvs["cQ=="] = "adapter"
+    etcd.unreadable = {"cQ=="}
+    assert store.missing() == []
+    del etcd.kvs["cQ=="]
+    assert store.missing() == []
 
 
 def test_an_etcd_that_does_not_answer_or_a_lease_that_has_ended_is_the_runtimes_business(etcd):

@@ -188,6 +188,27 @@ def test_an_endpoint_may_have_a_function_of_its_own():
     asyncio.run(main())
 
 
+def test_what_sends_no_tokens_needs_no_thread_to_send_with(monkeypatch):
+    """Putting the engine to sleep must be possible while clients do not read."""
+    monkeypatch.setattr(Egress, "refusal", "too many clients do not read")
+
+    async def operate(request, context):
+        yield {"status": "success"}
+
+    async def main():
+        served = Served(FakeEngine())
+        with pytest.raises(Exception, match="too many clients do not read"):
+            await served.request(sender=Sender())
+        assert await served.request(), "a caller inside of the process"
+        spec = EndpointSpec("operate", operate, takes_tokens=False)
+        handler = served.requests.handler(spec)
+        sender = Sender()
+        assert [item async for item in handler({}, Context(id="o"), sender)] == []
+        assert sender.sent == [{"status": "success"}]
+
+    asyncio.run(main())
+
+
 def test_requests_at_once_do_not_mix():
     async def main():
         class Counting(FakeEngine):

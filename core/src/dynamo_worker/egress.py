@@ -8,7 +8,8 @@ and in the frontend. There is no way to ask it beforehand, and none to take a ca
 - A send that has not returned after some milliseconds makes its stream a *slow* one: the thread in that call keeps the
   stream, with a queue of its own, and a spare thread becomes the carrier. The order within a stream never changes.
 - What waits for a slow stream is bounded in size and in time; beyond that its request is cancelled. The thread stays in
-  its call until the frontend lets go of the stream. So new requests are refused while too many streams are slow.
+  its call until the frontend lets go of the stream, which it does when its client leaves or reads. So new requests are
+  refused while too many streams are slow, those given up among them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import linux
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from dynamo_worker.engine import Chunk, Send
 
@@ -58,10 +59,9 @@ _MOST_WAITING_IN_ALL: Final = 4_000_000
 #: Weight of a chunk and of an alternative in its ``top_logprobs``; that of a token is 1. One unit is about 40 bytes.
 _CHUNK_WEIGHT: Final = 8
 _ALTERNATIVE_WEIGHT: Final = 10
-#: Slow streams from which on other workers get new requests. Each takes a thread, some 50 kB.
+#: Slow streams from which on other workers get new requests. Each takes a thread and, in the runtime, up to 128 frames:
+#: 3 MB with many alternatives.
 _MANY_SLOW: Final = 256
-#: Seconds for which a stream must have been blocked to be given up for the sake of others.
-_LEAST_PATIENCE: Final = 10.0
 #: Seconds that a thread has to come up, and without a thread to send with after which the worker ends.
 _BIRTH_SECONDS: Final = 1.0
 _STRANDED_SECONDS: Final = 5.0
@@ -90,7 +90,7 @@ def joined(chunks: deque[Chunk]) -> tuple[Chunk, int]:
         return last, 1
     whole = dict(last)
     for name in _LISTS:
-        if name in last:
+        if last.get(name) is not None:
             whole[name] = list(chain.from_iterable(chunk[name] for chunk in group))
     return whole, len(group)
 
@@ -114,7 +114,7 @@ def _continues(first: Chunk, second: Chunk) -> bool:
 def weight(chunk: Chunk) -> int:
     """Return how much memory a chunk takes, in units of about 40 bytes."""
     tokens, top = chunk.get("token_ids"), chunk.get("top_logprobs")
-    alternatives = sum(len(entry) for entry in top if entry) if type(top) is list else 0
+    alternatives = sum(len(entry) for entry in top if type(entry) is list) if type(top) is list else 0
     return _CHUNK_WEIGHT + _ALTERNATIVE_WEIGHT * alternatives + (len(tokens) if type(tokens) is list else 0)
 
 
@@ -169,7 +169,7 @@ class Stream:
             if the chunk could not be encoded.
         """
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)  # else it grows with every chunk
         self.given += _units(chunk)
         self._egress.collect(self, chunk)
 
@@ -231,14 +231,15 @@ class Egress:
         self._attentive = False
         self._slow_due = 0.0
         self._seen: tuple[int, Stream | None] = (0, None)
-        #: Since when the carrier is held up without a spare, when one was last asked for, and whether that was said.
-        self._stranded_since: float | None = None
+        #: Seconds that the carrier has been held up without a spare (time in which this process does not run does not
+        #: count), when a spare was last asked for, and whether that was said.
+        self._stranded = 0.0
         self._asked_at = -math.inf
         self._warned = False
         #: Streams that have chunks and are not slow; the carrier's own.
         self._ready: deque[Stream] = deque()
-        #: Streams whose tasks are to be told something. The next carrier tells it if this one is held up before.
-        self._done: list[Stream] = []
+        #: What the tasks of streams are to be told (:meth:`_report`). The next carrier tells it if this one is held up.
+        self._done: list[tuple[Stream, bool]] = []
         #: Batches that were handed over, that the carrier has taken, and of which it has sent all.
         self._handed_over = 0
         self._taken = 0
@@ -266,7 +267,7 @@ class Egress:
         try:
             self._add_spare()
             self._add_spare()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise StartError(f"{_NO_THREADS}: {error}", hint="raise the pids limit, or the limit of memory") from error
         deadline = time.monotonic() + _BIRTH_SECONDS
         while self._spares < 2:
@@ -305,10 +306,8 @@ class Egress:
         """Why other workers had better take new requests; None as long as this one can."""
         if len(self._slow) >= _MANY_SLOW:
             return f"{len(self._slow)} clients of this worker do not read what it sends"
-        since = self._stranded_since
-        if since is None or time.monotonic() - since < _BIRTH_SECONDS:  # a spare thread is on its way
-            return None
-        return "this worker has no thread to send with"
+        # Before that a spare thread may be on its way.
+        return "this worker has no thread to send with" if self._stranded >= _BIRTH_SECONDS else None
 
     def collect(self, stream: Stream, chunk: Chunk | None) -> None:
         """Take one chunk, or the end of a stream, to hand it over with all others of this iteration."""
@@ -333,19 +332,22 @@ class Egress:
 
     def _look(self) -> None:
         """See whether the carrier is held up, and whether a slow stream has waited for too long."""
-        seen, self._seen = self._seen, (self._sends, self._sending)
-        if self._sending is not None and seen == self._seen:
-            self._replace_carrier(self._sending)
+        self._attentive = False
+        sending = self._sending
+        seen, self._seen = self._seen, (self._sends, sending)
+        if sending is not None and seen == self._seen:
+            self._replace_carrier(sending)
         else:
-            self._stranded_since, self._warned = None, False
+            self._stranded, self._warned = 0.0, False
         now = time.monotonic()
         if self._slow and now >= self._slow_due:
             self._slow_due = now + _SLOW_TICK
             self._look_at_slow(now)
-        self._attentive = False
         busy = self._sending is not None or self._settled != self._handed_over
         if busy or self._slow:
             self._look_after(_TICK if busy else _SLOW_TICK)
+        else:
+            self._stranded = 0.0
 
     def _look_after(self, seconds: float) -> None:
         self._attentive = seconds == _TICK
@@ -369,23 +371,21 @@ class Egress:
                 self._weigh(stream, weight(chunk))
             self._appoint()
         if not self._spares:
-            with contextlib.suppress(RuntimeError):  # tried again when it is needed
+            with contextlib.suppress(RuntimeError, MemoryError):  # tried again when it is needed
                 self._add_spare()
 
     def _ask_for_spare(self) -> None:
         """Start a thread for a carrier that is held up; the next look finds it."""
-        now = time.monotonic()
-        if self._stranded_since is None:
-            self._stranded_since = now
-        if now - self._asked_at < _BIRTH_SECONDS:
+        self._stranded += _TICK
+        if time.monotonic() - self._asked_at < _BIRTH_SECONDS:
             return
         try:
             self._add_spare()
-        except RuntimeError as error:  # a limit of the system
+        except (RuntimeError, MemoryError) as error:  # a limit of the system
             if not self._warned:
                 self._warned = True
                 log.warning("No thread to send with; clients may have to wait", error=error, slow=len(self._slow))
-        if now - self._stranded_since >= _STRANDED_SECONDS:
+        if self._stranded >= _STRANDED_SECONDS:
             self._on_fatal(WorkerError(_NO_THREADS))
 
     def _add_spare(self) -> None:
@@ -411,16 +411,12 @@ class Egress:
                 for stream in self._slow
                 if stream.blocked_since is not None and stream.error is None
             ]
-            slow, waiting = len(self._slow), self._waiting
         for since, _, stream in blocked:
             if self._timeout and now - since >= self._timeout:
                 self._give_up(stream, f"the client has not read for {now - since:.0f} s")
-        patient = [entry for entry in blocked if entry[2].error is None and now - entry[0] >= _LEAST_PATIENCE]
-        if slow > _MANY_SLOW and patient:
-            stream = min(patient, key=lambda entry: entry[0])[2]
-            self._give_up(stream, f"more than {_MANY_SLOW} clients do not read, this one for longest")
-        elif waiting > _MOST_WAITING_IN_ALL and blocked:
-            stream = max(blocked, key=lambda entry: entry[1])[2]
+        for _, _, stream in sorted(blocked, key=lambda entry: entry[1], reverse=True):
+            if self._waiting <= _MOST_WAITING_IN_ALL:
+                break
             self._give_up(stream, "too much waits for clients that do not read, most of it for this one")
 
     def _give_up(self, stream: Stream, why: str) -> None:
@@ -484,8 +480,9 @@ class Egress:
                 else:
                     if stream.error is not None:
                         stream.chunks.clear()
-                    if stream.ended or stream.wants_room or stream.error is not None:
-                        self._done.append(stream)
+                    over = stream.ended or stream.error is not None
+                    if over or stream.wants_room:
+                        self._done.append((stream, over))
                     continue
                 return stream
         return None
@@ -519,14 +516,14 @@ class Egress:
                     stream.blocked_since, empty_since = now, math.inf
             if chunk is None:
                 if stream.wants_room:
-                    self._report([stream])
+                    self._report([(stream, False)])
                 time.sleep(_PAUSE)
                 continue
             error = _try(stream.transmit, chunk)
             if error is not None:
                 self.fail(stream, error)
         if over or stream.wants_room:
-            self._report([stream])
+            self._report([(stream, over)])
 
     def _take(self, batch: Iterable[tuple[Stream, Chunk | None]]) -> None:
         """Give every stream its chunks."""
@@ -560,11 +557,11 @@ class Egress:
         stream.waiting += change
         self._waiting += change
 
-    def _report(self, streams: list[Stream]) -> None:
-        """Tell the tasks of streams that there is room again, or that nothing is left to be sent."""
-        for stream in streams:
+    def _report(self, streams: Sequence[tuple[Stream, bool]]) -> None:
+        """Tell the tasks of streams that there is room again, or that it is over: nothing is left to be sent."""
+        for stream, _ in streams:
             stream.wants_room = False
-        self._call(_wake, [(stream, stream.ended or stream.error is not None) for stream in streams])
+        self._call(_wake, streams)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends

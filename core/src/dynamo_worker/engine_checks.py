@@ -151,7 +151,7 @@ class AnswerCheck:
         if not isinstance(chunk, dict):
             return f"is made of {type(chunk).__name__}, not of dicts"
         if self._finished:
-            return "goes on behind its finish_reason"
+            return "continues after its finish_reason"
         tokens = chunk.get("token_ids")
         if not isinstance(tokens, (list, tuple)):
             return "has a chunk without a list of token_ids (which may be empty)"
@@ -159,7 +159,9 @@ class AnswerCheck:
             if type(token) is not int:
                 return f"has the token {token!r:.80}, which is {type(token).__name__}, not int"
             if not 0 <= token < self._limit:
-                return f"has the token {token}, which is not in its vocabulary of {self._limit} tokens"
+                unknown = self._limit == _TOKEN_LIMIT
+                where = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
+                return f"has the token {token}, which is not {where}"
         return self._wrong_end(chunk) or _not_encodable(chunk)
 
     def _wrong_end(self, chunk: Chunk) -> str | None:

@@ -22,6 +22,7 @@ from dynamo_worker import logs, native_output
 from dynamo_worker.address import Address
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.listening import listening_sockets
 from dynamo_worker.logs import get_logger
 from dynamo_worker.options import DEFAULT_FRONTEND, MOST_MIGRATIONS, LogFormat, LogLevel
 from dynamo_worker.supervisor import ledger, linux
@@ -136,7 +137,7 @@ class FrontendProcess:
                     f"the frontend ended during its start (exit code {self._process.returncode})",
                     hint="its own messages stand above this line",
                 )
-            with contextlib.suppress(OSError, asyncio.TimeoutError, TimeoutError, ValueError):
+            with contextlib.suppress(OSError, asyncio.TimeoutError, ValueError, KeyError, TypeError):
                 answer = await asyncio.wait_for(
                     self._ask(os.environ.get("DYN_HTTP_SVC_MODELS_PATH") or "/v1/models"), _QUESTION_SECONDS
                 )
@@ -217,7 +218,7 @@ def _one_of(*names: str) -> Callable[[str], str]:
 
 def _migrations(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text[:20]) > MOST_MIGRATIONS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and {MOST_MIGRATIONS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and {MOST_MIGRATIONS}")
     return int(text)
 
 
@@ -284,7 +285,7 @@ def _drain_seconds() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 10**7:
-        raise UsageError(f"{_DRAIN_VARIABLE}={text}: is no number of seconds")
+        raise UsageError(f"{_DRAIN_VARIABLE}={text} is not a number of seconds")
     return seconds
 
 
@@ -414,19 +415,14 @@ async def _send_at_once(address: Address) -> None:
     deadline = Deadline.after(_START_SECONDS)
     found = False
     while not found and not deadline.passed:
-        for _, listener in _listeners(address):
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            found = True
+        with contextlib.suppress(OSError):  # no descriptor left to look with
+            for _, listener in _listeners(address):
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                found = True
         await asyncio.sleep(_POLL_SECONDS)
 
 
 def _listeners(address: Address) -> Iterator[tuple[int, socket.socket]]:
-    """Yield this process's sockets that listen on an address, each with its descriptor and an object of our own."""
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the descriptor of the listing itself
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as candidate:
-                listens = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if listens and candidate.getsockname()[:2] == tuple(address):
-                    yield int(name), candidate
+    for descriptor, listener in listening_sockets():
+        if listener.getsockname()[:2] == tuple(address):
+            yield descriptor, listener

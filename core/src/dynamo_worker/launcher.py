@@ -532,7 +532,7 @@ class Launcher:
                 interval=settings.health_check_interval,
                 timeout=settings.health_check_timeout,
             )
-            self._frontend_monitor = asyncio.ensure_future(monitor.run())
+            self._frontend_monitor = asyncio.ensure_future(self._watch(monitor.run()))
             self._monitors.append(self._frontend_monitor)
 
     async def _watch(self, monitor: Coroutine[Any, Any, None]) -> None:

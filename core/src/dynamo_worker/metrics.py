@@ -76,7 +76,9 @@ class WorkerMetrics:
             "dynamo_worker_fatal_errors", "Fatal errors by kind", ["kind"], registry=registry
         )  # fmt: skip
         self.slow_clients = Gauge(
-            "dynamo_worker_slow_clients", "Requests whose clients do not keep up with what is sent", registry=registry
+            "dynamo_worker_slow_clients",
+            "Streams whose clients do not keep up with what is sent, cancelled ones too until their frontend lets go",
+            registry=registry,
         )
         self.start_seconds = Gauge(
             "dynamo_worker_start_seconds", "Seconds from the start of the process to the first ready", registry=registry

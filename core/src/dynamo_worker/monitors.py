@@ -284,7 +284,7 @@ class FrontendMonitor:
                     # Time in which this process itself was held up does not count.
                     left -= min(time.monotonic() - started, 2 * tick)
                 if not check.done():
-                    self._on_fatal(WorkerError(f"the frontend does not answer for {self._timeout:g} s"))
+                    self._on_fatal(WorkerError(f"the frontend has not answered for {self._timeout:g} s"))
                     return
                 error = check.exception()
                 if error is not None:  # it refuses connections: if it is dead, the watch over its process says so

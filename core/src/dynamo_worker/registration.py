@@ -212,7 +212,9 @@ class EtcdStore:
 
     def _value(self, key: str) -> str:
         found = self._call("/v3/kv/range", {"key": key}).get("kvs", ())
-        return str(found[0].get("value", "")) if found else ""
+        if not found:  # removed meanwhile; nothing must be put back that was never read
+            raise OSError(f"etcd: the key {base64.b64decode(key).decode(errors='replace')} cannot be read")
+        return str(found[0].get("value", ""))
 
     def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Ask the endpoint that answered last, then the others, once each; a token that has ended is renewed."""
@@ -248,6 +250,8 @@ class Registration:
         self._on_fatal = on_fatal
         self._timeout = timeout
         self._out_for = 0.0
+        #: What was lost before the entries are taken for what should be there; None once they are.
+        self._unadopted: list[str] | None = []
         self._lock = asyncio.Lock()
         self._closed = False
         # A thread of its own: discovery may hang, in a dead network file system for example.
@@ -258,18 +262,15 @@ class Registration:
         """Watch until closed or cancelled, or until coming back was given up."""
         global _watched
         _watched = self
-        adopted = False
         looked = time.monotonic()
         while not self._closed:
             out = self.problem is not None
             async with self._lock:
                 try:
-                    if not adopted:
-                        await self._ask(lambda: self._store.adopt(()))
-                        adopted = True
+                    await self._adopt()
                     await self._look()
                 except OSError as error:
-                    if adopted:  # otherwise nothing is known to be lost
+                    if self._unadopted is None:  # otherwise nothing is known to be lost
                         self._out(_reason(error))
             # Time in which this process itself did not run does not count.
             passed, looked = min(time.monotonic() - looked, _PATIENCE + _CONFIRM), time.monotonic()
@@ -299,8 +300,9 @@ class Registration:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):
-                    await self._ask(lambda: self._store.adopt(lost))
+                self._unadopted = lost
+                with contextlib.suppress(OSError):  # tried again before the next look
+                    await self._adopt()
 
     async def close(self) -> None:
         """Stop watching: the worker is about to leave discovery for good."""
@@ -312,6 +314,13 @@ class Registration:
         if self._call is not None:
             await asyncio.wait({self._call}, timeout=_CLOSE)
         self._executor.shutdown(wait=False)
+
+    async def _adopt(self) -> None:
+        """Take what is there, and what was lost unasked, for what should be there."""
+        lost = self._unadopted
+        if lost is not None:
+            await self._ask(lambda: self._store.adopt(lost))
+            self._unadopted = None
 
     async def _look(self) -> None:
         missing = await self._ask(self._store.missing)
@@ -338,7 +347,11 @@ class Registration:
             raise ConnectionAbortedError("the worker leaves discovery")
         if self._call is not None and not self._call.done():
             await self._wait(self._call)  # an earlier call that hung
-        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        except RuntimeError as error:  # no thread can be started
+            raise OSError(str(error)) from error
+        future.add_done_callback(lambda call: call.cancelled() or call.exception())  # nobody may be left to ask
         self._call = future
         await self._wait(future)
         return future.result()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, re
 from dynamo.runtime import DistributedRuntime, Endpoint
 
 from dynamo_worker.errors import StartError, UsageError, describe
+from dynamo_worker.listening import listening_sockets
 from dynamo_worker.logs import get_logger
 from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
@@ -374,17 +374,4 @@ def _connection_problem(error: BaseException) -> str:
 
 def _listening_ports() -> set[int]:
     """Return the TCP ports this process listens on: the runtime does not tell which one its status server took."""
-    ports = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            descriptor = os.dup(int(name))
-        except OSError:  # closed meanwhile
-            continue
-        with socket.socket(fileno=descriptor) as probe:
-            if probe.type == socket.SOCK_STREAM and probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                address = probe.getsockname()
-                if isinstance(address, tuple):
-                    ports.add(int(address[1]))
-    return ports
+    return {int(listener.getsockname()[1]) for _, listener in listening_sockets()}

@@ -208,7 +208,8 @@ class RequestHandler:
         async def handle(
             request: Any, context: Context, response_sender: ResponseSender | None = None
         ) -> AsyncGenerator[Chunk, None]:
-            entry = registry.admit(context.id(), graceful=graceful, refusal=egress.refusal)
+            refusal = egress.refusal if response_sender is not None and endpoint.takes_tokens else None
+            entry = registry.admit(context.id(), graceful=graceful, refusal=refusal)
             outcome = Outcome.FAILED
             out: Stream | None = None
             stream: AsyncIterator[Chunk] | None = None
@@ -346,7 +347,7 @@ def validated(request: Any, vocab_size: int | None = None) -> Request:
             packed.frombytes(tokens)
         except ValueError:
             raise InvalidRequestError(
-                f"token_ids: {len(tokens)} bytes are no packed 32-bit integers (not a multiple of 4)"
+                f"token_ids: {len(tokens)} bytes are not packed 32-bit integers (not a multiple of 4)"
             ) from None
         request["token_ids"] = tokens = packed.tolist()
     elif not isinstance(tokens, list):

@@ -7,8 +7,10 @@ import os
 import time
 from typing import Any
 
-#: Longest wait for one etcd endpoint.
+#: Longest wait for one etcd endpoint, in seconds.
 _ETCD_TIMEOUT = 1.5
+#: Most bytes of one answer: a value of etcd's default limit (1.5 MiB), in base64, and more.
+_MOST_BYTES = 4 << 20
 
 
 def withdraw(registration: dict[str, Any], deadline: float) -> str:
@@ -68,7 +70,7 @@ def etcd_headers(endpoint: str, timeout: float) -> dict[str, str]:
     if user:
         login = {"name": user, "password": os.environ.get("ETCD_AUTH_PASSWORD", "")}
         status, answer = post(endpoint, "/v3/auth/authenticate", login, headers, timeout)
-        if status != 200:
+        if status != 200 or "token" not in answer:
             raise OSError(f"authentication failed: {answer.get('message', status)}")
         headers["Authorization"] = str(answer["token"])
     return headers
@@ -107,7 +109,7 @@ def post(
     try:
         connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
-        text = response.read(64 * 1024)
+        text = response.read(_MOST_BYTES)
     finally:
         connection.close()
     try:
