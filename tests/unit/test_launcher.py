@@ -24,6 +24,7 @@ from dynamo.runtime import Context
 from prometheus_client import CollectorRegistry, Gauge
 
 from dynamo_worker import launcher as module
+from dynamo_worker import monitors
 from dynamo_worker.calling import Outcome
 from dynamo_worker.contract import RUN_DIR
 from dynamo_worker.control import ControlChannel
@@ -442,6 +443,30 @@ def test_endpoints_without_a_graceful_shutdown_are_handed_off_when_the_drain_sta
         await running
 
     assert world.run(scenario) == ExitCode.STOPPED
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_without_threads_a_worker_gives_requests_away_unless_it_stops_anyway(world, monkeypatch, stops):
+    """Nobody else may be there to take them, and those that run need no further thread."""
+    threads = [True]
+    monkeypatch.setattr(monitors, "can_start_thread", lambda: threads[-1])
+
+    async def scenario(world):
+        world.engine.hold = asyncio.Event()
+        await world.serving()
+        request = world.request()
+        await until(lambda: len(world.launcher._registry) == 1)
+        if stops:
+            world.stop()
+            await until(lambda: world.launcher._state.value == "DRAINING")
+        threads.append(False)
+        await asyncio.sleep(0.2)
+        assert request.done() == (not stops)
+        world.engine.hold.set()
+        await asyncio.wait({request})
+
+    assert world.run(scenario) == (ExitCode.STOPPED if stops else ExitCode.FATAL)
+    assert ("no thread can be started" in (world.reason or "")) == (not stops)
 
 
 def test_a_drain_hook_that_hangs_is_bounded(world):

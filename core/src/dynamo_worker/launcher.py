@@ -515,7 +515,7 @@ class Launcher:
                 interval=settings.health_check_interval,
                 timeout=settings.health_check_timeout,
             ).run(),
-            ThreadMonitor(self._on_fatal, interval=settings.health_check_interval).run(),
+            ThreadMonitor(self._on_no_threads, interval=settings.health_check_interval).run(),
         ]
         if settings.stall_timeout and isinstance(engine, HasCanary):
             watches.append(
@@ -542,6 +542,13 @@ class Launcher:
         except BaseException as error:
             if self._monitors:
                 log.error("Monitor failed; the worker goes on without it", exc_info=error)
+
+    def _on_no_threads(self, error: WorkerError) -> None:
+        """Give requests away that would wait for a thread; a worker that stops lets those it has finish instead."""
+        if self._state is State.SERVING:
+            self._on_fatal(error)
+        else:
+            log.warning("No thread can be started any more; the stop goes on", hint=error.hint)
 
     def _on_frontend_hung(self, error: WorkerError) -> None:
         assert self._frontend is not None
