@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -184,12 +184,13 @@ def test_a_look_is_fast(command, site, argv, record_property):
     command(*argv)  # compiles the modules
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command(*argv)
-        times.append(time.perf_counter() - started)
-    record_property("seconds", statistics.median(times))
-    print(f"\ndynamo-worker {argv[0]}: {min(times):.3f} s best, {statistics.median(times):.3f} s median of 5")
-    # The best of five: a busy machine must not fail the test, a slower program must.
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    record_property("cpu_seconds", statistics.median(times))
+    print(f"\ndynamo-worker {argv[0]}: {min(times):.3f} s of CPU at best, {statistics.median(times):.3f} s median of 5")
+    # CPU time, and the best of five: a busy machine must not fail the test, a slower program must.
     assert min(times) <= 0.3
 
 
