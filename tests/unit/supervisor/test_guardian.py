@@ -353,7 +353,7 @@ class TestNoMoreProcesses:
     @pytest.mark.parametrize("who", ["guardian", "supervisor"])
     def test_after_the_guardian(self, supervised, who):
         """The guardian cannot start the worker, as with a pids limit of 2; or the supervisor cannot sweep."""
-        stale = supervised.tmp / "dw-1-abc"
+        stale = supervised.tmp / "dw-1-abcdef"
         stale.mkdir()
         supervised.patch(f"""
             import errno, os

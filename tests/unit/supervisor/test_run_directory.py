@@ -75,6 +75,22 @@ def test_falls_back_when_tmpdir_cannot_be_used(monkeypatch):
     directory.close()
 
 
+def test_in_a_working_directory_that_is_gone(place):
+    gone = place / "gone"
+    gone.mkdir()
+    code = """if True:
+        import os
+        from dynamo_worker.supervisor.run_directory import RunDirectory
+        os.rmdir(os.getcwd())
+        directory = RunDirectory.create()
+        print(directory.base)
+        directory.remove(1e12)
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("TMPDIR", "TEMP", "TMP")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=gone, env=environment, capture_output=True, text=True)
+    assert done.stdout == "/tmp\n", done.stderr
+
+
 def test_no_place_at_all(monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
@@ -279,16 +295,39 @@ class TestTakeOver:
         taken.close()
 
     def test_what_only_looks_like_one(self, place):
-        (place / "dw-file").touch()
-        (place / "dw-empty").mkdir()
-        (place / "dw-link").symlink_to(place / "dw-empty")
-        (place / "dw-trap").mkdir()
-        (place / "dw-trap" / "owner").symlink_to("/etc/passwd")
-        (place / "dw-fifo").mkdir()
-        os.mkfifo(place / "dw-fifo" / "owner")
+        file, empty, link, trap, fifo = (place / f"dw-{number}-abcdef" for number in range(5))
+        file.touch()
+        empty.mkdir()
+        link.symlink_to(empty)
+        trap.mkdir()
+        (trap / "owner").symlink_to("/etc/passwd")
+        fifo.mkdir()
+        os.mkfifo(fifo / "owner")
         assert len(run_directory.candidates(str(place))) == 5
         assert [RunDirectory.take_over(path) for path in run_directory.candidates(str(place))] == [None] * 5
         assert run_directory.candidates(str(place / "missing")) == []
+
+    @pytest.mark.parametrize("name", ["dw-shapes", "dw-1", "dw-1-abc", "dw-1-abcdef7", "dw-x-abcdef", "dw-1-ABCDEF"])
+    def test_names_of_others(self, place, name):
+        """A file `owner` is nothing special, and old or without a legible record it would cost the directory."""
+        (place / name).mkdir()
+        (place / name / "owner").touch()
+        os.utime(place / name / "owner", (1, 1))
+        assert run_directory.candidates(str(place)) == []
+
+    @pytest.mark.parametrize("content", ["", "tmp", "tmp/file", "file"])
+    def test_one_without_an_owner(self, place, content):
+        """Its maker, or who removed it, was killed in between: then nothing can be in it."""
+        path = place / "dw-1-abcdef"
+        path.mkdir()
+        if content:
+            (path / content).mkdir(parents=True)
+        assert RunDirectory.take_over(str(path)) is None
+        assert path.exists(), "it may be in the making"
+        os.utime(path, (1, 1))
+        assert RunDirectory.take_over(str(path)) is None
+        assert os.listdir(place) == ([] if content in ("", "tmp") else [path.name])
+        assert path.joinpath(content).exists() == (content not in ("", "tmp"))
 
     def test_of_another_user(self, place):
         if os.geteuid() != 0:

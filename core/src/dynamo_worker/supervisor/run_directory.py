@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _PREFIX = "dw-"
+#: Names that ``RunDirectory.create`` gives. Others that begin alike belong to somebody else.
+_NAME = re.compile(r"dw-\d+-[0-9a-f]{6}")
 _OWNER = "owner"
 _UNFINISHED = _OWNER + "~"
 
@@ -83,7 +86,7 @@ class RunDirectory:
         """
         problems: dict[str, OSError] = {}
         variables = map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))
-        places = list(dict.fromkeys(os.path.abspath(place) for place in (*variables, *_USUAL_PLACES) if place))
+        places = list(dict.fromkeys(place for place in (*variables, *_USUAL_PLACES) if place))
         # Too long is better than none: not every engine uses sockets.
         for place, length_counts in [(place, True) for place in places] + [(place, False) for place in places]:
             try:
@@ -97,6 +100,7 @@ class RunDirectory:
 
     @classmethod
     def _create_in(cls, place: str, *, length_counts: bool) -> RunDirectory:
+        place = os.path.abspath(place)  # fails where the working directory is gone
         length = len(os.fsencode(place))
         if length_counts and length > _LONGEST_PLACE:
             words = f"too long for unix sockets in it ({length} bytes; {_LONGEST_PLACE} at most)"
@@ -132,7 +136,11 @@ class RunDirectory:
             directory = _opened(os.open(os.path.basename(path), _FLAGS, dir_fd=base), undo)
             if os.fstat(directory).st_uid != os.geteuid():
                 return None
-            lock = _opened(_open_owner(directory), undo)
+            try:
+                lock = _opened(_open_owner(directory), undo)
+            except FileNotFoundError:
+                _remove_empty(os.path.basename(path), base, directory)
+                return None
             record = _dead_record(lock)
             if record is None:
                 return None
@@ -201,7 +209,7 @@ class RunDirectory:
 def candidates(base: str) -> list[str]:
     """Return all paths in ``base`` that may be run directories."""
     try:
-        return [os.path.join(base, name) for name in os.listdir(base) if name.startswith(_PREFIX)]
+        return [os.path.join(base, name) for name in os.listdir(base) if _NAME.fullmatch(name)]
     except OSError:
         return []
 
@@ -219,6 +227,14 @@ def _opened(descriptor: int, undo: contextlib.ExitStack) -> int:
 def _quietly(function: Callable[..., None], name: str, directory: int) -> None:
     with contextlib.suppress(OSError):
         function(name, dir_fd=directory)
+
+
+def _remove_empty(name: str, base: int, directory: int) -> None:
+    """Remove a run directory that holds nothing: its maker was killed before there was an ``owner``, or who removed it."""
+    settled = time.time() - os.fstat(directory).st_mtime >= _SETTLED
+    if settled and set(os.listdir(directory)) <= {"tmp"}:
+        _quietly(os.rmdir, "tmp", directory)
+        _quietly(os.rmdir, name, base)
 
 
 def _check_room(directory: int) -> None:
