@@ -184,23 +184,39 @@ class TestWatch:
 
     def test_what_the_worker_held_when_it_died(self, watch, make, tmp_path):
         """It was made since the last lookup: nobody can tell any more whose it was, but for when it was let go of."""
-        code = "import os, sys; [os.open(p, os.O_RDWR | os.O_CREAT) for p in sys.argv[1:]]; os.kill(os.getpid(), 9)"
+        code = """if True:
+            import os, sys
+            os.umask(0)
+            *private, shared = sys.argv[1:]
+            for path in private:
+                os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.open(shared, os.O_RDWR | os.O_CREAT, 0o640)
+            os.kill(os.getpid(), 9)
+        """
         names = [f"dwtest-dead-{os.getpid()}-{number}" for number in range(2)]
+        shared = f"dwtest-shared-{os.getpid()}"  # no library makes one that others may open
         held, foreign = make("open"), make("unused")
         try:
             time.sleep(0.3)
             watch.read()
             assert foreign[0] in watch._closed
             watch._closed[foreign[0]] -= 0.3  # as if it had been read when it happened
-            subprocess.run([sys.executable, "-c", code, *(str(SHM / name) for name in names)], check=False)
+            subprocess.run([sys.executable, "-c", code, *(str(SHM / name) for name in (*names, shared))], check=False)
             watch.claim()
             assert set(watch.recorded) == set(names)
             assert held[0] not in watch.recorded
             assert sorted(shared_memory.remove_unused(watch.recorded.items())) == names
             assert {name for name, _ in ledger.read_segments(tmp_path)} == set(names)
         finally:
-            for name in names:
+            for name in (*names, shared):
                 (SHM / name).unlink(missing_ok=True)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make one")
+    def test_what_another_user_let_go_of_at_that_moment(self, watch, make):
+        name, _ = make("unused")
+        os.chown(SHM / name, 12345, 12345)
+        watch.claim()
+        assert watch.recorded == {}
 
     def test_no_descriptor_left_is_no_end(self, make, tmp_path):
         def tree() -> list[int]:

@@ -185,13 +185,13 @@ class SegmentWatch:
         """Record what the worker made and held until it died, right after its death.
 
         Nobody can look up any more who used that. It is what was made since the last lookups and what its last user let
-        go of at that moment.
+        go of at that moment. Libraries make it so that nobody else may open it: what others may is not taken for it.
         """
         self.read()
         now, now_on_disk = time.monotonic(), time.time()
         claimed = {}
         for name, closed_at in self._closed.items():
-            inode = _inode(name, since=now_on_disk - _LONGEST_PAUSE - _DYING)
+            inode = _inode(name, since=now_on_disk - _LONGEST_PAUSE - _DYING, private=True)
             if inode is not None and now - closed_at <= _DYING:
                 claimed[name] = inode
         self._closed.clear()
@@ -213,10 +213,11 @@ class SegmentWatch:
         os.close(self.descriptor)
 
 
-def _inode(name: str, since: float = 0.0) -> int | None:
+def _inode(name: str, since: float = 0.0, *, private: bool = False) -> int | None:
     """Return the inode of a segment that this user may own, or None.
 
     :param since: seconds since the epoch; older ones do not count.
+    :param private: only those that are this user's and that nobody else may open.
     """
     if "/" in name:  # no segment has such a name; a forged record must not lead elsewhere
         return None
@@ -225,5 +226,7 @@ def _inode(name: str, since: float = 0.0) -> int | None:
     except OSError:
         return None
     if os.geteuid() not in (0, status.st_uid) or status.st_mode & 0o170000 != 0o100000 or status.st_ctime < since:
+        return None
+    if private and (status.st_uid != os.geteuid() or status.st_mode & 0o077):
         return None
     return status.st_ino
