@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import struct
+import subprocess
+import sys
 
 import pytest
 import uvloop
@@ -396,10 +399,38 @@ def test_a_port_in_use_says_so():
 def test_a_host_that_is_not_ours_says_so():
     async def main():
         server = StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health")
-        with pytest.raises(StartError, match=r"192\.0\.2\.1:0 cannot be used"):
+        with pytest.raises(StartError, match=r"192\.0\.2\.1:0 cannot be used: Cannot assign requested address"):
             await server.start("192.0.2.1", 0)
 
     asyncio.run(main())
+
+
+def test_an_address_of_ipv6():
+    if not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"):
+        pytest.skip("no IPv6 here")
+
+    async def main():
+        server = StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health")
+        port = await server.start("::1", 0)
+        _, writer = await asyncio.open_connection("::1", port)
+        writer.close()
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_listening_takes_no_thread():
+    """Where there are no more of them, libuv ends the process."""
+    script = """if True:
+        import os, uvloop
+        from dynamo_worker.lifecycle import State
+        from dynamo_worker.status_server import StatusServer
+        server = StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health")
+        before = os.listdir("/proc/self/task")
+        uvloop.run(server.start("127.0.0.1", 0))
+        assert os.listdir("/proc/self/task") == before
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_close_frees_the_port():

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import socket
 from typing import TYPE_CHECKING
 
 from dynamo_worker.errors import StartError
@@ -66,7 +67,10 @@ class StatusServer:
         :raises StartError: the address cannot be used.
         """
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD)
+            # The host is a number. uvloop would look it up all the same, in threads, and abort where it gets none.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, port), family=family)
+            self._server = await asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD)
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
             raise StartError(
