@@ -112,7 +112,7 @@ def draw(seed: int, number: int, processes: Sequence[str], stall_timeout: float)
 
 #: Codes by which a worker may fail that has too little of a resource: it cannot start, or not go on.
 _SHORT = {int(ExitCode.FATAL), int(ExitCode.START_FAILED)}
-#: Where memory cannot be had, or threads, native libraries end the process.
+#: Where memory cannot be had, native libraries end the process.
 _ABORTED = _SHORT | {SIGNAL_BASE + number for number in DEADLY}
 
 
@@ -169,7 +169,7 @@ def allowed(limit: str, hits: Sequence[tuple[Hit, set[str]]], stall_timeout: flo
     if certain:
         codes.discard(int(ExitCode.STOPPED))
     if limit != "none":
-        codes |= _ABORTED if limit in ("memory", "pids") else _SHORT
+        codes |= _ABORTED if limit == "memory" else _SHORT
     return codes
 
 
