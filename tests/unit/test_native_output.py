@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -116,6 +117,19 @@ def test_lines_may_come_in_any_pieces(through: Callable[[Sequence[bytes]], bytes
 
 def test_a_line_without_an_end_is_not_held_for_ever(through: Callable[[Sequence[bytes]], bytes]) -> None:
     assert through([b"x" * 10_000] * 30 + [b"\n", COMPLETED]) == b"x" * 300_000 + b"\n"
+
+
+def test_without_a_thread_stderr_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would see the error that says so."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    before = os.fstat(2)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        RequestLineFilter()
+    assert os.path.samestat(os.fstat(2), before)
 
 
 def test_a_reader_that_does_not_read_holds_nobody_up() -> None:

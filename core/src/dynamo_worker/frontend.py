@@ -328,10 +328,11 @@ def main(argv: list[str]) -> int:
 
 async def _serve(address: Address, args: argparse.Namespace, drain_seconds: float, *, embedded: bool) -> None:
     from dynamo.llm import EngineType, EntrypointArgs, RouterConfig, RouterMode, make_engine, run_input
-    from dynamo.runtime import DistributedRuntime
+
+    from dynamo_worker.runtime import connect
 
     loop = asyncio.get_running_loop()
-    runtime = DistributedRuntime(loop, args.discovery_backend, args.request_plane, event_plane=args.event_plane)
+    runtime = connect(args.discovery_backend, args.request_plane, args.event_plane)
     engine = await make_engine(
         runtime,
         EntrypointArgs(

@@ -82,13 +82,13 @@ class RequestLineFilter:
         self._output, end = os.pipe()
         with contextlib.suppress(OSError):  # the user has too many pipes: then it has the usual size
             fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, self._PIPE_BYTES)
-        os.dup2(end, 2)
-        os.close(end)
         self._stuck = False
         self._writable = select.poll()
         self._writable.register(self._stderr, select.POLLOUT)
         self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
-        self._thread.start()
+        self._thread.start()  # before stderr is gone: where there are no more threads the error has to be seen
+        os.dup2(end, 2)
+        os.close(end)
 
     def close(self) -> None:
         """Give stderr back and wait until everything has arrived there."""

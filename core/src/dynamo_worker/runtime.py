@@ -40,6 +40,22 @@ _CONNECT_SECONDS = 2.0
 _RUNTIME_DRAIN_SECONDS = 2
 
 
+def connect(discovery_backend: str, request_plane: str, event_plane: str | None) -> DistributedRuntime:
+    """Start the Dynamo runtime in the running event loop.
+
+    :raises StartError: it does not start.
+    """
+    try:
+        return DistributedRuntime(asyncio.get_running_loop(), discovery_backend, request_plane, event_plane=event_plane)
+    except Exception as error:
+        raise StartError(f"the Dynamo runtime does not start: {error}") from error
+    except BaseException as error:  # a panic: it takes threads and descriptors for granted
+        raise StartError(
+            f"the Dynamo runtime does not start: {describe(error)}",
+            hint="raise the limits of this process: descriptors (ulimit -n), threads (ulimit -u, pids.max), memory",
+        ) from error
+
+
 class Runtime:
     """One worker's view of the cluster."""
 
@@ -78,20 +94,7 @@ class Runtime:
             # Without a status server the model's files cannot come from it; the runtime would warn about that.
             os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
         before = _listening_ports()
-        try:
-            runtime = DistributedRuntime(
-                asyncio.get_running_loop(),
-                settings.discovery_backend,
-                settings.request_plane,
-                event_plane=settings.event_plane,
-            )
-        except Exception as error:
-            raise StartError(f"the Dynamo runtime does not start: {error}") from error
-        except BaseException as error:  # a panic: it takes threads and descriptors for granted
-            raise StartError(
-                f"the Dynamo runtime does not start: {describe(error)}",
-                hint="raise the limits of this process: descriptors (ulimit -n), threads (ulimit -u, pids.max), memory",
-            ) from error
+        runtime = connect(settings.discovery_backend, settings.request_plane, settings.event_plane)
         status_port = None
         if settings.system_port >= 0:
             started = sorted(_listening_ports() - before)
