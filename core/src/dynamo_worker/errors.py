@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
 from dynamo_worker.exit_codes import ExitCode
+
+#: What an ``OSError`` has run short of: memory, processes, files, disk.
+_SHORT_OF = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
 
 class WorkerError(Exception):
@@ -63,3 +68,19 @@ def describe(error: BaseException) -> str:
     except BaseException as broken:
         text = f"its message cannot be read ({type(broken).__name__})"
     return f"{kind}: {text}" if text else kind
+
+
+def shortage(error: BaseException) -> StartError | None:
+    """Return what to say about an error that says no more than that this machine or container has run short."""
+    text = f"{type(error).__name__}: {error}"
+    if not (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in _SHORT_OF)
+        or (isinstance(error, ImportError) and text.endswith(("map segment from shared object", "allocate memory")))
+        or (isinstance(error, RuntimeError) and str(error) == "can't start new thread")
+    ):
+        return None
+    return StartError(
+        f"a limit of this machine or container is reached: {text}",
+        hint="raise it: the container's memory, processes or disk, or `ulimit` (-v memory, -n files, -u processes)",
+    )

@@ -46,7 +46,7 @@ from dynamo_worker.engine import (
     RequestContext,
 )
 from dynamo_worker.engine_checks import AnswerCheck, EngineChecks
-from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError, describe
+from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError, describe, shortage
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.frontend import FRONTEND_ABORT_SECONDS, FrontendProcess
 from dynamo_worker.lifecycle import TRANSITIONS, Event, State
@@ -279,12 +279,21 @@ class Launcher:
             # An engine's start may also end the interpreter, be cancelled from within, or panic in Rust code.
             if state is State.STARTING:
                 # An error that was reported before is the cause, this one its consequence.
-                self._error = self._error or error
+                self._error = self._error or self._explained(error)
                 self._events.put_nowait(Event.START_FAILED)
                 return
             # A bug of ours must not keep a shutdown from going on.
             log.error("Shutdown stage failed", state=state, exc_info=error)
         self._events.put_nowait(done)
+
+    @staticmethod
+    def _explained(error: BaseException) -> BaseException:
+        """Return an error that says what to do where this one says only that something has run short."""
+        explained = shortage(error)
+        if explained is None:
+            return error
+        explained.__cause__ = error
+        return explained
 
     def _announce(self) -> None:
         self._control.send(

@@ -14,11 +14,6 @@ from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    from dynamo_worker.errors import WorkerError
-
-#: What an ``OSError`` has run short of: memory, processes, files, disk.
-_SHORT_OF = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
-
 #: Why output cannot be written, apart from a reader that is gone.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -33,7 +28,7 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code; every error ends as a message on stderr."""
-    from dynamo_worker.errors import WorkerError, describe
+    from dynamo_worker.errors import WorkerError, describe, shortage
 
     try:
         return _dispatch(argv)
@@ -50,10 +45,10 @@ def main(argv: list[str]) -> int:
         if _is_about_output(error):
             print_error(OSError(f"the output cannot be written: {error.strerror}"))
             return ExitCode.FATAL
-        shortage = _shortage(error)
-        if shortage is not None:
-            print_error(shortage)
-            return _end(shortage.exit_code, str(shortage.args[0]))
+        missing = shortage(error)
+        if missing is not None:
+            print_error(missing)
+            return _end(missing.exit_code, str(missing.args[0]))
         from dynamo_worker.cli.report import print_crash
 
         with contextlib.suppress(OSError):
@@ -117,24 +112,6 @@ def _is_about_output(error: BaseException) -> TypeGuard[OSError]:
         and error.errno in _UNWRITABLE
         and error.filename is None
         and "dynamo_worker.launcher" not in sys.modules
-    )
-
-
-def _shortage(error: BaseException) -> WorkerError | None:
-    """Return what to say about an error that says no more than that this machine or container has run short."""
-    from dynamo_worker.errors import StartError
-
-    text = f"{type(error).__name__}: {error}"
-    if not (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno in _SHORT_OF)
-        or (isinstance(error, ImportError) and text.endswith(("map segment from shared object", "allocate memory")))
-        or (isinstance(error, RuntimeError) and str(error) == "can't start new thread")
-    ):
-        return None
-    return StartError(
-        f"a limit of this machine or container is reached: {text}",
-        hint="raise it: the container's memory, processes or disk, or `ulimit` (-v memory, -n files, -u processes)",
     )
 
 

@@ -155,7 +155,8 @@ class Supervisor:
             self._start()
         except OSError as error:
             self._run_directory.remove(time.monotonic() + 1.0)
-            return self._fail(f"cannot start the worker's guardian process: {error}")
+            hint = "raise the limits of processes (pids.max, ulimit -u) and of open files (ulimit -n)"
+            return self._fail(f"cannot start the worker's guardian process: {error.strerror} ({hint})")
         while not self._over():
             self._pump(self._next_timer())
             self._act()

@@ -21,7 +21,6 @@ import resource
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,6 +28,7 @@ import pytest
 from dynamo_worker.supervisor import linux
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.testing.client import Load, chat
+from dynamo_worker.testing.limits import pids_cgroup
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
@@ -348,15 +348,11 @@ def no_more_processes(pids: Iterable[int]) -> Iterator[None]:
         yield
         return
     # Root is exempt from that limit, but not from a cgroup's.
-    for parent in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
-        group = parent / f"dynamo-worker-test-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            group.mkdir()
-            if (group / "pids.max").exists():
-                break
-            group.rmdir()
-    else:
+    parent = pids_cgroup()
+    if parent is None:
         pytest.skip("no cgroup to limit processes in")
+    group = parent / f"dynamo-worker-test-{os.urandom(4).hex()}"
+    group.mkdir()
     try:
         (group / "pids.max").write_text("0")
         for pid in pids:

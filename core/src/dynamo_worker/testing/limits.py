@@ -81,7 +81,7 @@ class _Pids:
     """A cgroup for so many tasks, threads included."""
 
     def __init__(self, amount: int | None) -> None:
-        parent = _pids_cgroup()
+        parent = pids_cgroup()
         assert parent is not None
         self._group = parent / f"dynamo-worker-test-{os.urandom(4).hex()}"
         self._group.mkdir()
@@ -145,7 +145,7 @@ AMOUNTS: dict[str, tuple[int | None, ...]] = {
 def possible(name: str) -> bool:
     """Return whether this machine and this user can have the limit."""
     if name == "pids":
-        return _pids_cgroup() is not None
+        return pids_cgroup() is not None
     return name != "tmp" or (os.geteuid() == 0 and _can_mount())
 
 
@@ -176,7 +176,7 @@ def limited(name: str, amount: int | None, tmp: Path) -> Iterator[Limit]:
         limit.lift()
 
 
-def _pids_cgroup() -> Path | None:
+def pids_cgroup() -> Path | None:
     """Return a cgroup in which groups with a limit of tasks can be made."""
     for path in _PIDS_CGROUPS:
         probe = path / f"dynamo-worker-probe-{os.getpid()}"
