@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import resource
 import select
 import signal
 import socket
@@ -175,6 +176,38 @@ def test_a_socket_that_nobody_reads_does_not_block():
             out.write(b"x" * 9999 + b"\n")
         assert out.pending
         assert ours.getblocking()
+
+
+def test_a_socket_without_a_descriptor_to_spare():
+    ours, theirs = socket.socketpair()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        out = Output(ours.fileno(), lost)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            out.write(b"one\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert theirs.recv(100) == b"one\n"
+        out.write(b"two\n")
+        assert theirs.recv(100) == b"two\n"
+
+
+def test_what_waits_is_written_by_one_process(pipe):
+    fill(pipe[1])
+    out = Output(pipe[1], lost)
+    out.write(b"one\n")
+    child = os.fork()
+    if child == 0:
+        try:
+            out.forget()
+            out.drain(10)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    read(pipe[0])
+    out.drain(1)
+    assert read(pipe[0]) == b"one\n"
 
 
 def test_a_terminal_that_is_held_does_not_block():

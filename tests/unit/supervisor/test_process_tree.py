@@ -245,6 +245,41 @@ def test_killing(spawn):
     assert set(killing.seen) == set(processes)
 
 
+def test_killing_does_not_wait_for_nor_count_who_has_ended(spawn):
+    """Its parent does not reap it, and is none of those that are killed."""
+    parent = spawn("import os, time; os.fork() or os._exit(0); print(flush=True); time.sleep(1000)")
+    (zombie,) = process_tree.descendants(parent.pid)
+    wait_until(lambda: state_of(zombie.pid) == "Z")
+    killing = process_tree.Killing(
+        lambda: process_tree.descendants(parent.pid), lambda: False, lambda seconds, _: time.sleep(seconds)
+    )
+    deadline = time.monotonic() + 5
+    assert killing.run(lambda: deadline) == []
+    assert killing.seen == {}
+
+
+def test_one_whose_first_thread_has_ended_is_alive(spawn):
+    """It looks like a zombie, but others of its threads may hang in a driver."""
+    code = """if True:
+        import ctypes, threading, time
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+        print(flush=True)
+        ctypes.CDLL(None).pthread_exit(None)
+    """
+    process = spawn(code)
+    wait_until(lambda: state_of(process.pid) == "Z")
+    assert linux.is_alive(process)
+    killing = process_tree.Killing(
+        lambda: {process: stat} if (stat := linux.read_stat(process.pid)) else {},
+        lambda: False,
+        lambda seconds, _: time.sleep(seconds),
+    )
+    deadline = time.monotonic() + 5
+    assert killing.run(lambda: deadline) == []
+    assert list(killing.seen) == [process]
+    assert not linux.is_alive(process)
+
+
 def test_killing_gives_up_at_the_deadline_and_says_who_is_left(spawn, monkeypatch):
     process = spawn(READY)
     monkeypatch.setattr(linux, "send_signal", lambda *_: True)  # a process in state D does not die either

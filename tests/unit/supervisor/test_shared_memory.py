@@ -218,6 +218,14 @@ class TestWatch:
         watch.claim()
         assert watch.recorded == {}
 
+    def test_a_flood_of_events_is_read_in_parts(self, watch, make, monkeypatch):
+        """Somebody makes segments faster than we read of them."""
+        make("unused")
+        events = iter([os.read(watch.descriptor, 1 << 16)] * 1000)
+        monkeypatch.setattr(os, "read", lambda *_: next(events))
+        watch.read()
+        assert watch.due() is not None
+
     def test_no_descriptor_left_is_no_end(self, make, tmp_path):
         def tree() -> list[int]:
             raise OSError(24, "Too many open files")

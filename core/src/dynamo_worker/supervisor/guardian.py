@@ -220,6 +220,7 @@ def become_guardian(
 ) -> NoReturn:
     """Turn a process just forked from the supervisor, with all signals blocked, into the guardian."""
     code = 1
+    log.output.forget()
     log = Log("dynamo_worker.guardian", as_json=log.as_json, output=log.output)
     try:
         os.setsid()  # neither the terminal nor a kill of the supervisor's group reaches us

@@ -5,7 +5,6 @@ Where no process can be made (the pids limit is reached), ``run_here`` does the 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -104,10 +103,7 @@ def _run(function: Callable[[], str], output: int, limit: float) -> None:
         spawn.reset_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, max(0.01, limit))
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) > 2 and int(name) != output:
-                with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                    os.close(int(name))
+        spawn.close_descriptors(output)
         with open(output, "wb") as file:
             file.write(function().encode())
     finally:

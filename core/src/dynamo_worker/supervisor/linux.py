@@ -20,6 +20,10 @@ IN_MOVED_FROM = 0x40
 IN_MOVED_TO = 0x80
 IN_Q_OVERFLOW = 0x4000
 
+#: Times that inotify is read at once: who floods us with events must keep us neither from our timers nor in memory. It
+#: is more than the kernel's queue holds (16384 events), unless names are very long.
+_MOST_READS = 32
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,7 +41,13 @@ class Stat(NamedTuple):
     state: str
     parent: int
     group: int
+    threads: int
     start: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether it only waits to be reaped. Beside a first thread that has ended others may still run, or hang."""
+        return self.state in "ZX" and self.threads <= 1
 
 
 def _check(result: int, call: str) -> int:
@@ -78,13 +88,13 @@ def watch_directory(path: str, mask: int) -> int:
 
 
 def read_events(descriptor: int) -> list[tuple[int, str]]:
-    """Return the pending inotify events of one descriptor as ``(mask, file name)``."""
+    """Return pending inotify events of one descriptor as ``(mask, file name)``; what comes meanwhile may be left."""
     events: list[tuple[int, str]] = []
-    while True:
+    for _ in range(_MOST_READS):
         try:
             data = os.read(descriptor, 64 * 1024)
         except BlockingIOError:
-            return events
+            break
         at = 0
         while at + 16 <= len(data):
             mask = int.from_bytes(data[at + 4 : at + 8], sys.byteorder)
@@ -92,10 +102,11 @@ def read_events(descriptor: int) -> list[tuple[int, str]]:
             name = data[at + 16 : at + 16 + length].split(b"\0", 1)[0]
             events.append((mask, os.fsdecode(name)))
             at += 16 + length
+    return events
 
 
 def read_stat(pid: int) -> Stat | None:
-    """Return name, state, parent and start time of a process, or None when it is gone."""
+    """Return name, state, parent, threads and start time of a process, or None when it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             text = file.read(1024)
@@ -104,13 +115,13 @@ def read_stat(pid: int) -> Stat | None:
     opening, closing = text.find(b"("), text.rfind(b")")  # the name may hold spaces and parentheses itself
     fields = text[closing + 2 :].split()
     name = text[opening + 1 : closing].decode("utf-8", "replace")
-    return Stat(name, chr(fields[0][0]), int(fields[1]), int(fields[2]), int(fields[19]))
+    return Stat(name, chr(fields[0][0]), int(fields[1]), int(fields[2]), int(fields[17]), int(fields[19]))
 
 
 def is_alive(process: Process) -> bool:
     """Return whether exactly this process still runs (a zombie does not)."""
     stat = read_stat(process.pid)
-    return stat is not None and stat.start == process.start and stat.state not in "ZX"
+    return stat is not None and stat.start == process.start and not stat.ended
 
 
 def all_pids() -> list[int]:

@@ -95,6 +95,11 @@ class Output:
                 self._reported = 0
                 self._resume()
 
+    def forget(self) -> None:
+        """Leave what is waiting to the process that we were just forked from."""
+        self._waiting.clear()
+        self._dropped = self._reported = 0
+
     def drain(self, seconds: float) -> None:
         """Give the reader so many seconds to take what is waiting."""
         deadline = time.monotonic() + seconds
@@ -133,8 +138,11 @@ def write_now(descriptor: int, data: bytes) -> int:
     """
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(mode):
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
+        connection = socket.socket(fileno=descriptor)
+        try:
             return connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        finally:
+            connection.detach()  # without a descriptor of its own: there may be none left
     if not stat.S_ISFIFO(mode) and not os.isatty(descriptor):
         return os.write(descriptor, data)  # a file takes everything at once
     try:

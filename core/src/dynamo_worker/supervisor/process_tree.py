@@ -67,7 +67,7 @@ def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process], supe
         process: stat
         for process, stat in stats.items()
         if process.pid not in ourselves
-        and stat.state not in "ZX"  # dead already, and for its new parent to reap
+        and not stat.ended  # dead already, and for its new parent to reap
         and (
             process in known
             or (mark_of_tree and mark.of(process.pid) == mark_of_tree)
@@ -75,7 +75,7 @@ def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process], supe
         )
     }
     below = _below([process.pid for process in found], children, excluded)
-    return found | {process: stat for process, stat in below.items() if stat.state not in "ZX"}
+    return found | {process: stat for process, stat in below.items() if not stat.ended}
 
 
 def _children() -> dict[int, list[tuple[Process, Stat]]]:
@@ -213,7 +213,8 @@ class Killing:
         empty_scans = 0
         trackers_until: float | None = None
         while not self._reap():
-            found = self._find()
+            # Who has ended waits for a parent that does not reap it: because it hangs itself, or was left out.
+            found = {process: stat for process, stat in self._find().items() if not stat.ended}
             scans += 1
             if not found:
                 # A parent that died during the scan hides its children from it, once. Look twice.

@@ -42,6 +42,15 @@ def fork() -> int:
     return pid
 
 
+def close_descriptors(*kept: int) -> None:
+    """Close every descriptor above 2 but the given ones; for a child just forked."""
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        if descriptor > 2 and descriptor not in kept:
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
+                os.close(descriptor)
+
+
 def spawn(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -96,11 +105,8 @@ def _become(
         mark.put_on_ourselves(mark_of_tree)
         for descriptor, end in output.items():
             os.dup2(end, descriptor)
-        for name in os.listdir("/proc/self/fd"):
-            descriptor = int(name)
-            if descriptor > 2 and descriptor != report:
-                with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                    os.set_inheritable(descriptor, descriptor == keep)
+        close_descriptors(keep, report)
+        os.set_inheritable(keep, True)
         os.execvpe(command[0], list(command), dict(environment))
     except OSError as error:
         os.write(report, str(error.errno).encode())

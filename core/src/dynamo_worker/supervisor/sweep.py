@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -38,12 +37,11 @@ def sweep_in_background(own: RunDirectory, log: Log) -> None:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
         signal.alarm(_LIMIT)
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) > 2:
-                with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                    os.close(int(name))
+        spawn.close_descriptors()
+        log.output.forget()
         for path in stale:
             _sweep(path, supervisor, log)
+        log.drain()
     finally:
         os._exit(0)
 
