@@ -149,6 +149,18 @@ def test_one_that_hangs_ends_the_worker(cluster: Cluster) -> None:
     assert "the frontend has not answered for 1 s" in worker.log
 
 
+def test_one_that_is_killed_with_its_streams_makes_a_stop_fail(cluster: Cluster) -> None:
+    worker = with_frontend(cluster, *FAST)
+    cluster.wait_model()
+    load = cluster.load(2, 1000)
+    worker.signal(signal.SIGTERM)
+    worker.wait_log("Draining", 10)
+    worker.signal(signal.SIGKILL, worker.child(r"dynamo_worker frontend"))
+    assert worker.wait_gone() == 1
+    assert 'reason="the frontend ended before its streams did: killed by signal 9"' in worker.log
+    assert not any(result.ok for result in load.wait())
+
+
 def test_requests_cost_no_line_of_the_log_and_neither_do_clients_that_leave(cluster: Cluster) -> None:
     cluster.start_frontend(DYN_LOG=None)
     (log,) = cluster.discovery.parent.glob("frontend-*.log")

@@ -1436,6 +1436,7 @@ class FakeFrontend:
         self.world = world
         self.pid = process.pid
         self.hangs = False
+        self.failure = None
 
     async def wait_ready(self, model):
         self.world.note(f"frontend offers {model}")
@@ -1537,6 +1538,16 @@ def test_a_frontend_that_dies_ends_the_worker(world, frontend):
 
     assert world.run(scenario) == ExitCode.FATAL
     assert f"frontend process {frontend.pid}" in world.reason
+
+
+def test_a_frontend_that_fails_while_it_drains_is_a_failure(world, frontend, caplog):
+    async def scenario(world):
+        await stop_when_serving(world)
+        world.frontend.failure = "killed by signal 9"
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.reason == "the frontend ended before its streams did: killed by signal 9"
+    assert "The frontend ended before its streams did" in caplog.text
 
 
 def test_no_private_directory_is_left_in_the_temporary_directory(world, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from dynamo_worker.listening import listening_sockets
 from dynamo_worker.logs import get_logger
 from dynamo_worker.options import DEFAULT_FRONTEND, MOST_MIGRATIONS, LogFormat, LogLevel
 from dynamo_worker.supervisor import ledger, linux
+from dynamo_worker.supervisor.frontend import failure
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
@@ -173,6 +174,12 @@ class FrontendProcess:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
             self._process.terminate()
+
+    @property
+    def failure(self) -> str | None:
+        """How it has failed, in words; None if it still runs or did as it was asked."""
+        code = self._process.poll()
+        return None if code is None else failure(code)
 
     def kill(self) -> None:
         """End it at once."""

@@ -688,6 +688,10 @@ class Launcher:
             )
             await self._attempt("clean up", hooks)
         self._drain_frontend()
+        failure = self._frontend.failure if self._frontend is not None else None
+        if failure is not None and self._exit_code == ExitCode.STOPPED:
+            log.warning("The frontend ended before its streams did", how=failure)
+            self._exit_code, self.reason = ExitCode.FATAL, f"the frontend ended before its streams did: {failure}"
         if self._frontend is not None and not self._control.supervised:  # else who cleans up behind us waits for it
             abort = self._settings.drain == "abort"
             stop = self._frontend.stop(deadline.within(FRONTEND_ABORT_SECONDS) if abort else deadline)

@@ -159,6 +159,31 @@ def test_whoever_waits_for_it_may_die(supervised, victim):
     assert "its time is up" not in supervised.text
 
 
+@pytest.mark.parametrize("waiting", ["guardian", "supervisor"])
+def test_one_that_is_killed_with_its_streams_is_a_failure(supervised, waiting):
+    supervised.termination_message.touch()
+    frontend = start(supervised)
+    guardian = supervised.guardian
+    supervised.signal(signal.SIGTERM)
+    wait_until(lambda: "finishes its streams" in supervised.text)
+    if waiting == "supervisor":
+        os.kill(guardian, signal.SIGKILL)
+        wait_until(lambda: supervised.text.count("finishes its streams") == 2)
+    os.kill(frontend, signal.SIGKILL)
+    assert supervised.wait() == 1
+    assert f"WARNING dynamo_worker.{waiting}: The frontend ended before its streams did" in supervised.text
+    assert supervised.reason == "exit code 1: the frontend ended before its streams did: killed by signal 9"
+
+
+def test_the_cause_of_an_end_is_what_came_first(supervised):
+    frontend = start(supervised)
+    kill_worker(supervised)
+    wait_until(lambda: "finishes its streams" in supervised.text)
+    os.kill(frontend, signal.SIGKILL)
+    assert supervised.wait() == 137
+    assert "The frontend ended before its streams did" in supervised.text
+
+
 def test_one_that_is_stopped_goes_on_and_ends(supervised):
     frontend = start(supervised)
     done(supervised).touch()

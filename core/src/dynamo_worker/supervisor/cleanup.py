@@ -134,6 +134,10 @@ class Cleanup:
         #: The processes that could not be killed; None while that is not known.
         self.stuck: list[Process] | None = None
 
+    def has_killed(self, pid: int) -> bool:
+        """Return whether a process was killed here: how it ended is no news then."""
+        return any(process.pid == pid for process in self._killing.seen)
+
     def run(self) -> dict[str, Any]:
         """Do it all, each step whatever became of the one before, and return what was done (JSON-compatible)."""
         started = time.monotonic()

@@ -22,6 +22,26 @@ _USUAL = 0.5
 _INTERVAL = 0.05
 
 
+def failure(code: int) -> str | None:
+    """Return in words how a frontend failed that has ended with this code; None if it did as it was asked.
+
+    :param code: negative: minus the signal. SIGTERM ends one that has only just started.
+    """
+    if code in (0, -signal.SIGTERM):
+        return None
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def report_end(run_dir: str, pid: int, code: int, log: Log) -> str | None:
+    """Log that the frontend beside the worker has failed, if that is the child that has ended; return how, or None."""
+    how = failure(code)
+    recorded = ledger.frontend(run_dir) if how is not None else None
+    if recorded is None or recorded[0].pid != pid:
+        return None
+    log.warning("The frontend ended before its streams did", pid=pid, how=how)
+    return how
+
+
 class Frontend:
     """A frontend that was asked to end: it takes no new connections and ends with its last stream.
 

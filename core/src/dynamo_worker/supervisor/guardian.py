@@ -8,10 +8,9 @@ import signal
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_worker.supervisor import linux, process_tree, shared_memory
+from dynamo_worker.supervisor import frontend, ledger, linux, process_tree, shared_memory
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import Cleanup, Withdrawal
-from dynamo_worker.supervisor.ledger import registrations
 from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.report import Log
 from dynamo_worker.supervisor.spawn import SpawnError, spawn
@@ -81,6 +80,7 @@ class Guardian:
         self._deadline: float | None = None
         self._frontend_deadline: float | None = None
         self._orphaned = False
+        self._frontend_failure: str | None = None
 
     def run(self) -> None:
         """Start the worker, wait for its end or the supervisor's, and clean up."""
@@ -125,6 +125,7 @@ class Guardian:
             self._cleanup.deadline = self._deadline
         self._cleanup.frontend_deadline = self._frontend_deadline
         report = self._cleanup.run()
+        report["frontend"] = self._frontend_failure
         self._relay.finish()
         if self._cleanup.stuck is None:
             raise RuntimeError("the worker's processes could not be killed")  # the supervisor tries it, too
@@ -189,6 +190,8 @@ class Guardian:
     def _on_child(self, pid: int, code: int) -> None:
         if self._worker is not None and pid == self._worker.pid and self._exit_code is None:
             self._exit_code = code
+        elif self._frontend_failure is None and (self._cleanup is None or not self._cleanup.has_killed(pid)):
+            self._frontend_failure = frontend.report_end(self._run_directory.path, pid, code, self._log)
 
     def _on_message(self) -> None:
         for message in self._channel.receive():
@@ -199,7 +202,7 @@ class Guardian:
                     self._cleanup.deadline = self._deadline
                     self._cleanup.frontend_deadline = self._frontend_deadline
             elif kind == "withdraw" and self._withdrawal is None:
-                self._withdrawal = Withdrawal(registrations(self._run_directory.path), self._log)
+                self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.path), self._log)
         if self._channel.closed and not self._orphaned:
             self._orphaned = True
             self._loop.remove(self._channel.socket.fileno())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_worker.contract import CONTROL_FD, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
-from dynamo_worker.supervisor import channel, ledger, linux, process_tree, report, sweep
+from dynamo_worker.supervisor import channel, frontend, ledger, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.early_settings import EarlySettings
@@ -120,6 +120,7 @@ class Supervisor:
         self._guardian_code: int | None = None
         self._guardian_told = False
         self._guardian_lost = False
+        self._frontend_failure: str | None = None
         self._report: dict[str, Any] | None = None
         self._cleanup: Cleanup | None = None
         self._cleaning_deadline = 0.0
@@ -236,6 +237,9 @@ class Supervisor:
         if self._report is None:
             self._take_over()
         cleaned = self._report or {}
+        if code == 0 and cleaned.get("frontend"):
+            code, reason = int(ExitCode.FATAL), f"the frontend ended before its streams did: {cleaned['frontend']}"
+            report.write_termination_message(self._termination_message_path, f"exit code {code}: {reason}")
         self._log_end(code, reason, gone_at, cleaned)
         self._notifier.send(f"STATUS=stopped: {reason}")
         self._run_directory.close()
@@ -343,7 +347,7 @@ class Supervisor:
             rough=hangs,
         )
         self._set_cleaning_deadline()
-        self._report = self._cleanup.run()
+        self._report = {**self._cleanup.run(), "frontend": self._frontend_failure}
         self._relay.finish()
 
     # -- Verdict ------------------------------------------------------------------------------------------------------
@@ -490,6 +494,8 @@ class Supervisor:
                 self._on_guardian_message()  # what it said last
         elif self._worker is not None and pid == self._worker.pid and self._exit_code is None:
             self._exit_code = code  # the guardian is dead and we are the parent now
+        elif self._frontend_failure is None and (self._cleanup is None or not self._cleanup.has_killed(pid)):
+            self._frontend_failure = frontend.report_end(self._run_directory.path, pid, code, self._log)
 
     def _on_guardian_message(self) -> None:
         for message in self._to_guardian.receive():
