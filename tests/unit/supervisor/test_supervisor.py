@@ -46,6 +46,20 @@ class TestWorkerEndsByItself:
         supervised.start(SERVING, "state=DRAINING@9", "exit=0")
         assert supervised.wait() == 0
 
+    def test_a_signal_behind_its_end_does_not_make_it_a_stop(self, supervised, tmp_path):
+        """The guardian is stopped, so that there is a moment for it."""
+        go = tmp_path / "go"
+        supervised.start(SERVING, "arrived", f"await={go}", "exit=0")
+        worker = supervised.worker
+        os.kill(supervised.guardian, signal.SIGSTOP)
+        go.touch()
+        wait_until(lambda: state_of(worker) == "Z")
+        time.sleep(0.1)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 1
+        assert "though nobody had asked it to" in supervised.text
+        assert "cleaning up; another one leaves at once" in supervised.text
+
     def test_exit_code_0_in_spite_of_a_fatal_error_is_a_failure(self, supervised):
         supervised.start(SERVING, "exit-message=1:engine died", "exit=0")
         assert supervised.wait() == 1

@@ -105,6 +105,7 @@ class Supervisor:
         self._forced_at = 0.0
         self._counted_signal, self._counted_at = 0, 0.0
         self._last_signal = 0
+        self._ended_by_itself = False
         self._stuck_at: float | None = None
         self._stuck_for = 0.0
         self._kill_cause: str | None = None
@@ -378,7 +379,7 @@ class Supervisor:
             return SIGNAL_BASE - code, self._death_by_signal(-code)
         if code:
             return self._documented(code), said or f"worker exited with code {code}"
-        if self._level:
+        if self._level and not self._ended_by_itself:
             return int(ExitCode.STOPPED), said or f"stopped after {_signal_name(self._last_signal)}"
         if self._farewell.get("code") == 0 or (self._state in _ENDING and self._state != "FATAL"):
             return int(ExitCode.STOPPED), said or "stopped"
@@ -421,7 +422,7 @@ class Supervisor:
             return
         self._counted_signal, self._counted_at = number, now
         name = _signal_name(number)
-        if self._exit_code is not None or self._cleanup is not None:
+        if self._exit_code is not None or self._worker_gone_at is not None or self._cleanup is not None:
             self._hurry(name)
             return
         self._last_signal = number
@@ -463,10 +464,12 @@ class Supervisor:
         impatient = self._level > 0 or self._hurried
         if not impatient:
             self._level, self._stop_at = 1, time.monotonic()
+            self._ended_by_itself = True
         self._hurried = impatient
         then = "leaving at once" if impatient else "cleaning up; another one leaves at once"
         self._log.info("Received shutdown signal", signal=name, stop_level=self._level, next=then)
-        self._set_cleaning_deadline()
+        if self._gone_at:  # else it is set soon
+            self._set_cleaning_deadline()
 
     def _tell_worker_to_stop(self, name: str, at: float) -> None:
         self._control.send("stop", level=min(self._level, 2), signal=name, at=at)
