@@ -8,12 +8,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from dynamo_worker.contract import SIGNAL_DEBOUNCE
 from dynamo_worker.supervisor.run_directory import RunDirectory
+from dynamo_worker.testing.limits import pids_cgroup
 
 from .conftest import state_of, wait_until
 
@@ -156,6 +159,25 @@ class TestTheGuardianIsKilled:
         assert "The guardian does not answer" in supervised.text
         assert time.monotonic() - started < 5 * 3
 
+    def test_stopped_before_it_has_started_the_worker(self, supervised, measured):
+        """Nobody tells of a worker, not even after the kill."""
+        supervised.patch("""
+            import os, signal
+            setsid = os.setsid
+            def stop():
+                setsid()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            os.setsid = stop
+        """)
+        supervised.start("hang")
+        wait_until(lambda: [pid for pid in supervised.children_of(supervised.pid) if state_of(pid) == "T"])
+        started = time.monotonic()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+        measured("SIGTERM with a guardian that was stopped at its start", time.monotonic() - started, 4.0)
+        assert "The guardian does not answer" in supervised.text
+        assert 'reason="stopped during start"' in supervised.text
+
     def test_signals_for_everybody_do_not_reach_it(self, supervised):
         supervised.start(SERVING, "arrived", "obey=0")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
@@ -177,6 +199,72 @@ class TestTheGuardianIsKilled:
             assert state_of(pid) == "S"
         finally:
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def freeze():
+    """Freezes a process so that SIGKILL does not end it, as one that hangs in a driver; returns how to thaw it."""
+    group = Path("/sys/fs/cgroup/freezer") / f"dwtest-{os.urandom(4).hex()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no cgroup to freeze processes in")
+
+    def thaw():
+        (group / "freezer.state").write_text("THAWED")
+        wait_until(lambda: not (group / "tasks").read_text())
+
+    def freeze_one(pid):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            (group / "tasks").write_text(task)
+        (group / "freezer.state").write_text("FROZEN")
+        wait_until(lambda: "FROZEN" in (group / "freezer.state").read_text())
+        return thaw
+
+    yield freeze_one
+    thaw()
+    group.rmdir()
+
+
+class TestTheWorkerSurvivesTheKill:
+    """Everybody else goes; what belongs to it is left for the next start."""
+
+    def assert_left(self, supervised, thaw):
+        assert "Processes survive SIGKILL" in supervised.text
+        (directory,) = supervised.run_directories
+        thaw()
+        supervised.start("exit-message=2:usage", "exit=2")
+        wait_until(lambda: not directory.exists(), what="swept")
+
+    @pytest.mark.parametrize(("signals", "code", "bar"), [(1, 6, 5.0), (2, 143, 4.5), (3, 143, 4.0)])
+    def test_a_stop(self, supervised, freeze, measured, signals, code, bar):
+        supervised.start('settings={"termination_grace_period":5}', "child=stubborn.py", SERVING, "arrived", "hang")
+        worker = supervised.worker
+        thaw = freeze(worker)
+        started = time.monotonic()
+        for _ in range(signals):
+            supervised.signal(signal.SIGTERM)
+            time.sleep(2 * SIGNAL_DEBOUNCE)
+        assert supervised.wait() == code
+        measured(f"{signals} SIGTERM and a worker that survives SIGKILL: exit", time.monotonic() - started, bar)
+        assert "The worker survives SIGKILL; the supervisor takes over" in supervised.text
+        assert "The guardian does not answer" not in supervised.text
+        assert supervised.tree() == {worker}
+        self.assert_left(supervised, thaw)
+
+    def test_the_supervisor_is_killed(self, supervised, freeze):
+        supervised.patch("""
+            from dynamo_worker.supervisor import cleanup, guardian
+            cleanup.LIMIT = guardian.DEATH_LIMIT = 0.5
+        """)
+        supervised.start("child=stubborn.py", SERVING, "arrived", "hang")
+        guardian, worker = supervised.guardian, supervised.worker
+        thaw = freeze(worker)
+        supervised.signal(signal.SIGKILL)
+        supervised.wait()
+        wait_until(lambda: state_of(guardian) is None, what="the guardian's end")
+        assert supervised.tree() == {worker}
+        self.assert_left(supervised, thaw)
 
 
 class TestBothAreKilled:
@@ -259,7 +347,7 @@ class TestBothAreKilled:
         """It goes on with the next directory when its log is a broken pipe."""
         self.kill_both(supervised)
         (stale,) = supervised.run_directories
-        shutil.copytree(stale, supervised.tmp / "dw-1-copy")
+        shutil.copytree(stale, supervised.tmp / "dw-1-abcdef")
         reading, writing = os.pipe()
         os.close(reading)
         supervised.start(SERVING, "arrived", "obey=0", stderr=writing)
@@ -267,6 +355,37 @@ class TestBothAreKilled:
         wait_until(lambda: len(supervised.run_directories) == 1, what="both swept")
         supervised.signal(signal.SIGTERM)
         supervised.wait()
+
+    def test_the_sweep_waits_a_moment_for_who_reads_its_log(self, supervised, hurt):
+        self.kill_both(supervised)
+        code = """if True:
+            import os, sys, time
+            from dynamo_worker.supervisor import report, run_directory, sweep
+            from dynamo_worker.supervisor.output import write_now
+            report.LAST_OUTPUT = 10
+            reading, writing = os.pipe()
+            os.dup2(writing, 2)
+            os.close(writing)
+            log, own = report.Log("ours"), run_directory.RunDirectory.create()
+            try:
+                while write_now(2, b"x" * 4096):
+                    pass
+            except BlockingIOError:
+                log.info("waits")
+            sweep.sweep_in_background(own, log)
+            own.remove(1e12)
+            while os.path.exists(sys.argv[1]):
+                time.sleep(0.01)
+            os.close(2)
+            with open(reading) as file:
+                print(*file.read().lstrip("x").splitlines(), sep="\\n")
+        """
+        (stale,) = supervised.run_directories
+        done = subprocess.run(
+            [sys.executable, "-c", code, stale], env=supervised.environment, stdout=subprocess.PIPE, text=True
+        )
+        (line,) = done.stdout.splitlines()
+        assert "Cleaned up behind an earlier worker" in line
 
     def test_the_sweep_leaves_the_living_alone(self, supervised, tmp_path):
         from .conftest import Supervised
@@ -350,6 +469,12 @@ class TestNoMoreProcesses:
             assert time.monotonic() - started < 10
             assert "Registration not withdrawn" in supervised.text
 
+    def test_not_even_the_guardian(self, supervised, no_more_processes):
+        no_more_processes()
+        supervised.start("hang")
+        assert supervised.wait() == 3
+        assert "guardian process: Resource temporarily unavailable (raise the limits of processes" in supervised.text
+
     @pytest.mark.parametrize("who", ["guardian", "supervisor"])
     def test_after_the_guardian(self, supervised, who):
         """The guardian cannot start the worker, as with a pids limit of 2; or the supervisor cannot sweep."""
@@ -407,17 +532,11 @@ def test_no_more_descriptors_for_what_the_guardian_records(supervised, tmp_path)
 @pytest.fixture
 def pids_limit():
     """A cgroup of this test's own whose number of processes can be limited; returns its directory."""
-    version_1 = Path("/sys/fs/cgroup/pids")
-    group = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"dwtest-{os.getpid()}"
-    try:
-        group.mkdir()
-        limited = (group / "pids.max").exists()
-        if not limited:
-            group.rmdir()
-    except OSError:
-        limited = False
-    if not limited:
+    parent = pids_cgroup()
+    if parent is None:
         pytest.skip("no cgroup to limit processes in")
+    group = parent / f"dwtest-{os.urandom(4).hex()}"
+    group.mkdir()
     yield group
     wait_until(lambda: not (group / "cgroup.procs").read_text().split())
     group.rmdir()

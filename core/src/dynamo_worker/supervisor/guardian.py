@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _NAME = "dw-guardian"
 
+#: How long the kernel may take to end a worker that was killed. One that hangs in a driver does not end at all.
+DEATH_LIMIT = 5.0
+
 #: Pause after this machine had no resources for what we record.
 _SHORTAGE_PAUSE = 1.0
 
@@ -80,6 +83,7 @@ class Guardian:
         self._deadline: float | None = None
         self._frontend_deadline: float | None = None
         self._orphaned = False
+        self._given_up_at = float("inf")  # the supervisor knows when; without one, we do
         self._frontend_failure: str | None = None
 
     def run(self) -> None:
@@ -101,8 +105,8 @@ class Guardian:
             self._channel.send("spawned", pid=self._worker.pid, start=self._worker.start)
         self._control.close()
         self._relay.close_ends()
-        while self._worker is not None and self._exit_code is None:
-            self._pump(self._records_due())
+        while self._worker is not None and self._exit_code is None and time.monotonic() < self._given_up_at:
+            self._pump(min(self._records_due(), self._given_up_at))
         if self._segments is not None:
             with contextlib.suppress(OSError):  # no descriptors left? What is recorded goes all the same
                 self._segments.claim()
@@ -120,6 +124,7 @@ class Guardian:
             segments=self._segments,
             withdrawal=self._withdrawal,
             worker=self._worker.pid if self._worker is not None and (self._exit_code or 0) < 0 else None,
+            rough=self._worker is not None and self._exit_code is None,  # it hangs in the kernel
         )
         if self._deadline is not None:
             self._cleanup.deadline = self._deadline
@@ -210,6 +215,7 @@ class Guardian:
                 self._log.error("The supervisor is gone; the guardian takes the worker down")
                 if self._worker is not None:
                     linux.send_signal(self._worker, signal.SIGKILL)
+                self._given_up_at = time.monotonic() + DEATH_LIMIT
 
 
 def become_guardian(

@@ -230,7 +230,7 @@ def _quietly(function: Callable[..., None], name: str, directory: int) -> None:
 
 
 def _remove_empty(name: str, base: int, directory: int) -> None:
-    """Remove a run directory that holds nothing: its maker was killed before there was an ``owner``, or who removed it."""
+    """Remove a run directory without an ``owner``, if it is empty: who made or removed it was killed half-way."""
     settled = time.time() - os.fstat(directory).st_mtime >= _SETTLED
     if settled and set(os.listdir(directory)) <= {"tmp"}:
         _quietly(os.rmdir, "tmp", directory)

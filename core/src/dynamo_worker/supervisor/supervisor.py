@@ -17,7 +17,7 @@ from dynamo_worker.supervisor import channel, frontend, ledger, linux, process_t
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.early_settings import EarlySettings
-from dynamo_worker.supervisor.guardian import become_guardian
+from dynamo_worker.supervisor.guardian import DEATH_LIMIT, become_guardian
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.output import Relay, open_standard_streams
@@ -109,6 +109,7 @@ class Supervisor:
         self._stuck_at: float | None = None
         self._stuck_for = 0.0
         self._kill_cause: str | None = None
+        self._killed_at: float | None = None
 
         # How it ended.
         self._worker: Process | None = None
@@ -211,12 +212,30 @@ class Supervisor:
             self._log.warning("Not cleaned up behind an earlier worker", error=error)
 
     def _over(self) -> bool:
-        """Return whether the worker is gone, or the guardian, or the guardian does not say so."""
+        """Return whether the worker is gone, or the guardian, or either does not do what it should."""
         return (
             self._guardian_told
             or self._guardian_code is not None
             or (self._worker_gone_at is not None and time.monotonic() >= self._worker_gone_at + self._patience)
+            or (self._given_up_at is not None and time.monotonic() >= self._given_up_at)
         )
+
+    @property
+    def _given_up_at(self) -> float | None:
+        """When not to wait any more for the end of a worker that was killed, or for a guardian that has started none.
+
+        The kernel has its time, but not that which is left for the cleaning.
+        """
+        if self._killed_at is None:
+            return None
+        if self._worker is None:
+            return self._killed_at + self._patience
+        limit = self._killed_at + DEATH_LIMIT
+        if self._level >= 2:
+            limit = self._killed_at
+        elif self._level:
+            limit = min(limit, self._stop_at + self._grace - _TAKE_OVER_RESERVE)
+        return max(limit, self._killed_at + _GUARDIAN_LIMIT)
 
     @property
     def _patience(self) -> float:
@@ -329,7 +348,11 @@ class Supervisor:
         hangs = stat is not None and stat.state not in "TZX"  # neither dead nor stopped, and yet it does not answer
         self._guardian_lost = self._guardian_code is not None and not self._guardian_told
         if self._guardian_code is None:
-            self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
+            if self._worker is not None and linux.is_alive(self._worker):
+                stuck = process_tree.describe(self._worker)
+                self._log.error("The worker survives SIGKILL; the supervisor takes over", worker=stuck)
+            else:
+                self._log.error("The guardian does not answer; the supervisor takes over", pid=self._guardian)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guardian, signal.SIGKILL)
         else:
@@ -614,6 +637,8 @@ class Supervisor:
         """Return when the next heartbeat is overdue."""
         if self._heartbeat_timeout <= 0 or self._state not in _WATCHED or self._stuck_at is not None:
             return None
+        if self._kill_cause is not None:
+            return None  # it is to end anyway
         if self._control.closed:
             return None  # it cannot tell us any more how it is
         return self._last_beat + self._heartbeat_timeout
@@ -624,6 +649,7 @@ class Supervisor:
             timers.append(self._kill_time())
         if self._worker_gone_at is not None:
             timers.append(self._worker_gone_at + self._patience)
+        timers.append(self._given_up_at)
         if self._closed_at is not None:
             timers.append(self._closed_at + _GUARDIAN_LIMIT)
         timers.append(self._watchdog_due())
@@ -701,6 +727,7 @@ class Supervisor:
 
     def _kill(self, cause: str) -> None:
         self._kill_cause = cause
+        self._killed_at = self._killed_at or time.monotonic()
         self._log.warning("Killing the worker", cause=cause, state=self._state, in_flight=self._in_flight)
         if self._worker is not None:
             linux.send_signal(self._worker, signal.SIGKILL)
