@@ -134,4 +134,4 @@ class EngineConformance:
         for pid in asyncio.run(check()):
             stat = linux.read_stat(pid)
             # A dead one may still wait to be reaped by its parent.
-            assert stat is None or stat.state in "ZX", f"process {pid} survived cleanup"
+            assert stat is None or stat.ended, f"process {pid} survived cleanup"
