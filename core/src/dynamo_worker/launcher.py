@@ -549,7 +549,7 @@ class Launcher:
         try:
             await monitor
         except BaseException as error:
-            if self._monitors:
+            if asyncio.current_task() in self._monitors:  # not one that we have cancelled
                 log.error("Monitor failed; the worker goes on without it", exc_info=error)
 
     def _on_no_threads(self, error: WorkerError) -> None:
@@ -569,8 +569,10 @@ class Launcher:
         if self._frontend is not None:
             assert self._frontend_watch is not None
             self._frontend_watch.close()
-            if self._frontend_monitor is not None:
-                self._frontend_monitor.cancel()
+            monitor = self._frontend_monitor
+            if monitor is not None and monitor in self._monitors:
+                self._monitors.remove(monitor)
+                monitor.cancel()
             self._frontend.drain()
 
     async def _unregistering(self) -> None:
