@@ -7,6 +7,8 @@ CONTROL_FD = "DYNAMO_WORKER_CONTROL_FD"
 #: Environment variable that names the worker's private directory, which the supervisor removes; it also marks every
 #: process that descends from the worker.
 RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
+#: Where Dynamo's ``file`` discovery backend keeps its files unless ``DYN_FILE_KV`` says otherwise.
+DEFAULT_FILE_KV = "/tmp/dynamo_store_kv"  # noqa: S108 - Dynamo's choice
 #: Seconds at the very end of the termination grace period that belong to the supervisor: kill, reap, clean up.
 KILL_RESERVE = 2.0
 #: Seconds for everything after a second signal.

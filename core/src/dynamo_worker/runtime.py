@@ -13,11 +13,13 @@ from urllib.parse import urlsplit
 from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 from dynamo.runtime import DistributedRuntime, Endpoint
 
+from dynamo_worker.contract import DEFAULT_FILE_KV
 from dynamo_worker.errors import StartError, UsageError, describe
 from dynamo_worker.listening import listening_sockets
 from dynamo_worker.logs import get_logger
 from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
+from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses, etcd_endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +32,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Where the runtime looks when the variable is not set.
-_DEFAULT_ETCD = "http://localhost:2379"
+#: Where the runtime looks when ``NATS_SERVER`` is not set.
 _DEFAULT_NATS = "nats://localhost:4222"
-_DEFAULT_FILE_KV = "/tmp/dynamo_store_kv"  # noqa: S108 - Dynamo's choice
 #: How long one attempt to connect to a server may take, in seconds.
 _CONNECT_SECONDS = 2.0
 #: The runtime's own way of ending endpoints must never outlast ours; it is only asked once nothing is in flight.
@@ -120,13 +120,8 @@ class Runtime:
         if run_dir is None:
             return
         backend = self._settings.discovery_backend
-        where: dict[str, Any] = {}
-        if backend == "file":
-            where["root"] = os.environ["DYN_FILE_KV"]
-        elif backend == "etcd":
-            where["endpoints"] = _addresses("ETCD_ENDPOINTS", _DEFAULT_ETCD)
-            where["lease"] = self.worker_id
-        ledger.record_registration(run_dir, backend, f"{self.worker_id:x}", **where)
+        root = os.environ["DYN_FILE_KV"] if backend == "file" else None
+        ledger.record_registration(run_dir, backend, self.worker_id, root=root)
 
     def serve(self, spec: EndpointSpec, handler: Handler) -> asyncio.Task[None]:
         """Serve one endpoint and return the task that ends when the runtime has shut down."""
@@ -189,7 +184,7 @@ class Runtime:
         if self._settings.discovery_backend == "file":
             store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
         elif self._settings.discovery_backend == "etcd":
-            store = EtcdStore(_addresses("ETCD_ENDPOINTS", _DEFAULT_ETCD), self.worker_id)
+            store = EtcdStore(etcd_endpoints(), self.worker_id)
         if store is not None:
             self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
         return self._registration
@@ -302,7 +297,7 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> N
 
 def writable_directory(path: Path | None) -> Path:
     """Return the directory of the file backend, created if it is missing."""
-    directory = path or Path(os.environ.get("DYN_FILE_KV") or _DEFAULT_FILE_KV)
+    directory = path or Path(os.environ.get("DYN_FILE_KV") or DEFAULT_FILE_KV)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -312,11 +307,6 @@ def writable_directory(path: Path | None) -> Path:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UsageError(f"the discovery directory {directory} is not writable", hint="see --discovery-path")
     return directory
-
-
-def _addresses(variable: str, default: str) -> list[str]:
-    text = os.environ.get(variable, "").strip(", ") or default
-    return [address.strip() for address in text.split(",") if address.strip()]
 
 
 def _host_and_port(address: str, variable: str, default: str) -> tuple[str, int]:
@@ -335,11 +325,11 @@ async def _wait_for_servers(settings: WorkerSettings) -> None:
     """Wait until the servers the runtime needs accept connections: it would itself block the event loop for 120 s."""
     needed: list[tuple[str, str, str]] = []
     if settings.discovery_backend == "etcd":
-        needed.append(("etcd", "ETCD_ENDPOINTS", _DEFAULT_ETCD))
+        needed.append(("etcd", "ETCD_ENDPOINTS", DEFAULT_ETCD))
     if "nats" in (settings.request_plane, settings.event_plane):
         needed.append(("NATS", "NATS_SERVER", _DEFAULT_NATS))
     for name, variable, default in needed:
-        servers = {address: _host_and_port(address, variable, default) for address in _addresses(variable, default)}
+        servers = {address: _host_and_port(address, variable, default) for address in addresses(variable, default)}
         await _wait_for_server(name, variable, servers, settings.discovery_timeout)
 
 

@@ -16,6 +16,8 @@ from dynamo_worker.supervisor import discovery
 from .conftest import wait_until
 
 INSTANCE = "4ec5c2a6e8130c29"
+LEASE = int(INSTANCE, 16)
+ENTRY = {"backend": "etcd", "instance": INSTANCE}
 
 
 def soon() -> float:
@@ -42,11 +44,34 @@ class TestFile:
         entry = {"backend": "file", "root": str(tmp_path / "missing"), "instance": INSTANCE}
         assert discovery.withdraw(entry, soon()) == "file: 0 files removed"
 
-    def test_an_id_that_would_match_anything(self, tmp_path):
-        (tmp_path / "abc").touch()
-        outcome = discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": "a"}, soon())
-        assert "failed" in outcome
-        assert (tmp_path / "abc").exists()
+    @pytest.mark.parametrize("instance", ["a", "", "report-2026", ".*", "4EC5C2A6E8130C29", 7])
+    def test_an_id_that_would_match_anything(self, tmp_path, instance):
+        (tmp_path / "abc-report-2026-7").touch()
+        outcome = discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": instance}, soon())
+        assert "is no instance id" in outcome
+        assert (tmp_path / "abc-report-2026-7").exists()
+
+    @pytest.mark.parametrize("name", [f"{INSTANCE}0", f"0{INSTANCE}", f"x%2FA{INSTANCE}", f"{INSTANCE}abcdef"])
+    def test_a_longer_number_is_another_one(self, tmp_path, name):
+        """Such as the name of an object in a store of contents."""
+        (tmp_path / name).touch()
+        discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": INSTANCE}, soon())
+        assert (tmp_path / name).exists()
+
+    def test_only_in_the_discovery_directory(self, tmp_path):
+        """What a dead worker has recorded may be forged."""
+        ours, elsewhere, link = tmp_path / "kv", tmp_path / "elsewhere", tmp_path / "link"
+        for directory in (ours, elsewhere):
+            directory.mkdir()
+            (directory / INSTANCE).touch()
+        (ours / "v1").symlink_to(elsewhere)
+        link.symlink_to(ours)
+        entry = {"backend": "file", "root": str(elsewhere), "instance": INSTANCE}
+        assert discovery.withdraw(entry, soon(), str(ours)) == (
+            f"file: left to expire: {elsewhere} is not the discovery directory of this worker"
+        )
+        assert discovery.withdraw({**entry, "root": str(link)}, soon(), str(ours)) == "file: 1 files removed"
+        assert [path.parent for path in tmp_path.rglob(INSTANCE)] == [elsewhere]
 
     def test_incomplete_entry(self):
         assert discovery.withdraw({"backend": "file"}, soon()).startswith("file: failed: KeyError")
@@ -115,19 +140,30 @@ def keys(url: str, token: str | None = None) -> dict[str, object]:
 
 
 class TestEtcd:
-    def test_the_lease_goes_with_all_its_keys(self, etcd):
-        lease = int(INSTANCE, 16)
-        lease_with_key(etcd, lease)
-        entry = {"backend": "etcd", "endpoints": ["http://127.0.0.1:1", etcd], "instance": INSTANCE}
-        assert discovery.withdraw(entry, soon()) == "etcd: lease revoked"
+    def test_the_lease_goes_with_all_its_keys(self, etcd, monkeypatch):
+        lease_with_key(etcd, LEASE)
+        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:1, {etcd}")
+        assert discovery.withdraw(ENTRY, soon()) == "etcd: lease revoked"
         assert int(keys(etcd)["count"]) == 0
-        assert discovery.withdraw(entry, soon()) == "etcd: lease already gone"
+        assert discovery.withdraw(ENTRY, soon()) == "etcd: lease already gone"
 
-    def test_lease_other_than_the_instance_and_address_without_scheme(self, etcd):
-        lease_with_key(etcd, 4711)
-        address = etcd.removeprefix("http://")
-        entry = {"backend": "etcd", "endpoints": [address], "instance": INSTANCE, "lease": 4711}
-        assert discovery.withdraw(entry, soon()) == "etcd: lease revoked"
+    def test_an_address_without_scheme(self, etcd, monkeypatch):
+        lease_with_key(etcd, LEASE)
+        monkeypatch.setenv("ETCD_ENDPOINTS", etcd.removeprefix("http://"))
+        assert discovery.withdraw(ENTRY, soon()) == "etcd: lease revoked"
+
+    def test_a_recorded_address_gets_no_password(self, monkeypatch):
+        """Somebody may have forged the record: our own environment says where etcd is, and the id which lease."""
+        monkeypatch.setenv("ETCD_AUTH_USERNAME", "root")
+        monkeypatch.setenv("ETCD_AUTH_PASSWORD", "secret")
+        monkeypatch.setenv("ETCD_ENDPOINTS", "http://127.0.0.1:1")
+        with socket.create_server(("127.0.0.1", 0)) as trap:
+            trap.settimeout(0.2)
+            endpoint = f"http://127.0.0.1:{trap.getsockname()[1]}"
+            outcome = discovery.withdraw({**ENTRY, "endpoints": [endpoint], "lease": 4711}, time.monotonic() + 1)
+            assert outcome.startswith("etcd: failed")
+            with pytest.raises(TimeoutError):
+                trap.accept()
 
     def test_with_a_password(self, etcd, monkeypatch):
         post(etcd, "/v3/auth/user/add", {"name": "root", "password": "secret"})
@@ -135,30 +171,29 @@ class TestEtcd:
         post(etcd, "/v3/auth/user/grant", {"user": "root", "role": "root"})
         post(etcd, "/v3/auth/enable", {})
         token = str(post(etcd, "/v3/auth/authenticate", {"name": "root", "password": "secret"})["token"])
-        lease_with_key(etcd, 4711, token)
-        entry = {"backend": "etcd", "endpoints": [etcd], "instance": INSTANCE, "lease": 4711}
+        lease_with_key(etcd, LEASE, token)
+        monkeypatch.setenv("ETCD_ENDPOINTS", etcd)
         monkeypatch.setenv("ETCD_AUTH_USERNAME", "root")
         monkeypatch.setenv("ETCD_AUTH_PASSWORD", "wrong")
-        assert "authentication failed" in discovery.withdraw(entry, soon())
+        assert "authentication failed" in discovery.withdraw(ENTRY, soon())
         monkeypatch.setenv("ETCD_AUTH_PASSWORD", "secret")
-        assert discovery.withdraw(entry, soon()) == "etcd: lease revoked"
+        assert discovery.withdraw(ENTRY, soon()) == "etcd: lease revoked"
         assert int(keys(etcd, token)["count"]) == 0
 
-    def test_nobody_there(self):
-        entry = {"backend": "etcd", "endpoints": ["http://127.0.0.1:1"], "instance": INSTANCE}
-        assert "Connection refused" in discovery.withdraw(entry, soon())
+    def test_nobody_there(self, monkeypatch):
+        monkeypatch.setenv("ETCD_ENDPOINTS", "http://127.0.0.1:1")
+        assert "Connection refused" in discovery.withdraw(ENTRY, soon())
 
-    def test_a_server_that_does_not_answer(self):
+    def test_a_server_that_does_not_answer(self, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            monkeypatch.setenv("ETCD_ENDPOINTS", f"{endpoint},{endpoint}")
             started = time.monotonic()
-            outcome = discovery.withdraw(
-                {"backend": "etcd", "endpoints": [endpoint, endpoint], "instance": INSTANCE}, time.monotonic() + 0.3
-            )
+            outcome = discovery.withdraw(ENTRY, time.monotonic() + 0.3)
             assert "timed out" in outcome
             assert time.monotonic() - started < 2.0
 
-    def test_something_else_at_that_address(self):
+    def test_something_else_at_that_address(self, monkeypatch):
         """An answer that is not etcd's is a failure with what it said."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             pid = os.fork()
@@ -167,19 +202,16 @@ class TestEtcd:
                 connection.recv(4096)
                 connection.sendall(b"HTTP/1.0 404 Not Found\r\n\r\n<html>nope</html>")
                 os._exit(0)
-            entry = {
-                "backend": "etcd",
-                "endpoints": [f"http://127.0.0.1:{server.getsockname()[1]}"],
-                "instance": INSTANCE,
-            }
-            outcome = discovery.withdraw(entry, soon())
+            monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{server.getsockname()[1]}")
+            outcome = discovery.withdraw(ENTRY, soon())
             os.waitpid(pid, 0)
         assert "failed" in outcome
         assert "nope" in outcome
 
     def test_end_to_end(self, etcd, supervised, measured):
-        lease_with_key(etcd, 4711)
-        supervised.start(f"register-etcd={etcd}#4711", "state=SERVING", "arrived", "hang")
+        lease_with_key(etcd, LEASE)
+        supervised.environment["ETCD_ENDPOINTS"] = etcd
+        supervised.start(f"register-etcd={INSTANCE}", "state=SERVING", "arrived", "hang")
         started = time.monotonic()
         os.kill(supervised.worker, 9)
         measured("kill -9 of the worker: lease revoked", wait_until(lambda: not int(keys(etcd)["count"])), 0.5)

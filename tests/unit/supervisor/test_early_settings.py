@@ -56,6 +56,14 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path, monke
     assert EarlySettings([*argv, "--termination-grace-period=3"]).get("termination_grace_period", "") == "3"
 
 
+def test_a_variable_with_a_name_of_its_own(tmp_path, monkeypatch):
+    argv = ["--config", written(tmp_path, "discovery_path: /file\n")]
+    monkeypatch.delenv("DYN_FILE_KV", raising=False)
+    assert EarlySettings(argv).get("discovery_path", "", variable="DYN_FILE_KV") == "/file"
+    monkeypatch.setenv("DYN_FILE_KV", "/variable")
+    assert EarlySettings(argv).get("discovery_path", "", variable="DYN_FILE_KV") == "/variable"
+
+
 @pytest.mark.parametrize("name", ["", "missing.yaml", ".", "pipe", "binary", "with\0zero"])
 def test_what_cannot_be_read_is_left_to_the_worker(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")  # as in `--config <(...)`: it can be read only once, and perhaps never

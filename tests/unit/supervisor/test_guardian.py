@@ -37,6 +37,7 @@ INSTANCE = "4ec5c2a6e8130c29"
 def hurt(supervised):
     """A worker with every kind of descendant, registered with file discovery; returns the discovery directory."""
     root = supervised.base / "discovery"
+    supervised.environment["DYN_FILE_KV"] = str(root)
     supervised.start(f"register-file={root}:{INSTANCE}", *TREE, SERVING, "arrived", "hang")
     assert len(supervised.tree()) > 10
     assert len(supervised.segments()) == 9
@@ -343,6 +344,19 @@ class TestBothAreKilled:
         supervised.start("exit=4")
         supervised.gone()
 
+    def test_a_registration_elsewhere_is_left_to_expire(self, supervised):
+        """What a dead worker has recorded may be forged; only our own discovery directory is ours to clean."""
+        root = supervised.base / "elsewhere"
+        supervised.start(f"register-file={root}:{INSTANCE}", SERVING, "arrived", "hang")
+        self.kill_both(supervised)
+        supervised.environment["DYN_FILE_KV"] = str(supervised.base / "ours")
+        supervised.start(SERVING, "arrived", "obey=0")
+        wait_until(lambda: "Cleaned up behind an earlier worker" in supervised.text)
+        assert f"{root} is not the discovery directory of this worker" in supervised.text
+        assert registered(root)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.wait() == 0
+
     def test_nobody_reads_the_log_of_the_sweep(self, supervised, hurt):
         """It goes on with the next directory when its log is a broken pipe."""
         self.kill_both(supervised)
@@ -372,7 +386,7 @@ class TestBothAreKilled:
                     pass
             except BlockingIOError:
                 log.info("waits")
-            sweep.sweep_in_background(own, log)
+            sweep.sweep_in_background(own, os.environ["DYN_FILE_KV"], log)
             own.remove(1e12)
             while os.path.exists(sys.argv[1]):
                 time.sleep(0.01)
@@ -460,8 +474,8 @@ class TestNoMoreProcesses:
     def test_a_discovery_server_that_does_not_answer(self, supervised, no_more_processes):
         """Asked without a process of its own, it still cannot hold the cleaning up."""
         with socket.create_server(("127.0.0.1", 0)) as deaf:
-            url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-            supervised.start(f"register-etcd={url}#77", "child=stubborn.py", SERVING, "arrived", "hang")
+            supervised.environment["ETCD_ENDPOINTS"] = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            supervised.start("register-etcd=4ec5c2a6e8130c29", "child=stubborn.py", SERVING, "arrived", "hang")
             no_more_processes()
             started = time.monotonic()
             os.kill(supervised.worker, signal.SIGKILL)
@@ -658,7 +672,8 @@ class TestCleanEnd:
     def test_signals_while_cleaning_do_not_change_the_verdict(self, supervised):
         """A discovery server that does not answer keeps the cleaning busy; a second signal leaves it behind."""
         with socket.create_server(("127.0.0.1", 0)) as deaf:
-            supervised.start(f"register-etcd=http://127.0.0.1:{deaf.getsockname()[1]}#77", SERVING, "arrived", "hang")
+            supervised.environment["ETCD_ENDPOINTS"] = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            supervised.start("register-etcd=4ec5c2a6e8130c29", SERVING, "arrived", "hang")
             worker = supervised.worker
             os.kill(worker, signal.SIGKILL)
             wait_until(lambda: state_of(worker) is None)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+
+import pytest
 
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.linux import Process
@@ -8,15 +11,10 @@ from dynamo_worker.supervisor.linux import Process
 
 def test_registrations_come_back(tmp_path):
     ledger.record_registration(tmp_path, "file", 0x4EC5C2A6E8130C29, root=tmp_path / "kv")
-    ledger.record_registration(tmp_path, "etcd", 5676156927484300329, endpoints=["http://127.0.0.1:2379"])
+    ledger.record_registration(tmp_path, "etcd", 5676156927484300329)
     assert ledger.registrations(tmp_path) == [
         {"kind": "registration", "backend": "file", "instance": "4ec5c2a6e8130c29", "root": str(tmp_path / "kv")},
-        {
-            "kind": "registration",
-            "backend": "etcd",
-            "instance": "4ec5c2a6e8130c29",
-            "endpoints": ["http://127.0.0.1:2379"],
-        },
+        {"kind": "registration", "backend": "etcd", "instance": "4ec5c2a6e8130c29"},
     ]
 
 
@@ -68,3 +66,57 @@ def test_the_frontend_comes_back_and_is_no_registration(tmp_path):
     with (tmp_path / "ledger.jsonl").open("ab") as file:
         file.write(b'{"kind":"frontend","pid":"x","start":1,"seconds":1}\n')
     assert ledger.frontend(tmp_path) is None
+
+
+@pytest.mark.parametrize("forged", ["link", "hard link", "others may write", "fifo", "directory"])
+def test_what_somebody_else_may_have_written_is_not_believed(tmp_path, forged):
+    path = tmp_path / "run" / "ledger.jsonl"
+    path.parent.mkdir()
+    text = '{"kind":"registration","backend":"file","instance":"4ec5c2a6e8130c29","root":"/"}\n'
+    (tmp_path / "file").write_text(text)
+    if forged == "link":
+        path.symlink_to(tmp_path / "file")
+    elif forged == "hard link":
+        path.hardlink_to(tmp_path / "file")
+    elif forged == "others may write":
+        path.write_text(text)
+        path.chmod(0o620)
+    elif forged == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert ledger.registrations(path.parent) == []
+
+
+def test_of_another_user(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can make one")
+    ledger.write_segments(tmp_path, [("a", 1)])
+    os.chown(tmp_path / "segments.json", 12345, 12345)
+    assert ledger.read_segments(tmp_path) == []
+
+
+def test_records_go_where_the_descriptor_leads(tmp_path):
+    """Somebody has put a link in the place of the directory."""
+    directory, victim = tmp_path / "dw", tmp_path / "victim"
+    directory.mkdir()
+    victim.mkdir()
+    descriptor = os.open(directory, os.O_RDONLY)
+    directory.rename(tmp_path / "moved")
+    directory.symlink_to(victim)
+    ledger.write_segments(descriptor, [("a", 1)])
+    assert ledger.read_segments(descriptor) == [("a", 1)]
+    os.close(descriptor)
+    with pytest.raises(OSError, match=r"Not a directory|Too many levels"):
+        ledger.write_segments(directory, [("b", 1)])
+    assert os.listdir(victim) == []
+
+
+def test_nobody_else_can_read_or_write_them(tmp_path):
+    mask = os.umask(0)
+    try:
+        ledger.write_segments(tmp_path, [("a", 1)])
+        ledger.record_frontend(tmp_path, Process(1, 1), 1.0)
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}

@@ -127,6 +127,113 @@ def test_a_disk_that_is_nearly_full(place, monkeypatch, options):
         subprocess.run(["umount", place], check=True)
 
 
+class TestOthers:
+    """Whoever could put something in the directory's place must not be able to."""
+
+    @pytest.mark.parametrize("mode", [0o777, 0o2777, 0o770])
+    def test_a_place_of_ours_where_others_may_write(self, place, mode):
+        """Such as the volume `emptyDir` of Kubernetes for root."""
+        place.chmod(mode)
+        directory = RunDirectory.create()
+        assert place.stat().st_mode & 0o7777 == mode | 0o1000
+        assert directory.base == str(place)
+        assert directory.trouble == [f"{place}: others may write there; the sticky bit was set"]
+        directory.remove(later())
+        directory.close()
+
+    def test_a_place_below_one_where_others_may_write(self, place, monkeypatch):
+        below = place / "below"
+        below.mkdir()
+        place.chmod(0o777)
+        monkeypatch.setenv("TMPDIR", str(below))
+        directory = RunDirectory.create()
+        assert directory.base == "/tmp"
+        (problem,) = directory.trouble
+        assert problem.startswith(f"{below}: others may write in it or in a directory above it, which has no sticky")
+        assert place.stat().st_mode & 0o7777 == 0o777  # nobody asked us to change that one
+        directory.remove(later())
+        directory.close()
+
+    def test_a_place_of_another_user(self, place):
+        if os.geteuid() != 0:
+            pytest.skip("only root can make one")
+        os.chown(place, 12345, 12345)
+        place.chmod(0o1777)  # its owner may rename what is in it all the same
+        directory = RunDirectory.create()
+        assert directory.base == "/tmp"
+        assert directory.trouble == [f"{place}: it or a directory above it belongs to another user (12345)"]
+        directory.remove(later())
+        directory.close()
+
+    def test_roots_place_without_the_sticky_bit(self, place, monkeypatch):
+        """Such as `emptyDir` for everybody else: only its owner could set it."""
+        if os.geteuid() != 0:
+            pytest.skip("only root can make one")
+        place.chmod(0o777)
+        monkeypatch.setattr(run_directory, "_USUAL_PLACES", ())
+        code = """if True:
+            import os
+            from dynamo_worker.supervisor import run_directory
+            run_directory._USUAL_PLACES = ()
+            os.setgid(12345); os.setuid(12345)
+            try:
+                run_directory.RunDirectory.create()
+            except PermissionError as error:
+                print(error.strerror)
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.startswith(f"{place}: others may write in it or"), done.stderr
+        assert "(chmod +t)" in done.stdout
+        assert os.listdir(place) == []
+
+    def test_another_user_cannot_put_a_link_in_its_place(self, place):
+        if os.geteuid() != 0:
+            pytest.skip("needs a second user")
+        victim = place / "victim"
+        victim.mkdir()
+        (victim / "precious").touch()
+        place.chmod(0o777)
+        directory = RunDirectory.create()
+        code = """if True:
+            import os, sys
+            os.setgid(12345); os.setuid(12345)
+            try:
+                os.rename(sys.argv[1], sys.argv[1] + "x")
+                os.symlink(sys.argv[2], sys.argv[1])
+            except PermissionError:
+                print("no")
+        """
+        done = subprocess.run([sys.executable, "-c", code, directory.path, str(victim)], capture_output=True, text=True)
+        assert done.stdout == "no\n", done.stderr
+        assert directory.remove(later()) == []
+        assert sorted(os.listdir(place)) == ["victim"]
+        directory.close()
+
+    def test_a_link_in_its_place_is_left_alone(self, place):
+        """As who owns both could make one."""
+        directory = RunDirectory.create()
+        victim = place / "victim"
+        (victim / "tmp").mkdir(parents=True)
+        os.rename(directory.path, place / "moved")
+        os.symlink(victim, directory.path)
+        assert directory.remove(later()) == [f"{directory.path}: Not a directory"]
+        assert (victim / "tmp").exists()
+        assert os.listdir(place / "moved") == []
+        directory.close()
+
+    def test_in_a_user_namespace_that_does_not_know_root(self, place, monkeypatch):
+        """As in a container of Apptainer: all that is root's belongs to nobody there."""
+        if os.geteuid() != 0:
+            pytest.skip("only root can make such a place")
+        os.chown(place, 12345, 12345)
+        place.chmod(0o1777)
+        monkeypatch.setattr(linux, "unmapped_user", lambda: 12345)
+        directory = RunDirectory.create()
+        assert directory.base == str(place)
+        directory.remove(later())
+        directory.close()
+
+
 class TestUnixSockets:
     """Their paths have 107 bytes, and engines make some in the worker's TMPDIR."""
 
@@ -329,6 +436,15 @@ class TestTakeOver:
         assert os.listdir(place) == ([] if content in ("", "tmp") else [path.name])
         assert path.joinpath(content).exists() == (content not in ("", "tmp"))
 
+    @pytest.mark.parametrize("what", ["", "owner"])
+    def test_one_that_others_may_write(self, place, what):
+        directory = RunDirectory.create()
+        directory.record_owners([Process(999999999, 1)])
+        directory.close()
+        os.chmod(os.path.join(directory.path, what), 0o770)
+        assert RunDirectory.take_over(directory.path) is None
+        assert os.path.isdir(directory.temporary)
+
     def test_of_another_user(self, place):
         if os.geteuid() != 0:
             pytest.skip("only root can make one")
@@ -344,7 +460,7 @@ def test_read_only_directories_as_an_ordinary_user(monkeypatch):
     if os.geteuid() != 0:
         pytest.skip("needs to change users")
     place = tempfile.mkdtemp()  # pytest's own are closed to others
-    os.chmod(place, 0o777)
+    os.chmod(place, 0o1777)
     monkeypatch.setenv("TMPDIR", place)
     code = """if True:
         import os, sys, time

@@ -39,11 +39,13 @@ class Withdrawal:
     """Takes the recorded registrations back, in a process of its own, while the caller goes on.
 
     :param registrations: entries of the ledger.
+    :param discovery_root: see ``discovery.withdraw``.
     """
 
-    def __init__(self, registrations: list[dict[str, Any]], log: Log) -> None:
+    def __init__(self, registrations: list[dict[str, Any]], log: Log, discovery_root: str | None = None) -> None:
         self._registrations = registrations
         self._log = log
+        self._discovery_root = discovery_root
         self._helper: Helper | None = None
         self._outcomes: str | None = None
         if registrations:
@@ -84,7 +86,8 @@ class Withdrawal:
 
     def _withdraw(self) -> str:
         deadline = time.monotonic() + _WITHDRAWAL_LIMIT
-        return json.dumps([discovery.withdraw(registration, deadline) for registration in self._registrations])
+        root = self._discovery_root
+        return json.dumps([discovery.withdraw(registration, deadline, root) for registration in self._registrations])
 
 
 class Cleanup:
@@ -98,6 +101,8 @@ class Cleanup:
         stuck in a driver. Then everything is killed alike, and shared memory is left to the next start.
     :param worker: pid of the worker if it was killed: it may have held GPU memory itself.
     :param patient: whether the frontend beside the worker gets time for the streams that it carries.
+    :param discovery_root: of the directory of an earlier worker, which somebody may have forged: the one directory in
+        which registrations are taken back, see ``discovery.withdraw``.
     """
 
     def __init__(
@@ -113,6 +118,7 @@ class Cleanup:
         worker: int | None = None,
         rough: bool = False,
         patient: bool = True,
+        discovery_root: str | None = None,
     ) -> None:
         self._run_directory = run_directory
         self._find = find
@@ -123,6 +129,7 @@ class Cleanup:
         self._worker = worker
         self._rough = rough
         self._patient = patient
+        self._discovery_root = discovery_root
         self._frontend: Frontend | None = None
         self._killing = process_tree.Killing(self._find_rest, reap, wait, spare_trackers=not rough)
         self._found: dict[str, int] = {}
@@ -167,11 +174,12 @@ class Cleanup:
 
     def _begin_withdrawal(self) -> None:
         if self._withdrawal is None:
-            self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.path), self._log)
+            recorded = ledger.registrations(self._run_directory.descriptor)
+            self._withdrawal = Withdrawal(recorded, self._log, self._discovery_root)
 
     def _ask_frontend(self) -> None:
         """Have the frontend end with its last stream, and leave it out of what is killed."""
-        self._frontend = Frontend.of(self._run_directory.path) if self._patient else None
+        self._frontend = Frontend.of(self._run_directory.descriptor) if self._patient else None
 
     def _wait_for_frontend(self) -> None:
         """Give the frontend its time, now that everything else is free again."""
@@ -184,7 +192,7 @@ class Cleanup:
     def _look_for_segments(self) -> None:
         """Find out which shared memory the tree uses, while there is a tree."""
         recorded = self._segments.recorded if self._segments is not None else None
-        self._found.update(ledger.read_segments(self._run_directory.path) if recorded is None else recorded)
+        self._found.update(ledger.read_segments(self._run_directory.descriptor) if recorded is None else recorded)
         if not self._rough:
             self._found.update(shared_memory.in_use(self._killing.freeze(), self._run_directory.made_at))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from typing import Any
 
@@ -12,43 +13,75 @@ _ETCD_TIMEOUT = 1.5
 #: Most bytes of one answer: a value of etcd's default limit (1.5 MiB), in base64, and more.
 _MOST_BYTES = 4 << 20
 
+#: Where the runtime looks when ``ETCD_ENDPOINTS`` is not set.
+DEFAULT_ETCD = "http://localhost:2379"
 
-def withdraw(registration: dict[str, Any], deadline: float) -> str:
+#: 64 bits in hexadecimal digits, drawn at random: shorter ones could be part of other names.
+_INSTANCE = re.compile(r"[0-9a-f]{8,16}")
+
+
+def etcd_endpoints() -> list[str]:
+    """Return etcd's addresses, as the environment has them: a password of ours goes to no others."""
+    return addresses("ETCD_ENDPOINTS", DEFAULT_ETCD)
+
+
+def addresses(variable: str, default: str) -> list[str]:
+    """Return the addresses that a variable of the environment lists, separated by commas."""
+    text = os.environ.get(variable, "").strip(", ") or default
+    return [address.strip() for address in text.split(",") if address.strip()]
+
+
+def withdraw(registration: dict[str, Any], deadline: float, root: str | None = None) -> str:
     """Withdraw one recorded registration and say in words what was done. Blocks; raises nothing.
 
     :param registration: an entry of the ledger.
     :param deadline: when to give up (monotonic).
+    :param root: the one directory of the ``file`` backend in which files may be removed; any if nobody but our own
+        worker can have recorded it.
     """
     backend = registration.get("backend")
     try:
         if backend == "file":
-            return _withdraw_file(str(registration["root"]), str(registration["instance"]))
+            recorded = str(registration["root"])
+            if root is not None and os.path.realpath(recorded) != os.path.realpath(root):
+                return f"file: left to expire: {recorded} is not the discovery directory of this worker"
+            return _withdraw_file(recorded, _instance(registration))
         if backend == "etcd":
-            return _withdraw_etcd(registration, deadline)
+            return _withdraw_etcd(int(_instance(registration), 16), deadline)
     except Exception as error:  # whatever it is, the other registrations and the rest of the cleaning go on
         return f"{backend}: failed: {type(error).__name__}: {error}"
     return f"{backend}: nothing to withdraw from outside"
 
 
+def _instance(registration: dict[str, Any]) -> str:
+    """Return the recorded instance id.
+
+    :raises ValueError: it is none that the runtime gives.
+    """
+    instance = str(registration["instance"])
+    if not _INSTANCE.fullmatch(instance):
+        raise ValueError(f"{instance[:40]!r} is no instance id")
+    return instance
+
+
 def _withdraw_file(root: str, instance: str) -> str:
-    """Unlink every file below ``root`` whose name contains the instance id; routers notice within milliseconds."""
-    if len(instance) < 8:
-        raise ValueError(f"instance id {instance!r} is too short to search for")
+    """Unlink every file below ``root`` with the instance id in its name; routers notice within milliseconds."""
+    # As a whole: names have it after an escaped slash, `%2F`.
+    named = re.compile(rf"(?:^|%[0-9A-Fa-f]{{2}}|[^0-9A-Fa-f]){instance}(?![0-9a-f])")
     removed = 0
-    for directory, _, names in os.walk(root):
-        for name in names:
-            if instance in name:
+    with contextlib.suppress(FileNotFoundError):  # no such directory: nobody has registered there
+        for _, _, names, directory in os.fwalk(os.path.realpath(root)):
+            for name in filter(named.search, names):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(directory, name))
+                    os.unlink(name, dir_fd=directory)
                     removed += 1
     return f"file: {removed} files removed"
 
 
-def _withdraw_etcd(registration: dict[str, Any], deadline: float) -> str:
+def _withdraw_etcd(lease: int, deadline: float) -> str:
     """Revoke the lease, which removes all of the worker's keys at once; the first endpoint that answers decides."""
-    lease = int(registration["lease"]) if "lease" in registration else int(str(registration["instance"]), 16)
     failures = []
-    for endpoint in registration["endpoints"]:
+    for endpoint in etcd_endpoints():
         timeout = min(_ETCD_TIMEOUT, deadline - time.monotonic())
         if timeout <= 0:
             failures.append("no time left")
@@ -57,7 +90,7 @@ def _withdraw_etcd(registration: dict[str, Any], deadline: float) -> str:
             return _revoke(str(endpoint), lease, timeout)
         except Exception as error:
             failures.append(f"{endpoint}: {error}")
-    raise OSError("; ".join(failures) or "no endpoint recorded")
+    raise OSError("; ".join(failures))
 
 
 def etcd_headers(endpoint: str, timeout: float) -> dict[str, str]:

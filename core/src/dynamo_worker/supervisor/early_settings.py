@@ -28,11 +28,14 @@ class EarlySettings:
         self._file = ""
         self._file = _beginning_of(self.get("config", ""))
 
-    def get(self, name: str, default: str) -> str:
-        """Return a setting as it was written."""
+    def get(self, name: str, default: str, *, variable: str = "") -> str:
+        """Return a setting as it was written.
+
+        :param variable: of the environment, if it is not named like all others.
+        """
         flag = "--" + name.replace("_", "-")
         line = re.search(rf"^{name}[ \t]*:[ \t]+(['\"]?)(.+?)\1[ \t]*(?:[ \t]#.*)?$", self._file, re.MULTILINE)
-        value = os.environ.get(f"DYN_WORKER_{name.upper()}") or (line[2] if line else default)
+        value = os.environ.get(variable or f"DYN_WORKER_{name.upper()}") or (line[2] if line else default)
         for index, argument in enumerate(self._argv):
             if argument == flag and index + 1 < len(self._argv):
                 value = self._argv[index + 1]

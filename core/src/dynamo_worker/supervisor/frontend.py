@@ -32,7 +32,7 @@ def failure(code: int) -> str | None:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def report_end(run_dir: str, pid: int, code: int, log: Log) -> str | None:
+def report_end(run_dir: ledger.RunDir, pid: int, code: int, log: Log) -> str | None:
     """Log that the frontend beside the worker has failed, if that is the child that has ended; return how, or None."""
     how = failure(code)
     recorded = ledger.frontend(run_dir) if how is not None else None
@@ -56,7 +56,7 @@ class Frontend:
         linux.send_signal(process, signal.SIGTERM)
 
     @classmethod
-    def of(cls, run_dir: str) -> Frontend | None:
+    def of(cls, run_dir: ledger.RunDir) -> Frontend | None:
         """Ask the frontend that a run directory records to end, if there is one."""
         recorded = ledger.frontend(run_dir)
         return cls(*recorded) if recorded is not None and linux.is_alive(recorded[0]) else None

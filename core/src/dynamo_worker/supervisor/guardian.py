@@ -77,7 +77,7 @@ class Guardian:
         self._exit_code: int | None = None
         self._withdrawal: Withdrawal | None = None
         self._segments: shared_memory.SegmentWatch | None = None
-        self._record = process_tree.TreeRecord(run_directory.path, self._tree)
+        self._record = process_tree.TreeRecord(run_directory.descriptor, self._tree)
         self._records_rest_until = 0.0
         self._cleanup: Cleanup | None = None
         self._deadline: float | None = None
@@ -147,7 +147,7 @@ class Guardian:
     def _watch_segments(self) -> None:
         try:
             self._segments = shared_memory.SegmentWatch(
-                self._run_directory.path, lambda: (process.pid for process in self._tree())
+                self._run_directory.descriptor, lambda: (process.pid for process in self._tree())
             )
         except OSError as error:
             self._log.warning("Shared memory is not watched; segments may be left", reason=error)
@@ -196,7 +196,7 @@ class Guardian:
         if self._worker is not None and pid == self._worker.pid and self._exit_code is None:
             self._exit_code = code
         elif self._frontend_failure is None and (self._cleanup is None or not self._cleanup.has_killed(pid)):
-            self._frontend_failure = frontend.report_end(self._run_directory.path, pid, code, self._log)
+            self._frontend_failure = frontend.report_end(self._run_directory.descriptor, pid, code, self._log)
 
     def _on_message(self) -> None:
         for message in self._channel.receive():
@@ -207,7 +207,7 @@ class Guardian:
                     self._cleanup.deadline = self._deadline
                     self._cleanup.frontend_deadline = self._frontend_deadline
             elif kind == "withdraw" and self._withdrawal is None:
-                self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.path), self._log)
+                self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.descriptor), self._log)
         if self._channel.closed and not self._orphaned:
             self._orphaned = True
             self._loop.remove(self._channel.socket.fileno())

@@ -2,39 +2,45 @@
 
 ``ledger.jsonl`` (registrations and the frontend, appended by the worker), ``segments.json`` (shared memory) and
 ``processes.json`` (both rewritten by the guardian) in the run directory. The worker imports this module too.
+
+Who cleans up works through a descriptor of the directory, and believes only what nobody else may have written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from typing import TYPE_CHECKING, Any
+import stat
+from typing import TYPE_CHECKING, Any, Union
 
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+#: The run directory: its path, ``$DYNAMO_WORKER_RUN_DIR``, or a descriptor of it.
+RunDir = Union[str, "os.PathLike[str]", int]
 
 _LEDGER = "ledger.jsonl"
 _SEGMENTS = "segments.json"
 _PROCESSES = "processes.json"
 
 
-def record_registration(run_dir: str | os.PathLike[str], backend: str, instance_id: int | str, **where: Any) -> None:
+def record_registration(
+    run_dir: RunDir, backend: str, instance_id: int | str, *, root: str | os.PathLike[str] | None = None
+) -> None:
     """Record a registration with a discovery service, *before* it is made.
 
-    :param run_dir: the run directory, ``$DYNAMO_WORKER_RUN_DIR``.
     :param backend: ``file``, ``etcd``, ``kubernetes`` or ``mem``.
-    :param instance_id: the Dynamo instance id, as a number or in hexadecimal digits.
-    :param where: ``root=`` of the ``file`` backend; ``endpoints=[…]`` (URLs) and, if it is not the instance id,
-        ``lease=`` of the ``etcd`` backend.
+    :param instance_id: the Dynamo instance id, as a number or in hexadecimal digits; with ``etcd`` the lease, too.
+    :param root: of the ``file`` backend.
     """
-    if "root" in where:
-        where["root"] = os.path.abspath(where["root"])
+    where = {} if root is None else {"root": os.path.abspath(root)}
     _append(run_dir, {"kind": "registration", "backend": backend, "instance": _hex(instance_id), **where})
 
 
-def registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def registrations(run_dir: RunDir) -> list[dict[str, Any]]:
     """Return the recorded registrations. A torn or foreign line is skipped."""
     found: dict[str, dict[str, Any]] = {}
     for entry in _entries(run_dir, "registration"):
@@ -43,7 +49,7 @@ def registrations(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def record_frontend(run_dir: str | os.PathLike[str], process: Process, seconds: float) -> None:
+def record_frontend(run_dir: RunDir, process: Process, seconds: float) -> None:
     """Record the frontend beside the worker.
 
     :param seconds: how long it may outlive the worker for the streams that it carries.
@@ -51,7 +57,7 @@ def record_frontend(run_dir: str | os.PathLike[str], process: Process, seconds: 
     _append(run_dir, {"kind": "frontend", "pid": process.pid, "start": process.start, "seconds": seconds})
 
 
-def frontend(run_dir: str | os.PathLike[str]) -> tuple[Process, float] | None:
+def frontend(run_dir: RunDir) -> tuple[Process, float] | None:
     """Return the recorded frontend and how long it may outlive the worker, or None if there was none."""
     entries = _entries(run_dir, "frontend")
     try:
@@ -61,11 +67,10 @@ def frontend(run_dir: str | os.PathLike[str]) -> tuple[Process, float] | None:
         return None
 
 
-def _entries(run_dir: str | os.PathLike[str], kind: str) -> list[dict[str, Any]]:
+def _entries(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
     """Return what the ledger holds of one kind. A torn or foreign line is skipped."""
     try:
-        with open(os.path.join(run_dir, _LEDGER), "rb") as file:
-            lines = file.read().split(b"\n")
+        lines = _read(run_dir, _LEDGER).split(b"\n")
     except OSError:
         return []
     entries = []
@@ -79,49 +84,79 @@ def _entries(run_dir: str | os.PathLike[str], kind: str) -> list[dict[str, Any]]
     return entries
 
 
-def write_segments(run_dir: str | os.PathLike[str], segments: Iterable[tuple[str, int]]) -> None:
+def write_segments(run_dir: RunDir, segments: Iterable[tuple[str, int]]) -> None:
     """Replace the record of shared-memory segments: names under ``/dev/shm``, each with its inode."""
     _replace(run_dir, _SEGMENTS, segments)
 
 
-def read_segments(run_dir: str | os.PathLike[str]) -> list[tuple[str, int]]:
+def read_segments(run_dir: RunDir) -> list[tuple[str, int]]:
     """Return the recorded shared-memory segments; none if there is no legible record."""
     try:
-        with open(os.path.join(run_dir, _SEGMENTS), encoding="utf-8") as file:
-            return [(str(name), int(inode)) for name, inode in json.load(file)]
+        return [(str(name), int(inode)) for name, inode in json.loads(_read(run_dir, _SEGMENTS))]
     except (OSError, ValueError, TypeError):
         return []
 
 
-def write_processes(run_dir: str | os.PathLike[str], processes: Iterable[tuple[int, int]]) -> None:
+def write_processes(run_dir: RunDir, processes: Iterable[tuple[int, int]]) -> None:
     """Replace the record of the tree's processes: pids, each with its start time."""
     _replace(run_dir, _PROCESSES, processes)
 
 
-def read_processes(run_dir: str | os.PathLike[str]) -> list[tuple[int, int]]:
+def read_processes(run_dir: RunDir) -> list[tuple[int, int]]:
     """Return the recorded processes; none if there is no legible record."""
     try:
-        with open(os.path.join(run_dir, _PROCESSES), encoding="utf-8") as file:
-            return [(int(pid), int(start)) for pid, start in json.load(file)]
+        return [(int(pid), int(start)) for pid, start in json.loads(_read(run_dir, _PROCESSES))]
     except (OSError, ValueError, TypeError):
         return []
 
 
-def _replace(run_dir: str | os.PathLike[str], name: str, entries: Iterable[tuple[Any, Any]]) -> None:
-    path = os.path.join(run_dir, name)
-    with open(path + "~", "w", encoding="utf-8") as file:
-        json.dump(list(entries), file)
-    os.replace(path + "~", path)
+@contextlib.contextmanager
+def _opened(run_dir: RunDir) -> Iterator[int]:
+    """Yield a descriptor of the run directory."""
+    if isinstance(run_dir, int):
+        yield run_dir
+        return
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(run_dir or ".", flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(run_dir: RunDir, name: str) -> bytes:
+    """Return what a file of the run directory holds.
+
+    :raises OSError: there is none, or somebody else may have written it.
+    """
+    with _opened(run_dir) as directory:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with open(os.open(name, flags, dir_fd=directory), "rb") as file:
+            status = os.fstat(file.fileno())
+            others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or others or status.st_nlink != 1:
+                raise PermissionError(f"{name} is not a file that only this user may write")
+            return file.read()
+
+
+def _replace(run_dir: RunDir, name: str, entries: Iterable[tuple[Any, Any]]) -> None:
+    with _opened(run_dir) as directory:
+        draft = name + "~"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(draft, flags, 0o600, dir_fd=directory), "w", encoding="utf-8") as file:
+            json.dump(list(entries), file)
+        os.replace(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def _hex(instance_id: int | str) -> str:
     return f"{instance_id:x}" if isinstance(instance_id, int) else instance_id.lower()
 
 
-def _append(run_dir: str | os.PathLike[str], entry: dict[str, Any]) -> None:
+def _append(run_dir: RunDir, entry: dict[str, Any]) -> None:
     """Append one line with one write, so that lines of several processes never mix."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    descriptor = os.open(os.path.join(run_dir, _LEDGER), flags, 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _opened(run_dir) as directory:
+        descriptor = os.open(_LEDGER, flags, 0o600, dir_fd=directory)
     try:
         os.write(descriptor, b"\n" + json.dumps(entry).encode() + b"\n")  # a torn line before this one ends here
     finally:

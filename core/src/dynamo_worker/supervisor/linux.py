@@ -138,6 +138,18 @@ def pid_space() -> str:
         return ""
 
 
+def unmapped_user() -> int | None:
+    """Return the uid under which a user namespace shows the users it does not know, root among them; None outside."""
+    try:
+        with open("/proc/self/uid_map", "rb", buffering=0) as file:
+            if file.read(4096).split() == [b"0", b"0", b"4294967295"]:
+                return None
+        with open("/proc/sys/kernel/overflowuid", "rb", buffering=0) as file:
+            return int(file.read(32))
+    except (OSError, ValueError):
+        return None
+
+
 def send_signal(process: Process, number: int) -> bool:
     """Signal exactly this process and never a later one with the same pid; return whether it was there."""
     try:

@@ -143,7 +143,7 @@ class TreeRecord:
     :param tree: returns the processes of our tree.
     """
 
-    def __init__(self, run_dir: str, tree: Callable[[], Iterable[Process]]) -> None:
+    def __init__(self, run_dir: ledger.RunDir, tree: Callable[[], Iterable[Process]]) -> None:
         self._run_dir = run_dir
         self._tree = tree
         self._recorded: set[Process] = set()

@@ -64,6 +64,9 @@ class RunDirectory:
     A lock on ``owner``, which both hold through the same open file, says that one of them lives. It holds across pid
     namespaces, where a pid would say nothing. A second one, on the directory, keeps systemd-tmpfiles away.
 
+    It is worked with through its descriptor, never through its path: that would lead elsewhere if somebody could put a
+    link in its place.
+
     :param base: descriptor of the directory it lies in.
     :param directory: descriptor of itself.
     :param lock: descriptor of ``owner``.
@@ -91,7 +94,7 @@ class RunDirectory:
         for place, length_counts in [(place, True) for place in places] + [(place, False) for place in places]:
             try:
                 created = cls._create_in(place, length_counts=length_counts)
-                created.trouble = _in_words(problems)
+                created.trouble[:0] = _in_words(problems)
                 return created
             except OSError as error:  # noqa: PERF203 - each place has its own trouble
                 problems.setdefault(place, error)
@@ -108,9 +111,12 @@ class RunDirectory:
         name = f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}"
         with contextlib.ExitStack() as undo:
             base = _opened(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
+            trouble = _make_safe(place, base)
             os.mkdir(name, 0o700, dir_fd=base)
             undo.callback(_quietly, os.rmdir, name, base)
             directory = _opened(os.open(name, _FLAGS, dir_fd=base), undo)
+            if not _is_private(directory):
+                raise OSError(errno.EPERM, "a directory made there is not private to this user")
             _check_room(directory)
             os.mkdir("tmp", 0o700, dir_fd=directory)
             undo.callback(_quietly, os.rmdir, "tmp", directory)
@@ -126,7 +132,9 @@ class RunDirectory:
             _write_record(lock, record)
             os.rename(_UNFINISHED, _OWNER, src_dir_fd=directory, dst_dir_fd=directory)
             undo.pop_all()
-        return cls(os.path.join(place, name), base, directory, lock, record)
+        created = cls(os.path.join(place, name), base, directory, lock, record)
+        created.trouble = trouble
+        return created
 
     @classmethod
     def take_over(cls, path: str) -> RunDirectory | None:
@@ -134,7 +142,7 @@ class RunDirectory:
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
             base = _opened(os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
             directory = _opened(os.open(os.path.basename(path), _FLAGS, dir_fd=base), undo)
-            if os.fstat(directory).st_uid != os.geteuid():
+            if not _is_private(directory):  # others may have written what it says
                 return None
             try:
                 lock = _opened(_open_owner(directory), undo)
@@ -148,6 +156,11 @@ class RunDirectory:
             undo.pop_all()
             return cls(path, base, directory, lock, record)
         return None
+
+    @property
+    def descriptor(self) -> int:
+        """The directory itself, wherever its path leads."""
+        return self._directory
 
     @property
     def base(self) -> str:
@@ -237,6 +250,51 @@ def _remove_empty(name: str, base: int, directory: int) -> None:
         _quietly(os.rmdir, name, base)
 
 
+def _make_safe(place: str, base: int) -> list[str]:
+    """Make sure that nobody else can put anything in the place of a directory that is made in ``place``.
+
+    Whoever may write in a directory, or in one above it, may rename what is in it, unless the sticky bit is set; its
+    owner may in any case. Such is TMPDIR in a pod of Kubernetes, where the volume ``emptyDir`` has mode 0777.
+
+    :param base: descriptor of ``place``.
+    :return: what was changed, in words.
+    :raises OSError: somebody else can.
+    """
+    changed = []
+    status = os.fstat(base)
+    if status.st_uid == os.geteuid() and _may_be_renamed_in(status):
+        os.chmod(f"/proc/self/fd/{base}", stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
+        changed.append(f"{place}: others may write there; the sticky bit was set")
+        status = os.fstat(base)
+    above = os.open(f"/proc/self/fd/{base}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            if status.st_uid not in (0, os.geteuid(), linux.unmapped_user()):
+                raise OSError(errno.EPERM, f"it or a directory above it belongs to another user ({status.st_uid})")
+            if _may_be_renamed_in(status):
+                words = "others may write in it or in a directory above it, which has no sticky bit (chmod +t)"
+                raise OSError(errno.EPERM, words)
+            parent = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
+            os.close(above)
+            above = parent
+            last, status = status, os.fstat(above)
+            if os.path.samestat(last, status):
+                return changed
+    finally:
+        os.close(above)
+
+
+def _may_be_renamed_in(status: os.stat_result) -> bool:
+    """Return whether users other than its owner may rename what is in a directory."""
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not status.st_mode & stat.S_ISVTX
+
+
+def _is_private(descriptor: int) -> bool:
+    """Return whether a file or directory is this user's, and nobody else may write to it."""
+    status = os.fstat(descriptor)
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def _check_room(directory: int) -> None:
     """Check that there is some room on the file system of a directory.
 
@@ -280,7 +338,7 @@ def _open_owner(directory: int) -> int:
         if time.time() - status.st_mtime < _SETTLED:  # its maker is about to lock it
             raise
         descriptor = os.open(_UNFINISHED, flags, dir_fd=directory)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_private(descriptor):
         os.close(descriptor)
         raise FileNotFoundError
     return descriptor

@@ -110,7 +110,7 @@ class SegmentWatch:
     :param tree: returns the pids of our tree.
     """
 
-    def __init__(self, run_dir: str, tree: Callable[[], Iterable[int]]) -> None:
+    def __init__(self, run_dir: ledger.RunDir, tree: Callable[[], Iterable[int]]) -> None:
         self._run_dir = run_dir
         self._tree = tree
         self._lookups: dict[str, float | None] = {}  # new segments, and when they were first looked up

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dynamo_worker.contract import CONTROL_FD, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
+from dynamo_worker.contract import CONTROL_FD, DEFAULT_FILE_KV, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.supervisor import channel, frontend, ledger, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
@@ -87,6 +87,7 @@ class Supervisor:
         self._log = report.Log("dynamo_worker.supervisor", as_json=settings.get("log_format", "text") == "json")
         self._termination_message_path = settings.get("termination_message_path", "/dev/termination-log")
         self._grace = _positive(settings.get("termination_grace_period", ""), 30.0)
+        self._discovery_root = settings.get("discovery_path", DEFAULT_FILE_KV, variable="DYN_FILE_KV")
         self._notifier = report.Notifier()
         self._memory_kills = linux.memory_kills()
 
@@ -207,7 +208,7 @@ class Supervisor:
         self._loop.add(self._control.socket.fileno(), self._on_worker_message)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         try:
-            sweep.sweep_in_background(self._run_directory, self._log)
+            sweep.sweep_in_background(self._run_directory, self._discovery_root, self._log)
         except OSError as error:
             self._log.warning("Not cleaned up behind an earlier worker", error=error)
 
@@ -316,7 +317,9 @@ class Supervisor:
 
     def _frontend_lives(self) -> bool:
         """Return whether those who clean are waiting for a frontend, and rightly so."""
-        recorded = ledger.frontend(self._run_directory.path) if time.monotonic() < self._frontend_deadline else None
+        recorded = (
+            ledger.frontend(self._run_directory.descriptor) if time.monotonic() < self._frontend_deadline else None
+        )
         return recorded is not None and linux.is_alive(recorded[0])
 
     def _await_report(self) -> None:
@@ -521,7 +524,7 @@ class Supervisor:
         elif self._worker is not None and pid == self._worker.pid and self._exit_code is None:
             self._exit_code = code  # the guardian is dead and we are the parent now
         elif self._frontend_failure is None and (self._cleanup is None or not self._cleanup.has_killed(pid)):
-            self._frontend_failure = frontend.report_end(self._run_directory.path, pid, code, self._log)
+            self._frontend_failure = frontend.report_end(self._run_directory.descriptor, pid, code, self._log)
 
     def _on_guardian_message(self) -> None:
         for message in self._to_guardian.receive():

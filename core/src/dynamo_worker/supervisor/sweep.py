@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 _LIMIT = 60
 
 
-def sweep_in_background(own: RunDirectory, log: Log) -> None:
+def sweep_in_background(own: RunDirectory, discovery_root: str, log: Log) -> None:
     """Sweep the place of our own directory, in a process of its own if need be; the caller only reaps it.
 
+    :param discovery_root: the one directory in which registrations are taken back.
     :raises OSError: there can be no process for it.
     """
     stale = [path for path in run_directory.candidates(own.base) if path != own.path]
@@ -40,25 +41,26 @@ def sweep_in_background(own: RunDirectory, log: Log) -> None:
         spawn.close_descriptors()
         log.output.forget()
         for path in stale:
-            _sweep(path, supervisor, log)
+            _sweep(path, supervisor, discovery_root, log)
         log.drain()
     finally:
         os._exit(0)
 
 
-def _sweep(path: str, supervisor: int, log: Log) -> None:
+def _sweep(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
     """Clean up behind one earlier worker, if it is dead; whatever happens, the others get their turn."""
     try:
-        _clean_up(path, supervisor, log)
+        _clean_up(path, supervisor, discovery_root, log)
     except Exception as error:
         log.warning("Not cleaned up behind an earlier worker", run_dir=path, error=f"{type(error).__name__}: {error}")
 
 
-def _clean_up(path: str, supervisor: int, log: Log) -> None:
+def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
     directory = RunDirectory.take_over(path)
     if directory is None:
         return
-    recorded = [Process(*entry) for entry in ledger.read_processes(path)] if directory.knows_its_pids else []
+    processes = ledger.read_processes(directory.descriptor) if directory.knows_its_pids else []
+    recorded = [Process(*entry) for entry in processes]
 
     def find() -> Mapping[Process, Stat]:
         return process_tree.left_of(path, directory.mark, recorded, supervisor)
@@ -69,7 +71,9 @@ def _clean_up(path: str, supervisor: int, log: Log) -> None:
         else:
             readable(descriptor, seconds)
 
-    report = Cleanup(directory, find=find, reap=_reap, wait=wait, log=log, patient=False).run()
+    report = Cleanup(
+        directory, find=find, reap=_reap, wait=wait, log=log, patient=False, discovery_root=discovery_root
+    ).run()
     log.info(
         "Cleaned up behind an earlier worker",
         run_dir=path,

@@ -1,6 +1,6 @@
 """A worker that does what its arguments say, one after the other: what the supervisor's tests hurt and watch.
 
-settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=URL:LEASE
+settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=HEX
 child=SCRIPT (with the interpreter, waits until it is up) frontend=PATH:ALLOWED temp deep=LEVELS close-control garbage
 fill touch=PATH print=TEXT exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop)
 obey-slowly=CODE:SECONDS sleep=SECONDS segment hang exit=CODE die=SIGNAL
@@ -69,8 +69,7 @@ def do(step: str) -> None:
     elif name == "register-etcd":
         from dynamo_worker.supervisor import ledger
 
-        url, _, lease = value.rpartition("#")
-        ledger.record_registration(os.environ["DYNAMO_WORKER_RUN_DIR"], "etcd", int(lease), endpoints=[url])
+        ledger.record_registration(os.environ["DYNAMO_WORKER_RUN_DIR"], "etcd", value)
     elif name == "child":
         child(value)
     elif name == "frontend":
