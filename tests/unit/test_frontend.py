@@ -21,6 +21,7 @@ from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.frontend import FrontendProcess, parse_address
 from dynamo_worker.settings import WorkerSettings
 from dynamo_worker.supervisor import ledger, linux
+from dynamo_worker.supervisor.interpreter import module_command
 
 
 def free_address():
@@ -161,7 +162,8 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
         router_mode="kv",
     )
     called = arguments(settings, tmp_path / "kv")
-    assert called[:3] == ["-m", "dynamo_worker", "frontend"]
+    command = [*module_command("dynamo_worker"), "frontend"][1:]
+    assert called[: len(command)] == command
     args = frontend.parser().parse_args(called[3:])
     assert vars(args) == {
         "http": str(address),

@@ -523,3 +523,20 @@ def test_records_are_json(site):
     from dataclasses import asdict
 
     assert json.dumps([asdict(record) for record in discover()])
+
+
+def test_a_local_module_opens_nothing_else_of_its_directory(site, tmp_path, monkeypatch):
+    directory = tmp_path / "here"
+    directory.mkdir()
+    (directory / "package").mkdir()
+    (directory / "package" / "__init__.py").touch()
+    (directory / "package" / "inner.py").write_text("from package import other\n" + HOOKIMPL + CREATE)
+    (directory / "package" / "other.py").touch()
+    (directory / "trap.py").write_text("raise SystemExit(9)")
+    (directory / "wants.py").write_text("import trap\n")
+    monkeypatch.chdir(directory)
+    before = list(sys.path), list(sys.meta_path)
+    assert Plugins.load("package.inner", ["package.inner"]).engine_name == "package.inner"
+    with pytest.raises(PluginError, match="'trap'"):
+        Plugins.load("echo", ["wants"])
+    assert (sys.path, sys.meta_path) == before

@@ -256,7 +256,30 @@ def test_a_name_that_does_not_resolve_is_said_in_words():
 def test_the_discovery_directory_is_created(tmp_path):
     directory = tmp_path / "a" / "b"
     assert runtime_module.writable_directory(directory) == directory
-    assert directory.is_dir()
+    assert directory.stat().st_mode & 0o7777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_directory_that_others_may_write_is_refused(tmp_path, mode):
+    tmp_path.chmod(mode)
+    with pytest.raises(
+        UsageError, match=rf"others may write in the discovery directory .* \(mode {mode:04o}\)"
+    ) as raised:
+        runtime_module.writable_directory(tmp_path)
+    assert "chmod go-w" in raised.value.hint
+
+
+@pytest.mark.parametrize("what", ["directory", "link"])
+def test_a_directory_of_another_user_is_refused(tmp_path, what):
+    if os.geteuid() != 0:
+        pytest.skip("only root can make one")
+    ours, path = tmp_path / "ours", tmp_path / "kv"
+    ours.mkdir()
+    path.mkdir() if what == "directory" else path.symlink_to(ours)
+    os.chown(path, 12345, 12345, follow_symlinks=False)
+    with pytest.raises(UsageError, match="belongs to another user") as raised:
+        runtime_module.writable_directory(path)
+    assert "--discovery-path" in raised.value.hint
 
 
 def test_without_a_setting_the_directory_is_dynamos(tmp_path, monkeypatch):

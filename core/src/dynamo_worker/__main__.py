@@ -11,6 +11,14 @@ import sys
 _IN_PROCESS = frozenset({"-h", "--help", "--version", "--print-config", "--no-supervise"})
 
 
+def run() -> int:
+    """Run the command line of this process; nothing is imported from the current or the script's directory."""
+    from dynamo_worker.supervisor.interpreter import leave_script_directory
+
+    leave_script_directory()
+    return main()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code; a worker ends this process itself."""
     from dynamo_worker.supervisor import output
@@ -46,4 +54,4 @@ def runs_worker(argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -27,6 +26,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.options import DEFAULT_FRONTEND, MOST_MIGRATIONS, LogFormat, LogLevel
 from dynamo_worker.supervisor import ledger, linux
 from dynamo_worker.supervisor.frontend import failure
+from dynamo_worker.supervisor.interpreter import module_command
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class FrontendProcess:
         assert settings.frontend is not None
         address = settings.frontend
         _check_free(address)
-        command = [sys.executable, "-m", "dynamo_worker", "frontend", "--http", str(settings.frontend)]
+        command = [*module_command("dynamo_worker"), "frontend", "--http", str(settings.frontend)]
         command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
         command += ["--migration-limit", str(settings.migration_limit), "--router-mode", settings.router_mode]
         command += ["--log-level", settings.log_level, "--log-format", settings.log_format]

@@ -14,6 +14,7 @@ import sys
 import traceback
 from dataclasses import replace
 from functools import reduce
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,8 +88,8 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
         if found:
             attempt(lambda manager, found=found: _load_entry(manager, _single(found)))  # type: ignore[misc]
     if not records:
-        _search_current_directory()
-        if not all(part.isidentifier() for part in name.split(".")) or not module_exists(name):
+        identifiers = all(part.isidentifier() for part in name.split("."))
+        if not identifiers or (_local_spec(name) is None and not module_exists(name)):
             known = sorted({record.name for record in discover()})
             raise UnknownPluginError(
                 f"there is no engine, plugin or module {name!r}{suggestion(name, known)}",
@@ -354,22 +355,57 @@ def _load_module(manager: pluggy.PluginManager, name: str, group: str | None) ->
     :param group: what it is wanted as; None takes it for what it looks like.
     """
     record = PluginRecord(name, group or LOCAL_GROUP, name)
-    _search_current_directory()
     if name.endswith(".py") or "/" in name:
         raise UnknownPluginError(
             f"-p {name}: a plugin is named as a module, not as a file",
             hint=f"go to its directory and use `-p {os.path.basename(name).removesuffix('.py')}`",
         )
-    module = _import(record, name)
+    module = _import_local(record, name)
     if group is None and hasattr(module, "create_engine"):
         record = replace(record, group=ENGINE_GROUP)
     return _register(manager, record, module)
 
 
-def _search_current_directory() -> None:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+class _Local:
+    """Finds one module in the current directory, and nothing else that lies there.
+
+    :param spec: the module, or the package that holds it.
+    """
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        self._spec = spec
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+        """Return where the module is, None for any other."""
+        return self._spec if name == self._spec.name else None
+
+
+def _local_spec(name: str) -> ModuleSpec | None:
+    """Return the module in the current directory that has this name or is the first part of it, or None."""
+    top = name.partition(".")[0]
+    try:
+        spec = PathFinder.find_spec(top, [os.getcwd()])
+    except FileNotFoundError:  # the directory is gone
+        return None
+    if spec is not None and spec.loader is None and module_exists(top):  # a directory without code hides no package
+        return None
+    return spec
+
+
+def _import_local(record: PluginRecord, name: str) -> ModuleType:
+    """Import a module from the current directory, or from the Python path if it is not there.
+
+    The directory itself never gets on the path: what else lies in it, such as a ``uvloop.py``, nobody imports.
+    """
+    spec = _local_spec(name)
+    if spec is None:
+        return _import(record, name)
+    finder = _Local(spec)
+    sys.meta_path.insert(0, finder)
+    try:
+        return _import(record, name)
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def _import(record: PluginRecord, module: str) -> ModuleType:

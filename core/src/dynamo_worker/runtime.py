@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,16 +297,35 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> N
 
 
 def writable_directory(path: Path | None) -> Path:
-    """Return the directory of the file backend, created if it is missing."""
+    """Return the directory of the file backend, created if it is missing.
+
+    Who may write in it decides where requests go, so it has to be this user's alone.
+
+    :raises UsageError: it cannot be made, or others may write in it.
+    """
     directory = path or Path(os.environ.get("DYN_FILE_KV") or DEFAULT_FILE_KV)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner_of_path = os.lstat(directory).st_uid  # it may be a link
+        status = os.stat(directory)
     except OSError as error:
         raise UsageError(
             f"the discovery directory {directory} cannot be created: {error.strerror}", hint="see --discovery-path"
         ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UsageError(f"the discovery directory {directory} is not writable", hint="see --discovery-path")
+    if status.st_uid != os.geteuid() or owner_of_path not in (0, os.geteuid()):
+        raise UsageError(
+            f"the discovery directory {directory} belongs to another user ({status.st_uid}), who could replace workers "
+            "in it and receive their requests",
+            hint="give --discovery-path a directory of your own",
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(
+            f"others may write in the discovery directory {directory} (mode {stat.S_IMODE(status.st_mode):04o}): they "
+            "could replace workers in it and receive their requests",
+            hint=f"chmod go-w {directory}, or give --discovery-path another directory",
+        )
     return directory
 
 

@@ -32,6 +32,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.interpreter import code_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -105,7 +106,8 @@ def prepare(
             # The flags of this interpreter, as for every other process of multiprocessing.
             options: list[str] = util._args_from_interpreter_flags()  # type: ignore[attr-defined] # noqa: SLF001
             path = os.fsencode(spawn.get_executable())
-            pid = _spawnv(path, [path, *options, "-c", code], [theirs.fileno()])
+            options = [option for option in options if option != "-P"]
+            pid = _spawnv(path, [path, *options, *code_arguments(code)], [theirs.fileno()])
         environment = {**expected, **os.environ}
         _waiting.append(_Waiting(pid, ours, environment))
         # Libraries may have put more into the process's environment than Python knows of.

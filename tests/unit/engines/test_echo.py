@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import EngineContext, HasCanary, ReportsProgress
-from dynamo_worker.engines import echo as module
 from dynamo_worker.engines.echo import ANSWER_TOKEN, CONTEXT_LENGTH, MODEL_DIR, EchoRequest, plugin
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.serving import LocalContext
@@ -331,7 +330,7 @@ def test_processes_whose_worker_is_killed_say_nothing(tmp_path):
 
 
 def test_a_core_that_does_not_come_up_is_a_failed_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
 
     async def main():
         engine = make(tmp_path, "--process-tree")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_worker.supervisor import supervisor as supervisor_module
+
 from .conftest import NOISE, state_of, wait_until
 
 SETTINGS = 'settings={"engine":"fake","termination_grace_period":%s,"heartbeat_timeout":%s}'
@@ -562,3 +564,40 @@ class TestFootprint:
 
 def test_state_of_this_process():
     assert state_of(os.getpid()) == "R"
+
+
+class TestCompiledKernels:
+    """They are run as code, and their usual place is easy to guess."""
+
+    @pytest.fixture
+    def base(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        (tmp_path / "base").mkdir()
+        return tmp_path / "base"
+
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_the_usual_place(self, base, exists):
+        if exists:
+            (base / "torchinductor_x").mkdir(mode=0o755)
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(base / "torchinductor_x")
+        assert (base / "torchinductor_x").stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("trouble", ["link", "writable", "file", "another user"])
+    def test_a_place_that_somebody_else_may_have_made(self, base, tmp_path, trouble):
+        place = base / "torchinductor_x"
+        if trouble == "link":
+            (tmp_path / "elsewhere").mkdir()
+            place.symlink_to(tmp_path / "elsewhere")
+        elif trouble == "file":
+            place.touch()
+        else:
+            place.mkdir()
+            place.chmod(0o777 if trouble == "writable" else 0o700)
+            if trouble == "another user":
+                if os.geteuid() != 0:
+                    pytest.skip("only root can make one")
+                os.chown(place, 12345, 12345)
+        second = tmp_path / "cache" / "dynamo-worker" / "torchinductor_x"
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(second)
+        second.chmod(0o722)
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") is None

@@ -13,7 +13,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Request, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.hookspecs import hookimpl
+from dynamo_worker.supervisor.interpreter import module_command
 from dynamo_worker.translation import integer, section
 
 if TYPE_CHECKING:
@@ -191,9 +191,7 @@ class EchoProcessEngine(EchoEngine):
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    sys.executable,
-                    "-m",
-                    "dynamo_worker.engines.echo_process",
+                    *module_command("dynamo_worker.engines.echo_process"),
                     "core",
                     str(theirs.fileno()),
                     str(self._tokens_per_second),

@@ -19,6 +19,8 @@ import tempfile
 import time
 from multiprocessing import shared_memory
 
+from dynamo_worker.supervisor.interpreter import module_command
+
 #: Bytes of the segment through which core and rank count their steps.
 SEGMENT_SIZE = 4096
 #: Seconds the rank has to end once its core has closed the connection.
@@ -43,7 +45,7 @@ def run_core(descriptor: int, tokens_per_second: float, private_dir: str) -> Non
     scratch, scratch_path = tempfile.mkstemp(prefix="echo-", dir=private_dir)
     with theirs:
         rank = subprocess.Popen(
-            [sys.executable, "-m", "dynamo_worker.engines.echo_process", "rank", str(theirs.fileno())],
+            [*module_command("dynamo_worker.engines.echo_process"), "rank", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
         )
     try:

@@ -7,13 +7,13 @@ import gc
 import os
 import resource
 import signal
-import sys
+import stat
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_worker.contract import CONTROL_FD, DEFAULT_FILE_KV, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
-from dynamo_worker.supervisor import channel, frontend, ledger, linux, process_tree, report, sweep
+from dynamo_worker.supervisor import channel, frontend, interpreter, ledger, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import LIMIT, Cleanup
 from dynamo_worker.supervisor.early_settings import EarlySettings
@@ -742,12 +742,37 @@ def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         environment.pop(name, None)
     for variable, name in _LASTING_CACHES:
-        environment.setdefault(variable, os.path.join(directory.base, name.format(user=_user_name())))
+        place = None if variable in environment else _lasting_cache(directory.base, name.format(user=_user_name()))
+        if place is not None:
+            environment[variable] = place
     environment.setdefault(*_NO_PRECOMPILED_HEADERS)
+    environment.setdefault(interpreter.SAFE_PATH, "1")
     environment[CONTROL_FD] = str(control)
     environment[RUN_DIR] = directory.path
     environment["TMPDIR"] = directory.temporary
     return environment
+
+
+def _lasting_cache(base: str, name: str) -> str | None:
+    """Return a directory for a cache that is run as code, or None: then it lies in TMPDIR and ends with the worker.
+
+    Everybody can guess its usual place, so it has to be this user's alone. The second choice is in the home directory.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    for place in (os.path.join(base, name), os.path.join(cache, "dynamo-worker", name)):
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(place), 0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(place, 0o700)
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                status = os.fstat(descriptor)
+                if status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    os.fchmod(descriptor, 0o700)
+                    return place
+            finally:
+                os.close(descriptor)
+    return None
 
 
 def _user_name() -> str:
@@ -803,10 +828,10 @@ def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> N
     place of the code.
 
     :param argv: the command line of ``dynamo-worker``, without its name.
-    :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
+    :param command: what to run instead of ``python -P -m dynamo_worker --no-supervise``; ``argv`` is appended.
     """
     open_standard_streams()
-    own = [sys.executable, "-m", "dynamo_worker", "--no-supervise"] if command is None else list(command)
+    own = [*interpreter.module_command("dynamo_worker"), "--no-supervise"] if command is None else list(command)
     os._exit(Supervisor([*own, *argv], argv).run())
 
 

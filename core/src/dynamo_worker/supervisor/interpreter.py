@@ -1,0 +1,72 @@
+"""How we start Python: never with the current directory on its path, where anybody may have left a ``uvloop.py``.
+
+``python -m`` and ``python -c`` put it there first. From Python 3.11 on there is ``-P``, which ``multiprocessing``
+passes on, and ``PYTHONSAFEPATH`` for what others start; Python 3.10 has neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Removes what ``python -c`` has put on the path of Python 3.10; it has imported nothing from there yet.
+_WITHOUT_CURRENT_DIRECTORY = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]\n"
+
+_RUN_MODULE = "from runpy import run_module; del sys.argv[0]; run_module(sys.argv[0], None, '__main__', True)"
+
+#: The variable that keeps the current directory off the path of every interpreter; an empty one does not.
+SAFE_PATH = "PYTHONSAFEPATH"
+
+
+def has_safe_path() -> bool:
+    """Return whether this Python knows ``-P``."""
+    return sys.version_info >= (3, 11)
+
+
+def module_command(module: str) -> list[str]:
+    """Return the command that runs a module of ours in this interpreter."""
+    if has_safe_path():
+        return [sys.executable, "-P", "-m", module]
+    return [sys.executable, "-c", _WITHOUT_CURRENT_DIRECTORY + _RUN_MODULE, module]
+
+
+def code_arguments(code: str) -> list[str]:
+    """Return the arguments with which an interpreter runs ``code``."""
+    return ["-P", "-c", code] if has_safe_path() else ["-c", _WITHOUT_CURRENT_DIRECTORY + code]
+
+
+def protect_multiprocessing() -> None:
+    """Have ``multiprocessing`` start its interpreters so, too, where there is no ``-P`` that it would pass on."""
+    if has_safe_path():
+        return
+    from multiprocessing import util
+
+    start = util.spawnv_passfds
+
+    def start_safely(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
+        changed = list(args)
+        if "-c" in changed[:-1]:
+            at = changed.index("-c") + 1
+            changed[at] = _WITHOUT_CURRENT_DIRECTORY + changed[at]
+        return start(path, changed, passfds)
+
+    util.spawnv_passfds = start_safely
+
+
+def leave_script_directory() -> None:
+    """Take what the interpreter has put first on its path off again, before anything is imported from there.
+
+    That is the current directory for ``python -m``, the directory of the script for a script.
+    """
+    if getattr(sys.flags, "safe_path", False) or not sys.path:
+        return
+    expected = {"", os.path.dirname(os.path.abspath(sys.argv[0])), os.path.dirname(os.path.realpath(sys.argv[0]))}
+    with contextlib.suppress(FileNotFoundError):  # it is gone
+        expected.add(os.getcwd())
+    if sys.path[0] in expected:
+        del sys.path[0]
