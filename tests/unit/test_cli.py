@@ -596,3 +596,15 @@ def test_closed_descriptors_are_no_error(command, argv):
 def test_an_error_that_nobody_reads_keeps_its_exit_code(command, unread, argv):
     result = command.python("-m", "dynamo_worker", *argv, stdout=unread, stderr=unread)
     assert result.returncode == 2
+
+
+def test_print_config_shows_no_secrets(command, site):
+    flags = 'parser.add_argument("--api-key"); parser.add_argument("--store")'
+    create = "@hookimpl\ndef create_engine(args, context): pass\n"
+    hooks = f"from dynamo_worker.hookspecs import hookimpl\n{create}@hookimpl\ndef add_arguments(parser): {flags}\n"
+    site.install_engine(source=hooks)
+    store = "redis://me:hunter2@host/0"
+    result = command("--engine", "toy", "--api-key", "hunter2", "--store", store, "--print-config")
+    assert "hunter2" not in result.stdout
+    assert "redis://***@host/0" in result.stdout
+    assert "api_key: '***'" in result.stdout

@@ -193,3 +193,24 @@ def test_it_stands_for_the_stream(pipe):
     unblocked.writelines(["a\n", "b\n"])
     unblocked.flush()
     assert os.read(pipe[0], 100) == b"a\nb\n"
+
+
+def test_a_text_cannot_forge_lines(stream):
+    logs.setup(stream=stream)
+    forged = "x\n2026-11-21T01:02:03.456Z ERROR dynamo_worker: forged\x9b31m\u2028\u202e"
+    logs.get_logger("a").error(forged, exc_info=ValueError(forged), reason=forged)
+    first, *others = stream.getvalue().splitlines()
+    assert first.endswith("x")
+    assert all(line.startswith("    ") for line in others)
+    assert not set("\x9b\u2028\u202e") & set(stream.getvalue())
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_passwords(stream, log_format):
+    logs.setup(log_format=log_format, stream=stream)
+    address = "nats://me:hunter2@host:4222"
+    logs.get_logger("a").error(
+        f"{address}", exc_info=ValueError(address), tried=address, error=OSError(address), list=[address]
+    )
+    assert "hunter2" not in stream.getvalue()
+    assert "host:4222" in stream.getvalue()

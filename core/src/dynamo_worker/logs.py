@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any, Final
 
 from dynamo_worker.supervisor.output import Output, writable
+from dynamo_worker.supervisor.text import continued, format_value, indented, redacted, without_secrets
 
 #: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (one or
 #: two for every client that leaves, complaints about text-only models, about endpoints that have already left
@@ -32,8 +32,6 @@ FRONTEND_RUNTIME_LOG: Final = (
     "dynamo_llm::http::service::metrics=off,dynamo_llm::http::service::service_v2=off,"
     "tower_http::trace::on_failure=error"
 )
-
-_BARE_VALUE: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f]+")
 
 
 class EventLogger:
@@ -165,10 +163,10 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, followed by the traceback if there is one."""
-        line = f"{_timestamp(record)} {record.levelname} {record.name}: {record.getMessage()}"
+        line = f"{_timestamp(record)} {record.levelname} {record.name}: {continued(record.getMessage())}"
         line += "".join(f" {name}={format_value(value)}" for name, value in _fields(record).items())
         traceback = _traceback(self, record)
-        return f"{line}\n{traceback}" if traceback else line
+        return f"{line}\n{indented(traceback)}" if traceback else line
 
 
 class JsonFormatter(logging.Formatter):
@@ -180,26 +178,14 @@ class JsonFormatter(logging.Formatter):
             "time": _timestamp(record),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redacted(record.getMessage()),
         }
         traceback = _traceback(self, record)
         if traceback:
-            event["exception"] = traceback
+            event["exception"] = redacted(traceback)
         for name, value in _fields(record).items():
-            event[f"{name}_" if name in event else name] = value
-        return json.dumps(event, default=str)
-
-
-def format_value(value: object) -> str:
-    """Return a field's value as text, quoted where it would not read as one word."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".")
-    text = str(value)
-    return text if _BARE_VALUE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+            event[f"{name}_" if name in event else name] = without_secrets("", value)
+        return json.dumps(event, default=lambda value: redacted(str(value)))
 
 
 def _timestamp(record: logging.LogRecord) -> str:

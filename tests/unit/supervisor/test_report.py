@@ -137,3 +137,20 @@ class TestSettings:
     @pytest.mark.parametrize(("text", "number"), [("5", 5.0), ("x", 30.0), ("", 30.0), ("-1", 30.0), ("nan", 30.0)])
     def test_numbers_that_are_none(self, text, number):
         assert supervisor._positive(text, 30.0) == number
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_neither_control_characters_nor_passwords(as_json, tmp_path):
+    bad = "a\x9b\x85\u2028\u202eb\nnats://me:hunter2@host"
+    with piped_stderr() as stderr:
+        report.Log("x", as_json=as_json).error("Message", reason=bad, error=OSError(bad))
+        line = stderr()
+    message = tmp_path / "termination-log"
+    message.touch()
+    report.write_termination_message(str(message), bad)
+    assert line.splitlines() == [line.rstrip("\n")]
+    for shown in (line, message.read_text()):
+        assert not set("\x9b\x85\u2028\u202e") & set(shown)
+        assert "hunter2" not in shown
+        assert "***@host" in shown
+    assert not as_json or "\x9b" in json.loads(line)["reason"]

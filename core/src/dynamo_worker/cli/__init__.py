@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 
 from dynamo_worker import __version__
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
+from dynamo_worker.supervisor.text import safe
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
 def print_error(error: Exception) -> None:
     """Print an expected error: what is wrong, and what to do next."""
     with contextlib.suppress(OSError):
-        print(f"dynamo-worker: error: {error}", file=sys.stderr)
+        print(f"dynamo-worker: error: {safe(str(error))}", file=sys.stderr)
 
 
 def finish_output(code: int) -> int:

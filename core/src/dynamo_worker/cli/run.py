@@ -10,6 +10,8 @@ from dynamo_worker import __version__, logs
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import WorkerError
 from dynamo_worker.options import OPTIONS
+from dynamo_worker.supervisor.interpreter import protect_multiprocessing
+from dynamo_worker.supervisor.text import without_secrets
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
         values = values.resolved()
     from dynamo_worker.plugins import Plugins
 
+    if not print_only:
+        protect_multiprocessing()
     plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
     if not print_only:
         logs.setup(values.log_level, values.log_format)
@@ -86,7 +90,7 @@ def _print_config(values: WorkerSettings, parser: EngineParser | None, engine_ar
 
     dumped = values.model_dump(mode="json")
     lines = [
-        (f"{row.name}: {scalar(dumped[row.name])}", str(values.origin(row.name)))
+        (f"{row.name}: {scalar(without_secrets(row.name, dumped[row.name]))}", str(values.origin(row.name)))
         for row in OPTIONS
         if row.name != "config"  # the file is no setting inside itself
     ]
@@ -96,7 +100,7 @@ def _print_config(values: WorkerSettings, parser: EngineParser | None, engine_ar
             shown = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
             if not any("engine_args:" in text for text, _ in lines):
                 lines.append(("engine_args:", "only what differs from the engine's own defaults"))
-            lines.append((f"  {key}: {scalar(shown)}", "command line or file"))
+            lines.append((f"  {key}: {scalar(without_secrets(key, shown))}", "command line or file"))
     print(f"# dynamo-worker {__version__}: effective settings" + (f", with {values.config}" if values.config else ""))
     width = min(max(len(text) for text, _ in lines), 48)
     for text, origin in lines:

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
+from dynamo_worker.supervisor.text import continued, format_value, redacted, safe
 
 #: A pipe takes a write of this size at once or not at all.
 _MOST_BYTES = 4000
@@ -66,29 +67,16 @@ class Log:
             for name, value in fields.items()
         }
         if self.as_json:
-            line = json.dumps(
-                {"time": stamp, "level": level, "logger": self.name, "message": message, **fields},
-                default=str,
-                ensure_ascii=False,
-            )
+            event = {"time": stamp, "level": level, "logger": self.name, "message": message, **fields}
+            shown = {
+                name: redacted(str(value)) if isinstance(value, (str, OSError)) else value
+                for name, value in event.items()
+            }
+            line = safe(json.dumps(shown, default=str, ensure_ascii=False))
         else:
-            line = f"{stamp} {level} {self.name}: {message}"
-            line += "".join(f" {name}={_value(value)}" for name, value in fields.items())
+            line = f"{stamp} {level} {self.name}: {continued(message)}"
+            line += "".join(f" {name}={format_value(value)}" for name, value in fields.items())
         return line.encode("utf-8", "replace")[:_MOST_BYTES].decode("utf-8", "ignore").encode() + b"\n"
-
-
-def _value(value: object) -> str:
-    """Return a field's value as text, quoted where it would not read as one word."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".")
-    text = str(value)
-    if text and text.isprintable() and not any(character in text for character in ' "='):
-        return text
-    return json.dumps(text, ensure_ascii=False)
 
 
 def write_termination_message(path: str, text: str) -> None:
@@ -104,7 +92,7 @@ def write_termination_message(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, text.encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
+                os.write(descriptor, safe(text).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
     finally:
         os.close(descriptor)
 
