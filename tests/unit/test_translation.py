@@ -198,7 +198,7 @@ def test_values_that_ask_for_nothing() -> None:
     ("read", "good", "bad"),
     [
         (translation.string, [("a", "a")], [1, None, ["a"]]),
-        (translation.rank, [(None, None), (0, 0), (3.0, 3)], ["0", -1, 2**31, [0]]),
+        (translation.rank, [(None, None), (0, 0), (2**32 - 1, 2**32 - 1)], ["0", -1, 2**32, [0]]),
         (translation.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
     ],
 )

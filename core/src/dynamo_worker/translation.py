@@ -135,8 +135,13 @@ def answers(name: str, value: Any) -> int:
 
 
 def rank(name: str, value: Any) -> int | None:
-    """Read a data-parallel rank; None stays None."""
-    return None if value is None else length(name, value)
+    """Read a data-parallel rank, which has 32 bits in Dynamo; None stays None."""
+    if value is None:
+        return None
+    number_of = integer(name, value)
+    if not 0 <= number_of < 2**32:
+        raise refusal(name, "a rank", value)
+    return number_of
 
 
 def count(name: str, value: Any) -> int:

@@ -137,6 +137,27 @@ def test_a_constraint_is_compiled_once_and_not_where_vllm_verifies_the_rest(monk
         biased.verify(model, None, backend, object())
 
 
+@pytest.mark.parametrize("backend", ["xgrammar", "auto", "guidance"])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        {"json": {"type": "string", "format": []}},
+        {"json": {"type": [[1]], "enum": 3}},
+        {"structural_tag": {"structures": [{"begin": 1}]}},
+        {"structural_tag": {"format": 3}},
+        {"grammar": "("},
+    ],
+)
+def test_a_constraint_with_parts_of_the_wrong_types_is_the_clients_fault(guide: dict[str, Any], backend: str) -> None:
+    model: Any = SimpleNamespace(is_diffusion=False)
+    request = {"token_ids": [5], "sampling_options": {"guided_decoding": guide}}
+    params: Any = SamplingTable({}, 100).translate(request)
+    try:
+        params.verify_guide(model, SimpleNamespace(backend=backend), object())
+    except (InvalidRequestError, VLLMValidationError, ValueError):
+        return
+
+
 def test_guided_parameters_are_the_same_to_the_engine_core() -> None:
     options = {"guided_decoding": {"regex": "a+"}, "temperature": 0.5, "n": 2}
     params = SamplingTable({}, 100).translate({"token_ids": [5], "sampling_options": options})

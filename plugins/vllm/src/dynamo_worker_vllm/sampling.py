@@ -10,6 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.kv_hints import KvHintsEnvelope
 
 from dynamo_worker import InvalidRequestError, translation
+from dynamo_worker.errors import describe
 from dynamo_worker.json_schema import check_size
 from dynamo_worker.translation import (
     ModelTable,
@@ -74,8 +75,12 @@ class GuidedParams(SamplingParams):  # type: ignore[misc]
         """Compile the constraint.
 
         :raises VLLMClientError: vLLM refuses it.
+        :raises InvalidRequestError: vLLM stumbles over it.
         """
-        self._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)
+        try:
+            self._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)
+        except (AttributeError, KeyError, TypeError) as error:  # a schema whose parts have the wrong types
+            raise InvalidRequestError(f"guided_decoding is wrong: {describe(error)}") from error
 
     def verify(
         self, model_config: Any, speculative_config: Any, structured_outputs_config: Any, tokenizer: Any
