@@ -21,6 +21,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_worker import engine, errors, hookspecs, lifecycle, options
+from dynamo_worker import request_limits as limits
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.metrics import WorkerMetrics
@@ -184,6 +185,12 @@ def error_types() -> str:
     return _table(("error", "exit code", "meaning"), rows)
 
 
+def request_limits() -> str:
+    """Return the table of what a request can make long, and how long."""
+    rows = [(limit.parts, f"{limit.most:,} {limit.unit}".replace(",", " ")) for limit in limits.ALL]
+    return _table(("part of a request", "at most"), rows)
+
+
 def states() -> str:
     """Return the table of the states."""
     meanings = comments(lifecycle.State)
@@ -227,6 +234,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "protocol": protocol,
     "engine-info": engine_info,
     "errors": error_types,
+    "request-limits": request_limits,
     "states": states,
     "transitions": transitions,
     "metrics": metrics,

@@ -107,6 +107,59 @@ def test_the_card_of_an_adapter_that_is_unloaded_is_not_put_back(world: World, m
     assert world.loader.calls[-4:] == ["leaving", "unregister poet", "left", "unload poet"]
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a" * 257, "257 characters are too many"),
+        ("a" * 10**6, "1000000 characters are too many"),
+        ("model", "the model itself"),
+        ("other", "the model itself"),
+        ("/m", "the model itself"),
+        ("a\nb", "control characters"),
+        ("a\u2028b", "control characters"),
+        ("\u202ea", "control characters"),
+        (" a", "spaces around it"),
+    ],
+)
+def test_names_under_which_nothing_is_loaded(world: World, name: str, why: str) -> None:
+    """Requests for the model itself would go to the adapter; a line break would forge a line of the log."""
+    with pytest.raises(InvalidRequestError, match=why) as raised:
+        asyncio.run(world.adapters.load({**world.load, "lora_name": name}))
+    assert len(str(raised.value)) < 300
+    assert world.loader.calls == []
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "org/poet-7b_v2.1", "Dichter für Gedichte"])
+def test_names_that_are_fine(world: World, name: str) -> None:
+    asyncio.run(world.adapters.load({**world.load, "lora_name": name}))
+    assert world.adapters.names() == (name,)
+
+
+@pytest.mark.parametrize("source", ["file:///x", ["uri"], {"uri": "file:///" + "x" * 4096}])
+def test_sources_that_are_none(world: World, source: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="source"):
+        asyncio.run(world.adapters.load({**world.load, "source": source}))
+
+
+def test_two_names_with_one_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id has 32 bits and is made of the name; vLLM would answer for one adapter with the other."""
+    monkeypatch.setattr(adapters, "lora_name_to_id", lambda _: 7)
+
+    async def main() -> None:
+        await world.adapters.load(world.load)
+        with pytest.raises(InvalidRequestError, match="'singer' has the same id as the loaded adapter 'poet'"):
+            await world.adapters.load({**world.load, "lora_name": "singer"})
+
+    asyncio.run(main())
+    assert world.adapters.names() == ("poet",)
+
+
+def test_an_unknown_name_is_shown_in_short(world: World) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        world.adapters.begin("x" * 10**6)
+    assert len(str(raised.value)) < 200
+
+
 def test_it_is_unloaded_once_nobody_uses_it(world: World) -> None:
     async def main() -> None:
         await world.adapters.load(world.load)

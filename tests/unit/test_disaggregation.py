@@ -28,6 +28,10 @@ def test_roles(mode, needs, types):
         (["other"], False),
         (["other", "bypass-remote-prefill"], True),
         (["x-bypass-remote-prefill"], True),
+        ([["x-bypass-remote-prefill"], {}, "x-bypass-remote-prefill"], True),
+        ([[1], {"a": 1}, None], False),
+        ("x-bypass-remote-prefill", False),
+        (3, False),
     ],
 )
 def test_a_decode_worker_may_have_to_prefill(annotations, bypasses):

@@ -37,6 +37,23 @@ def test_invalid_request_is_what_the_runtime_calls_invalid_argument():
     assert not issubclass(errors.InvalidRequestError, errors.WorkerError)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        (None, "None"),
+        (2.5, "2.5"),
+        ("a\nb", r"'a\nb'"),
+        ("x" * 10**7, repr("x" * 80)),
+        (b"x" * 10**7, repr(b"x" * 80)),
+        ([[1] * 10**6], "a list of length 1"),
+        ({"a": 1, "b": 2}, "a dict of length 2"),
+    ],
+)
+def test_a_value_of_a_request_is_shown_in_short(value, text):
+    assert errors.shown(value) == text
+
+
 class UnreadableError(Exception):
     def __str__(self):
         raise SystemExit(1)

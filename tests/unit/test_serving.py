@@ -854,6 +854,56 @@ def test_a_prompt_beyond_the_vocabulary_never_reaches_the_engine(pack):
     asyncio.run(main())
 
 
+class Untouched(list):
+    """Tokens that nobody may look at."""
+
+    def __iter__(self):
+        raise AssertionError("it is looked at")
+
+
+@pytest.mark.parametrize("tokens", [Untouched([7] * 101), bytes(4 * 101), bytearray(4 * 101)], ids=type)
+def test_a_prompt_beyond_the_context_is_not_even_looked_at(tokens):
+    """32 MB fit into a message, and engines refuse it only after it was unpacked and checked."""
+    with pytest.raises(InvalidRequestError, match="the prompt has 101 tokens; the model's context length is 100"):
+        validated({"token_ids": tokens}, None, 100)
+    assert validated({"token_ids": bytes(4 * 100)}, None, 100)["token_ids"] == [0] * 100
+
+
+def test_the_context_of_the_engine_is_what_counts():
+    async def main():
+        engine = FakeEngine()
+        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, None, 2)
+        handler = requests.handler(EndpointSpec("generate"))
+        assert [item async for item in handler({"token_ids": [0, 99]}, Context(id="r"))] == CHUNKS
+        with pytest.raises(InvalidArgument, match="the prompt has 3 tokens"):
+            await handler({"token_ids": [1, 2, 3]}, Context(id="r")).__anext__()
+
+    asyncio.run(main())
+
+
+def test_a_refusal_that_quotes_what_it_refuses_is_cut(caplog):
+    """vLLM's do: a schema of 256 kB, in the log and on its way to the client."""
+
+    class Quoting(FakeEngine):
+        async def generate(self, request, context):
+            raise InvalidRequestError("x" * 100_000)
+            yield
+
+    async def main():
+        requests = RequestHandler(Quoting(), RequestRegistry(), new_egress(), lambda error: None)
+        with pytest.raises(InvalidArgument) as raised:
+            await requests.handler(EndpointSpec("generate"))({"token_ids": [1]}, Context(id="r")).__anext__()
+        return str(raised.value)
+
+    assert len(asyncio.run(main())) < 1100
+    assert all(len(str(vars(record))) < 5000 for record in caplog.records)
+
+
+def test_a_wrong_token_is_shown_in_short():
+    with pytest.raises(InvalidRequestError, match=r"must be an integer, not a list of length 1000000$"):
+        validated({"token_ids": [1, [1] * 10**6]})
+
+
 def test_a_local_context_is_a_request_context():
     context: RequestContext = LocalContext("canary-1")
     assert (context.id(), context.is_stopped(), context.trace_headers()) == ("canary-1", False, None)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +19,7 @@ from dynamo_worker.translation import FRONTEND, ModelTable, RequestTable
 TABLE = RequestTable(
     sampling={
         "temperature": ("temp", translation.number),
-        "n": ("n", translation.integer),
+        "n": ("n", translation.answers),
         "best_of": ("", translation.integer),
         "length_penalty": ("", translation.unsupported(1)),
         "guided_decoding": ("guide", lambda _, value: translation.guided_decoding(value)),
@@ -27,8 +31,12 @@ TABLE = RequestTable(
         "stop_token_ids_hidden": ("stop", translation.tokens),
         "ignore_eos": ("ignore_eos", translation.boolean),
     },
-    output={"logprobs": ("logprobs", translation.count)},
-    extra={"logit_bias": ("bias", translation.logit_bias)},
+    output={"logprobs": ("logprobs", translation.count), "prompt_logprobs": ("prompt", translation.count)},
+    extra={
+        "logit_bias": ("bias", translation.logit_bias),
+        "allowed_token_ids": ("allowed", translation.allowed_tokens),
+        "custom": ("custom", translation.mapping),
+    },
     handled=frozenset({"kv_hint"}),
 )
 
@@ -69,6 +77,10 @@ def test_what_is_named_arrives_under_the_engines_name() -> None:
         ({"sampling_options": {"temperature": True}}, "temperature: a finite number"),
         ({"sampling_options": {"n": 1.5}}, "n: an integer"),
         ({"sampling_options": {"n": 2**64}}, "n: a 64-bit integer"),
+        ({"sampling_options": {"n": 0}}, "n: a positive number"),
+        ({"sampling_options": {"temperature": 10**400}}, "temperature: a finite number"),
+        ({"stop_conditions": {"stop_token_ids": [1, 2**64]}}, "stop_token_ids: a 64-bit integer"),
+        ({"stop_conditions": {"stop_token_ids": [1, True]}}, "stop_token_ids: an integer"),
         ({"stop_conditions": {"max_tokens": -1}}, "max_tokens: a number of tokens"),
         ({"stop_conditions": {"ignore_eos": 1}}, "ignore_eos: true or false"),
         ({"stop_conditions": {"stop_token_ids": "x"}}, "stop_token_ids: a list of tokens"),
@@ -84,6 +96,100 @@ def test_refused_by_name(sections: dict[str, Any], named: str) -> None:
         read(**sections)
 
 
+def extra(**options: Any) -> dict[str, Any]:
+    return {"extra_args": {"sampling_options": options}}
+
+
+def guide(**constraint: Any) -> dict[str, Any]:
+    return {"sampling_options": {"guided_decoding": constraint}}
+
+
+#: For every limit what is just accepted, and what is not.
+LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "n: 129 answers": ({"sampling_options": {"n": 128}}, {"sampling_options": {"n": 129}}),
+    "n: 1000000 answers": ({"sampling_options": {"n": 1}}, {"sampling_options": {"n": 10**6}}),
+    "stop_token_ids: 1025 tokens": (
+        {"stop_conditions": {"stop_token_ids": [1] * 1024}},
+        {"stop_conditions": {"stop_token_ids": [1] * 1025}},
+    ),
+    "allowed_token_ids: 262145 tokens": (
+        extra(allowed_token_ids=[1] * 262_144),
+        extra(allowed_token_ids=[1] * 262_145),
+    ),
+    "logit_bias: 4097 tokens": (
+        extra(logit_bias={str(token): 1 for token in range(4096)}),
+        extra(logit_bias={str(token): 1 for token in range(4097)}),
+    ),
+    "custom: 65 levels": (
+        extra(custom={"a": {"b": [1]}}),
+        extra(custom=functools.reduce(lambda a, _: {"a": a}, range(65), 1)),
+    ),
+    "custom: 262145 characters": (extra(custom={"a": "x" * 262_143}), extra(custom={"a": "x" * 262_144})),
+    "regex: 8193 characters": (guide(regex="a" * 8192), guide(regex="a" * 8193)),
+    "grammar: 65537 characters": (guide(grammar="a" * 65_536), guide(grammar="a" * 65_537)),
+    "whitespace_pattern: 257 characters": (
+        guide(json={}, whitespace_pattern=" " * 256),
+        guide(json={}, whitespace_pattern=" " * 257),
+    ),
+    "choice: 10001 choices": (guide(choice=["a"] * 10_000), guide(choice=["a"] * 10_001)),
+    "choice: 131073 characters": (guide(choice=["a" * 65_536] * 2), guide(choice=["a" * 65_536, "a" * 65_537])),
+}
+
+
+@pytest.mark.parametrize("message", LIMITS)
+def test_what_is_too_long_is_refused(message: str) -> None:
+    accepted, refused = LIMITS[message]
+    assert read(**accepted)
+    with pytest.raises(InvalidRequestError, match=f"{message} are too many, at most"):
+        read(**refused)
+
+
+@pytest.mark.parametrize("value", [[1] * 10**6, {str(number): 1 for number in range(10**5)}, "x" * 10**7, b"x" * 10**7])
+def test_a_message_is_short_whatever_it_is_about(value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        read(sampling_options={"temperature": value, "length_penalty": value})
+    assert len(str(raised.value)) < 200
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """Return the least CPU time of a few runs, without the garbage collector's, which looks at all there is."""
+    times = []
+    gc.disable()
+    try:
+        for _ in range(5):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+    finally:
+        gc.enable()
+    return min(times)
+
+
+#: The most that a request can say, divided by a number; of what is read entry by entry.
+LONG: dict[str, Callable[[int], dict[str, Any]]] = {
+    "stop tokens": lambda part: {"stop_conditions": {"stop_token_ids": list(range(1024 // part))}},
+    "floats": lambda part: {"stop_conditions": {"stop_token_ids": [1.0] * (1024 // part)}},
+    "allowed tokens": lambda part: extra(allowed_token_ids=list(range(2**18 // part))),
+    "biases": lambda part: extra(logit_bias={str(token): 1 for token in range(4096 // part)}),
+    "choices": lambda part: guide(choice=["a" * 13] * (10_000 // part)),
+    "schema": lambda part: guide(json={"enum": [{"a": "b"}] * (8_000 // part)}),
+    "text": lambda part: guide(json='{"enum": [' + ", ".join(['{"a": "b"}'] * (8_000 // part)) + "]}"),
+    "tag": lambda part: guide(structural_tag={"tags": [{"schema": {"$ref": "#/a"}}] * (5_000 // part)}),
+    "references": lambda part: guide(json={"anyOf": [{"$ref": "#/" + "a/" * 1000}] * (120 // part)}),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_the_time_grows_with_the_length_and_no_faster(case: str) -> None:
+    short, long = LONG[case](4), LONG[case](1)
+    ratio = 0.0
+    for _ in range(5):  # whoever else uses this machine's caches disturbs the measurement
+        ratio = cpu(lambda: [read(**long) for _ in range(4)]) / cpu(lambda: [read(**short) for _ in range(4)])
+        if ratio < 8:
+            break
+    assert ratio < 8
+
+
 def test_values_that_ask_for_nothing() -> None:
     assert read(sampling_options={"length_penalty": 1.0, "best_of": 1}, multi_modal_data=None, encoder_result={}) == {}
 
@@ -92,7 +198,7 @@ def test_values_that_ask_for_nothing() -> None:
     ("read", "good", "bad"),
     [
         (translation.string, [("a", "a")], [1, None, ["a"]]),
-        (translation.strings, [("a", ["a"]), (("a", "b"), ["a", "b"]), ([], [])], [1, ["a", 1], {"a": 1}]),
+        (translation.rank, [(None, None), (0, 0), (2**32 - 1, 2**32 - 1)], ["0", -1, 2**32, [0]]),
         (translation.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
     ],
 )
@@ -122,6 +228,17 @@ def test_a_prompt_that_leaves_no_room() -> None:
     assert table.read({"token_ids": [1] * 9}) == {"max_tokens": 1}
     with pytest.raises(InvalidRequestError, match=r"10 tokens.*context length is 10"):
         table.read({"token_ids": [1] * 10})
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [(1000, 131), (131_073, 0), (1, 2**32 - 1), (1, 131_072)])
+def test_log_probabilities_of_a_whole_prompt(prompt: int, asked: int) -> None:
+    """They come all at once, and each is an object of Python's on the event loop."""
+    table = ModelTable(TABLE, {}, context_length=200_000)
+    request = {"token_ids": [1] * prompt, "output_options": {"prompt_logprobs": asked}}
+    with pytest.raises(InvalidRequestError, match=r"prompt_logprobs: (13.* log-probabilities are too many|the whole)"):
+        table.read(request)
+    for fits in (1000, 129), (65_536, 1), (131_072, 0):
+        table.read({"token_ids": [1] * fits[0], "output_options": {"prompt_logprobs": fits[1]}})
 
 
 GUIDES: dict[str, Any] = {
@@ -154,6 +271,9 @@ WRONG_GUIDES: dict[str, Any] = {
     "no JSON": {"json": "{"},
     "JSON, but no object": {"json": "[1]"},
     "regex that is none": {"regex": 3},
+    "choice that is none": {"choice": {"a": 1}},
+    "structural tag that is none": {"structural_tag": [1]},
+    "structural tag that is no JSON": {"structural_tag": "{"},
     "unknown": {"lark": "x"},
     "not even an object": [1],
     "itself": {"json": {"$ref": "#"}},
@@ -203,13 +323,16 @@ def test_priority() -> None:
 def test_cache_salt(where: dict[str, Any]) -> None:
     assert translation.cache_salt(where) == "dynamo-cache-salt:s"
     assert translation.cache_salt({}) is None
-    with pytest.raises(InvalidRequestError, match="cache_salt"):
-        translation.cache_salt({"routing": {"cache_salt": 3}})
+    for wrong in (3, "s" * 1025):
+        with pytest.raises(InvalidRequestError, match="cache_salt"):
+            translation.cache_salt({"routing": {"cache_salt": wrong}})
 
 
 def test_session() -> None:
     assert translation.session_id({"agent_context": {"session_id": " a "}}) == "a"
     assert translation.session_id({"agent_context": {"session_id": ""}}) is None
+    with pytest.raises(InvalidRequestError, match="session_id: 1025 characters"):
+        translation.session_id({"agent_context": {"session_id": "a" * 1025}})
 
 
 def test_the_routers_adapter_comes_before_the_model() -> None:

@@ -11,9 +11,11 @@ from urllib.parse import unquote, urlsplit
 from dynamo.llm import LoRADownloader, lora_name_to_id, unregister_model
 
 from dynamo_worker import operations, registration
-from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker import request_limits as limits
+from dynamo_worker.errors import InvalidRequestError, shown
 from dynamo_worker.logs import get_logger
 from dynamo_worker.runtime import register_adapter
+from dynamo_worker.translation import section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,7 +100,7 @@ class Adapters:
             and info is not None
             and name not in (info.model_name, info.model_path, *info.model_aliases)
         ):
-            raise InvalidRequestError(f"there is no model or LoRA adapter {name!r} on this worker")
+            raise InvalidRequestError(f"there is no model or LoRA adapter {shown(name)} on this worker")
         return adapter
 
     @staticmethod
@@ -109,14 +111,23 @@ class Adapters:
 
     async def load(self, body: dict[str, Any]) -> dict[str, Any]:
         """Load ``lora_name`` from ``source.uri`` and register it as a model of its own."""
-        name, uri = body.get("lora_name"), (body.get("source") or {}).get("uri")
+        name, uri = body.get("lora_name"), section(body, "source").get("uri")
         if not isinstance(name, str) or not name or not isinstance(uri, str) or not uri:
             raise InvalidRequestError('needed: {"lora_name": NAME, "source": {"uri": "file:///…" or "s3://…"}}')
+        limits.ADDRESS_CHARACTERS.check("source.uri", len(uri))
+        self._check_name(name)
         async with self._lock:
             adapter = self._loaded.get(name)
             if adapter is not None:
                 return _answer(adapter, "is loaded already")
-            adapter = Adapter(name, lora_name_to_id(name), await _fetch(uri))
+            number = lora_name_to_id(name)
+            for other in self._loaded.values():
+                if other.number == number:  # engines and routers go by the number
+                    raise InvalidRequestError(
+                        f"lora_name: {shown(name)} has the same id as the loaded adapter {other.name!r}; "
+                        "choose another name"
+                    )
+            adapter = Adapter(name, number, await _fetch(uri))
             await self._loader.load(adapter)
             self._loaded[name] = adapter
             try:
@@ -129,13 +140,25 @@ class Adapters:
         log.info("LoRA adapter loaded", name=name, path=adapter.path)
         return _answer(adapter, "loaded")
 
+    def _check_name(self, name: str) -> None:
+        """Refuse a name under which an adapter cannot be a model of its own.
+
+        :raises InvalidRequestError: it is one.
+        """
+        limits.NAME_CHARACTERS.check("lora_name", len(name))
+        if not name.isprintable() or name != name.strip():
+            raise InvalidRequestError(f"lora_name: {shown(name)} has control characters, or spaces around it")
+        info = self._info
+        if info is not None and name in (info.model_name, info.model_path, *info.model_aliases):
+            raise InvalidRequestError(f"lora_name: {shown(name)} is the name of the model itself; choose another name")
+
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take ``lora_name`` out of discovery, wait for its requests, and unload it."""
         name = body.get("lora_name")
         async with self._lock:
             adapter = self._loaded.get(name) if isinstance(name, str) else None
             if adapter is None:
-                raise InvalidRequestError(f"there is no LoRA adapter {name!r}; loaded: {sorted(self._loaded)}")
+                raise InvalidRequestError(f"there is no LoRA adapter {shown(name)}; loaded: {sorted(self._loaded)}")
             if self._endpoint is not None:
                 async with registration.leaving():
                     await unregister_model(endpoint=self._endpoint, lora_name=adapter.name)

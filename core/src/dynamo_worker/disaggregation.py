@@ -34,4 +34,5 @@ class Role:
     @staticmethod
     def bypasses_prefill(request: Mapping[str, Any]) -> bool:
         """Return whether a decode worker shall prefill this request itself."""
-        return not _BYPASS.isdisjoint(request.get("annotations") or ())
+        annotations = request.get("annotations")
+        return isinstance(annotations, list) and any(isinstance(mark, str) and mark in _BYPASS for mark in annotations)

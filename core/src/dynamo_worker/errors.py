@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sized
 
 from dynamo_worker.exit_codes import ExitCode
 
@@ -58,6 +59,15 @@ class DiscoveryLostError(WorkerError):
 
 class InvalidRequestError(ValueError):
     """One request is wrong. It ends in HTTP 400 with this message for its client and harms no other request."""
+
+
+def shown(value: object) -> str:
+    """Return what a message says of a value that somebody else has made: short, however large the value is."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:80])
+    if isinstance(value, Sized):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return f"{value!r:.80}"
 
 
 def describe(error: BaseException) -> str:

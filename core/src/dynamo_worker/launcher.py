@@ -416,7 +416,14 @@ class Launcher:
         )
         endpoints = [main, *info.endpoints] if info.model_path is not None else list(info.endpoints)
         self._egress.start()
-        handler = RequestHandler(engine, self._registry, self._egress, self._on_request_found_dead, info.vocab_size)
+        handler = RequestHandler(
+            engine,
+            self._registry,
+            self._egress,
+            self._on_request_found_dead,
+            info.vocab_size,
+            info.context_length,
+        )
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(main.name), runtime.completed(info))
         runtime.record_registration(self._run_dir)

@@ -21,7 +21,7 @@ from dynamo.llm.exceptions import (
 from dynamo_worker.calling import contained
 from dynamo_worker.egress import Egress, SlowClientError, Stream
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, RequestContext, Send
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, shown
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class Outcome(str, enum.Enum):
 
 #: The first number that is no token id, for a model whose vocabulary is not known.
 _TOKEN_LIMIT = 2**31
+#: Longest message of a refusal, in the log and to the client.
+_MESSAGE_CHARACTERS = 1000
+#: Bytes of a packed token.
+_PACKED_BYTES = 4
 #: Seconds that an engine has to abort a request.
 _ABORT_SECONDS = 10.0
 #: After these the engine may still be at work on the request.
@@ -178,14 +182,17 @@ class RequestHandler:
         egress: Egress,
         on_dead: Callable[[EngineDeadError], None],
         vocab_size: int | None = None,
+        context_length: int | None = None,
     ) -> None:
         """Serve ``engine``.
 
         :param egress: sends the chunks; has been started.
         :param on_dead: called when a request shows that the engine is beyond repair; must only take note.
         :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
+        :param context_length: longest sequence in tokens; None if only the engine can tell.
         """
         self._vocab_size = vocab_size
+        self._context_length = context_length
         self._engine = engine
         self._registry = registry
         self._egress = egress
@@ -217,7 +224,7 @@ class RequestHandler:
             gone.add_done_callback(lambda future: self._on_gone(future, entry))
             try:
                 if endpoint.takes_tokens:
-                    request = validated(request, self._vocab_size)
+                    request = validated(request, self._vocab_size, self._context_length)
                 if response_sender is not None:
                     out = egress.open(response_sender.send, lambda: registry.cut_one(entry, Cut.SLOW_CLIENT))
                 if push is not None and out is not None:
@@ -280,8 +287,12 @@ class RequestHandler:
         if isinstance(error, InvalidRequestError):
             # Of all the ways to an HTTP 400 only InvalidArgument brings its message to the client (measured on 1.6.1);
             # ValueError and HttpError arrive as "Invalid request".
-            log.warning("Request refused", request_id=request_id, error=error)
-            return Outcome.INVALID, InvalidArgument(str(error))
+            # Some messages of engines quote what they refuse, whatever its length.
+            message = str(error)
+            if len(message) > _MESSAGE_CHARACTERS:
+                message = f"{message[:_MESSAGE_CHARACTERS]}…"
+            log.warning("Request refused", request_id=request_id, error=message)
+            return Outcome.INVALID, InvalidArgument(message)
         if entry.gone or context.is_stopped():
             # The cancellation of its task, or what became of it; or the sender of a closed stream, which raises
             # RuntimeError.
@@ -330,17 +341,22 @@ class RequestHandler:
         task.add_done_callback(ended)
 
 
-def validated(request: Any, vocab_size: int | None = None) -> Request:
+def validated(request: Any, vocab_size: int | None = None, context_length: int | None = None) -> Request:
     """Return the request if an engine can be asked to serve it, ``token_ids`` unpacked into a list of ints.
 
     Frontends may send ``token_ids`` as packed little-endian int32 (``DYN_TOKEN_IDS_AS_BYTES``).
 
     :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
-    :raises InvalidRequestError: it is no object, or its tokens are missing, empty or no token ids.
+    :param context_length: longest sequence in tokens: no token of a prompt that is longer is looked at.
+    :raises InvalidRequestError: it is no object, or its tokens are missing, empty, too many or no token ids.
     """
     if not isinstance(request, dict):
         raise InvalidRequestError(f"a request must be an object, not {type(request).__name__}")
     tokens = request.get("token_ids")
+    if context_length is not None and isinstance(tokens, (list, bytes, bytearray, memoryview)):
+        length = len(tokens) if isinstance(tokens, list) else len(tokens) // _PACKED_BYTES
+        if length > context_length:
+            raise InvalidRequestError(f"the prompt has {length} tokens; the model's context length is {context_length}")
     if isinstance(tokens, (bytes, bytearray, memoryview)):
         packed = array("i")
         try:
@@ -354,7 +370,7 @@ def validated(request: Any, vocab_size: int | None = None) -> Request:
         raise InvalidRequestError(f"token_ids: a list of integers is needed, not {type(tokens).__name__}")
     elif not set(map(type, tokens)) <= {int}:  # a boolean is an int to everything but its type
         wrong = next(token for token in tokens if type(token) is not int)
-        raise InvalidRequestError(f"token_ids: every token must be an integer, not {wrong!r:.80}")
+        raise InvalidRequestError(f"token_ids: every token must be an integer, not {shown(wrong)}")
     if not tokens:
         raise InvalidRequestError("token_ids: the prompt is empty")
     if (lowest := min(tokens)) < 0:

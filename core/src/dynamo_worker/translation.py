@@ -1,7 +1,8 @@
 """From Dynamo's requests to an engine's parameters: every field is passed on, left to the frontend, or refused by name.
 
 An engine writes its tables down (which field becomes which parameter, read how); reading them is the same for all. A
-field that no table knows is refused: it must never be dropped in silence.
+field that no table knows is refused: it must never be dropped in silence. What a request can make long has a limit
+(``request_limits.py``): everything here runs on the event loop.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dynamo_worker.errors import InvalidRequestError
-from dynamo_worker.json_schema import check_references
+from dynamo_worker import request_limits as limits
+from dynamo_worker.errors import InvalidRequestError, shown
+from dynamo_worker.json_schema import check_schema, check_size, check_structural_tag
 
 #: Reads one value of a request and returns it for the engine. Gets the field's full name for its error message.
 Reader = Callable[[str, Any], Any]
@@ -45,11 +47,17 @@ _HANDLED: Final = frozenset(
 
 #: The keys of ``guided_decoding`` (Dynamo 1.6.1).
 GUIDED: Final = ("json", "regex", "choice", "grammar", "whitespace_pattern", "structural_tag")
+#: Those that are text in a language of their own.
+_GUIDE_TEXTS: Final = {
+    "regex": limits.REGEX_CHARACTERS,
+    "grammar": limits.GRAMMAR_CHARACTERS,
+    "whitespace_pattern": limits.WHITESPACE_CHARACTERS,
+}
 
 
 def refusal(name: str, expected: str, value: object) -> InvalidRequestError:
     """Return the error for a value of the wrong kind."""
-    return InvalidRequestError(f"{name}: {expected} is needed, not {value!r:.80}")
+    return InvalidRequestError(f"{name}: {expected} is needed, not {shown(value)}")
 
 
 def integer(name: str, value: Any) -> int:
@@ -65,9 +73,15 @@ def integer(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """Read a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise refusal(name, "a finite number", value)
-    return float(value)
+    try:
+        read = float(value)
+    except OverflowError:
+        read = math.inf
+    if not math.isfinite(read):
+        raise refusal(name, "a finite number", value)
+    return read
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -84,26 +98,50 @@ def string(name: str, value: Any) -> str:
     return value
 
 
-def strings(name: str, value: Any) -> list[str]:
-    """Read a list of strings; one by itself is a list, too."""
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
-        raise refusal(name, "a string or a list of strings", value)
-    return list(given)
-
-
 def mapping(name: str, value: Any) -> dict[str, Any]:
-    """Read an object."""
+    """Read an object, which is passed on as it is."""
     if not isinstance(value, Mapping):
         raise refusal(name, "an object", value)
+    check_size(name, value)
     return dict(value)
 
 
 def tokens(name: str, value: Any) -> list[int]:
-    """Read a list of token ids."""
+    """Read a list of token ids: some that mean something."""
+    return _tokens(name, value, limits.STOP_TOKENS)
+
+
+def allowed_tokens(name: str, value: Any) -> list[int]:
+    """Read a list of token ids: a part of the vocabulary, however large."""
+    return _tokens(name, value, limits.ALLOWED_TOKENS)
+
+
+def _tokens(name: str, value: Any, limit: limits.Limit) -> list[int]:
     if not isinstance(value, (list, tuple)):
         raise refusal(name, "a list of tokens", value)
+    limit.check(name, len(value))
+    if set(map(type, value)) == {int} and min(value) >= -(2**63) and max(value) < 2**63:
+        return list(value)  # a tenth of the time that the next line takes
     return [integer(name, token) for token in value]
+
+
+def answers(name: str, value: Any) -> int:
+    """Read the number of answers."""
+    number_of = integer(name, value)
+    if number_of < 1:
+        raise refusal(name, "a positive number", value)
+    limits.ANSWERS.check(name, number_of)
+    return number_of
+
+
+def rank(name: str, value: Any) -> int | None:
+    """Read a data-parallel rank, which has 32 bits in Dynamo; None stays None."""
+    if value is None:
+        return None
+    number_of = integer(name, value)
+    if not 0 <= number_of < 2**32:
+        raise refusal(name, "a rank", value)
+    return number_of
 
 
 def count(name: str, value: Any) -> int:
@@ -117,9 +155,9 @@ def count(name: str, value: Any) -> int:
 
 
 def length(name: str, value: Any) -> int:
-    """Read a number of tokens."""
+    """Read a number that counts tokens or the like: what engines have 32 bits for."""
     number_of = integer(name, value)
-    if number_of < 0:
+    if not 0 <= number_of < 2**31:
         raise refusal(name, "a number of tokens", value)
     return number_of
 
@@ -128,9 +166,10 @@ def logit_bias(name: str, value: Any) -> dict[int, float]:
     """Read what is added to the logits of tokens, kept between -100 and 100 as in the OpenAI interface."""
     if not isinstance(value, Mapping):
         raise refusal(name, "an object of tokens and numbers", value)
+    limits.BIASES.check(name, len(value))
     try:
         ids = [int(token) for token in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise refusal(name, "an object of tokens and numbers", value) from None
     return {token: min(100.0, max(-100.0, number(name, bias))) for token, bias in zip(ids, value.values(), strict=True)}
 
@@ -140,7 +179,7 @@ def unsupported(*harmless: object) -> Reader:
 
     def read(name: str, value: Any) -> None:
         if value not in harmless:
-            raise InvalidRequestError(f"{name} = {value!r:.80} is not supported by this engine")
+            raise InvalidRequestError(f"{name} = {shown(value)} is not supported by this engine")
 
     return read
 
@@ -150,7 +189,8 @@ def guided_decoding(value: Any) -> dict[str, Any]:
 
     ``structural_tag`` is JSON text. The engine as a whole has one grammar backend, so ``backend`` can only be ``auto``.
 
-    :raises InvalidRequestError: a key is unknown or wrong, or a JSON schema refers to itself without ever getting on.
+    :raises InvalidRequestError: a key is unknown, wrong or too large, or a JSON schema refers to itself without ever
+        getting on.
     """
     if not isinstance(value, Mapping):
         raise refusal("guided_decoding", "an object", value)
@@ -158,27 +198,38 @@ def guided_decoding(value: Any) -> dict[str, Any]:
     backend = given.pop("backend", "auto")
     if backend != "auto":
         raise InvalidRequestError(
-            f"guided_decoding.backend = {backend!r:.80} is not supported: a flag of the engine chooses the backend"
+            f"guided_decoding.backend = {shown(backend)} is not supported: a flag of the engine chooses the backend"
         )
     for key in given:
         if key not in GUIDED:
             raise InvalidRequestError(f"guided_decoding.{key} is not supported by this engine")
-    for key in ("regex", "grammar", "whitespace_pattern"):
-        if key in given and not isinstance(given[key], str):
-            raise refusal(f"guided_decoding.{key}", "a string", given[key])
-    choice = given.get("choice")
-    if choice is not None and not (
-        isinstance(choice, (list, tuple)) and choice and all(isinstance(entry, str) for entry in choice)
-    ):
-        raise refusal("guided_decoding.choice", "a list of strings", choice)
+    for key, limit in _GUIDE_TEXTS.items():
+        if key in given:
+            limit.check(f"guided_decoding.{key}", len(string(f"guided_decoding.{key}", given[key])))
+    if "choice" in given:
+        _check_choices(given["choice"])
     if "json" in given:
         schema = given["json"]
         if not isinstance(schema, (str, Mapping)):
             raise refusal("guided_decoding.json", "a JSON schema", schema)
-        check_references(schema)
-    if "structural_tag" in given and not isinstance(given["structural_tag"], str):
-        given["structural_tag"] = json.dumps(given["structural_tag"])
+        check_schema("guided_decoding.json", schema)
+    if "structural_tag" in given:
+        tag = given["structural_tag"]
+        if not isinstance(tag, (str, Mapping)):
+            raise refusal("guided_decoding.structural_tag", "an object", tag)
+        check_structural_tag("guided_decoding.structural_tag", tag)
+        given["structural_tag"] = tag if isinstance(tag, str) else json.dumps(tag)
     return given if given.keys() - {"whitespace_pattern"} else {}
+
+
+def _check_choices(choices: Any) -> None:
+    name = "guided_decoding.choice"
+    if not isinstance(choices, (list, tuple)) or not choices:
+        raise refusal(name, "a list of strings", choices)
+    limits.CHOICES.check(name, len(choices))
+    if not all(isinstance(choice, str) for choice in choices):
+        raise refusal(name, "a list of strings", choices)
+    limits.CHOICE_CHARACTERS.check(name, sum(map(len, choices)))
 
 
 def section(request: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
@@ -199,7 +250,7 @@ def section(request: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 #: What engines have under Dynamo's own names, or nobody has: they write down where theirs differ.
 SAMPLING: Final[Fields] = {
-    "n": ("n", integer),
+    "n": ("n", answers),
     "presence_penalty": ("presence_penalty", number),
     "frequency_penalty": ("frequency_penalty", number),
     "repetition_penalty": ("repetition_penalty", number),
@@ -267,7 +318,7 @@ class RequestTable:
         _read("output_options", self.output, section(request, "output_options"), values)
         best_of = section(request, "sampling_options").get("best_of")
         if best_of is not None and best_of not in (1, values.get("n", 1)):
-            raise InvalidRequestError(f"sampling_options.best_of = {best_of!r:.80} is not supported by this engine")
+            raise InvalidRequestError(f"sampling_options.best_of = {shown(best_of)} is not supported by this engine")
         return values
 
 
@@ -305,6 +356,8 @@ class ModelTable:
         limit = table.stop["max_tokens"]
         assert limit is not None, "an engine has a limit of tokens"
         self._limit = limit[0]
+        prompt_logprobs = table.output.get("prompt_logprobs")
+        self._prompt_logprobs = None if prompt_logprobs is None else prompt_logprobs[0]
 
     def read(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the engine's parameters, with a limit that fits into the context; None if no token is asked for.
@@ -323,9 +376,19 @@ class ModelTable:
         limit = values.get(self._limit)
         if limit == 0:
             return None
+        alternatives = values.get(self._prompt_logprobs) if self._prompt_logprobs is not None else None
+        if alternatives is not None:
+            _check_prompt_logprobs(prompt, alternatives)
         # Engines differ in what they do without a limit, or with one that does not fit: one of them refuses.
         values[self._limit] = room if limit is None else min(limit, room)
         return values
+
+
+def _check_prompt_logprobs(prompt: int, alternatives: int) -> None:
+    name = "output_options.prompt_logprobs"
+    if alternatives < 0:
+        raise InvalidRequestError(f"{name}: the whole vocabulary is not supported for the tokens of the prompt")
+    limits.PROMPT_LOGPROBS.check(name, prompt * (alternatives + 1))
 
 
 def cache_salt(request: Mapping[str, Any]) -> str | None:
@@ -333,9 +396,8 @@ def cache_salt(request: Mapping[str, Any]) -> str | None:
     for source in (section(request, "routing"), section(request, "nvext"), section(request, "extra_args", "nvext")):
         salt = source.get("cache_salt")
         if salt:
-            if not isinstance(salt, str):
-                raise refusal("cache_salt", "a string", salt)
-            return _SALT_PREFIX + salt
+            limits.ID_CHARACTERS.check("cache_salt", len(string("cache_salt", salt)))
+            return f"{_SALT_PREFIX}{salt}"
     return None
 
 
@@ -348,7 +410,10 @@ def priority(request: Mapping[str, Any]) -> int:
 def session_id(request: Mapping[str, Any]) -> str | None:
     """Return the id of the agent's session that the request belongs to."""
     value = section(request, "agent_context").get("session_id")
-    return (value.strip() or None) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    limits.ID_CHARACTERS.check("agent_context.session_id", len(value))
+    return value.strip() or None
 
 
 def adapter_name(request: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
-from sglang.srt.sampling.sampling_params import SamplingParams
+import torch
+from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.testing.translation import Translation
@@ -17,8 +18,10 @@ from dynamo_worker_sglang.sampling import SamplingTable
 VOCABULARY = 500
 
 
-def table(defaults: Mapping[str, Any], *, deterministic: bool = True) -> SamplingTable:
-    return SamplingTable(defaults, Translation.CONTEXT_LENGTH, VOCABULARY, deterministic=deterministic)
+def table(defaults: Mapping[str, Any], *, deterministic: bool = True, custom: bool = False) -> SamplingTable:
+    return SamplingTable(
+        defaults, Translation.CONTEXT_LENGTH, VOCABULARY, deterministic=deterministic, custom_processors=custom
+    )
 
 
 class TestTranslation(Translation):
@@ -60,8 +63,8 @@ class TestTranslation(Translation):
         params.normalize(object())
 
 
-def translated(*, deterministic: bool = True, **sections: Any) -> Any:
-    result = table({}, deterministic=deterministic).translate({"token_ids": [5, 6, 7], **sections})
+def translated(*, deterministic: bool = True, custom: bool = False, **sections: Any) -> Any:
+    result = table({}, deterministic=deterministic, custom=custom).translate({"token_ids": [5, 6, 7], **sections})
     assert result is not None
     return result
 
@@ -72,11 +75,20 @@ def test_a_seed_that_would_do_nothing_is_refused() -> None:
     assert translated(deterministic=False, sampling_options={"seed": 1, "temperature": 0.0})
 
 
-def test_the_whole_vocabulary() -> None:
-    for all_of_it in (-1, 2**32 - 1):
-        options = translated(output_options={"logprobs": all_of_it, "prompt_logprobs": 1})
-        assert (options.top, options.prompt_top) == (-1, 1)
-        assert options.options["top_logprobs_num"] == VOCABULARY
+def test_the_whole_vocabulary_is_more_than_the_event_loop_can_carry() -> None:
+    """Each alternative to each token is an object of Python's, made for all requests on one event loop."""
+    for too_many in (-1, 2**32 - 1, 129):
+        for name in ("logprobs", "prompt_logprobs"):
+            with pytest.raises(InvalidRequestError, match=rf"output_options\.{name}: "):
+                translated(output_options={name: too_many})
+    options = translated(output_options={"logprobs": 128, "prompt_logprobs": 1})
+    assert (options.top, options.prompt_top, options.options["top_logprobs_num"]) == (128, 1, 128)
+
+
+def test_the_whole_of_a_small_vocabulary() -> None:
+    small = SamplingTable({}, 100, 20).translate({"token_ids": [5], "output_options": {"logprobs": -1}})
+    assert small is not None
+    assert (small.top, small.options["top_logprobs_num"]) == (-1, 20)
 
 
 def test_no_logprobs_are_made_unless_they_are_asked_for() -> None:
@@ -85,14 +97,57 @@ def test_no_logprobs_are_made_unless_they_are_asked_for() -> None:
 
 
 def test_what_sglang_alone_has() -> None:
-    extra = {"sampling_options": {"logit_bias": {"7": 200}, "stop_regex": "a+", "custom_params": {"a": 1}}}
+    custom = {"a": 1, "b": [1, "x", None], "c": {"d": True}}
+    extra = {"sampling_options": {"logit_bias": {"7": 200}, "custom_params": custom}}
     sampled = translated(extra_args=extra).sampling
     assert sampled["logit_bias"] == {"7": 100.0}
-    assert sampled["stop_regex"] == ["a+"]
+    assert sampled["custom_params"] == custom
     with pytest.raises(InvalidRequestError, match="logit_bias"):
         translated(extra_args={"sampling_options": {"logit_bias": {str(VOCABULARY): 1}}})
     with pytest.raises(InvalidRequestError, match=r"extra_args\.sampling_options\.token_ids_logprob"):
         translated(extra_args={"sampling_options": {"token_ids_logprob": [1]}})
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", ["a"]])
+def test_a_pattern_that_the_scheduler_would_match_is_refused(pattern: Any) -> None:
+    """One that never comes to an end takes all other requests with it."""
+    with pytest.raises(InvalidRequestError, match=r"stop_regex is not supported.*use `stop`"):
+        translated(extra_args={"sampling_options": {"stop_regex": pattern}})
+    assert translated(extra_args={"sampling_options": {"stop_regex": []}}) == translated()
+
+
+def test_code_is_taken_only_where_the_operator_allows_it() -> None:
+    code = {"sampling_options": {"custom_logit_processor": '{"callable": "80"}'}}
+    with pytest.raises(InvalidRequestError, match=r"custom_logit_processor.*--enable-custom-logit-processor"):
+        translated(extra_args=code)
+    assert translated(custom=True, extra_args=code).options == {"custom_logit_processor": '{"callable": "80"}'}
+    with pytest.raises(InvalidRequestError, match="custom_logit_processor: 65537 characters"):
+        translated(custom=True, extra_args={"sampling_options": {"custom_logit_processor": "x" * 65_537}})
+
+
+@pytest.mark.parametrize("params", [{"a": {"b": {"c": 1}}}, {"a": [[1]]}, {"a": [{"b": 1}]}, {"a": "x" * 262_144}])
+def test_what_the_scheduler_could_not_decode_never_gets_there(params: dict[str, Any]) -> None:
+    """It would end: `msgspec.ValidationError`."""
+    with pytest.raises(InvalidRequestError, match="custom_params"):
+        translated(extra_args={"sampling_options": {"custom_params": params}})
+
+
+@pytest.mark.parametrize("top_k", [2**30, 2**31, 2**62])
+def test_no_top_k_is_beyond_the_schedulers_32_bits(top_k: int) -> None:
+    sampled = translated(sampling_options={"top_k": top_k}).sampling
+    assert torch.tensor([SamplingParams(**sampled).top_k], dtype=torch.int32).item() == TOP_K_ALL
+
+
+def test_stop_tokens_that_there_are_not_are_left_out() -> None:
+    """The scheduler uses them as places in a row of the vocabulary; none of them is ever generated."""
+    stop = {"stop_token_ids": [3, VOCABULARY - 1, VOCABULARY, 2**40, -1]}
+    assert translated(stop_conditions=stop).sampling["stop_token_ids"] == [3, VOCABULARY - 1]
+
+
+def test_kv_hints_are_bounded() -> None:
+    assert translated(kv_hint={"actions": []}).options == {"kv_hints": {"actions": []}}
+    with pytest.raises(InvalidRequestError, match="kv_hint: 20000 values"):
+        translated(kv_hint={"actions": [1] * 19_999})
 
 
 # --- prefill and decode
@@ -120,6 +175,22 @@ def test_a_decode_worker_goes_there(key: str) -> None:
     body = {key: meeting if key == "bootstrap_info" else {"disaggregated_params": meeting}}
     assert role.prepare(body, request) is None
     assert request.options == meeting
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *[("bootstrap_host", wrong) for wrong in (3, ["h"], "h" * 257)],
+        *[("bootstrap_port", wrong) for wrong in ("9000", -1, 65_536, True)],
+        *[("bootstrap_room", wrong) for wrong in ("7", -1, 2**64, 1.5, True)],
+    ],
+)
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_a_place_to_meet_that_is_none_never_reaches_a_scheduler(mode: str, name: str, wrong: Any) -> None:
+    given = {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 2**64 - 1}
+    Role(mode, ("h", 1)).prepare({"bootstrap_info": given}, translated())
+    with pytest.raises(InvalidRequestError, match=name):
+        Role(mode, ("h", 1)).prepare({"bootstrap_info": {**given, name: wrong}}, translated())
 
 
 @pytest.mark.parametrize(

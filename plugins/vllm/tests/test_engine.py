@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.serving import LocalContext
 from dynamo_worker_vllm.engine import VllmEngine, _finished, _translated
+from dynamo_worker_vllm.sampling import GuidedParams, SamplingTable
 
 BUGS = [ValueError("not enough values to unpack"), TypeError("not iterable"), KeyError("a")]
 
@@ -50,6 +52,61 @@ def test_a_bug_while_it_takes_a_request_is_not(error: Exception) -> None:
 @pytest.mark.parametrize("error", BUGS, ids=repr)
 def test_a_bug_behind_that_is_not_either(error: Exception) -> None:
     assert _translated(error) is error
+
+
+def test_the_event_loop_runs_while_vllm_compiles_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds for some, and vLLM would do it in `add_request`, on the loop."""
+    steps: list[str] = []
+    compiling, go_on = threading.Event(), threading.Event()
+
+    def verify_guide(self: Any, *what: Any) -> None:
+        assert what == ("model", "backends", "tokenizer")
+        compiling.set()
+        assert go_on.wait(10)
+        steps.append("compiled")
+
+    async def add_request(*_: Any, **__: Any) -> str:
+        steps.append("added")
+        return "mailbox"
+
+    monkeypatch.setattr(GuidedParams, "verify_guide", verify_guide)
+
+    async def main() -> None:
+        engine = VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
+        config = SimpleNamespace(model_config="model", structured_outputs_config="backends")
+        core = SimpleNamespace(engine_ranks_managed=[0])
+        llm: Any = SimpleNamespace(add_request=add_request, vllm_config=config, tokenizer="tokenizer", engine_core=core)
+        engine._llm = llm
+        request = {"token_ids": [5], "sampling_options": {"guided_decoding": {"regex": "a"}}}
+        params = SamplingTable({}, 100).translate(request)
+        submitted = asyncio.ensure_future(engine._submit(llm, request, params, LocalContext("r"), None))
+        while not compiling.is_set():
+            await asyncio.sleep(0.001)
+        steps.append("the loop runs")
+        plain = SamplingTable({}, 100).translate({"token_ids": [5]})
+        await engine._submit(llm, {"token_ids": [5]}, plain, LocalContext("p"), None)
+        go_on.set()
+        assert await submitted == "mailbox"
+
+    asyncio.run(main())
+    assert steps == ["the loop runs", "added", "compiled", "added"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("reasoning_ended", {"extra_args": {"reasoning_ended": 3}}),
+        ("dp_rank", {"routing": {"dp_rank": "0"}}),
+        ("kv_hint", {"kv_hint": [1] * 20_000}),
+    ],
+)
+def test_what_the_engine_core_could_not_decode_is_refused(name: str, sections: dict[str, Any]) -> None:
+    engine = VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
+    llm: Any = SimpleNamespace(add_request=None, engine_core=SimpleNamespace(engine_ranks_managed=[0, 1]))
+    engine._llm = llm
+    request = {"token_ids": [5], **sections}
+    with pytest.raises(InvalidRequestError, match=name):
+        asyncio.run(engine._submit(llm, request, SamplingParams(), LocalContext("r"), None))  # type: ignore[arg-type]
 
 
 def test_what_vllm_says_of_itself() -> None:

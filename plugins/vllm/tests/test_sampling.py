@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.testing.translation import Translation
@@ -29,6 +35,7 @@ class TestTranslation(Translation):
 
     def translate(self, request: dict[str, Any], defaults: Mapping[str, Any]) -> Any:
         sampling.kv_hints(request)
+        sampling.reasoning(request)
         return SamplingTable(defaults, self.CONTEXT_LENGTH).translate(request)
 
     def value_of(self, translated: Any, name: str) -> Any:
@@ -64,3 +71,100 @@ def test_kv_hints() -> None:
     assert sampling.kv_hints({}) is None
     with pytest.raises(InvalidRequestError, match="kv_hint"):
         sampling.kv_hints({"kv_hint": {"actions": 3}})
+
+
+def test_kv_hints_are_bounded() -> None:
+    with pytest.raises(InvalidRequestError, match=r"kv_hint: .* levels"):
+        sampling.kv_hints({"kv_hint": functools.reduce(lambda inner, _: [inner], range(65), 1)})
+
+
+@pytest.mark.parametrize("extra", [{}, {"reasoning_ended": True}, {"reasoning_parser_kwargs": None}])
+def test_what_is_known_of_the_reasoning(extra: dict[str, Any]) -> None:
+    expected = {"reasoning_ended": None, "reasoning_parser_kwargs": None, **extra}
+    assert sampling.reasoning({"extra_args": extra}) == expected
+    arguments = {"chat_template_kwargs": {"enable_thinking": False}}
+    both = {**extra, "reasoning_parser_kwargs": arguments}
+    assert sampling.reasoning({"extra_args": both})["reasoning_parser_kwargs"] == arguments
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"reasoning_ended": 1},
+        {"reasoning_ended": {}},
+        {"reasoning_parser_kwargs": [1]},
+        {"reasoning_parser_kwargs": {"tokenizer": None}},
+        {"reasoning_parser_kwargs": {"chat_template_kwargs": [1]}},
+        {"reasoning_parser_kwargs": {"chat_template_kwargs": {"a": "x" * 262_144}}},
+    ],
+)
+def test_what_would_end_the_engine_core_never_gets_there(extra: dict[str, Any]) -> None:
+    """It decodes a request by its types, and hands these on to the parser's constructor."""
+    with pytest.raises(InvalidRequestError, match="reasoning_"):
+        sampling.reasoning({"extra_args": extra})
+
+
+def test_a_constraint_is_compiled_once_and_not_where_vllm_verifies_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def from_regex(pattern: str) -> None:
+        compiled.append(threading.current_thread().name)
+        if pattern == "(":
+            raise RuntimeError("no closing parenthesis")
+
+    monkeypatch.setattr("xgrammar.Grammar.from_regex", from_regex)
+    model: Any = SimpleNamespace(is_diffusion=False, max_logprobs=20, get_vocab_size=lambda: 100)
+    backend: Any = SimpleNamespace(backend="xgrammar")
+
+    def params(pattern: str) -> Any:
+        request = {"token_ids": [5], "sampling_options": {"guided_decoding": {"regex": pattern}}}
+        return SamplingTable({}, 100).translate(request)
+
+    good = params("a+")
+    good.verify_guide(model, backend, object())
+    assert len(compiled) == 1
+    copy = good.clone()
+    copy.verify(model, None, backend, object())
+    assert len(compiled) == 1, "what was verified is not verified again"
+    with pytest.raises(VLLMValidationError, match="parenthesis"):
+        params("(").verify_guide(model, backend, object())
+    with pytest.raises(VLLMValidationError, match="parenthesis"):
+        params("(").verify(model, None, backend, object())
+    logit_bias = {"sampling_options": {"guided_decoding": {"regex": "a"}, "logit_bias": {"100": 1}}}
+    biased: Any = SamplingTable({}, 100).translate({"token_ids": [5], "extra_args": logit_bias})
+    biased.verify_guide(model, backend, object())
+    with pytest.raises(VLLMValidationError, match="vocab"):
+        biased.verify(model, None, backend, object())
+
+
+@pytest.mark.parametrize("backend", ["xgrammar", "auto", "guidance"])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        {"json": {"type": "string", "format": []}},
+        {"json": {"type": [[1]], "enum": 3}},
+        {"structural_tag": {"structures": [{"begin": 1}]}},
+        {"structural_tag": {"format": 3}},
+        {"grammar": "("},
+    ],
+)
+def test_a_constraint_with_parts_of_the_wrong_types_is_the_clients_fault(guide: dict[str, Any], backend: str) -> None:
+    model: Any = SimpleNamespace(is_diffusion=False)
+    request = {"token_ids": [5], "sampling_options": {"guided_decoding": guide}}
+    params: Any = SamplingTable({}, 100).translate(request)
+    try:
+        params.verify_guide(model, SimpleNamespace(backend=backend), object())
+    except (InvalidRequestError, VLLMValidationError, ValueError):
+        return
+
+
+def test_guided_parameters_are_the_same_to_the_engine_core() -> None:
+    options = {"guided_decoding": {"regex": "a+"}, "temperature": 0.5, "n": 2}
+    params = SamplingTable({}, 100).translate({"token_ids": [5], "sampling_options": options})
+    assert type(params) is sampling.GuidedParams
+    decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    assert {name: getattr(decoded, name) for name in SamplingParams.__struct_fields__} == {
+        name: getattr(params, name) for name in SamplingParams.__struct_fields__
+    }
+    plain = SamplingTable({}, 100).translate({"token_ids": [5]})
+    assert type(plain) is SamplingParams

@@ -132,6 +132,20 @@ class Translation(ABC):
         "no choice": {"choice": []},
         "unknown": {"new": 1},
     }
+    #: What no engine has to cope with: more than the limits of ``request_limits.py``.
+    TOO_LARGE: ClassVar[Mapping[tuple[str, str], Any]] = {
+        ("sampling_options", "n"): 129,
+        ("stop_conditions", "stop_token_ids"): [1] * 1025,
+        ("output_options", "prompt_logprobs"): 50_000,
+    }
+    #: The same for constraints on the text.
+    LARGE_GUIDES: ClassVar[Mapping[str, Any]] = {
+        "regex": "a" * 8193,
+        "grammar": f'root ::= "{"a" * 65_536}"',
+        "choice": ["a"] * 10_001,
+        "json": {"enum": ["a"] * 16_384},
+        "structural_tag": {"format": {"type": "const_string", "value": "a" * 262_144}},
+    }
     #: A constraint of every kind, and what ``value_of(…, "guided_decoding")`` returns for it.
     GUIDES: ClassVar[Mapping[str, tuple[Any, Any]]]
 
@@ -242,6 +256,14 @@ class Translation(ABC):
         for guide in self.WRONG_GUIDES.values():
             with pytest.raises(InvalidRequestError, match="guided_decoding"):
                 self.translated(sampling_options={"guided_decoding": guide})
+
+    def test_what_is_too_large(self) -> None:
+        for (section, name), value in self.TOO_LARGE.items():
+            with pytest.raises(InvalidRequestError, match=f"{section}.{name}: .* at most"):
+                self.translated(**{section: {name: value}})
+        for kind, guide in self.LARGE_GUIDES.items():
+            with pytest.raises(InvalidRequestError, match=f"guided_decoding.{kind}: .* at most"):
+                self.translated(sampling_options={"guided_decoding": {kind: guide}})
 
     def test_a_schema_that_nests_itself(self) -> None:
         tree = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}}

@@ -10,14 +10,17 @@ import random
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import InvalidRequestError, disaggregation
-from dynamo_worker.translation import section
+from dynamo_worker import request_limits as limits
+from dynamo_worker.translation import integer, refusal, section, string
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dynamo_worker.translation import Reader
     from dynamo_worker_sglang.sampling import Translated
 
 _ROOMS: Final = 2**63
+_PORTS: Final = 2**16
 
 
 class Role(disaggregation.Role):
@@ -57,13 +60,13 @@ class Role(disaggregation.Role):
             host, port = self.bootstrap or ("", 0)
             room = given.get("bootstrap_room")
             meeting = {
-                "bootstrap_host": given.get("bootstrap_host", host),
-                "bootstrap_port": given.get("bootstrap_port", port),
+                "bootstrap_host": host if given.get("bootstrap_host") is None else given["bootstrap_host"],
+                "bootstrap_port": port if given.get("bootstrap_port") is None else given["bootstrap_port"],
                 "bootstrap_room": random.randrange(_ROOMS) if room is None else room,
             }
             translated.sampling["max_new_tokens"] = 1
             translated.sampling.pop("min_new_tokens", None)
-        meeting = {name: meeting[name] for name in _MEETING}
+        meeting = {name: read(f"bootstrap_info.{name}", meeting[name]) for name, read in _MEETING.items()}
         translated.options.update(meeting)
         return meeting if self.mode == "prefill" else None
 
@@ -82,4 +85,22 @@ class Role(disaggregation.Role):
         }
 
 
-_MEETING: Final = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+def _port(name: str, value: Any) -> int:
+    if not 0 <= integer(name, value) < _PORTS:
+        raise refusal(name, "a port", value)
+    return int(value)
+
+
+def _host(name: str, value: Any) -> str:
+    limits.NAME_CHARACTERS.check(name, len(string(name, value)))
+    return str(value)
+
+
+def _room(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise refusal(name, "an unsigned 64-bit integer", value)
+    return value
+
+
+#: What names the place where two workers meet, read how: the schedulers of both build on it.
+_MEETING: Final[Mapping[str, Reader]] = {"bootstrap_host": _host, "bootstrap_port": _port, "bootstrap_room": _room}

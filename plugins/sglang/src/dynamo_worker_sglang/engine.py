@@ -92,6 +92,7 @@ class SglangEngine(PushEngine):
             self._context_length,
             manager.model_config.vocab_size,
             deterministic=self._settings["enable_deterministic_inference"],
+            custom_processors=self._settings["enable_custom_logit_processor"],
         )
         tokenizer = manager.tokenizer
         if tokenizer is not None:
@@ -259,8 +260,10 @@ class SglangEngine(PushEngine):
             priority = translation.priority(request)
             priority = -priority if self._settings["schedule_low_priority_values_first"] else priority
         return {
-            "routed_dp_rank": routing.get("dp_rank") if len(self.ranks) > 1 else None,
-            "disagg_prefill_dp_rank": routing.get("prefill_dp_rank"),
+            "routed_dp_rank": translation.rank("routing.dp_rank", routing.get("dp_rank"))
+            if len(self.ranks) > 1
+            else None,
+            "disagg_prefill_dp_rank": translation.rank("routing.prefill_dp_rank", routing.get("prefill_dp_rank")),
             "priority": priority,
             "cache_salt": translation.cache_salt(request),
             "session_id": translation.session_id(request),

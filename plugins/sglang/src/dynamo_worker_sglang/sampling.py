@@ -7,18 +7,24 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sglang.srt.sampling.sampling_params import SamplingParams
+import msgspec
+from sglang.srt.sampling.sampling_params import TOP_K_ALL, CustomParamValue, SamplingParams
 
 from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker.translation import ModelTable, RequestTable, integer, logit_bias, mapping, refusal, string, strings
+from dynamo_worker import request_limits as limits
+from dynamo_worker.json_schema import check_size
+from dynamo_worker.translation import ModelTable, RequestTable, integer, logit_bias, mapping, string
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 def _top_k(name: str, value: Any) -> int:
-    """Read how many of the likeliest tokens are left; 0 is all of them, which is -1 in SGLang."""
-    return integer(name, value) or -1
+    """Read how many of the likeliest tokens are left; 0 is all of them, which is -1 in SGLang.
+
+    The scheduler has 32 bits for it, and ends if they do not do.
+    """
+    return min(integer(name, value), TOP_K_ALL) or -1
 
 
 def _biases(name: str, value: Any) -> dict[str, float]:
@@ -44,6 +50,30 @@ def _grammar(_: str, value: Any) -> dict[str, str]:
     return {}
 
 
+def _stop_regex(name: str, value: Any) -> None:
+    """Refuse it: SGLang's scheduler has Python match it, for which some patterns take longer than anybody waits.
+
+    No other request gets a token meanwhile.
+    """
+    if value:
+        raise InvalidRequestError(f"{name} is not supported by this engine; use `stop`, which is text")
+
+
+def _custom_params(name: str, value: Any) -> dict[str, Any]:
+    """Read what custom logit processors are told; the scheduler ends if it is of another type than this."""
+    given = mapping(name, value)
+    try:
+        msgspec.convert(given, dict[str, CustomParamValue])
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"{name}: {error}") from error
+    return given
+
+
+def _custom_logit_processor(name: str, value: Any) -> str:
+    limits.GRAMMAR_CHARACTERS.check(name, len(string(name, value)))
+    return str(value)
+
+
 #: ``sampling_options``: the name in :class:`SamplingParams` and the reader.
 SAMPLING: Final[translation.Fields] = {
     **translation.SAMPLING,
@@ -66,10 +96,10 @@ OUTPUT: Final = translation.OUTPUT
 EXTRA: Final[translation.Fields] = {
     **SAMPLING,
     "logit_bias": ("logit_bias", _biases),
-    "stop_regex": ("stop_regex", strings),
+    "stop_regex": ("", _stop_regex),
     "stream_interval": ("stream_interval", integer),
-    "custom_params": ("custom_params", mapping),
-    "custom_logit_processor": ("custom_logit_processor", string),
+    "custom_params": ("custom_params", _custom_params),
+    "custom_logit_processor": ("custom_logit_processor", _custom_logit_processor),
 }
 
 TABLE: Final = RequestTable(
@@ -102,7 +132,13 @@ class SamplingTable(ModelTable):
     """Translates requests for one model."""
 
     def __init__(
-        self, defaults: Mapping[str, Any], context_length: int, vocabulary: int, *, deterministic: bool = False
+        self,
+        defaults: Mapping[str, Any],
+        context_length: int,
+        vocabulary: int,
+        *,
+        deterministic: bool = False,
+        custom_processors: bool = False,
     ) -> None:
         """Remember the model.
 
@@ -110,10 +146,12 @@ class SamplingTable(ModelTable):
         :param context_length: longest sequence in tokens.
         :param vocabulary: number of tokens there are.
         :param deterministic: whether the engine's answers depend on nothing but the request.
+        :param custom_processors: whether requests may bring code that the engine runs.
         """
         super().__init__(TABLE, defaults, context_length)
         self._vocabulary = vocabulary
         self._deterministic = deterministic
+        self._custom_processors = custom_processors
 
     def translate(self, request: Mapping[str, Any]) -> Translated | None:
         """Return the request in SGLang's terms, or None if it asks for no token at all.
@@ -125,17 +163,27 @@ class SamplingTable(ModelTable):
             return None
         values.update(values.pop("guided_decoding", {}))
         n = values.pop("n", 1)
-        if n < 1:
-            raise refusal("sampling_options.n", "a positive number", n)
+        if values.get("custom_logit_processor") and not self._custom_processors:
+            raise InvalidRequestError(
+                "extra_args.sampling_options.custom_logit_processor is not supported by this engine without "
+                "--enable-custom-logit-processor"
+            )
+        # The scheduler looks these up in a table of the vocabulary, and ends if they are not in it.
+        stop_tokens = values.get("stop_token_ids")
+        if stop_tokens:
+            values["stop_token_ids"] = [token for token in stop_tokens if 0 <= token < self._vocabulary]
         top, prompt_top = values.pop("logprobs", None), values.pop("prompt_logprobs", None)
         options = {name: values.pop(name) for name in _OF_THE_REQUEST if name in values}
         if request.get("require_reasoning"):
             options["require_reasoning"] = True
         if request.get("kv_hint") is not None:
+            check_size("kv_hint", request["kv_hint"])
             options["kv_hints"] = request["kv_hint"]
         if top is not None or prompt_top is not None:
             options["return_logprob"] = True
-            options["top_logprobs_num"] = max(self._number(top), self._number(prompt_top))
+            options["top_logprobs_num"] = max(
+                self._number("output_options.logprobs", top), self._number("output_options.prompt_logprobs", prompt_top)
+            )
             options["logprob_start_len"] = -1 if prompt_top is None else 0
         try:
             checked = SamplingParams(**values)
@@ -148,7 +196,9 @@ class SamplingTable(ModelTable):
             )
         return Translated(values, n, options, top, prompt_top)
 
-    def _number(self, top: int | None) -> int:
+    def _number(self, name: str, top: int | None) -> int:
         if top is None:
             return 0
-        return self._vocabulary if top < 0 else top
+        number = self._vocabulary if top < 0 else top
+        limits.LOGPROBS.check(name, number)
+        return number

@@ -41,7 +41,7 @@ class Role(disaggregation.Role):
             params.max_tokens = params.min_tokens = 1
             self._set(params, self._prefill_params())
         elif not self.bypasses_prefill(request):
-            handed_over = section(request, "prefill_result", "disaggregated_params").get("kv_transfer_params")
+            handed_over = section(request, "prefill_result", "disaggregated_params", "kv_transfer_params")
             if handed_over:
                 self._set(params, handed_over)
 

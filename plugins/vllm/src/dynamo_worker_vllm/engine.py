@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
@@ -55,6 +56,8 @@ _LOG_STATS_SECONDS = 10.0
 #: Seconds that vLLM's processes get to end by themselves. Nothing is in flight any more; what they release takes
 #: milliseconds, but their interpreters take another 3 s to end (measured).
 _TERMINATE_SECONDS = 1.0
+#: Constraints of requests that are looked at side by side.
+_GUIDE_THREADS = 2
 #: Requests that make vLLM compile what a first request would otherwise wait for: 13 s for the sampler on a CPU
 #: (measured).
 _WARM_UP: tuple[dict[str, Any], ...] = (
@@ -81,6 +84,8 @@ class VllmEngine(PushEngine):
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._condemned = False
+        #: Compiles the constraints of requests, to see whether they are right.
+        self._guides = ThreadPoolExecutor(_GUIDE_THREADS, thread_name_prefix="guides")
 
     # ---------------------------------------------------------------------------------------------------- start
 
@@ -251,8 +256,16 @@ class VllmEngine(PushEngine):
         adapter: Adapter | None,
     ) -> Any:
         """Give a request to vLLM and return the mailbox of its outputs."""
-        extra = translation.section(request, "extra_args")
         try:
+            if isinstance(params, sampling.GuidedParams):
+                config = llm.vllm_config
+                await asyncio.get_running_loop().run_in_executor(
+                    self._guides,
+                    params.verify_guide,
+                    config.model_config,
+                    config.structured_outputs_config,
+                    llm.tokenizer,
+                )
             return await llm.add_request(
                 context.id(),
                 tokens_input(request["token_ids"], cache_salt=translation.cache_salt(request)),
@@ -262,9 +275,8 @@ class VllmEngine(PushEngine):
                 priority=-translation.priority(request),  # vLLM: the lowest number goes first
                 session_id=translation.session_id(request),
                 data_parallel_rank=self._rank(request),
-                reasoning_ended=extra.get("reasoning_ended"),
                 kv_hints=sampling.kv_hints(request),
-                reasoning_parser_kwargs=extra.get("reasoning_parser_kwargs"),
+                **sampling.reasoning(request),
             )
         except ValueError as error:  # beside errors of its own this is how vLLM refuses a request
             raise InvalidRequestError(str(error)) from error
@@ -273,7 +285,7 @@ class VllmEngine(PushEngine):
 
     def _rank(self, request: Mapping[str, Any]) -> int | None:
         """Return the data-parallel rank the router chose, counted from the first one here."""
-        rank = translation.section(request, "routing").get("dp_rank")
+        rank = translation.rank("routing.dp_rank", translation.section(request, "routing").get("dp_rank"))
         ranks = self.ranks
         if rank is None or len(ranks) == 1:
             return None

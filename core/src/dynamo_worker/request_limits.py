@@ -1,0 +1,62 @@
+"""How long or large a part of a request may be: well beyond real use, and no burden to the event loop or an engine."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from dynamo_worker.errors import InvalidRequestError
+
+
+class Limit(NamedTuple):
+    """A limit on one part of a request.
+
+    :param most: the largest number that is accepted.
+    :param unit: what is counted.
+    :param parts: the parts of a request that it is for.
+    """
+
+    most: int
+    unit: str
+    parts: str
+
+    def check(self, name: str, number: int) -> None:
+        """Refuse what is beyond the limit.
+
+        :param name: of the field, for the message.
+        :raises InvalidRequestError: it is.
+        """
+        if number > self.most:
+            raise InvalidRequestError(f"{name}: {number} {self.unit} are too many, at most {self.most} are accepted")
+
+
+_JSON: Final = (
+    "`guided_decoding.json`, `guided_decoding.structural_tag`, and other objects that are passed on as they are "
+    "(`kv_hint`, `custom_params`, `reasoning_parser_kwargs`)"
+)
+
+#: An engine makes a request of its own of each answer.
+ANSWERS: Final = Limit(128, "answers", "`n`")
+STOP_TOKENS: Final = Limit(1024, "tokens", "each list of stop tokens; `logprob_token_ids`")
+ALLOWED_TOKENS: Final = Limit(2**18, "tokens", "`allowed_token_ids`")
+BIASES: Final = Limit(4096, "tokens", "`logit_bias`")
+#: Each is an object of Python's, made on the event loop, all of a prompt at once.
+PROMPT_LOGPROBS: Final = Limit(2**17, "log-probabilities", "the tokens of the prompt times `prompt_logprobs` + 1")
+LOGPROBS: Final = Limit(
+    128, "log-probabilities", "`logprobs` and `prompt_logprobs` with SGLang; vLLM: `--max-logprobs`"
+)
+JSON_CHARACTERS: Final = Limit(2**18, "characters", _JSON)
+JSON_VALUES: Final = Limit(2**14, "values", "the same: values at all levels together")
+#: What grammar compilers take for a schema grows with the third power of its levels: 64 levels of objects in objects
+#: 0.05 s, 256 levels 2.5 s (measured, xgrammar 0.2.7). Each takes two of these.
+JSON_LEVELS: Final = Limit(64, "levels", "the same: objects and lists inside of each other")
+REGEX_CHARACTERS: Final = Limit(2**13, "characters", "`guided_decoding.regex`")
+GRAMMAR_CHARACTERS: Final = Limit(2**16, "characters", "`guided_decoding.grammar`; `custom_logit_processor`")
+WHITESPACE_CHARACTERS: Final = Limit(256, "characters", "`guided_decoding.whitespace_pattern`")
+CHOICES: Final = Limit(10_000, "choices", "`guided_decoding.choice`")
+CHOICE_CHARACTERS: Final = Limit(2**17, "characters", "all choices together")
+NAME_CHARACTERS: Final = Limit(256, "characters", "the name of a LoRA adapter; `bootstrap_host`")
+ADDRESS_CHARACTERS: Final = Limit(4096, "characters", "the `source.uri` of a LoRA adapter")
+ID_CHARACTERS: Final = Limit(1024, "characters", "`cache_salt`, `session_id`")
+
+#: All of them, for the documentation.
+ALL: Final = tuple(value for value in list(globals().values()) if isinstance(value, Limit))
