@@ -330,14 +330,14 @@ def test_the_runtime_gets_a_free_port_of_its_own_for_its_status_server(tmp_path,
 @pytest.mark.parametrize(
     ("values", "environment", "host"),
     [
-        ({}, {}, "0.0.0.0"),  # noqa: S104
+        ({}, {}, "0.0.0.0"),
         ({"system_host": "192.0.2.7"}, {}, "192.0.2.7"),
         ({}, {"DYN_SELF_HOST_METADATA": "0"}, "127.0.0.1"),
         ({}, {"DYN_SELF_HOST_METADATA": "False"}, "127.0.0.1"),
-        ({}, {"DYN_SELF_HOST_METADATA": "1"}, "0.0.0.0"),  # noqa: S104
+        ({}, {"DYN_SELF_HOST_METADATA": "1"}, "0.0.0.0"),
         ({"frontend": "127.0.0.1:8000"}, {}, "127.0.0.1"),
         ({"frontend": "[::1]:8000"}, {}, "127.0.0.1"),
-        ({"frontend": "0.0.0.0:8000"}, {}, "0.0.0.0"),  # noqa: S104
+        ({"frontend": "0.0.0.0:8000"}, {}, "0.0.0.0"),
     ],
 )
 @pytest.mark.parametrize("lora", [None, "true"])

@@ -80,7 +80,9 @@ def _is_remote(uri: str) -> bool:
 
 def _below(roots: Sequence[str], wanted: str, what: str, flag: str) -> str:
     if not roots:
-        raise InvalidRequestError(f"this worker may not {what} what requests name; {flag} DIR allows it for a directory")
+        raise InvalidRequestError(
+            f"this worker may not {what} what requests name; {flag} DIR allows it for a directory"
+        )
     if _is_remote(wanted):
         if any(_is_remote(root) and _uri_is_below(root, wanted) for root in roots):
             return wanted

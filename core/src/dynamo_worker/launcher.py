@@ -432,9 +432,8 @@ class Launcher:
         if isinstance(engine, HasMetrics):
             self._metrics.add_registry(engine.metrics_registry())
         if self._status is not None:
-            has_routes = isinstance(engine, HasControlRoutes)
-            routes = checks.mapping("control_routes", engine.control_routes()) if has_routes else {}
-            self._status.serve_routes(routes)
+            routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
+            self._status.serve_routes(checks.mapping("control_routes", routes))
         runtime.expose_metrics(self._metrics.exposition, endpoint=main.name)
         if self._frontend is not None:
             await self._frontend.wait_ready(_offered(runtime.completed(info)))
