@@ -211,7 +211,10 @@ class HasMetrics(Protocol):
 
 @runtime_checkable
 class HasControlRoutes(Protocol):
-    """An engine with control operations (sleep, profile, cache reset …) under ``/engine/NAME``."""
+    """An engine with control operations (sleep, profile, cache reset …) under ``/engine/NAME``.
+
+    Whoever may call them names no path that has not passed through :attr:`EngineContext.allowed_paths`.
+    """
 
     def control_routes(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
         """Return the operations by route name."""
