@@ -75,7 +75,9 @@ class ControlAccess:
         known = hmac.compare_digest(token.strip().encode("latin-1"), self._token)
         if scheme.lower() != "bearer" or not known:
             raise HttpError(
-                "401 Unauthorized", "the control token is needed: `Authorization: Bearer TOKEN`", "www-authenticate: Bearer"
+                "401 Unauthorized",
+                "the control token is needed: `Authorization: Bearer TOKEN`",
+                "www-authenticate: Bearer",
             )
 
     def _is_ours(self, host: str) -> bool:
