@@ -212,6 +212,9 @@ HEADERS = st.one_of(
     st.sampled_from(
         [
             b"Host: x",
+            b"Host: localhost\r\nContent-Type: application/json",
+            b"Origin: http://x",
+            b"Authorization: Bearer x",
             b"Connection: keep-alive",
             b"Connection: upgrade\r\nUpgrade: websocket",
             b"Content-Length: 5",
@@ -290,6 +293,28 @@ def test_status_server(cluster: Cluster) -> None:
         watched.check_live()
 
     fuzz()
+    assert watched.worker.status("/health")[0] == 200
+    for connection in staying:
+        connection.close()
+    watched.end()
+
+
+def test_hundreds_of_clients_that_stall_in_the_middle_of_a_body(cluster: Cluster) -> None:
+    """More than there are descriptors, and they stay; then they leave without a word."""
+    watched = Watched(cluster)
+    port = watched.worker.status_port
+    for path in ("/health", "/metrics") * 5:
+        watched.worker.status(path)
+    watched.begin()
+    staying = []
+    for number in range(600):
+        connection = connect(port)
+        path = ("/engine/x", "/metrics", "/health")[number % 3]
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000"
+        connection.sendall(f"{head}\r\n\r\nhalf of it".encode())
+        staying.append(connection)
+        if number % 20 == 0:
+            watched.check_live()
     assert watched.worker.status("/health")[0] == 200
     for connection in staying:
         connection.close()

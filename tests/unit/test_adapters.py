@@ -13,6 +13,7 @@ from aio import settle
 
 from dynamo_worker import EngineInfo, InvalidRequestError, adapters
 from dynamo_worker.adapters import Adapter, Adapters
+from dynamo_worker.allowed_paths import AllowedPaths
 
 INFO = EngineInfo("model", "/m", model_aliases=["other"], max_loras=4)
 
@@ -37,7 +38,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
         self.loader = Loader()
         self.refuses = False
-        self.adapters = Adapters(self.loader)
+        self.adapters = Adapters(self.loader, allowed_paths=AllowedPaths([str(directory), "s3://bucket"]))
         self.adapters.attach("endpoint", INFO)  # type: ignore[arg-type]
         monkeypatch.setattr(adapters, "register_adapter", self.register)
         monkeypatch.setattr(adapters, "unregister_model", self.unregister)
@@ -188,13 +189,37 @@ def test_the_model_itself_and_names_that_nobody_has(world: World) -> None:
         ({}, "needed"),
         ({"lora_name": "a", "source": {}}, "needed"),
         ({"lora_name": 3, "source": {"uri": "/x"}}, "needed"),
-        ({"lora_name": "a", "source": {"uri": "/nowhere"}}, "adapter_config.json"),
+        ({"lora_name": "a", "source": {"uri": "ROOT/nowhere"}}, "adapter_config.json"),
+        ({"lora_name": "a", "source": {"uri": "/nowhere"}}, "not below a directory"),
+        ({"lora_name": "a", "source": {"uri": "hf://org/model"}}, "not below a directory"),
     ],
 )
-def test_wrong_loads(world: World, body: dict[str, Any], message: str) -> None:
+def test_wrong_loads(world: World, tmp_path: Path, body: dict[str, Any], message: str) -> None:
+    source = body.get("source", {})
+    if "uri" in source:
+        body = {**body, "source": {"uri": source["uri"].replace("ROOT", str(tmp_path))}}
     with pytest.raises(InvalidRequestError, match=message):
         asyncio.run(world.adapters.load(body))
     assert world.loader.calls == []
+
+
+def test_nothing_is_loaded_unless_the_operator_allows_it(world: World, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="--control-load-root"):
+        asyncio.run(Adapters(world.loader).load(world.load))
+    (tmp_path / "link").symlink_to("/")
+    with pytest.raises(InvalidRequestError, match="not below"):
+        asyncio.run(world.adapters.load({"lora_name": "a", "source": {"uri": f"{tmp_path}/link/etc"}}))
+    assert world.loader.calls == []
+
+
+def test_a_uri_is_downloaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Downloader:
+        async def download_if_needed(self, uri: str) -> str:
+            return f"/cache/{uri.rpartition('/')[2]}"
+
+    monkeypatch.setattr(adapters, "LoRADownloader", Downloader)
+    asyncio.run(world.adapters.load({"lora_name": "poet", "source": {"uri": "s3://bucket/poet"}}))
+    assert world.loader.calls[0] == "load poet /cache/poet"
 
 
 def test_what_the_engine_refuses_is_not_there(world: World) -> None:

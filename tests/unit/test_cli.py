@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dynamo_worker import __main__ as entry
-from dynamo_worker import __version__
+from dynamo_worker import __version__, open_files
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import UsageError
 from dynamo_worker.options import OPTIONS
@@ -451,6 +451,37 @@ def test_other_spellings_of_flags(site, rest, expected):
 def test_wrong_spellings_of_flags(site, rest, message):
     with pytest.raises(UsageError, match=message):
         parsed(site, rest)
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(64, 300, 300), (300, 300, 300)])
+def test_a_worker_may_open_as_many_files_as_the_hard_limit_allows(site, command, soft, hard, expected):
+    """And so may the first process that it starts: connections count, and 1024 are soon used up."""
+    source = """
+        import resource
+        from dynamo_worker.hookspecs import hookimpl
+
+        @hookimpl
+        def prepare(arguments):
+            print("limits", *resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)
+
+        @hookimpl
+        def create_engine(args, context):
+            pass
+    """
+    site.install_engine(source=source)
+    limited = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # noqa: E731
+    argv = ("-m", "dynamo_worker", "--engine", "toy", "--no-such-flag", RUN)
+    result = command.python(*argv, preexec_fn=limited)
+    assert f"limits {expected} {hard}" in result.stdout, result
+
+
+def test_there_is_an_end_to_how_many_files_a_worker_may_open(monkeypatch):
+    """Programs that close every number up to the limit would take for ever where there is none."""
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda number, values: limits.append(values))
+    open_files.raise_limit()
+    assert limits == [(1 << 20, resource.RLIM_INFINITY)]
 
 
 def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys):

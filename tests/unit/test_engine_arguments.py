@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import EarlyParser, add_publish_kv_events, import_engine
+from dynamo_worker.engine_arguments import EarlyParser, add_publish_kv_events, import_engine, refuse_without_effect
 
 
 def test_a_module_of_an_engine():
@@ -55,3 +55,22 @@ def test_flags_are_read_early():
     assert parser.read([]).ranks == 1
     for wrong in (["--ranks"], ["--ranks", "two"], ["--deep", "maybe"]):
         assert parser.read(wrong) is None
+
+
+def test_flags_without_effect_are_refused_by_name():
+    def add_flags(parser):
+        parser.add_argument("--api-key")
+        parser.add_argument("--limit", type=int, default=3)
+
+    def check(*argv):
+        parser = argparse.ArgumentParser()
+        add_flags(parser)
+        refuse_without_effect(parser.parse_args(argv), add_flags, ("api_key", "limit", "gone"), "nobody reads it")
+
+    check()
+    check("--limit", "3")
+    with pytest.raises(StartError, match="--api-key has no effect in a worker: nobody reads it") as raised:
+        check("--api-key", "secret")
+    assert "secret" not in str(raised.value)
+    with pytest.raises(StartError, match="--api-key, --limit have no effect"):
+        check("--api-key", "secret", "--limit", "4")

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from dynamo_worker import launcher as module
 from dynamo_worker import monitors
+from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.calling import Outcome
 from dynamo_worker.contract import RUN_DIR
 from dynamo_worker.control import ControlChannel
@@ -89,7 +90,6 @@ class FakeRuntime:
         self.unregister_seconds = 0.0
         self.withdrawn = True
         self.registered = []
-        self.routes = {}
         self.exposition = None
 
     def endpoint(self, name):
@@ -130,9 +130,6 @@ class FakeRuntime:
 
     def expose_metrics(self, exposition, *, endpoint):
         self.exposition = exposition
-
-    def add_routes(self, routes):
-        self.routes.update(routes)
 
     async def shutdown(self, timeout):
         self.world.note("runtime shut down")
@@ -1349,7 +1346,17 @@ def test_prompts_beyond_the_vocabulary_are_refused(world):
     assert world.run(scenario) == ExitCode.STOPPED
 
 
-def test_everything_an_engine_offers_is_wired(world):
+async def ask(caplog, request):
+    """Send a request to the status server and return the answer."""
+    (record,) = [record for record in caplog.records if record.getMessage() == "Status server listening"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(record.fields["url"].rpartition(":")[2]))
+    writer.write(request.encode())
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def test_everything_an_engine_offers_is_wired(world, caplog):
     async def sleep(body):
         return body
 
@@ -1367,9 +1374,15 @@ def test_everything_an_engine_offers_is_wired(world):
 
     world.engine = Rich(world)
     world.engine.info = EngineInfo("toy", "/m", endpoints=[EndpointSpec("clear"), EndpointSpec("lora")])
+    world.settings |= {"system_port": 0, "system_host": "127.0.0.1"}
+    caplog.set_level("INFO")
 
     async def scenario(world):
         await world.serving()
+        head = "POST /engine/sleep HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        answer = await ask(caplog, head + 'content-length: 8\r\n\r\n{"a": 1}')
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert answer.endswith(b'{"a": 1}')
         assert "toy_kv_usage 0.5" in world.runtime.exposition()
         world.stop()
 
@@ -1377,7 +1390,6 @@ def test_everything_an_engine_offers_is_wired(world):
     assert world.order("attached to endpoint generate for toy", "recorded", "served generate", "registered", "ready")
     assert sorted(world.runtime.handlers) == ["clear", "generate", "lora"]
     assert world.runtime.registered == ["generate"]
-    assert world.runtime.routes == {"sleep": sleep}
 
 
 def test_a_headless_rank_serves_only_what_it_offers(world):
@@ -1396,13 +1408,8 @@ def test_the_status_server_answers_from_the_first_moment_to_the_last(world, capl
     answers = {}
 
     async def probe(when):
-        (record,) = [record for record in caplog.records if record.getMessage() == "Status server listening"]
-        port = int(record.fields["url"].rpartition(":")[2])
         for path in ("/live", "/health"):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
-            answers[when, path] = int((await reader.read()).split()[1])
-            writer.close()
+            answers[when, path] = int((await ask(caplog, f"GET {path} HTTP/1.1\r\n\r\n")).split()[1])
 
     async def start(worker_id):
         await probe("starting")
@@ -1417,6 +1424,27 @@ def test_the_status_server_answers_from_the_first_moment_to_the_last(world, capl
         for when in ("starting", "draining", "cleaning up")
         for path in ("/live", "/health")
     }
+
+
+def test_a_control_token_that_cannot_be_read_opens_nothing(world, tmp_path):
+    world.settings |= {"system_port": 0, "system_host": "127.0.0.1", "control_token_file": tmp_path / "none"}
+    assert world.run(nothing) == ExitCode.USAGE
+    assert "--control-token-file" in world.reason
+    assert "engine created" not in world.happened
+
+
+def test_the_engine_learns_what_its_operations_may_touch(world, monkeypatch):
+    contexts = []
+    create = world.plugins.create_engine
+
+    def remember(args, context):
+        contexts.append(context)
+        return create(args, context)
+
+    monkeypatch.setattr(world.plugins, "create_engine", remember)
+    world.settings |= {"control_load_root": ("/adapters",), "control_write_root": ("/profiles",)}
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert contexts[0].allowed_paths == AllowedPaths(("/adapters",), ("/profiles",))
 
 
 def test_a_status_port_in_use_is_a_failed_start(world):

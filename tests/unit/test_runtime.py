@@ -75,7 +75,6 @@ class FakeDistributedRuntime:
     def __init__(self):
         self.endpoints = {}
         self.health = []
-        self.routes = {}
         self.shut_down = False
 
     def endpoint(self, path):
@@ -85,9 +84,6 @@ class FakeDistributedRuntime:
 
     def set_health_status(self, ready):
         self.health.append(ready)
-
-    def register_engine_route(self, name, route):
-        self.routes[name] = route
 
     def shutdown(self):
         self.shut_down = True
@@ -354,6 +350,43 @@ def test_the_runtime_gets_a_free_port_of_its_own_for_its_status_server(tmp_path,
         servers[0].close()
 
 
+@pytest.mark.parametrize(
+    ("values", "environment", "host"),
+    [
+        ({}, {}, "0.0.0.0"),
+        ({"system_host": "192.0.2.7"}, {}, "192.0.2.7"),
+        ({}, {"DYN_SELF_HOST_METADATA": "0"}, "127.0.0.1"),
+        ({}, {"DYN_SELF_HOST_METADATA": "False"}, "127.0.0.1"),
+        ({}, {"DYN_SELF_HOST_METADATA": "1"}, "0.0.0.0"),
+        ({"frontend": "127.0.0.1:8000"}, {}, "127.0.0.1"),
+        ({"frontend": "[::1]:8000"}, {}, "127.0.0.1"),
+        ({"frontend": "0.0.0.0:8000"}, {}, "0.0.0.0"),
+    ],
+)
+@pytest.mark.parametrize("lora", [None, "true"])
+def test_the_runtimes_own_status_server_is_on_loopback_unless_frontends_read_from_it(
+    tmp_path, monkeypatch, values, environment, host, lora
+):
+    """And it has no routes for LoRA adapters, which it would open to everybody."""
+    for name, value in {"DYN_LORA_ENABLED": lora, **environment}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    servers = []
+
+    def start(*args, **options):
+        assert os.environ["DYN_SYSTEM_HOST"] == host
+        assert os.environ["DYN_LORA_ENABLED"] == "false"
+        servers.append(socket.create_server(("127.0.0.1", 0)))
+        return FakeDistributedRuntime()
+
+    monkeypatch.setattr(runtime_module, "DistributedRuntime", start)
+    values = {"discovery_backend": "file", "discovery_path": tmp_path, "system_port": 0, **values}
+    try:
+        assert asyncio.run(Runtime.create(worker_settings(**values))).status_host == host
+        assert os.environ.get("DYN_LORA_ENABLED") == lora
+    finally:
+        servers[0].close()
+
+
 def test_a_status_server_that_does_not_come_is_a_failed_start(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime_module, "DistributedRuntime", lambda *args, **options: FakeDistributedRuntime())
     values = worker_settings(discovery_backend="file", discovery_path=tmp_path, system_port=0)
@@ -486,15 +519,13 @@ def test_a_shutdown_waits_until_the_endpoints_are_closed():
     asyncio.run(main())
 
 
-def test_readiness_metrics_and_routes_go_to_the_runtime():
+def test_readiness_and_metrics_go_to_the_runtime():
     async def main():
         fake, runtime = make()
         runtime.set_ready(True)
         runtime.set_ready(False)
-        runtime.add_routes({"sleep": "sleep route", "wake": "wake route"})
         runtime.expose_metrics(lambda: "metrics", endpoint="generate")
         assert fake.health == [True, False]
-        assert fake.routes == {"sleep": "sleep route", "wake": "wake route"}
         assert fake.endpoints["dynamo.backend.generate"].exposition() == "metrics"
 
     asyncio.run(main())

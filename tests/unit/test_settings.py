@@ -141,6 +141,9 @@ def test_whole_port_range(port):
         ({}, {"DYN_WORKER_WARMUP": "maybe"}, "DYN_WORKER_WARMUP=maybe: must be a valid boolean"),
         ({"namespace": "a b"}, {}, "--namespace a b: must consist of letters, digits"),
         ({"endpoint_types": "chat,complete"}, {}, "'complete' is none of chat, completions"),
+        ({"control_load_root": ["adapters"]}, {}, "--control-load-root adapters: 'adapters' must be an absolute path"),
+        ({"control_load_root": ["s3:bucket"]}, {}, "or a URI such as s3://bucket/adapters"),
+        ({"control_write_root": ["s3://bucket"]}, {}, "'s3://bucket' must be an absolute path"),
         ({"log_level": "verbose"}, {}, "--log-level verbose: must be one of debug, info, warning, error"),
     ],
 )
@@ -185,6 +188,7 @@ def test_lists():
         ({"discovery_backend": "mem", "frontend": "8000"}, "and --frontend 127.0.0.1:8000 contradict"),
         ({"discovery_path": "/x"}, "--discovery-path /x needs the `file` discovery backend, but it is etcd (default)"),
         ({"frontend": "8000", "system_port": "8000"}, "both want one port"),
+        ({"control_token_file": "/t"}, "--control-token-file /t guards the control routes, but there is no --system-"),
         ({"router_mode": "kv"}, "--router-mode kv concerns the embedded frontend"),
         ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a and --no-plugin a contradict"),
     ],
@@ -203,6 +207,9 @@ def test_contradictions(flags, message):
         ({}, {"DYN_FILE_KV": "/x", "DYN_ROUTER_MODE": "kv", "DYN_MIGRATION_LIMIT": "0"}),
         ({"frontend": "8000", "system_port": "0"}, {}),
         ({"drain": "handoff", "grace_period": "22"}, {}),
+        ({"control_token_file": "/t", "system_port": "0"}, {}),
+        ({}, {"DYN_WORKER_CONTROL_TOKEN_FILE": "/t"}),
+        ({"control_load_root": ["/a,s3://bucket/a"], "control_write_root": ["/b"]}, {}),
     ],
 )
 def test_no_contradiction(flags, environ):

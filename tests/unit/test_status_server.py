@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker import status_server
+from dynamo_worker.control_routes import ControlAccess
 from dynamo_worker.errors import StartError
 from dynamo_worker.lifecycle import State
 from dynamo_worker.status_server import StatusServer
@@ -91,6 +92,25 @@ async def worker(upstream=None):
         served.server.close()
         if upstream is not None:
             upstream.server.close()
+
+
+async def nothing(body):
+    return body
+
+
+def post(path, body=b"{}", *headers, length=None, method="POST"):
+    """Return a request as a well-behaved client of the control routes makes it; headers come first."""
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        *headers,
+        *(() if any(line.lower().startswith("host:") for line in headers) else ("host: localhost",)),
+        *(() if any(line.lower().startswith("content-type:") for line in headers) else (JSON,)),
+        f"content-length: {len(body) if length is None else length}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+JSON = "content-type: application/json"
 
 
 # ------------------------------------------------------------------------------------------------------------ probes
@@ -194,14 +214,89 @@ def test_the_runtime_is_asked_to_close(header):
     asyncio.run(main())
 
 
-def test_a_body_goes_through_in_both_directions():
+def test_a_large_answer_goes_through():
     body = bytes(range(256)) * 4096  # 1 MiB: more than any buffer on the way
 
     async def main():
-        async with worker(Upstream()) as served:
-            request = b"POST /engine/profile HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
-            answer = await served.send(request + body)
+        async with worker(Upstream(body)) as served:
+            answer = await served.send(b"GET /metrics HTTP/1.1\r\n\r\n")
             assert answer.partition(b"\r\n\r\n")[2] == body
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"POST /metrics HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}", 405),
+        (b"DELETE /v1/loras/x HTTP/1.1\r\n\r\n", 405),
+        (b"GET /metrics HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}", 400),
+        (b"GET /metrics HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+    ],
+)
+def test_nothing_is_written_to_the_runtime(request_, status):
+    async def main():
+        upstream = Upstream()
+        async with worker(upstream) as served:
+            assert (await served.send(request_)).startswith(b"HTTP/1.1 %d " % status)
+            assert not upstream.heads
+
+    asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------- control routes
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post("/engine/x", b'{"a": 1}'), 200),
+        (post("/engine/x?y=z", b""), 200),
+        (post("/engine/y"), 404),
+        (b"GET /engine/x HTTP/1.1\r\nhost: evil.example\r\norigin: http://evil.example\r\n\r\n", 405),
+        (post("/engine/x", b"{}", "host: evil.example"), 403),
+        (post("/engine/x", b"{}", "origin: http://evil.example"), 403),
+        (post("/engine/x", b"{}", "content-type: text/plain"), 415),
+        (post("/engine/x", length=64 * 1024 + 1), 413),
+        (post("/engine/x", length=10**40), 400),
+        (post("/engine/x", length=-1), 400),
+        (post("/engine/x", b"{}", "content-length: 1"), 400),
+        (post("/engine/x", b"0\r\n\r\n", "transfer-encoding: chunked"), 411),
+    ],
+)
+def test_control_routes_are_ours_alone(request_, status):
+    called = []
+
+    async def operation(body):
+        called.append(body)
+        return {"got": body}
+
+    async def main():
+        upstream = Upstream(b"the runtime")
+        async with worker(upstream) as served:
+            assert (await served.send(request_)).startswith(b"HTTP/1.1 503 "), "the engine is not there yet"
+            served.server.serve_routes({"x": operation})
+            answer = await served.send(request_)
+            assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+            assert called == ([] if status != 200 else [json.loads(answer.partition(b"\r\n\r\n")[2])["got"]])
+            served.server.stop_routes()
+            assert (await served.send(request_)).startswith(b"HTTP/1.1 503 "), "it is about to go"
+            assert not upstream.heads
+
+    asyncio.run(main())
+
+
+def test_a_token_guards_the_control_routes_and_nothing_else():
+    async def main():
+        async with worker(Upstream(b"metrics")) as served:
+            served.server._access = ControlAccess("secret")
+            served.server.serve_routes({"x": nothing})
+            assert (await served.send(post("/engine/x"))).startswith(b"HTTP/1.1 401 ")
+            assert (await served.send(post("/engine/x", b"{}", "authorization: Bearer secret"))).startswith(
+                b"HTTP/1.1 200 "
+            )
+            for path in ("/live", "/metrics"):
+                assert (await served.get(path))[0] == 200
 
     asyncio.run(main())
 
@@ -327,15 +422,22 @@ def test_who_is_being_answered_is_ended_last(monkeypatch):
     monkeypatch.setattr(status_server, "_MOST_CONNECTIONS", 3)
 
     async def main():
-        upstream = Upstream()
-        async with worker(upstream) as served:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow(body):
+            begun.set()
+            await go_on.wait()
+            return {"done": True}
+
+        async with worker(Upstream()) as served:
+            served.server.serve_routes({"slow": slow})
             asking = await asyncio.open_connection("127.0.0.1", served.port)
-            asking[1].write(b"POST /engine/x HTTP/1.1\r\ncontent-length: 5\r\n\r\n")
-            await until(lambda: upstream.heads)
+            asking[1].write(post("/engine/slow"))
+            await begun.wait()
             silent = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(10)]
             assert (await asyncio.wait_for(served.get("/live"), 2))[0] == 200
-            asking[1].write(b"hello")
-            assert (await asyncio.wait_for(asking[0].read(), 2)).endswith(b"hello")
+            go_on.set()
+            assert (await asyncio.wait_for(asking[0].read(), 2)).endswith(b'{"done": true}')
             await leave(served, [*silent, asking])
 
     asyncio.run(main())
@@ -349,17 +451,114 @@ async def leave(served, connections):
     await asyncio.sleep(0.01)
 
 
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def reset(writer):
+    """Close with a reset, as a prober does that has run out of time."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("loop", [asyncio, uvloop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("leaving", ["closes", "resets", "shuts down", "stays"])
+@pytest.mark.parametrize("path", ["/engine/x", "/metrics"])
+def test_a_client_that_leaves_in_the_middle_of_a_body_takes_its_descriptors_along(monkeypatch, loop, leaving, path):
+    monkeypatch.setattr(status_server, "_BODY_TIMEOUT", 0.1, raising=False)
+
+    async def main():
+        async with worker(Upstream()) as served:
+            served.server.serve_routes({"x": nothing})
+            assert (await served.get("/live"))[0] == 200
+            await settled(served)
+            before = descriptors()
+            staying = []
+            for _ in range(10):
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                writer.write(post(path, b"half of it", length=1000))
+                await writer.drain()
+                if leaving == "closes":
+                    writer.close()
+                elif leaving == "resets":
+                    reset(writer)
+                elif leaving == "shuts down":
+                    writer.write_eof()
+                if leaving in ("shuts down", "stays"):
+                    staying.append((reader, writer))
+            for reader, writer in staying:
+                with contextlib.suppress(ConnectionError):
+                    await asyncio.wait_for(reader.read(), 5)
+                writer.close()
+            await until(lambda: descriptors() <= before)
+
+    loop.run(main())
+
+
+async def settled(served):
+    """Wait until the server has let go of all connections."""
+    await until(lambda: not served.server._silent and not served.server._answered)
+    await asyncio.sleep(0.05)
+
+
+def test_a_client_that_does_not_read_its_answer_is_sent_away(monkeypatch):
+    monkeypatch.setattr(status_server, "_IDLE_TIMEOUT", 0.1, raising=False)
+
+    async def main():
+        async with worker(Upstream(b"x" * 64 * 1024 * 1024)) as served:
+            assert (await served.get("/live"))[0] == 200
+            await settled(served)
+            before = descriptors()
+            client = socket.create_connection(("127.0.0.1", served.port))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            await until(lambda: served.server._answered)
+            await settled(served)
+            client.close()
+            await until(lambda: descriptors() <= before)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("limit", ["_IDLE_TIMEOUT", "_TOTAL_TIMEOUT"])
+def test_a_runtime_that_never_ends_its_answer(monkeypatch, limit):
+    """Neither one that says nothing nor one that goes on and on keeps a connection for ever."""
+    monkeypatch.setattr(status_server, limit, 0.2, raising=False)
+
+    async def main():
+        upstream = Upstream()
+
+        async def hang(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while limit == "_TOTAL_TIMEOUT":
+                    writer.write(b"more and ")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+                await reader.read()
+            writer.close()
+
+        upstream._serve = hang
+        async with worker(upstream) as served:
+            try:
+                answer = await served.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+            except ConnectionError:
+                answer = b"torn"
+            assert answer == b"torn" or answer.startswith((b"HTTP/1.1 504 ", b"more and "))
+            await settled(served)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("loop", [asyncio, uvloop], ids=["asyncio", "uvloop"])  # the worker has uvloop
 def test_a_client_that_goes_away_is_no_error(caplog, loop):
     async def main():
         async with worker(Upstream()) as served:
             for data in (b"", b"GET", b"GET /metrics HTTP/1.1\r\n\r\n", b"GET /live HTTP/1.1\r\n\r\n"):
                 _, writer = await asyncio.open_connection("127.0.0.1", served.port)
-                # Close with a reset, as a prober does that has run out of time.
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.write(data)
                 await writer.drain()
-                writer.transport.abort()
+                reset(writer)
             await asyncio.sleep(0.05)
             assert (await served.get("/live"))[0] == 200
 

@@ -6,12 +6,13 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from dynamo.llm import LoRADownloader, lora_name_to_id, unregister_model
 
 from dynamo_worker import operations, registration
 from dynamo_worker import request_limits as limits
+from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.errors import InvalidRequestError, shown
 from dynamo_worker.logs import get_logger
 from dynamo_worker.runtime import register_adapter
@@ -59,12 +60,19 @@ class AdapterLoader(Protocol):
 class Adapters:
     """The LoRA adapters of one worker."""
 
-    def __init__(self, loader: AdapterLoader, loaded: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        loaded: Mapping[str, str] | None = None,
+        allowed_paths: AllowedPaths | None = None,
+    ) -> None:
         """Start with those that the engine has loaded by itself.
 
         :param loaded: their names, and the directories of their weights.
+        :param allowed_paths: says from where requests may load others.
         """
         self._loader = loader
+        self._allowed_paths = allowed_paths or AllowedPaths()
         self._lock = asyncio.Lock()
         self._endpoint: Endpoint | None = None
         self._info: EngineInfo | None = None
@@ -127,7 +135,7 @@ class Adapters:
                         f"lora_name: {shown(name)} has the same id as the loaded adapter {other.name!r}; "
                         "choose another name"
                     )
-            adapter = Adapter(name, number, await _fetch(uri))
+            adapter = Adapter(name, number, await self._fetch(uri))
             await self._loader.load(adapter)
             self._loaded[name] = adapter
             try:
@@ -151,6 +159,15 @@ class Adapters:
         info = self._info
         if info is not None and name in (info.model_name, info.model_path, *info.model_aliases):
             raise InvalidRequestError(f"lora_name: {shown(name)} is the name of the model itself; choose another name")
+
+    async def _fetch(self, uri: str) -> str:
+        """Return the directory of an adapter, downloaded if need be."""
+        allowed = await asyncio.to_thread(self._allowed_paths.to_load, uri)
+        if urlsplit(allowed).scheme:
+            return str(await LoRADownloader().download_if_needed(allowed))
+        if not await asyncio.to_thread((Path(allowed) / "adapter_config.json").is_file):
+            raise InvalidRequestError(f"{allowed} is no LoRA adapter: it has no adapter_config.json")
+        return allowed
 
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take ``lora_name`` out of discovery, wait for its requests, and unload it."""
@@ -176,14 +193,3 @@ class Adapters:
 
 def _answer(adapter: Adapter, what: str) -> dict[str, Any]:
     return {"message": f"{adapter.name} {what}", "lora_name": adapter.name, "lora_id": adapter.number}
-
-
-async def _fetch(uri: str) -> str:
-    """Return the directory of an adapter, downloaded if need be."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file"):
-        return str(await LoRADownloader().download_if_needed(uri))
-    path = Path(unquote(parts.path))
-    if not (path / "adapter_config.json").is_file():
-        raise InvalidRequestError(f"{path} is no LoRA adapter: it has no adapter_config.json")
-    return str(path)

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from dynamo_worker.allowed_paths import AllowedPaths
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -50,11 +52,14 @@ class EngineContext:
     :param component: Dynamo path of the worker, ``namespace.component``.
     :param private_dir: a directory that dies with the worker, for sockets and temporary files.
     :param supervised: whether a supervisor outside of this process cleans up after it.
+    :param allowed_paths: the directories that operations may load from and write to: what a request names, has to pass
+        through it.
     """
 
     component: str
     private_dir: Path
     supervised: bool
+    allowed_paths: AllowedPaths = field(default_factory=AllowedPaths)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,10 @@ class HasMetrics(Protocol):
 
 @runtime_checkable
 class HasControlRoutes(Protocol):
-    """An engine with control operations (sleep, profile, cache reset …) under ``/engine/NAME``."""
+    """An engine with control operations (sleep, profile, cache reset …) under ``/engine/NAME``.
+
+    Whoever may call them names no path that has not passed through :attr:`EngineContext.allowed_paths`.
+    """
 
     def control_routes(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
         """Return the operations by route name."""

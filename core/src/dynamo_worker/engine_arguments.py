@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_worker.errors import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
 class EarlyParser(argparse.ArgumentParser):
@@ -24,6 +24,26 @@ class EarlyParser(argparse.ArgumentParser):
             return self.parse_known_args(arguments)[0]
         except (argparse.ArgumentError, SystemExit):
             return None
+
+
+def refuse_without_effect(
+    args: argparse.Namespace, add_flags: Callable[[argparse.ArgumentParser], object], names: Iterable[str], why: str
+) -> None:
+    """Refuse flags that an engine's parser accepts and nobody reads in a worker: who sets one relies on it.
+
+    :param add_flags: adds the engine's flags to a parser; their defaults are what nobody has set.
+    :param names: of the flags' values. Those that this version of the engine does not have, do not count.
+    :param why: completes "--flag has no effect in a worker: ".
+    :raises StartError: naming the flags that are set.
+    """
+    defaults = argparse.ArgumentParser(add_help=False)
+    add_flags(defaults)
+    given = [name for name in names if hasattr(args, name) and getattr(args, name) != defaults.get_default(name)]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise StartError(
+            f"{flags} {'has' if len(given) == 1 else 'have'} no effect in a worker: {why}", hint="leave it out"
+        )
 
 
 def import_engine(module: str, *, name: str, install: str) -> Any:

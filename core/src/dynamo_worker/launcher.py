@@ -24,10 +24,12 @@ import uvloop
 
 from dynamo_worker import __version__, logs, native_output, standby
 from dynamo_worker.address import Address
+from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.calling import contained
 from dynamo_worker.cli.report import print_crash
 from dynamo_worker.contract import FORCED_STOP, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.control import ControlChannel
+from dynamo_worker.control_routes import ControlAccess, read_token
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.drain_progress import DrainProgress
 from dynamo_worker.egress import Egress
@@ -380,6 +382,7 @@ class Launcher:
                 live_path=os.environ.get("DYN_SYSTEM_LIVE_PATH", "/live"),
                 health_path=os.environ.get("DYN_SYSTEM_HEALTH_PATH", "/health"),
                 problem=lambda: self._runtime.problem if self._runtime is not None else None,
+                access=ControlAccess(read_token(settings.control_token_file)),
             )
             port = await self._status.start(settings.system_host, settings.system_port)
             log.info("Status server listening", url=f"http://{Address(settings.system_host, port)}")
@@ -390,11 +393,12 @@ class Launcher:
             settings = self._start_frontend(private_dir)
         runtime = self._runtime = await Runtime.create(settings)
         if self._status is not None and runtime.status_port is not None:
-            self._status.forward_to(settings.system_host, runtime.status_port)
+            self._status.forward_to(runtime.status_host, runtime.status_port)
         context = EngineContext(
             component=f"{settings.namespace}.{settings.component}",
             private_dir=private_dir,
             supervised=self._control.supervised,
+            allowed_paths=AllowedPaths(settings.control_load_root, settings.control_write_root),
         )
         engine = self._plugins.create_engine(self._engine_args, context)
         checks = EngineChecks(self._plugins.engine)
@@ -434,8 +438,9 @@ class Launcher:
                 await runtime.register(info, endpoint=spec.name)
         if isinstance(engine, HasMetrics):
             self._metrics.add_registry(engine.metrics_registry())
-        if isinstance(engine, HasControlRoutes):
-            runtime.add_routes(checks.mapping("control_routes", engine.control_routes()))
+        if self._status is not None:
+            routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
+            self._status.serve_routes(checks.mapping("control_routes", routes))
         runtime.expose_metrics(self._metrics.exposition, endpoint=main.name)
         if self._frontend is not None:
             await self._frontend.wait_ready(_offered(runtime.completed(info)))
@@ -687,6 +692,8 @@ class Launcher:
         """Release everything, each by itself: connections, engine, frontend, files."""
         if self._processes is not None:
             self._processes.close()
+        if self._status is not None:
+            self._status.stop_routes()
         if self._runtime is not None:
             shutdown = self._runtime.shutdown(deadline.within(_RUNTIME_SHUTDOWN).remaining())
             if await self._attempt("shut the runtime down", shutdown):

@@ -30,13 +30,14 @@ ENGINE: Final = "Engine"
 DISCOVERY: Final = "Discovery and request plane"
 SHUTDOWN: Final = "Shutdown"
 HEALTH: Final = "Health"
+CONTROL: Final = "Control routes"
 FRONTEND: Final = "Frontend"
 MODEL: Final = "Model registration"
 PLUGINS: Final = "Plugins"
 LOGGING: Final = "Logging"
 
 #: The headings in the order in which ``--help`` shows them.
-GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, FRONTEND, MODEL, PLUGINS, LOGGING)
+GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, CONTROL, FRONTEND, MODEL, PLUGINS, LOGGING)
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,36 @@ OPTIONS: Final = (
         "DYN_SYSTEM_PORT",
         default=-1,
         metavar="PORT",
+    ),
+    Option(
+        "control_token_file",
+        CONTROL,
+        "File with a token that every call of a control route has to carry; `DYN_WORKER_CONTROL_TOKEN` can hold the "
+        "token itself.",
+        "DYN_WORKER_CONTROL_TOKEN_FILE",
+        metavar="FILE",
+    ),
+    Option(
+        "control_load_root",
+        CONTROL,
+        "Directory, or URI such as `s3://bucket/adapters`, below which operations may load LoRA adapters and weights; "
+        "without one they may not (repeatable).",
+        "DYN_WORKER_CONTROL_LOAD_ROOT",
+        default=(),
+        default_text="none",
+        metavar="DIR",
+        kind="list",
+    ),
+    Option(
+        "control_write_root",
+        CONTROL,
+        "Directory below which operations may write what they are told to, profiles for one; without one they may not "
+        "(repeatable).",
+        "DYN_WORKER_CONTROL_WRITE_ROOT",
+        default=(),
+        default_text="none",
+        metavar="DIR",
+        kind="list",
     ),
     Option(
         "frontend",

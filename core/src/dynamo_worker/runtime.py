@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import json
 import os
 import stat
@@ -23,7 +25,7 @@ from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses, etcd_endpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_worker.engine import EndpointSpec, EngineInfo
     from dynamo_worker.errors import WorkerError
@@ -78,7 +80,7 @@ class Runtime:
         """
         await _wait_for_servers(settings)
         environment = {
-            "DYN_SYSTEM_HOST": settings.system_host,
+            "DYN_SYSTEM_HOST": _status_host(settings),
             # The status server of the runtime answers /live and /health alike and reads its port as a signed 16-bit
             # number. Ours stands in front of it (status_server.py), so it may take any port.
             "DYN_SYSTEM_PORT": "-1" if settings.system_port < 0 else "0",
@@ -95,14 +97,20 @@ class Runtime:
             # Without a status server the model's files cannot come from it; the runtime would warn about that.
             os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
         before = _listening_ports()
-        runtime = connect(settings.discovery_backend, settings.request_plane, settings.event_plane)
+        with _without_lora_routes():
+            runtime = connect(settings.discovery_backend, settings.request_plane, settings.event_plane)
         status_port = None
         if settings.system_port >= 0:
             started = sorted(_listening_ports() - before)
             if not started:
-                raise StartError(f"the runtime's status server does not listen on {settings.system_host}")
+                raise StartError(f"the runtime's status server does not listen on {_status_host(settings)}")
             status_port = started[0]
         return cls(runtime, settings, status_port)
+
+    @property
+    def status_host(self) -> str:
+        """Where the runtime's own status server listens."""
+        return _status_host(self._settings)
 
     @property
     def worker_id(self) -> int:
@@ -217,11 +225,6 @@ class Runtime:
         """Add the text that ``exposition()`` returns to ``/metrics``."""
         self.endpoint(endpoint).metrics.register_prometheus_expfmt_callback(exposition)
 
-    def add_routes(self, routes: Mapping[str, Any]) -> None:
-        """Add control operations under ``/engine/NAME`` of the status server."""
-        for name, route in routes.items():
-            self._runtime.register_engine_route(name, route)
-
     async def shutdown(self, timeout: float) -> None:
         """End the runtime and wait until its endpoints are closed, at most ``timeout`` seconds."""
         self._runtime.shutdown()
@@ -327,6 +330,33 @@ def writable_directory(path: Path | None) -> Path:
             hint=f"chmod go-w {directory}, or give --discovery-path another directory",
         )
     return directory
+
+
+def _status_host(settings: WorkerSettings) -> str:
+    """Return where the runtime's own status server listens: on loopback, unless somebody else has to reach it.
+
+    It has no control routes, but frontends elsewhere read the model's tokenizer and configuration from it.
+    """
+    read_from_disk = os.environ.get("DYN_SELF_HOST_METADATA", "").strip().lower() in ("0", "false", "no", "off")
+    frontend = settings.frontend
+    if read_from_disk or (frontend is not None and ipaddress.ip_address(frontend.host).is_loopback):
+        return "127.0.0.1"
+    return settings.system_host
+
+
+@contextlib.contextmanager
+def _without_lora_routes() -> Iterator[None]:
+    """Keep the runtime from opening ``/v1/loras``, where everybody could load and unload adapters."""
+    name = "DYN_LORA_ENABLED"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _host_and_port(address: str, variable: str, default: str) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainS
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dynamo_worker.address import Address, resolve
+from dynamo_worker.allowed_paths import check_load_roots, check_write_roots
 from dynamo_worker.errors import UsageError
 from dynamo_worker.options import (
     BY_NAME,
@@ -180,6 +181,11 @@ class WorkerSettings(BaseSettings):
     system_host: str = _option("system_host")
     system_port: Annotated[int, Ge(-1), Le(65535), _NUMBER] = _option("system_port")
 
+    # --- Control routes
+    control_token_file: Path | None = _option("control_token_file")
+    control_load_root: Annotated[Words, AfterValidator(check_load_roots)] = _option("control_load_root")
+    control_write_root: Annotated[Words, AfterValidator(check_write_roots)] = _option("control_write_root")
+
     # --- Model registration
     tool_call_parser: str | None = _option("tool_call_parser")
     reasoning_parser: str | None = _option("reasoning_parser")
@@ -240,6 +246,8 @@ class WorkerSettings(BaseSettings):
             )
         if self.frontend is not None and self.frontend.port == self.system_port != 0:
             found.append(f"{named('frontend')} and {named('system_port')} contradict each other: both want one port")
+        if self.system_port < 0 and self.origin("control_token_file").kind in ("flag", "file"):
+            found.append(f"{named('control_token_file')} guards the control routes, but there is no --system-port")
         if self.frontend is None:
             found += [
                 f"{named(name)} concerns the embedded frontend, but there is no --frontend"

@@ -66,7 +66,8 @@ class TestSglang(Serving):
 
     def test_operations(self, cluster: Cluster, subject: Subject, tmp_path: Path, tiny_model: Path) -> None:
         preloaded = make_adapter(tmp_path / "preloaded")
-        worker = self.check_operations(cluster, subject, tmp_path, "--lora-paths", f"preloaded={preloaded}")
+        flags = ("--lora-paths", f"preloaded={preloaded}", "--control-load-root", str(tiny_model))
+        worker = self.check_operations(cluster, subject, tmp_path, *flags)
         assert worker.operate("flush_cache")["status"] == "success"
         assert worker.operate("pause_generation", {"mode": "soon"})["status"] == "error"
         self.check_two_reasons_at_once(cluster, worker)
@@ -74,7 +75,8 @@ class TestSglang(Serving):
         plain = cluster.complete()[1]["choices"][0]["text"]
         assert set(cluster.models()) == {"tiny", "preloaded"}
         assert cluster.complete(model="preloaded")[1]["choices"][0]["text"] != plain
-        assert worker.operate("update_weights_from_disk", {"model_path": "/nowhere"})["status"] == "error"
+        for path in ("/nowhere", f"{tiny_model}/nowhere"):
+            assert worker.operate("update_weights_from_disk", {"model_path": path})["status"] == "error"
         update = worker.operate("update_weights_from_disk", {"model_path": str(tiny_model), "weight_version": "2"})
         assert update["status"] == "success", update
         # It was out of discovery meanwhile.

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from dynamo_worker import __version__, logs
+from dynamo_worker import __version__, logs, open_files
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import WorkerError
 from dynamo_worker.options import OPTIONS
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
     if not print_only:
         logs.setup(values.log_level, values.log_format)
+        open_files.raise_limit()  # before the first process is started, so that all have the same
         plugins.prepare(line.rest)
     parser = arguments.engine_parser(plugins)
     engine_args = arguments.parse_engine_args(parser, line.rest, config)

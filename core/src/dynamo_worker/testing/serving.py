@@ -172,7 +172,8 @@ class Serving:
 
         :param flags: what the worker is started with beside :attr:`ADAPTERS`.
         """
-        (worker,) = cluster.serve(1, "--stall-timeout", str(subject.stall_timeout), *self.ADAPTERS, *flags)
+        roots = ("--control-load-root", str(tmp_path), "--control-write-root", str(tmp_path))
+        (worker,) = cluster.serve(1, "--stall-timeout", str(subject.stall_timeout), *self.ADAPTERS, *roots, *flags)
         if self.ADAPTERS:
             self.check_adapters(cluster, worker, make_adapter(tmp_path / "adapter"))
         for number, pause in enumerate(self.PAUSES):
@@ -190,8 +191,10 @@ class Serving:
     def check_adapters(self, cluster: Cluster, worker: Worker, adapter: Path) -> None:
         """Check that an adapter can be loaded, used and unloaded, and that the model itself stays as it is."""
         plain = cluster.complete()[1]["choices"][0]["text"]
-        nowhere = {"lora_name": "x", "source": {"uri": "/nowhere"}}
+        nowhere = {"lora_name": "x", "source": {"uri": f"{adapter}/nowhere"}}
         assert "adapter_config" in worker.operate("load_lora", nowhere)["message"]
+        elsewhere = {"lora_name": "x", "source": {"uri": "/etc"}}
+        assert "not below" in worker.operate("load_lora", elsewhere)["message"]
         before = worker.operate("list_loras")["count"]
         load = {"lora_name": "adapted", "source": {"uri": f"file://{adapter}"}}
         for _ in range(2):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
+from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine, refuse_without_effect
 
 if TYPE_CHECKING:
     import argparse
@@ -16,6 +16,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sglang.srt.server_args import ServerArgs
+
+
+#: Flags that nothing reads but SGLang's HTTP and gRPC servers, in 0.5.23.
+_OF_ITS_SERVERS: Final = (
+    *("api_key", "admin_api_key"),
+    *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password", "enable_ssl_refresh"),
+    *("enable_http2", "http2_max_concurrent_streams", "http2_initial_connection_window_size", "fastapi_root_path"),
+    *("grpc_mode", "smg_grpc_mode", "grpc_port", "grpc_response_timeout_secs", "smg_http_sidecar_port"),
+    *("sidecar_args", "warmups", "skip_server_warmup", "log_level_http", "uvicorn_access_log_exclude_prefixes"),
+    *("tokenizer_metrics_custom_labels_header", "delete_ckpt_after_loading", "debug_tensor_dump_input_file"),
+)
+#: Flags of its OpenAI API.
+_OF_ITS_API: Final = (
+    *("trust_request_chat_template", "default_chat_template_kwargs", "chat_template", "completion_template"),
+    *("hf_chat_template_name", "enable_cache_report", "return_input_ids", "return_output_ids", "tool_server"),
+    *("stream_response_default_include_usage", "enable_response_store", "file_storage_path"),
+    *("asr_max_buffer_seconds", "asr_max_concurrent_sessions"),
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +73,10 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
         raise StartError("--allow-auto-truncate: a worker refuses prompts that are too long, it does not cut them")
     if args.is_embedding:
         raise StartError("--is-embedding: this plugin serves models that generate text")
+    add_flags = _server_args().add_cli_args
+    why = "SGLang's own server does not run here. Clients talk to the Dynamo frontend, operators to the status server"
+    refuse_without_effect(args, add_flags, _OF_ITS_SERVERS, f"{why} (--control-token-file guards its control routes)")
+    refuse_without_effect(args, add_flags, _OF_ITS_API, "the Dynamo frontend has the OpenAI API")
     # Chunks carry the new tokens only.
     args.incremental_streaming_output = True
     if args.disaggregation_bootstrap_port is None:

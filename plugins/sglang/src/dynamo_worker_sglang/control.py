@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import io_struct
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dynamo_worker.adapters import Adapter
+    from dynamo_worker.allowed_paths import AllowedPaths
     from dynamo_worker_sglang.manager import Manager
 
 log = get_logger(__name__)
@@ -23,6 +26,8 @@ log = get_logger(__name__)
 _REGIONS = ("weights", "kv_cache", "cuda_graph")
 #: How ``pause_generation`` can treat requests in flight: end them, leave them as they are, or let them wait.
 _MODES = ("abort", "in_place", "retract")
+#: Where SGLang writes profiles unless it is told otherwise.
+_PROFILES = "/tmp"  # noqa: S108 - only if it is an allowed root
 
 
 class LoraLoader:
@@ -55,8 +60,9 @@ class Control(Operations):
     While it is out of discovery, the reasons are the regions of memory that are released, and the mode of a pause.
     """
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: Manager, allowed_paths: AllowedPaths) -> None:
         self._manager = manager
+        self._allowed_paths = allowed_paths
         loaded = {name: ref.lora_path for name, ref in manager.lora_ref_cache.items()}
         super().__init__(
             routes={
@@ -70,7 +76,7 @@ class Control(Operations):
                 "stop_profile": self.stop_profile,
             },
             endpoints={"clear_kv_blocks": self.flush_cache},
-            adapters=Adapters(LoraLoader(manager), loaded) if manager.enable_lora else None,
+            adapters=Adapters(LoraLoader(manager), loaded, allowed_paths) if manager.enable_lora else None,
         )
 
     async def flush_cache(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -154,17 +160,25 @@ class Control(Operations):
         unknown = sorted(body.keys() - known)
         if unknown or not isinstance(body.get("model_path"), str):
             raise InvalidRequestError(f"needed: model_path; possible: {', '.join(sorted(known))}")
-        request = io_struct.UpdateWeightFromDiskReqInput(**body)
+        path = await asyncio.to_thread(self._allowed_paths.to_load, body["model_path"])
+        request = io_struct.UpdateWeightFromDiskReqInput(**{**body, "model_path": path})
         success, message, *_ = await self.presence.step_aside(lambda: self._manager.update_weights_from_disk(request))
         if not success:
             raise RuntimeError(message)
-        log.info("Weights updated", path=body["model_path"])
+        log.info("Weights updated", path=path)
         return {"message": message}
 
     async def start_profile(self, body: dict[str, Any]) -> dict[str, Any]:
         """Start SGLang's profiler; ``output_dir``, ``num_steps``, ``activities`` and so on as in SGLang."""
+        directory = body.get("output_dir") or os.environ.get("SGLANG_TORCH_PROFILER_DIR", _PROFILES)
+        if not isinstance(directory, str):
+            raise InvalidRequestError(f"output_dir: a directory is needed, not {directory!r:.80}")
+        directory = await asyncio.to_thread(self._allowed_paths.to_write, directory)
+        for name in ("profile_id", "profile_prefix"):
+            if body.get(name) is not None:
+                self._allowed_paths.name(body[name])
         try:
-            request = io_struct.ProfileReq(**body)
+            request = io_struct.ProfileReq(**{**body, "output_dir": directory})
         except TypeError as error:
             raise InvalidRequestError(str(error)) from error
         await self._manager.start_profile(request)

@@ -84,7 +84,7 @@ class SglangEngine(PushEngine):
         manager: Manager = processes.tokenizer_manager
         self._manager = manager
         manager.auto_create_handle_loop()
-        self._control = Control(manager)
+        self._control = Control(manager, self._context.allowed_paths)
         self._role = Role(self._settings["disaggregation_mode"], self._bootstrap())
         self._reader = LoadReader(manager, self._settings["page_size"])
         self._table = SamplingTable(

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine
+from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine, refuse_without_effect
 from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 #: The roles a worker can have when prefill and decode run on different workers.
 MODES: Final = ("aggregated", "prefill", "decode")
+
+#: Flags that nothing reads but vLLM's own server, in 0.31.
+_OF_ITS_SERVER: Final = ("interleave_mm_strings", "default_mm_loras", "data_parallel_multi_port_external_lb")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,8 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     """
     from vllm.usage.usage_lib import UsageContext
 
+    why = "vLLM's own server does not run here, the Dynamo frontend has the OpenAI API"
+    refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
     os.environ[waiting.MARK] = "1"
     engine_args = _engine_args().from_cli_args(args)
     # Speculative, pooling and other exotic settings are vLLM's business: it checks them itself.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from dynamo_worker.adapters import Adapter
+    from dynamo_worker.allowed_paths import AllowedPaths
 
 log = get_logger(__name__)
 
@@ -44,8 +45,9 @@ class LoraLoader:
 class Control(Operations):
     """All operations of one engine."""
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, allowed_paths: AllowedPaths) -> None:
         self._llm = llm
+        self._allowed_paths = allowed_paths
         super().__init__(
             routes={
                 "sleep": self.sleep,
@@ -55,7 +57,9 @@ class Control(Operations):
                 "reset_prefix_cache": self.reset_prefix_cache,
             },
             endpoints={"clear_kv_blocks": self.reset_prefix_cache},
-            adapters=None if llm.vllm_config.lora_config is None else Adapters(LoraLoader(llm)),
+            adapters=None
+            if llm.vllm_config.lora_config is None
+            else Adapters(LoraLoader(llm), allowed_paths=allowed_paths),
         )
 
     async def sleep(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +86,9 @@ class Control(Operations):
         return {"message": "the engine woke up"}
 
     async def start_profile(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Start vLLM's profiler."""
-        await self._llm.start_profile(body.get("profile_prefix"))
+        """Start vLLM's profiler, which writes where its flags say; ``profile_prefix`` begins the files' names."""
+        prefix = body.get("profile_prefix")
+        await self._llm.start_profile(None if prefix is None else self._allowed_paths.name(prefix))
         return {"message": "profiling"}
 
     async def stop_profile(self, body: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - every operation has a body

@@ -102,7 +102,7 @@ class VllmEngine(PushEngine):
         self._llm = llm
         self._processor = outputs.install(llm)
         self._role = Role(self._args.disaggregation_mode, config)
-        self._control = Control(llm)
+        self._control = Control(llm, self._context.allowed_paths)
         self._table = sampling.SamplingTable(config.model_config.get_diff_sampling_param(), self._context_length)
         tokenizer = llm.tokenizer
         if tokenizer is not None:

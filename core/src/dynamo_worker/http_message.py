@@ -1,0 +1,101 @@
+"""As much of HTTP/1.1 as the status server needs: the head of a request, and answers that are JSON objects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class HttpError(Exception):
+    """A request that is answered with an error.
+
+    :param status: such as ``404 Not Found``.
+    :param message: what the client is told.
+    :param headers: further lines of the answer's head.
+    """
+
+    def __init__(self, status: str, message: str, *headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+    def encode(self) -> bytes:
+        """Return the answer."""
+        return answer(self.status, {"status": "error", "message": str(self)}, *self.headers)
+
+
+@dataclass(frozen=True)
+class RequestHead:
+    """The head of a request.
+
+    :ivar method: as it was sent; methods are case-sensitive.
+    :ivar path: without the query.
+    :ivar headers: the values of each header, by its name in lower case.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, head: bytes) -> RequestHead:
+        """Return the head that these bytes are.
+
+        :raises HttpError: they are none.
+        """
+        request_line, *lines = head.decode("latin-1").split("\r\n")
+        words = request_line.split(" ", 2)
+        if len(words) < 2:
+            raise HttpError("400 Bad Request", "this is no HTTP request")
+        headers: dict[str, list[str]] = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if colon:
+                headers.setdefault(name.lower(), []).append(value.strip(" \t"))
+        return cls(words[0], words[1].split("?", 1)[0], headers)
+
+    def header(self, name: str) -> str | None:
+        """Return the value of a header, None if there is no such header.
+
+        :raises HttpError: there are several: whoever else reads this request may believe another one than we do.
+        """
+        values = self.headers.get(name, ())
+        if len(values) > 1:
+            raise HttpError("400 Bad Request", f"there is more than one {name} header")
+        return values[0] if values else None
+
+    @property
+    def body_length(self) -> int:
+        """The length of the body in bytes.
+
+        :raises HttpError: it is not known, or no number.
+        """
+        if "transfer-encoding" in self.headers:
+            raise HttpError("411 Length Required", "send the body in one piece, with a content-length")
+        length = self.header("content-length")
+        if length is None:
+            return 0
+        if not (length.isascii() and length.isdigit() and len(length) < 19):
+            raise HttpError("400 Bad Request", "content-length must be a number")
+        return int(length)
+
+
+def answer(status: str, body: Mapping[str, Any], *headers: str) -> bytes:
+    """Return a whole answer, after which the connection ends.
+
+    :raises TypeError: the body is not made of what JSON knows.
+    :raises ValueError: the same, or it contains itself.
+    """
+    content = json.dumps(body).encode()
+    lines = [
+        f"HTTP/1.1 {status}",
+        "content-type: application/json",
+        f"content-length: {len(content)}",
+        "connection: close",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + content
