@@ -268,6 +268,24 @@ class TestTheWorkerSurvivesTheKill:
         self.assert_left(supervised, thaw)
 
 
+def test_after_the_third_signal_the_guardian_waits_for_what_dies_late(supervised, freeze, measured):
+    """The kernel needs a moment for a process with much memory. Nothing may be left for a next start to sweep."""
+    supervised.start("child=stubborn.py", SERVING, "arrived", "hang")
+    (directory,) = supervised.run_directories
+    (child,) = supervised.children_of(supervised.worker)
+    thaw = freeze(child)
+    for _ in range(3):
+        started = time.monotonic()
+        supervised.signal(signal.SIGTERM)
+        time.sleep(2 * SIGNAL_DEBOUNCE)
+    assert supervised.wait() == 143
+    measured("third signal to exit, a process dies late", time.monotonic() - started, 0.7)
+    time.sleep(0.5)
+    thaw()
+    wait_until(lambda: not directory.exists(), what="removed by the guardian")
+    supervised.gone()
+
+
 class TestBothAreKilled:
     def kill_both(self, supervised) -> None:
         guardian = supervised.guardian

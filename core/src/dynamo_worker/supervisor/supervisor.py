@@ -36,7 +36,7 @@ _LATE = 0.2
 #: With fewer descriptors than that the worker could not serve, nor could be cleaned up behind it.
 _LEAST_DESCRIPTORS = 64
 
-#: What the supervisor's own cleaning gets after a third signal: it is the last that can do it.
+#: What the cleaning gets after a third signal from the last who can do it: the guardian, or us in its place.
 _LAST_CLEANING = 2.0
 
 #: How long a worker that hangs gets to print where.
@@ -294,11 +294,13 @@ class Supervisor:
         deadline = now + LIMIT
         if self._level:
             deadline = max(now + _SHORTEST_CLEANING, min(deadline, self._stop_at + self._grace - _TAKE_OVER_RESERVE))
+        guardian = deadline
         if self._hurried:  # the guardian goes on without us, but nobody would after us
-            deadline = now + (_AT_ONCE - 0.1 if self._cleanup is None else _LAST_CLEANING)
+            guardian = now + _LAST_CLEANING
+            deadline = now + _AT_ONCE - 0.1 if self._cleanup is None else guardian
         self._cleaning_deadline = deadline
         self._frontend_deadline = self._frontend_limit(now)
-        self._to_guardian.send("deadline", at=deadline, frontend=self._frontend_deadline)
+        self._to_guardian.send("deadline", at=guardian, frontend=self._frontend_deadline)
         if self._cleanup is not None:
             self._cleanup.deadline = deadline
             self._cleanup.frontend_deadline = self._frontend_deadline
