@@ -48,7 +48,7 @@ _SLOW_SECONDS: Final = 0.1
 #: Chunks of one stream on their way, beyond which an engine that can wait has to; with alternatives to its tokens one
 #: is as much as so many: they are a thousand objects each, which the garbage collector looks through again and again.
 _ROOM: Final = 256
-_LISTED_UNITS: Final = 8
+_LISTED_UNITS: Final = 16
 #: Most tokens in a frame of several chunks, and most if they come with alternatives: the runtime encodes a frame in
 #: one go, with the interpreter locked, and the frontend decodes it so.
 _MOST_TOKENS: Final = 256
