@@ -3,7 +3,8 @@
 
 A worker serves 32 streams as fast as it can, alone and beside clients that have asked for long answers with 20
 log-probabilities a token and then do not read them, or read 10 kB/s. The load beside them starts when the worker has
-found all of them slow. Each ratio is taken within a round, alone against beside.
+found all of them slow and rests: until then their answers are work like any other. Each ratio is taken within a round,
+alone against beside.
 
 The engine is the tests' faulty one: the echo engine, with log-probabilities for a prompt that says "flood".
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.load import LoadError, LoadSpecification, run
-from common.processes import pss_bytes
+from common.processes import cpu_seconds, pss_bytes
 from common.report import (
     add_output_arguments,
     bar,
@@ -199,12 +200,25 @@ def _load(bench: Workbench, worker: Worker) -> float:
     return result.tokens_per_second
 
 
+def _wait_at_rest(worker: Worker) -> None:
+    """Wait until a worker uses next to no CPU time: buffers fill in steps, long after a send has blocked first."""
+    deadline = time.monotonic() + _FILL_SECONDS
+    used = 1.0
+    while used > 0.05:
+        if time.monotonic() > deadline:
+            raise WorkbenchError(f"the worker still works for slow clients after {_FILL_SECONDS:g} s")
+        before = cpu_seconds(worker.serving_pid())
+        time.sleep(1)
+        used = cpu_seconds(worker.serving_pid()) - before
+
+
 def _round(bench: Workbench, worker: Worker, status_port: int, scenario: Scenario) -> dict[str, Any]:
     alone = _load(bench, worker)
     before = pss_bytes(worker.serving_pid())
     watch = Watch(status_port)
     with SlowClients(bench.port, worker.model, scenario):
         watch.wait("dynamo_worker_slow_clients", scenario.clients)
+        _wait_at_rest(worker)
         filled = pss_bytes(worker.serving_pid())
         with watch:
             beside = _load(bench, worker)

@@ -14,7 +14,7 @@ from aio import until
 
 from dynamo_worker import registration as module
 from dynamo_worker.errors import DiscoveryLostError
-from dynamo_worker.registration import EtcdStore, FileStore, Registration, leaving
+from dynamo_worker.registration import EtcdStore, FileStore, Registration, changing
 
 INSTANCE = "4b13168d7bd741fa"
 
@@ -93,12 +93,57 @@ def test_what_is_added_later_is_watched_too(tmp_path, entries):
     asyncio.run(main())
 
 
+def test_what_appears_late_is_waited_for_and_put_back_from_its_first_moment(tmp_path, entries):
+    """The runtime registers endpoints some time after it was asked to."""
+    late = entries[0].with_name(f"late%2F{INSTANCE}")
+
+    async def main():
+        registration = Registration(FileStore(str(tmp_path), INSTANCE), lambda _: None, timeout=30.0)
+        entered = asyncio.ensure_future(registration.entered(3))
+        await asyncio.sleep(0.1)
+        assert not entered.done()
+        late.write_text("late")
+        assert await entered
+        late.unlink()
+        task = asyncio.ensure_future(registration.run())
+        await until(late.exists)
+        task.cancel()
+        await registration.close()
+
+    asyncio.run(main())
+
+
+def test_what_never_appears_is_waited_for_some_seconds(tmp_path, entries, monkeypatch):
+    monkeypatch.setattr(module, "_ENTER", 0.1)
+
+    async def main():
+        registration = Registration(FileStore(str(tmp_path), INSTANCE), lambda _: None, timeout=30.0)
+        assert not await registration.entered(3)
+        await registration.close()
+
+    asyncio.run(main())
+
+
+def test_what_the_worker_adds_is_put_back_from_its_first_moment(tmp_path, entries, monkeypatch):
+    monkeypatch.setattr(FileStore, "_learn_new", lambda _: None)  # as if no look came between
+    adapter = entries[1].with_name(f"{entries[1].name}%2Fadapter")
+
+    async def main():
+        async with watching(FileStore(str(tmp_path), INSTANCE)):
+            async with changing():
+                adapter.write_text("card")
+            adapter.unlink()
+            await until(adapter.exists)
+
+    asyncio.run(main())
+
+
 def test_what_the_worker_takes_away_stays_away(tmp_path, entries):
     instance, card = entries
 
     async def main():
         async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
-            async with leaving():
+            async with changing():
                 instance.unlink()
             card.unlink()
             await until(card.exists)
@@ -127,7 +172,7 @@ def test_what_the_worker_takes_away_stays_away_when_the_look_at_it_fails(tmp_pat
 
     async def main():
         async with watching(FileStore(str(tmp_path), INSTANCE)) as (registration, _):
-            async with leaving():
+            async with changing():
                 instance.unlink()
             assert failed
             await until(lambda: registration._unadopted is None)
@@ -164,7 +209,7 @@ def test_what_was_lost_before_the_worker_leaves_is_still_lost(tmp_path, entries)
 
     async def main():
         card.unlink()
-        async with registration.leaving():
+        async with registration.changing():
             instance.unlink()
         assert store.missing() == [str(card)]
         await registration.close()
@@ -178,7 +223,7 @@ def test_a_closed_registration_puts_nothing_back(tmp_path, entries):
             await registration.close()
             entries[0].unlink()
             await asyncio.sleep(0.2)
-            async with leaving():
+            async with changing():
                 pass
         assert not entries[0].exists()
 

@@ -140,7 +140,8 @@ class Adapters:
             self._loaded[name] = adapter
             try:
                 if self._endpoint is not None and self._info is not None:
-                    await register_adapter(self._endpoint, self._info, name)
+                    async with registration.changing():
+                        await register_adapter(self._endpoint, self._info, name)
             except Exception:
                 del self._loaded[name]
                 await self._loader.unload(adapter)
@@ -177,7 +178,7 @@ class Adapters:
             if adapter is None:
                 raise InvalidRequestError(f"there is no LoRA adapter {shown(name)}; loaded: {sorted(self._loaded)}")
             if self._endpoint is not None:
-                async with registration.leaving():
+                async with registration.changing():
                     await unregister_model(endpoint=self._endpoint, lora_name=adapter.name)
             while adapter.in_use:
                 await asyncio.sleep(_POLL_SECONDS)

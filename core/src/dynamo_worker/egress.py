@@ -46,9 +46,9 @@ _CAUGHT_UP: Final = 1.0
 #: Seconds for which a stream must be held up to be slow: the thread may just not have got a processor.
 _SLOW_SECONDS: Final = 0.1
 #: Chunks of one stream on their way, beyond which an engine that can wait has to; with alternatives to its tokens one
-#: is as much as so many: they are a thousand objects each, which the garbage collector looks through again and again.
+#: is as much as so many: a dictionary for each alternative, which the garbage collector looks through again and again.
 _ROOM: Final = 256
-_LISTED_UNITS: Final = 8
+_LISTED_UNITS: Final = 16
 #: Most tokens in a frame of several chunks, and most if they come with alternatives: the runtime encodes a frame in
 #: one go, with the interpreter locked, and the frontend decodes it so.
 _MOST_TOKENS: Final = 256
@@ -251,7 +251,6 @@ class Egress:
         self._lock = threading.Lock()
         self._carrier: object = None
         self._spares = 0
-        self._threads = 0
         self._slow: set[Stream] = set()
         self._waiting = 0
         self._stopped = False
@@ -281,7 +280,7 @@ class Egress:
         """End all threads but those that are in a call."""
         with self._lock:
             self._stopped = True
-            spares = max(self._spares, 0)
+            spares = self._spares
         if self._timer is not None:
             self._timer.cancel()
         self._batches.put([])
@@ -431,7 +430,6 @@ class Egress:
         linux.set_name("dw-egress")
         with self._lock:
             self._spares += 1
-            self._threads += 1
         try:
             while (token := self._calls.get()) is not None:
                 stream = self._carry(token)
@@ -445,9 +443,6 @@ class Egress:
         except BaseException as error:
             log.error("Sending failed", exc_info=error)
             self._call(self._on_fatal, WorkerError(f"sending failed: {type(error).__name__}: {error}"))
-        finally:
-            with self._lock:
-                self._threads -= 1
 
     def _carry(self, token: object) -> Stream | None:
         """Be the carrier, until a send has held us up for so long that another thread was made the carrier.

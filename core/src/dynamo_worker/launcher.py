@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from dynamo_worker.plugins import Plugins
+    from dynamo_worker.registration import Registration
     from dynamo_worker.settings import WorkerSettings
 
     Stage = Callable[[], Coroutine[Any, Any, None]]
@@ -190,6 +191,7 @@ class Launcher:
         self._frontend: FrontendProcess | None = None
         self._frontend_watch: ProcessWatch | None = None
         self._frontend_monitor: asyncio.Task[None] | None = None
+        self._registration: Registration | None = None
         self._processes: ProcessWatch | None = None
         self._withdrawn = False
         self._stop_level = 0
@@ -436,6 +438,7 @@ class Launcher:
         for spec in endpoints:
             if spec.registers_model:
                 await runtime.register(info, endpoint=spec.name)
+        self._registration = await runtime.watch_registration(self._on_fatal)
         if isinstance(engine, HasMetrics):
             self._metrics.add_registry(engine.metrics_registry())
         if self._status is not None:
@@ -542,9 +545,8 @@ class Launcher:
             watches.append(
                 StallMonitor(engine, self._registry, self._canary, self._on_fatal, timeout=settings.stall_timeout).run()
             )
-        registration = runtime.watch_registration(self._on_fatal)
-        if registration is not None:
-            watches.append(registration.run())
+        if self._registration is not None:
+            watches.append(self._registration.run())
         self._monitors = [asyncio.ensure_future(self._watch(watch)) for watch in watches]
         if self._frontend is not None:
             monitor = FrontendMonitor(

@@ -130,12 +130,13 @@ class Presence:
     async def _leave(self) -> None:
         self.away = True
         if self._endpoint is not None:
-            async with registration.leaving():
+            async with registration.changing():
                 await self._endpoint.unregister_endpoint_instance()
 
     async def _enter(self) -> None:
         if self._endpoint is not None:
-            await self._endpoint.register_endpoint_instance()
+            async with registration.changing():
+                await self._endpoint.register_endpoint_instance()
         self.away = False
 
 

@@ -42,6 +42,9 @@ _ETCD_TIMEOUT = 2.0
 _OVERDUE = 5.0
 #: Seconds that leaving discovery waits for a look that is under way.
 _CLOSE = 0.3
+#: Seconds that the worker's own entries may take until they are there, and between two looks at that.
+_ENTER = 5.0
+_ENTER_INTERVAL = 0.02
 
 
 class Store(Protocol):
@@ -51,6 +54,10 @@ class Store(Protocol):
     """
 
     interval: float
+
+    @property
+    def count(self) -> int:
+        """How many entries should be there."""
 
     def adopt(self, lost: Collection[str]) -> None:
         """Take what is there, and what was ``lost``, for what should be there."""
@@ -83,6 +90,11 @@ class FileStore:
         self._modified: dict[str, int] = {}
         self._settled = False
         self._closed = False
+
+    @property
+    def count(self) -> int:
+        """How many entries should be there."""
+        return len(self._files)
 
     def adopt(self, lost: Collection[str]) -> None:
         """Take what is there, and what was ``lost``, for what should be there."""
@@ -174,6 +186,11 @@ class EtcdStore:
         self._headers: dict[str, str] | None = None
         self._values: dict[str, str] = {}
         self._closed = False
+
+    @property
+    def count(self) -> int:
+        """How many keys should be there."""
+        return len(self._values)
 
     def adopt(self, lost: Collection[str]) -> None:
         """Take what is there, and what was ``lost``, for what should be there."""
@@ -290,9 +307,26 @@ class Registration:
                 return
             await asyncio.sleep(self._store.interval if self.problem is None else _CONFIRM)
 
+    async def entered(self, count: int) -> bool:
+        """Wait until ``count`` entries are there and known, for some seconds; return whether they are.
+
+        The runtime does not say when: it registers endpoints on its own, after the call that serves them has begun.
+        """
+        give_up = time.monotonic() + _ENTER
+        while True:
+            async with self._lock:
+                with contextlib.suppress(OSError):
+                    self._unadopted = []
+                    await self._adopt()
+            if self._store.count >= count:
+                return True
+            if time.monotonic() > give_up:
+                return False
+            await asyncio.sleep(_ENTER_INTERVAL)
+
     @contextlib.asynccontextmanager
-    async def leaving(self) -> AsyncIterator[None]:
-        """While this block runs, the worker takes entries out of discovery itself."""
+    async def changing(self) -> AsyncIterator[None]:
+        """While this block runs, the worker takes entries out of discovery, or puts them there, itself."""
         async with self._lock:
             lost: list[str] = []
             with contextlib.suppress(OSError):
@@ -373,10 +407,10 @@ _watched: Registration | None = None
 
 
 @contextlib.asynccontextmanager
-async def leaving() -> AsyncIterator[None]:
-    """While this block runs, what vanishes from discovery does so on purpose and is not put back."""
+async def changing() -> AsyncIterator[None]:
+    """While this block runs, what vanishes from discovery does so on purpose; what is there afterwards is to stay."""
     if _watched is None:
         yield
         return
-    async with _watched.leaving():
+    async with _watched.changing():
         yield

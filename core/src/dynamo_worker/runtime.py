@@ -67,6 +67,8 @@ class Runtime:
         self._settings = settings
         self._endpoints: dict[str, Endpoint] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        #: How many models, adapters among them, are in discovery.
+        self._models = 0
         self._registration: Registration | None = None
         #: Port of the runtime's own status server, None if that is off.
         self.status_port = status_port
@@ -179,23 +181,32 @@ class Runtime:
                 needs=_needs(info),
                 model_aliases=list(info.model_aliases) or None,
             )
+            self._models += 1
             for name in info.adapters:
                 await register_adapter(self.endpoint(endpoint), info, name)
+                self._models += 1
         except Exception as error:
             raise StartError(
                 f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
                 hint="the directory needs config.json and a tokenizer",
             ) from error
 
-    def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
-        """Return what watches that this worker stays in discovery until it unregisters; None if nothing can."""
+    async def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
+        """Wait until all that this worker serves is in discovery, and return what watches that it stays there.
+
+        :returns: None if nothing can, with this kind of discovery.
+        """
         store: Store | None = None
         if self._settings.discovery_backend == "file":
             store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
         elif self._settings.discovery_backend == "etcd":
             store = EtcdStore(etcd_endpoints(), self.worker_id)
-        if store is not None:
-            self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
+        if store is None:
+            return None
+        self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
+        count = len(self._serving) + self._models
+        if not await self._registration.entered(count):
+            log.warning("Not all of the worker's entries are in discovery yet", expected=count, known=store.count)
         return self._registration
 
     @property

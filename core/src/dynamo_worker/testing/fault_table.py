@@ -254,7 +254,8 @@ class FaultTable:
             path.unlink()
         eventually(lambda: serving.status("/health")[0] == 503, 3.0 * subject.patience, "/health to answer 503")
         serving.wait_log("In discovery again", 5.0 * subject.patience)
-        assert all(path.exists() for path in entries)
+        missing = [path for path in entries if not path.exists()]
+        assert not missing, f"{missing} of {entries} were not put back"
         assert serving.status("/health")[0] == 200
         eventually(lambda: cluster.ask(1).ok, 3.0 * subject.patience, "an answer")
         self.assert_complete(load, subject)
