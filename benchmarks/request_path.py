@@ -7,6 +7,7 @@ other in rounds:
   peer   NVIDIA's Rust Worker (dynamo.common.backend) driving a minimal Python engine, one token per chunk
   bare   a push handler straight on ai-dynamo-runtime: the floor, with no bookkeeping at all
   ours   dynamo-worker --engine echo, with supervisor, monitors and all bookkeeping
+  before another version of dynamo-worker, with `--before DIR`: what a change costs
 
 CPU per token is the user and system time of the process that serves requests, divided by the tokens that the client
 has received. Each ratio is taken within a round; the table shows the medians.
@@ -34,7 +35,7 @@ from common.report import (
     table,
     write_json,
 )
-from common.subjects import BARE, OURS, PEER, TITLES, Echo
+from common.subjects import BARE, BEFORE, OURS, PEER, TITLES, Echo
 from common.workbench import Workbench, WorkbenchError, Worker
 
 
@@ -68,6 +69,13 @@ def _arguments() -> argparse.Namespace:
         default="peer,bare,ours",
         metavar="LIST",
         help="which workers take part, separated by commas (default: peer,bare,ours)",
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of another version, which takes part and runs in this same environment "
+        "(`git worktree add DIR COMMIT`)",
     )
     parser.add_argument(
         "--worker-flag",
@@ -146,10 +154,10 @@ def _report(kinds: list[str], streams: list[int], rounds: list[list[dict[str, An
     )
     ratios = []
     for count in streams:
-        for other, most in ((PEER, 0.2), (BARE, 1.25)):
+        for other, most in ((PEER, 0.2), (BARE, 1.25), (BEFORE, 1.02)):
             if OURS in kinds and other in kinds:
                 ratios.append(_ratio(by_round, count, "worker_cpu_us_per_token", other, at_most=most))
-        for other in (PEER, BARE):
+        for other in (PEER, BARE, BEFORE):
             if OURS in kinds and other in kinds:
                 least = 2.5 if other == PEER and count == 32 else None
                 ratios.append(_ratio(by_round, count, "tokens_per_second", other, at_least=least))
@@ -204,15 +212,18 @@ def main() -> int:
     """Run the benchmark."""
     arguments = _arguments()
     kinds = [kind for kind in (PEER, BARE, OURS) if kind in arguments.workers.split(",")]
+    if arguments.before is not None:
+        kinds.append(BEFORE)
     streams = [int(count) for count in arguments.streams.split(",")]
     rounds: list[list[dict[str, Any]]] = []
     try:
         peer = peer_environment.ensure(arguments.peer_env) if PEER in kinds else None
-        with Workbench(Echo(peer, tokens_per_second=arguments.rate), arguments.keep_logs) as bench:
+        subject = Echo(peer, tokens_per_second=arguments.rate, before=arguments.before)
+        with Workbench(subject, arguments.keep_logs) as bench:
             workers = []
             for kind in kinds:
                 progress(f"starting {TITLES[kind]}")
-                workers.append(bench.start(kind, kind, arguments.worker_flag if kind == OURS else ()))
+                workers.append(bench.start(kind, kind, arguments.worker_flag if kind in (OURS, BEFORE) else ()))
             for worker in workers:
                 progress(f"warming up {TITLES[worker.kind]}")
                 _measure(bench, worker, min(32, max(streams)), arguments.max_tokens, 0.5)

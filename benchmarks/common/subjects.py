@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _PROGRAMS = Path(__file__).parent.parent / "workers"
-PEER, BARE, OURS = "peer", "bare", "ours"
+PEER, BARE, OURS, BEFORE = "peer", "bare", "ours", "before"
 #: What the tables call them.
-TITLES = {PEER: "peer's Worker", BARE: "bare push handler", OURS: "dynamo-worker"}
+TITLES = {
+    PEER: "peer's Worker",
+    BARE: "bare push handler",
+    OURS: "dynamo-worker",
+    BEFORE: "dynamo-worker before",
+}
 
 
 class Subject(Protocol):
@@ -55,10 +60,12 @@ class Echo:
 
     :param peer_python: Python of the peer's environment, where the peer takes part.
     :param tokens_per_second: of each stream; None for as many as possible.
+    :param before: checkout of another version of dynamo-worker, where that takes part.
     """
 
     peer_python: Path | None = None
     tokens_per_second: float | None = None
+    before: Path | None = None
     start_seconds: float = 60.0
     stream_tokens: int = 240
     spare_first: bool = False
@@ -72,7 +79,7 @@ class Echo:
         common = ["--model-name", model, "--component", component, *flags]
         if self.tokens_per_second is not None:
             common += ["--tokens-per-second", str(self.tokens_per_second)]
-        if kind == OURS:
+        if kind in (OURS, BEFORE):
             return [sys.executable, "-m", "dynamo_worker", "--engine", "echo", *common]
         python = sys.executable
         if kind == PEER:
@@ -80,13 +87,13 @@ class Echo:
             python = str(self.peer_python)
         return [python, str(_PROGRAMS / f"{kind}_worker.py"), "--model-path", str(directory), *common]
 
-    def environment(self, kind: str) -> Mapping[str, str]:  # noqa: ARG002 - part of the protocol
-        """Return nothing."""
-        return {}
+    def environment(self, kind: str) -> Mapping[str, str]:
+        """Return the way to the sources of the other version."""
+        return {"PYTHONPATH": str((self.before / "core/src").resolve())} if kind == BEFORE and self.before else {}
 
     def expected(self, kind: str, tokens: int) -> str | None:
         """Return what the echo engine answers; the peer's minimal engine begins its text anew after a migration."""
-        return echo_text(tokens) if kind == OURS else None
+        return echo_text(tokens) if kind in (OURS, BEFORE) else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from common.processes import (
     raise_file_limit,
     reap_orphans,
 )
-from common.subjects import OURS, Echo, Subject
+from common.subjects import BEFORE, OURS, Echo, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ class WorkbenchError(Exception):
 class Worker:
     """A worker under measurement.
 
-    :param kind: `peer`, `bare` or `ours`.
+    :param kind: `peer`, `bare`, `ours` or `before`.
     :param program: the process that was started; the supervisor of a dynamo-worker.
     :param model: the model it serves.
     :param instance: its id in discovery.
@@ -60,7 +60,7 @@ class Worker:
 
     def serving_pid(self) -> int:
         """Return the pid of the process that serves requests."""
-        if self.kind == OURS:
+        if self.kind in (OURS, BEFORE):
             for pid in descendants(self.program.pid):
                 if "--no-supervise" in command_line(pid):
                     return pid
@@ -69,7 +69,7 @@ class Worker:
 
     def supervisor_pids(self) -> list[int]:
         """Return the pids of the supervisor and its guardian; empty where there are none."""
-        if self.kind != OURS:
+        if self.kind not in (OURS, BEFORE):
             return []
         serving = self.serving_pid()
         above = [pid for pid in descendants(self.program.pid) if serving in descendants(pid)]
@@ -136,7 +136,7 @@ class Workbench:
     ) -> Worker:
         """Start a worker and wait until it is registered and the frontends offer its model.
 
-        :param kind: `peer`, `bare` or `ours`.
+        :param kind: `peer`, `bare`, `ours` or `before`.
         :param model: name of the model; workers of one kind with the same model serve it together.
         :param flags: further flags.
         :param additions: further environment variables.
