@@ -1,4 +1,4 @@
-"""Dynamo's TLS between a frontend and workers, with certificates on both sides (mTLS): docs/security.md names the variables."""
+"""Dynamo's TLS between a frontend and workers, with certificates on both sides, as docs/security.md has it."""
 
 from __future__ import annotations
 
