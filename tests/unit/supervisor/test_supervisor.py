@@ -398,6 +398,7 @@ class TestWhatTheWorkerInherits:
     def test_environment_session_signals_and_descriptors(self, supervised):
         facts, environment = supervised.base / "facts", supervised.base / "environment"
         supervised.environment |= {"NOTIFY_SOCKET": "/nonexistent", "WATCHDOG_USEC": "1000000", "LOGNAME": "a/b"}
+        supervised.environment["XDG_CACHE_HOME"] = str(supervised.base / "cache")
         leaked = os.open("/etc/passwd", os.O_RDONLY)
 
         def disturb():
@@ -415,7 +416,7 @@ class TestWhatTheWorkerInherits:
         assert seen["DYNAMO_WORKER_RUN_DIR"] == str(run_directory)
         assert seen["TMPDIR"] == str(run_directory / "tmp")
         assert run_directory.stat().st_mode & 0o777 == 0o700
-        assert seen["TORCHINDUCTOR_CACHE_DIR"] == str(supervised.tmp / "torchinductor_a_b")
+        assert seen["TORCHINDUCTOR_CACHE_DIR"] == str(supervised.base / "cache/dynamo-worker/torchinductor_a_b")
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & seen.keys()
         inherited = json.loads(facts.read_text())
         assert inherited["session"] == inherited["pid"]
@@ -575,10 +576,19 @@ class TestCompiledKernels:
         (tmp_path / "base").mkdir()
         return tmp_path / "base"
 
-    @pytest.mark.parametrize("exists", [False, True])
-    def test_the_usual_place(self, base, exists):
-        if exists:
-            (base / "torchinductor_x").mkdir(mode=0o755)
+    def test_the_usual_place_if_it_is_there(self, base):
+        (base / "torchinductor_x").mkdir(mode=0o755)
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(base / "torchinductor_x")
+        assert (base / "torchinductor_x").stat().st_mode & 0o777 == 0o700
+
+    def test_no_temporary_file_is_made_for_it(self, base, tmp_path):
+        second = tmp_path / "cache" / "dynamo-worker" / "torchinductor_x"
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(second)
+        assert second.stat().st_mode & 0o777 == 0o700
+        assert not list(base.iterdir())
+
+    def test_the_usual_place_is_made_where_there_is_no_home(self, base, tmp_path):
+        (tmp_path / "cache").touch()
         assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(base / "torchinductor_x")
         assert (base / "torchinductor_x").stat().st_mode & 0o777 == 0o700
 

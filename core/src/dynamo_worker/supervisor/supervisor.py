@@ -758,14 +758,17 @@ def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
 def _lasting_cache(base: str, name: str) -> str | None:
     """Return a directory for a cache that is run as code, or None: then it lies in TMPDIR and ends with the worker.
 
-    Everybody can guess its usual place, so it has to be this user's alone. The second choice is in the home directory.
+    Everybody can guess its usual place, so it has to be this user's alone. It is made there only where the home directory
+    is none: most workers compile nothing, and a worker leaves no temporary files.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for place in (os.path.join(base, name), os.path.join(cache, "dynamo-worker", name)):
+    usual, lasting = os.path.join(base, name), os.path.join(cache, "dynamo-worker", name)
+    for place, make in ((usual, False), (lasting, True), (usual, True)):
         with contextlib.suppress(OSError):
-            os.makedirs(os.path.dirname(place), 0o700, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(place, 0o700)
+            if make:
+                os.makedirs(os.path.dirname(place), 0o700, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(place, 0o700)
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 status = os.fstat(descriptor)

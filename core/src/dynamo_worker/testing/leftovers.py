@@ -89,8 +89,7 @@ class Leftovers:
         segments = shared_memory() - self._segments
         segments -= mapped_by_others(segments, self.marker)
         left += [f"{_SHARED_MEMORY}/{name}" for name in sorted(segments)]
-        # Compiled kernels are there to stay.
-        left += [str(path) for path in sorted(self.tmp.iterdir()) if not path.name.startswith("torchinductor_")]
+        left += [str(path) for path in sorted(self.tmp.iterdir())]
         more = gpu_memory() - self._gpu_memory
         if more > _GPU_TOLERANCE:
             left.append(f"GPU memory: {more >> 20} MiB more than before")
