@@ -758,8 +758,8 @@ def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
 def _lasting_cache(base: str, name: str) -> str | None:
     """Return a directory for a cache that is run as code, or None: then it lies in TMPDIR and ends with the worker.
 
-    Everybody can guess its usual place, so it has to be this user's alone. It is made there only where the home directory
-    is none: most workers compile nothing, and a worker leaves no temporary files.
+    Everybody can guess its usual place, so it has to be this user's alone. It is made there only where there is no home
+    directory: most workers compile nothing, and a worker leaves no temporary files.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     usual, lasting = os.path.join(base, name), os.path.join(cache, "dynamo-worker", name)
