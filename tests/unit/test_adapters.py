@@ -91,21 +91,24 @@ def test_load_list_unload(world: World, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_the_card_of_an_adapter_that_is_unloaded_is_not_put_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_of_an_adapter_is_put_there_and_taken_away_on_purpose(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @contextlib.asynccontextmanager
-    async def leaving() -> AsyncIterator[None]:
-        world.loader.calls.append("leaving")
+    async def changing() -> AsyncIterator[None]:
+        world.loader.calls.append("changing")
         yield
-        world.loader.calls.append("left")
+        world.loader.calls.append("changed")
 
-    monkeypatch.setattr(adapters.registration, "leaving", leaving)
+    monkeypatch.setattr(adapters.registration, "changing", changing)
 
     async def main() -> None:
         await world.adapters.load(world.load)
+        assert world.loader.calls[-3:] == ["changing", "register poet 4", "changed"]
         await world.adapters.unload({"lora_name": "poet"})
 
     asyncio.run(main())
-    assert world.loader.calls[-4:] == ["leaving", "unregister poet", "left", "unload poet"]
+    assert world.loader.calls[-4:] == ["changing", "unregister poet", "changed", "unload poet"]
 
 
 @pytest.mark.parametrize(

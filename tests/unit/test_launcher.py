@@ -117,7 +117,7 @@ class FakeRuntime:
         self.world.note("registered")
         self.registered.append(endpoint)
 
-    def watch_registration(self, on_fatal):
+    async def watch_registration(self, on_fatal):
         return None
 
     async def unregister(self):

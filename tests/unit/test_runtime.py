@@ -13,6 +13,7 @@ from dynamo.llm import ModelType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_worker import registration as registration_module
 from dynamo_worker import runtime as runtime_module
 from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import StartError, UsageError
@@ -459,7 +460,7 @@ def test_a_worker_that_unregisters_does_not_come_back(tmp_path, monkeypatch):
 
     async def main():
         _, runtime = make(discovery_backend="file", discovery_timeout=7)
-        registration = runtime.watch_registration(lambda error: None)
+        registration = await runtime.watch_registration(lambda error: None)
         watching = asyncio.ensure_future(registration.run())
         await until(lambda: registration._call is not None and registration._call.done())
         registration.problem = "out"
@@ -473,9 +474,30 @@ def test_a_worker_that_unregisters_does_not_come_back(tmp_path, monkeypatch):
     asyncio.run(main())
 
 
+def test_the_watch_begins_once_all_that_is_served_is_in_discovery(tmp_path, monkeypatch, caplog):
+    """The runtime registers endpoints some time after it was asked to serve them."""
+    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path))
+    monkeypatch.setattr(registration_module, "_ENTER", 0.3)
+
+    async def main():
+        _, runtime = make(discovery_backend="file", discovery_timeout=7)
+        runtime.serve(EndpointSpec("generate"), None)
+        watching = asyncio.ensure_future(runtime.watch_registration(lambda error: None))
+        await asyncio.sleep(0.1)
+        assert not watching.done()
+        (tmp_path / "4ec5c2a6e8130c29").write_text("entry")
+        assert await watching is not None
+        assert not caplog.records
+        runtime.serve(EndpointSpec("other"), None)
+        assert await runtime.watch_registration(lambda error: None) is not None
+        assert "Not all of the worker's entries are in discovery yet" in caplog.text
+
+    asyncio.run(main())
+
+
 def test_what_cannot_be_watched_is_not():
     _, runtime = make(discovery_backend="mem")
-    assert runtime.watch_registration(lambda error: None) is None
+    assert asyncio.run(runtime.watch_registration(lambda error: None)) is None
     assert runtime.problem is None
 
 
