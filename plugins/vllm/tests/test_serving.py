@@ -75,7 +75,7 @@ class TestVllm(Serving):
         node.wait_ready()
         assert cluster.models() == ["tiny"]
         node.signal(signal.SIGKILL, node.child("VLLM::EngineCore_DP1"))
-        assert node.wait_gone(3) == 1
+        assert node.wait_gone(15) == 1
         assert "VLLM::EngineCor) died: killed by SIGKILL" in node.log
         leader.stop()
 
