@@ -242,8 +242,8 @@ class FaultTable:
                 eventually(lambda: not worker.run_dir.exists(), 5.0 * subject.patience, "its directory removed")
             return code
 
-        assert end(first, signal.SIGKILL, first.worker_pid, 1.0) == 128 + signal.SIGKILL
-        assert end(second, signal.SIGKILL, second.pid, 1.0) == 128 + signal.SIGKILL
+        assert end(first, signal.SIGKILL, first.worker_pid, 3.0) == 128 + signal.SIGKILL
+        assert end(second, signal.SIGKILL, second.pid, 3.0) == 128 + signal.SIGKILL
         assert end(third, signal.SIGTERM, third.pid, 25.0) == 0
 
     def test_registration_lost(self, cluster: Cluster, serving: Worker, subject: Subject) -> None:
