@@ -14,6 +14,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any, Union
 
+from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
@@ -130,11 +131,10 @@ def _read(run_dir: RunDir, name: str) -> bytes:
     :raises OSError: there is none, or somebody else may have written it.
     """
     with _opened(run_dir) as directory:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with open(os.open(name, flags, dir_fd=directory), "rb") as file:
+        with open(open_regular(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory), "rb") as file:
             status = os.fstat(file.fileno())
             others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or others or status.st_nlink != 1:
+            if status.st_uid != os.geteuid() or others or status.st_nlink != 1:
                 raise PermissionError(f"{name} is not a file that only this user may write")
             return file.read()
 
