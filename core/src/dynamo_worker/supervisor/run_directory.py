@@ -381,5 +381,5 @@ def _read_record(descriptor: int) -> _Record | None:
             int(text["mark"]),
             float(text["made_at"]),
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
