@@ -233,7 +233,7 @@ def test_addresses(text, expected):
 def test_an_empty_variable_is_an_unset_one(monkeypatch):
     for value in ("", " ", ",", " , "):
         monkeypatch.setenv("ETCD_ENDPOINTS", value)
-        assert runtime_module._addresses("ETCD_ENDPOINTS", "http://localhost:2379") == ["http://localhost:2379"]
+        assert runtime_module.addresses("ETCD_ENDPOINTS", "http://localhost:2379") == ["http://localhost:2379"]
 
 
 @given(st.builds(OSError, st.none() | st.integers(1, 130), st.text()) | st.builds(asyncio.TimeoutError))
