@@ -152,6 +152,21 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session
+def requirements(session: nox.Session) -> None:
+    """Choose anew what the image is built from: every package with its version and hashes."""
+    session.install("uv")
+    session.env["UV_FIND_LINKS"] = None  # a local wheel has other hashes than what others get
+    build = pathlib.Path(session.create_tmp()) / "build.in"
+    build.write_text("\n".join(nox.project.load_toml("core/pyproject.toml")["build-system"]["requires"]))
+    for source, target in (("core/pyproject.toml", "requirements.txt"), (str(build), "build-requirements.txt")):
+        options = ["--universal", "--python-version", "3.12", "--generate-hashes", "--upgrade"]
+        silent = ["--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet"]
+        header = ["--custom-compile-command", "nox -s requirements"]
+        output = ["--output-file", f"deploy/docker/{target}"]
+        session.run("uv", "pip", "compile", *options, *silent, *header, *output, source)
+
+
+@nox.session
 def example(session: nox.Session) -> None:
     """Install the example plugin as its author would publish it, and run its own tests."""
     _install(session, *TEST, "-e", "./examples/reverse-engine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,33 @@ def test_a_token_that_protects_nothing_or_cannot_be_sent(
         read_token(file)
     assert str(file) in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("planted", ["fifo", "directory", "without end", "others may write"])
+def test_a_token_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    """Neither blocks the start nor is believed."""
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+    file = tmp_path / "token"
+    if planted == "fifo":
+        os.mkfifo(file)
+    elif planted == "directory":
+        file.mkdir()
+    elif planted == "without end":
+        file.touch()
+        os.truncate(file, 1 << 40)
+    else:
+        file.write_text("token")
+        file.chmod(0o646)
+    with pytest.raises(UsageError, match="the token cannot be read: "):
+        read_token(file)
+
+
+def test_a_token_file_may_be_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a volume of Kubernetes, which can be exchanged as a whole."""
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+    (tmp_path / "data").write_text("token\n")
+    (tmp_path / "token").symlink_to("data")
+    assert read_token(tmp_path / "token") == "token"
 
 
 def test_a_token_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def arguments(tmp_path, monkeypatch):
     """Let a script stand in for the interpreter; return what it was called with."""
     called = tmp_path / "called"
     script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {called}.new\nmv {called}.new {called}\nexec sleep 60\n')
+    script.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {called}.new\nmv {called}.new {called}\nexec sleep 60\n')
     script.chmod(0o755)
 
     def start(settings, discovery_path):
@@ -143,7 +143,7 @@ def arguments(tmp_path, monkeypatch):
             while not called.exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
-            return called.read_text().splitlines()
+            return called.read_text().split("\0")[:-1]
         finally:
             asyncio.run(started.stop(Deadline.after(0.2)))
 
@@ -164,7 +164,7 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
     called = arguments(settings, tmp_path / "kv")
     command = [*module_command("dynamo_worker"), "frontend"][1:]
     assert called[: len(command)] == command
-    args = frontend.parser().parse_args(called[3:])
+    args = frontend.parser().parse_args(called[len(command) :])
     assert vars(args) == {
         "http": str(address),
         "discovery_backend": "file",

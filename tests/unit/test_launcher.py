@@ -1578,12 +1578,60 @@ def test_a_frontend_that_fails_while_it_drains_is_a_failure(world, frontend, cap
     assert "The frontend ended before its streams did" in caplog.text
 
 
-def test_no_private_directory_is_left_in_the_temporary_directory(world, tmp_path, monkeypatch):
+@pytest.fixture
+def short_tmpdir(monkeypatch):
+    """A TMPDIR with a path that is not too long for unix sockets, as pytest's own are."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        monkeypatch.setenv("TMPDIR", path)
+        yield Path(path)
+
+
+def test_no_private_directory_is_left_in_the_temporary_directory(world, short_tmpdir):
     world.supervised = False
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     world.create_error = StartError("no etcd")
     assert world.run(nothing) == ExitCode.START_FAILED
-    assert not [path for path in Path(tmp_path).iterdir() if path.name.startswith("dw-")]
+    assert list(short_tmpdir.iterdir()) == []
+
+
+def test_a_directory_put_in_the_place_of_the_private_one_is_not_emptied(world, short_tmpdir, caplog):
+    """Without a supervisor the worker removes it, through its descriptor."""
+    world.supervised = False
+
+    async def scenario(world):
+        await world.serving()
+        private = world.context.private_dir
+        assert private.parent == short_tmpdir
+        (private / "of-the-engine").touch()
+        private.rename(short_tmpdir / "moved")
+        private.mkdir()
+        (private / "precious").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    assert (world.context.private_dir / "precious").exists()
+    assert list((short_tmpdir / "moved").iterdir()) == []
+    assert "Run directory not removed" in caplog.text
+
+
+def test_a_temporary_directory_that_others_may_write_is_made_safe(world, short_tmpdir, caplog):
+    """Such as the volume `emptyDir` of Kubernetes."""
+    world.supervised = False
+    short_tmpdir.chmod(0o777)
+    world.create_error = StartError("no etcd")
+    world.run(nothing)
+    assert short_tmpdir.stat().st_mode & 0o7777 == 0o1777
+    assert "TMPDIR cannot be used as it is" in caplog.text
+
+
+def test_no_place_for_the_private_directory(world, monkeypatch):
+    def create():
+        raise OSError(errno.ENOSPC, "/tmp: No space left on device (make room, or set TMPDIR)")
+
+    world.supervised = False
+    monkeypatch.setattr(module.RunDirectory, "create", create)
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert "private directory" in world.reason
+    assert "No space left on device" in world.reason
 
 
 def test_the_last_flush_does_not_wait_for_a_thread_that_dies_at_birth(monkeypatch):

@@ -260,6 +260,39 @@ def test_unknown_disabled_plugin(site):
     assert "--no-plugin exta: no plugin of that name is installed, did you mean extra?" in str(error)
 
 
+def test_only_the_extensions_that_are_listed_are_imported(site):
+    for name in ("extra", "other"):
+        extension(site, "@hookimpl\ndef cleanup(engine): pass\n", name)
+    for allowed, loaded in ((["all"], ["extra", "other"]), (["other"], ["other"]), (["none"], [])):
+        plugins = Plugins.load("echo", allowed=allowed)
+        assert [record.name for record in plugins.extensions] == loaded
+        for name in ("extra", "other"):
+            assert (sys.modules.pop(f"{name}_plugin", None) is not None) == (name in loaded)
+    assert plugins.engine.name == "echo", "the engine is loaded always"
+
+
+def test_a_listed_extension_can_be_left_out_and_a_broken_one_unlisted(site):
+    extension(site, "1 / 0")
+    assert Plugins.load("echo", allowed=["none"]).extensions == ()
+    assert Plugins.load("echo", allowed=["all"], disabled=["extra"]).extensions == ()
+
+
+@pytest.mark.parametrize("name", ["extra", "echo"])
+def test_a_listed_extension_that_is_not_installed(site, name):
+    """An engine is none."""
+    extension(site, "@hookimpl\ndef cleanup(engine): pass\n", "extras")
+    error = failure("echo", UnknownPluginError, allowed=[name])
+    assert f"--installed-plugins {name}: no plugin of that name is installed" in str(error)
+    assert "installed plugins: extras" in error.hint
+
+
+def test_what_is_not_loaded_is_listed_as_disabled(site):
+    for name in ("extra", "other"):
+        extension(site, "@hookimpl\ndef cleanup(engine): pass\n", name)
+    status = {record.name: record.status for record in discover(allowed=["other"])}
+    assert (status["extra"], status["other"], status["echo"]) == ("disabled", "installed", "installed")
+
+
 # --- Local modules
 
 

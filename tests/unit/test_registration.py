@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import threading
 import time
 
@@ -68,6 +69,45 @@ def test_what_vanishes_is_put_back_and_said_meanwhile(tmp_path, entries, caplog)
         "In discovery again",
     ]
     assert len(list(tmp_path.rglob("*"))) == 3 + 3, "nothing else is left there"
+
+
+@pytest.mark.parametrize("planted", ["fifo", "link", "socket", "directory", "without end"])
+def test_what_is_no_entry_is_not_learned(tmp_path, entries, planted):
+    """With our id in its name it would be put back for routers to read; a FIFO would keep us from looking at all."""
+    path, secret = tmp_path / "v1/instances" / f"x%2F{INSTANCE}", tmp_path / "secret"
+    secret.write_text("secret")
+    if planted == "fifo":
+        os.mkfifo(path)
+    elif planted == "link":
+        path.symlink_to(secret)
+    elif planted == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif planted == "directory":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    store = FileStore(str(tmp_path), INSTANCE)
+    assert store.missing() == []
+    assert store.count == len(entries)
+
+
+@pytest.mark.parametrize("planted", ["fifo", "link"])
+def test_an_entry_is_put_back_through_nothing_that_lies_in_the_way(tmp_path, entries, planted):
+    draft, victim = tmp_path / f".tmp_{INSTANCE}", tmp_path / "victim"
+    victim.write_text("precious")
+    store = FileStore(str(tmp_path), INSTANCE)
+    store.missing()
+    entries[0].unlink()
+    if planted == "fifo":
+        os.mkfifo(draft)
+    else:
+        draft.symlink_to(victim)
+    store.restore(store.missing())
+    assert entries[0].read_text() == f"content of {entries[0].name}"
+    assert not entries[0].is_symlink()
+    assert victim.read_text() == "precious"
 
 
 def test_a_directory_that_vanishes_is_made_again(tmp_path, entries):

@@ -234,7 +234,7 @@ def test_addresses(text, expected):
 def test_an_empty_variable_is_an_unset_one(monkeypatch):
     for value in ("", " ", ",", " , "):
         monkeypatch.setenv("ETCD_ENDPOINTS", value)
-        assert runtime_module._addresses("ETCD_ENDPOINTS", "http://localhost:2379") == ["http://localhost:2379"]
+        assert runtime_module.addresses("ETCD_ENDPOINTS", "http://localhost:2379") == ["http://localhost:2379"]
 
 
 @given(st.builds(OSError, st.none() | st.integers(1, 130), st.text()) | st.builds(asyncio.TimeoutError))
@@ -607,6 +607,28 @@ def test_the_settings_overrule_the_engines_surfaces(monkeypatch):
 
 def test_a_headless_rank_registers_nothing(monkeypatch):
     assert register(monkeypatch, EngineInfo("m", None)) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [("nothing", "No such file"), ("directory", "Not a regular file"), ("fifo", "Not a regular file")],
+)
+def test_a_chat_template_that_is_none_is_named(monkeypatch, tmp_path, planted, reason):
+    """The runtime would read a FIFO without end."""
+    path = tmp_path / "chat.jinja"
+    if planted == "directory":
+        path.mkdir()
+    elif planted == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(StartError, match=rf"--custom-jinja-template {path} .*cannot be read: {reason}"):
+        register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=path)
+
+
+def test_a_chat_template_is_handed_over(monkeypatch, tmp_path):
+    (tmp_path / "data").write_text("{{ messages }}")
+    (tmp_path / "chat.jinja").symlink_to("data")
+    ((_, options),) = register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=tmp_path / "chat.jinja")
+    assert options["custom_template_path"] == str(tmp_path / "chat.jinja")
 
 
 def test_a_model_that_cannot_be_registered_is_named(monkeypatch):

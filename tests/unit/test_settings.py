@@ -191,12 +191,27 @@ def test_lists():
         ({"control_token_file": "/t"}, "--control-token-file /t guards the control routes, but there is no --system-"),
         ({"router_mode": "kv"}, "--router-mode kv concerns the embedded frontend"),
         ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a and --no-plugin a contradict"),
+        ({"installed_plugins": "a,b", "no_plugin": ["a"]}, "--installed-plugins a b and --no-plugin a contradict"),
     ],
 )
 def test_contradictions(flags, message):
     loaded = load(flags, {})
     with pytest.raises(UsageError, match=re.escape(message)):
         loaded.check()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("none", ("none",)), ("a, b", ("a", "b")), ("all", ("all",)), (None, ("all",))]
+)
+def test_which_installed_plugins_are_loaded(value, expected):
+    environ = {} if value is None else {"DYN_WORKER_INSTALLED_PLUGINS": value}
+    assert load({}, environ).installed_plugins == expected
+
+
+@pytest.mark.parametrize(("value", "message"), [(",", "must be `all`"), ("all,a", "stand alone")])
+def test_a_list_of_plugins_that_could_mean_anything(value, message):
+    with pytest.raises(UsageError, match=message):
+        load({"installed_plugins": value}, {})
 
 
 @pytest.mark.parametrize(

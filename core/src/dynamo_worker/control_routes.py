@@ -7,11 +7,13 @@ web page must not reach them through somebody's browser, and an operator can ask
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import ipaddress
 import json
 import os
 import socket
+import stat
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -20,6 +22,7 @@ from dynamo_worker.calling import contained
 from dynamo_worker.errors import UsageError, describe
 from dynamo_worker.http_message import HttpError
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +37,8 @@ log = get_logger(__name__)
 TOKEN_ENV: Final = "DYN_WORKER_CONTROL_TOKEN"  # noqa: S105 - its name
 #: Operations at once, those counted whose clients have left.
 _MOST_OPERATIONS = 16
+#: Longest token file: a header has not room for more.
+_MOST_TOKEN_BYTES = 4096
 
 
 class ControlAccess:
@@ -108,7 +113,7 @@ def read_token(path: Path | None) -> str | None:
     else:
         where = f"--control-token-file {path}"
         try:
-            token = path.read_text(encoding="utf-8")
+            token = _token_in(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise UsageError(f"{where}: the token cannot be read: {reason}") from error
@@ -119,6 +124,20 @@ def read_token(path: Path | None) -> str | None:
             hint="make one with `openssl rand -hex 32`",
         )
     return token
+
+
+def _token_in(path: Path) -> str:
+    """Return what a token file holds. Links are followed: volumes of Kubernetes have them.
+
+    :raises OSError: it cannot be read, is no token file, or others may write it.
+    """
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+            raise PermissionError(errno.EPERM, "Everybody may write it (chmod o-w)")
+        content = file.read(_MOST_TOKEN_BYTES + 1)
+    if len(content) > _MOST_TOKEN_BYTES:
+        raise OSError(errno.EFBIG, f"It is longer than {_MOST_TOKEN_BYTES} bytes")
+    return content.decode()
 
 
 class ControlRoutes:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Entry-point group of engines: exactly one is chosen with ``--engine NAME``.
 ENGINE_GROUP: Final = "dynamo_worker.engines"
-#: Entry-point group of extensions: all that are installed are loaded, unless disabled with ``--no-plugin NAME``.
+#: Entry-point group of extensions: ``--installed-plugins`` and ``--no-plugin`` say which of them are loaded.
 PLUGIN_GROUP: Final = "dynamo_worker.plugins"
 #: The group, in records, of modules loaded with ``-p MODULE``.
 LOCAL_GROUP: Final = "module"
@@ -62,10 +62,20 @@ class PluginRecord:
         return f"{self.kind} {self.name!r}{source}"
 
 
-def discover(disabled: Collection[str] = ()) -> list[PluginRecord]:
+def is_loaded(name: str, allowed: Collection[str] = ("all",), disabled: Collection[str] = ()) -> bool:
+    """Return whether an installed extension is loaded.
+
+    :param allowed: the names of those that are, or ``all`` or ``none``.
+    :param disabled: the names of those that are left out.
+    """
+    return name not in disabled and (name in allowed or "all" in allowed)
+
+
+def discover(disabled: Collection[str] = (), allowed: Collection[str] = ("all",)) -> list[PluginRecord]:
     """Return a record for every installed engine and extension, without importing any of them.
 
     :param disabled: names of extensions that are left out.
+    :param allowed: names of extensions that are loaded, see :func:`is_loaded`.
     """
     records = []
     for group in (ENGINE_GROUP, PLUGIN_GROUP):
@@ -76,7 +86,7 @@ def discover(disabled: Collection[str] = ()) -> list[PluginRecord]:
             if offers.count(entry.name) > 1:
                 others = ", ".join(sorted(source(e) for e in entries if e.name == entry.name and e != entry))
                 record = replace(record, status="ambiguous", error=f"{others} offers the same name")
-            elif group == PLUGIN_GROUP and entry.name in disabled:
+            elif group == PLUGIN_GROUP and not is_loaded(entry.name, allowed, disabled):
                 record = replace(record, status="disabled")
             elif (module := reference(entry)[0]) is None:
                 record = replace(record, status="broken", error=f"its entry point {entry.value!r} names no module")

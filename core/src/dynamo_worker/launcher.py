@@ -11,10 +11,8 @@ import contextlib
 import faulthandler
 import gc
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -69,6 +67,7 @@ from dynamo_worker.runtime import Runtime, writable_directory
 from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry
 from dynamo_worker.shutdown_plan import ShutdownPlan
 from dynamo_worker.status_server import StatusServer
+from dynamo_worker.supervisor.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -204,6 +203,8 @@ class Launcher:
         self._exit_code: int = ExitCode.STOPPED
         run_dir = os.environ.get(RUN_DIR)
         self._run_dir = Path(run_dir) if run_dir and control.supervised else None
+        #: The run directory, if it is ours to remove.
+        self._made_dir: RunDirectory | None = None
         #: One line about why the worker ended.
         self.reason = "stopped"
 
@@ -388,9 +389,7 @@ class Launcher:
             )
             port = await self._status.start(settings.system_host, settings.system_port)
             log.info("Status server listening", url=f"http://{Address(settings.system_host, port)}")
-        private_dir = self._run_dir or Path(tempfile.mkdtemp(prefix="dw-"))
-        if self._run_dir is None:
-            self._run_dir = private_dir
+        private_dir = self._run_dir = self._run_dir or self._make_run_dir()
         if settings.frontend is not None:
             settings = self._start_frontend(private_dir)
         runtime = self._runtime = await Runtime.create(settings)
@@ -716,8 +715,24 @@ class Launcher:
             await self._attempt("stop the frontend", stop)
         if self._status is not None:
             self._status.close()
-        if self._run_dir is not None and not self._control.supervised:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+        if self._made_dir is not None:
+            problems = self._made_dir.remove(time.monotonic() + deadline.remaining())
+            self._made_dir.close()
+            if problems:
+                log.warning("Run directory not removed", path=self._made_dir.path, reason="; ".join(problems[:3]))
+
+    def _make_run_dir(self) -> Path:
+        """Make the directory that a supervisor would have made, and return its path.
+
+        :raises StartError: there is no safe place for it.
+        """
+        try:
+            made = self._made_dir = RunDirectory.create()
+        except OSError as error:
+            raise StartError(f"cannot create the worker's private directory: {error.strerror}") from error
+        if made.trouble:
+            log.warning("TMPDIR cannot be used as it is", used=made.base, reason="; ".join(made.trouble))
+        return Path(made.path)
 
     async def _attempt(self, what: str, step: Awaitable[Any]) -> bool:
         """Take one step of the end; one that fails is logged and does not keep the next ones from being taken."""

@@ -380,6 +380,16 @@ OPTIONS: Final = (
         short="p",
     ),
     Option(
+        "installed_plugins",
+        PLUGINS,
+        "Which installed plugins are loaded: `all`, `none`, or names separated by commas. Others are not even "
+        "imported; the engine always is.",
+        "DYN_WORKER_INSTALLED_PLUGINS",
+        default=("all",),
+        default_text="all",
+        metavar="LIST",
+    ),
+    Option(
         "no_plugin",
         PLUGINS,
         "Leave out an installed plugin (repeatable).",

@@ -29,6 +29,7 @@ from dynamo_worker.discovery import (
     PluginRecord,
     discover,
     find,
+    is_loaded,
     module_exists,
     record_of,
     reference,
@@ -128,11 +129,18 @@ class Plugins:
         return " ".join(f"{record.name}-{record.version}" if record.version else record.name for record in self.records)
 
     @classmethod
-    def load(cls, engine: str, modules: Sequence[str] = (), disabled: Sequence[str] = ()) -> Plugins:
+    def load(
+        cls,
+        engine: str,
+        modules: Sequence[str] = (),
+        allowed: Sequence[str] = ("all",),
+        disabled: Sequence[str] = (),
+    ) -> Plugins:
         """Import and validate the chosen engine, the installed extensions and local modules.
 
         :param engine: name of the engine: an entry point, or one of ``modules``.
         :param modules: modules to load without packaging; the current directory is searched first.
+        :param allowed: names of installed extensions to load, or ``all`` or ``none``; others are not imported.
         :param disabled: names of installed extensions to leave out.
         :raises UnknownPluginError: a name is not installed.
         :raises PluginError: a chosen plugin cannot be used.
@@ -143,7 +151,7 @@ class Plugins:
             chosen = _load_module(manager, engine, ENGINE_GROUP)
         else:
             chosen = _load_entry(manager, _engine_entry(engine))
-        extensions = [_load_entry(manager, entry) for entry in _extension_entries(disabled)]
+        extensions = [_load_entry(manager, entry) for entry in _extension_entries(allowed, disabled)]
         extensions += [_load_module(manager, module, LOCAL_GROUP) for module in local]
         return cls(manager, chosen, extensions)
 
@@ -293,16 +301,17 @@ def _engine_entry(name: str) -> EntryPoint:
     return _single(found)
 
 
-def _extension_entries(disabled: Sequence[str]) -> list[EntryPoint]:
+def _extension_entries(allowed: Sequence[str], disabled: Sequence[str]) -> list[EntryPoint]:
     entries = find(PLUGIN_GROUP)
     names = sorted({entry.name for entry in entries})
-    for name in disabled:
+    listed = [] if tuple(allowed) in (("all",), ("none",)) else allowed
+    for flag, name in [("installed-plugins", name) for name in listed] + [("no-plugin", name) for name in disabled]:
         if name not in names:
             raise UnknownPluginError(
-                f"--no-plugin {name}: no plugin of that name is installed{suggestion(name, names)}",
+                f"--{flag} {name}: no plugin of that name is installed{suggestion(name, names)}",
                 hint=f"installed plugins: {', '.join(names) or 'none'}",
             )
-    return [_single([e for e in entries if e.name == name]) for name in names if name not in disabled]
+    return [_single([e for e in entries if e.name == name]) for name in names if is_loaded(name, allowed, disabled)]
 
 
 def _single(entries: Sequence[EntryPoint]) -> EntryPoint:

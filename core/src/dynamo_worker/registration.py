@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from dynamo_worker.errors import DiscoveryLostError
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.discovery import etcd_headers, post
+from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -45,6 +47,10 @@ _CLOSE = 0.3
 #: Seconds that the worker's own entries may take until they are there, and between two looks at that.
 _ENTER = 5.0
 _ENTER_INTERVAL = 0.02
+#: Longest file that is taken for an entry; models' cards have some kilobytes.
+_MOST_BYTES = 4 << 20
+#: A draft is a new file, whatever lies in the way.
+_DRAFT_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Store(Protocol):
@@ -115,7 +121,9 @@ class FileStore:
             # Written outside of the directories that routers watch: they must not see half a file. The instance id in
             # the name has it removed with the rest if we die here.
             draft = os.path.join(self._root, f".tmp_{self._instance}")
-            with open(draft, "wb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+            with open(os.open(draft, _DRAFT_FLAGS, 0o600), "wb") as file:
                 file.write(self._files[path].content)
             if self._closed:
                 os.unlink(draft)
@@ -159,10 +167,13 @@ class FileStore:
                 path = os.path.join(directory, name)
                 known = self._files.get(path)
                 try:
-                    if known is not None and known.inode == os.stat(path).st_ino:
+                    status = os.lstat(path)
+                    if known is not None and known.inode == status.st_ino:
                         continue
-                    with open(path, "rb") as file:
-                        self._files[path] = _File(os.fstat(file.fileno()).st_ino, file.read())
+                    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:  # not of the runtime
+                        continue
+                    with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                        self._files[path] = _File(os.fstat(file.fileno()).st_ino, file.read(_MOST_BYTES))
                 except FileNotFoundError:  # removed meanwhile
                     continue
         self._directories = directories

@@ -23,6 +23,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses, etcd_endpoints
+from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,12 +162,19 @@ class Runtime:
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
         """Make the model known to frontends.
 
-        :raises StartError: the model's directory has no configuration or tokenizer, or discovery refuses it.
+        :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
+            or discovery refuses it.
         """
         if info.model_path is None:
             return
         model_path, info = info.model_path, self.completed(info)
         template = self._settings.custom_jinja_template
+        if template is not None:
+            try:  # the runtime would read a FIFO without end
+                os.close(open_regular(template, os.O_RDONLY))
+            except OSError as error:
+                named = self._settings.origin("custom_jinja_template").describe("custom_jinja_template", template)
+                raise StartError(f"{named} cannot be read: {error.strerror}") from error
         try:
             await register_model(
                 ModelInput.Tokens,

@@ -118,6 +118,15 @@ Patience = Annotated[Seconds, AfterValidator(_check_patience)]
 PathPart = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
+def _check_installed_plugins(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what could be meant in two ways."""
+    if not names:
+        raise ValueError("must be `all`, `none`, or names separated by commas")
+    if len(names) > 1 and {"all", "none"}.intersection(names):
+        raise ValueError("`all` and `none` stand alone")
+    return names
+
+
 def _option(name: str, default_factory: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Return the field for an option.
 
@@ -194,6 +203,7 @@ class WorkerSettings(BaseSettings):
 
     # --- Plugins
     plugin: Words = _option("plugin")
+    installed_plugins: Annotated[Words, AfterValidator(_check_installed_plugins)] = _option("installed_plugins")
     no_plugin: Words = _option("no_plugin")
 
     # --- Logging
@@ -257,6 +267,10 @@ class WorkerSettings(BaseSettings):
         found += [
             f"{named('plugin', name)} and {named('no_plugin', name)} contradict each other"
             for name in sorted(set(self.plugin) & set(self.no_plugin))
+        ]
+        found += [
+            f"{named('installed_plugins')} and {named('no_plugin', name)} contradict each other"
+            for name in sorted(set(self.installed_plugins) & set(self.no_plugin))
         ]
         return found
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import stat
 
 import pytest
 
@@ -68,11 +70,26 @@ def test_the_frontend_comes_back_and_is_no_registration(tmp_path):
     assert ledger.frontend(tmp_path) is None
 
 
-@pytest.mark.parametrize("forged", ["link", "hard link", "others may write", "fifo", "directory"])
-def test_what_somebody_else_may_have_written_is_not_believed(tmp_path, forged):
-    path = tmp_path / "run" / "ledger.jsonl"
+#: Each record of a run directory: what may be in it, and who reads it.
+RECORDS = {
+    "ledger.jsonl": (
+        '{"kind":"registration","backend":"file","instance":"4ec5c2a6e8130c29","root":"/"}\n',
+        ledger.registrations,
+    ),
+    "segments.json": ('[["psm_1", 7]]', ledger.read_segments),
+    "processes.json": ("[[1, 7]]", ledger.read_processes),
+}
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize(
+    "forged", ["link", "hard link", "others may write", "fifo", "fifo with a writer", "socket", "device", "directory"]
+)
+def test_what_somebody_else_may_have_written_is_not_believed(tmp_path, record, forged):
+    path = tmp_path / "run" / record
     path.parent.mkdir()
-    text = '{"kind":"registration","backend":"file","instance":"4ec5c2a6e8130c29","root":"/"}\n'
+    text, read = RECORDS[record]
+    writer = None
     (tmp_path / "file").write_text(text)
     if forged == "link":
         path.symlink_to(tmp_path / "file")
@@ -81,11 +98,61 @@ def test_what_somebody_else_may_have_written_is_not_believed(tmp_path, forged):
     elif forged == "others may write":
         path.write_text(text)
         path.chmod(0o620)
-    elif forged == "fifo":
+    elif forged.startswith("fifo"):
         os.mkfifo(path)
+        if "writer" in forged:
+            writer = os.open(path, os.O_RDWR)
+            os.write(writer, text.encode())
+    elif forged == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif forged == "device":
+        try:
+            os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero: never ends
+        except PermissionError:
+            pytest.skip("cannot make one here")
     else:
         path.mkdir()
-    assert ledger.registrations(path.parent) == []
+    assert read(path.parent) == []
+    if writer is not None:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "[[1, Infinity]]", "[[1, NaN]]", '{"kind": Infinity}', '"', "[[1]]", "[3]", "null"]
+)
+def test_nonsense_is_no_record(tmp_path, record, content):
+    """Whoever cleans up must get over it, or the directory stays for good."""
+    path = tmp_path / record
+    path.write_text(content)
+    assert RECORDS[record][1](tmp_path) == []
+
+
+def test_nonsense_is_no_frontend(tmp_path):
+    for pid, seconds in (("Infinity", "1"), ("1", "Infinity"), ("1", "NaN"), ("-1", "1"), ("1", "-1"), ("[]", "1")):
+        line = f'{{"kind":"frontend","pid":{pid},"start":1,"seconds":{seconds}}}\n'
+        (tmp_path / "ledger.jsonl").write_text(line)
+        assert ledger.frontend(tmp_path) is None, line
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_record_without_end_is_not_read(tmp_path, record):
+    path = tmp_path / record
+    text, read = RECORDS[record]
+    path.write_text(text + "\n")
+    assert len(read(tmp_path)) == 1
+    os.truncate(path, 1 << 40)
+    assert read(tmp_path) == []
+
+
+def test_a_fifo_in_the_place_of_a_record_blocks_no_writer(tmp_path):
+    for name in ("ledger.jsonl", "segments.json~"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="No such device"):
+        ledger.record_registration(tmp_path, "etcd", 1)
+    with pytest.raises(OSError, match="No such device"):
+        ledger.write_segments(tmp_path, [("a", 1)])
 
 
 def test_of_another_user(tmp_path):

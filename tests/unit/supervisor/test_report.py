@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import re
+import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,11 +105,36 @@ class TestTerminationMessage:
         report.write_termination_message(str(path), "reason " * 1000)
         assert path.stat().st_size == 4096
 
-    def test_a_pipe_or_directory_in_its_place(self, tmp_path):
-        os.mkfifo(tmp_path / "fifo")
-        report.write_termination_message(str(tmp_path / "fifo"), "x")
-        report.write_termination_message(str(tmp_path), "x")
-        report.write_termination_message("/dev/null", "x")
+    @pytest.mark.parametrize(
+        "planted", ["link", "hard link", "fifo", "fifo with a reader", "socket", "directory", "device"]
+    )
+    def test_is_written_to_nothing_but_its_own_file(self, tmp_path, planted):
+        path, victim = tmp_path / "log", tmp_path / "victim"
+        victim.write_text("precious")
+        reader, listener = None, socket.socket(socket.AF_UNIX)
+        if planted == "link":
+            path.symlink_to(victim)
+        elif planted == "hard link":
+            path.hardlink_to(victim)
+        elif planted.startswith("fifo"):
+            os.mkfifo(path)
+            reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if "reader" in planted else None
+        elif planted == "socket":
+            listener.bind(str(path))
+        elif planted == "directory":
+            path.mkdir()
+        else:
+            path = Path("/dev/null")
+        with listener, pytest.raises(OSError, match=r"."):
+            report.write_termination_message(str(path), "x")
+        assert victim.read_text() == "precious"
+        if reader is not None:
+            assert os.read(reader, 1) == b"", "nobody has written"
+            os.close(reader)
+
+    def test_is_never_created(self, tmp_path):
+        report.write_termination_message(str(tmp_path / "log"), "x")
+        assert not (tmp_path / "log").exists()
 
 
 class TestNotifier:

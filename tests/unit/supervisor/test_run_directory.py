@@ -391,7 +391,7 @@ class TestTakeOver:
         directory = RunDirectory.create()
         directory.close()
         owner = os.path.join(directory.path, "owner")
-        for text in ("", "garbage", "[]", '{"owners": 3}', "[[1, 2]]"):
+        for text in ("", "garbage", "[]", '{"owners": 3}', "[[1, 2]]", '{"owners": [[Infinity, 1]]}', "[" * 4000):
             with open(owner, "w") as file:
                 file.write(text)
             assert RunDirectory.take_over(directory.path) is None

@@ -54,7 +54,7 @@ def test_only_what_nobody_uses_is_removed(make):
     mapped, opened, unused = make("mapped"), make("open"), make("unused")
     another = make("unused")
     changed = (another[0], another[1] + 1)  # the name was recorded for a segment that is gone
-    assert shared_memory.remove_unused([mapped, opened, unused, changed, ("missing", 7)]) == [unused[0]]
+    assert shared_memory.remove_unused([mapped, opened, unused, changed, ("missing", 7), ("zero\0", 7)]) == [unused[0]]
     assert not (SHM / unused[0]).exists()
     assert all((SHM / name).exists() for name, _ in (mapped, opened, another))
 

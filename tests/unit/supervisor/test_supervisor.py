@@ -459,6 +459,16 @@ class TestReports:
         supervised.environment["DYN_WORKER_TERMINATION_MESSAGE_PATH"] = str(supervised.base)
         supervised.start("exit=3")
         assert supervised.wait() == 3
+        assert "Termination message not written" in supervised.text
+
+    def test_no_termination_message_through_a_link(self, supervised):
+        victim = supervised.base / "victim"
+        victim.write_text("precious")
+        supervised.termination_message.symlink_to(victim)
+        supervised.start("exit=3")
+        assert supervised.wait() == 3
+        assert victim.read_text() == "precious"
+        assert "Termination message not written" in supervised.text
 
     @pytest.mark.parametrize("abstract", [False, True])
     def test_sd_notify(self, supervised, abstract):

@@ -23,8 +23,10 @@ def main(argv: Sequence[str]) -> int:
     if flags & {"-h", "--help"}:
         print(f"usage: {USAGE}\n\nLists the installed engines and plugins without importing them.")
         return 0
-    disabled = os.environ.get(BY_NAME["no_plugin"].env, "").replace(",", " ").split()
-    records = discover(disabled)
+    allowed, disabled = (
+        os.environ.get(BY_NAME[name].env, "").replace(",", " ").split() for name in ("installed_plugins", "no_plugin")
+    )
+    records = discover(disabled, allowed or ("all",))
     if "--json" in flags:
         print(json.dumps([{**asdict(record), "kind": record.kind} for record in records], indent=2))
         return 0

@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
     if line.rest:
         parser = EngineParser("")
         if settings.engine:
-            parser = arguments.engine_parser(Plugins.load(settings.engine, settings.plugin, settings.no_plugin))
+            parser = arguments.engine_parser(
+                Plugins.load(settings.engine, settings.plugin, settings.installed_plugins, settings.no_plugin)
+            )
         arguments.parse_engine_args(parser, line.rest, config)
     plan = ShutdownPlan.from_settings(settings)
     if "--json" in line.switches:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     if not print_only:
         protect_multiprocessing()
-    plugins = Plugins.load(values.engine, values.plugin, values.no_plugin)
+    plugins = Plugins.load(values.engine, values.plugin, values.installed_plugins, values.no_plugin)
     if not print_only:
         logs.setup(values.log_level, values.log_format)
         open_files.raise_limit()  # before the first process is started, so that all have the same
@@ -72,7 +72,9 @@ def _show_help(line: CommandLine) -> int:
             from dynamo_worker.plugins import Plugins
 
             values, _ = arguments.load_settings(line)
-            parser = arguments.engine_parser(Plugins.load(values.engine, values.plugin, values.no_plugin))
+            parser = arguments.engine_parser(
+                Plugins.load(values.engine, values.plugin, values.installed_plugins, values.no_plugin)
+            )
     except WorkerError as error:
         problem = error
     print(render(parser))

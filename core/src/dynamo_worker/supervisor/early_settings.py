@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from typing import TYPE_CHECKING
+
+from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,12 +50,10 @@ def _beginning_of(path: str) -> str:
     if not path:
         return ""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        descriptor = open_regular(path, os.O_RDONLY)
     except (OSError, ValueError):
         return ""
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return ""
         return os.read(descriptor, _MOST_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

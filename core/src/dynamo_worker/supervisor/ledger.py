@@ -9,11 +9,14 @@ Who cleans up works through a descriptor of the directory, and believes only wha
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import stat
 from typing import TYPE_CHECKING, Any, Union
 
+from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
@@ -25,6 +28,12 @@ RunDir = Union[str, "os.PathLike[str]", int]
 _LEDGER = "ledger.jsonl"
 _SEGMENTS = "segments.json"
 _PROCESSES = "processes.json"
+
+#: A record is much shorter: this is room for tens of thousands of processes.
+_MOST_BYTES = 4 << 20
+
+#: What comes of JSON that is none, or not as we write it: ``Infinity`` is no integer, and brackets may be too deep.
+_NONSENSE = (ValueError, TypeError, OverflowError, RecursionError)
 
 
 def record_registration(
@@ -62,9 +71,10 @@ def frontend(run_dir: RunDir) -> tuple[Process, float] | None:
     entries = _entries(run_dir, "frontend")
     try:
         entry = entries[-1]
-        return Process(int(entry["pid"]), int(entry["start"])), float(entry["seconds"])
-    except (IndexError, KeyError, TypeError, ValueError):
+        process, seconds = Process(int(entry["pid"]), int(entry["start"])), float(entry["seconds"])
+    except (IndexError, KeyError, *_NONSENSE):
         return None
+    return (process, seconds) if process.pid > 0 and 0 <= seconds < math.inf else None
 
 
 def _entries(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
@@ -77,7 +87,7 @@ def _entries(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):
+        except _NONSENSE:
             continue
         if isinstance(entry, dict) and entry.get("kind") == kind:
             entries.append(entry)
@@ -93,7 +103,7 @@ def read_segments(run_dir: RunDir) -> list[tuple[str, int]]:
     """Return the recorded shared-memory segments; none if there is no legible record."""
     try:
         return [(str(name), int(inode)) for name, inode in json.loads(_read(run_dir, _SEGMENTS))]
-    except (OSError, ValueError, TypeError):
+    except (OSError, *_NONSENSE):
         return []
 
 
@@ -106,7 +116,7 @@ def read_processes(run_dir: RunDir) -> list[tuple[int, int]]:
     """Return the recorded processes; none if there is no legible record."""
     try:
         return [(int(pid), int(start)) for pid, start in json.loads(_read(run_dir, _PROCESSES))]
-    except (OSError, ValueError, TypeError):
+    except (OSError, *_NONSENSE):
         return []
 
 
@@ -127,22 +137,25 @@ def _opened(run_dir: RunDir) -> Iterator[int]:
 def _read(run_dir: RunDir, name: str) -> bytes:
     """Return what a file of the run directory holds.
 
-    :raises OSError: there is none, or somebody else may have written it.
+    :raises OSError: there is none, it is no record of ours, or somebody else may have written it.
     """
     with _opened(run_dir) as directory:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with open(os.open(name, flags, dir_fd=directory), "rb") as file:
-            status = os.fstat(file.fileno())
-            others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or others or status.st_nlink != 1:
-                raise PermissionError(f"{name} is not a file that only this user may write")
-            return file.read()
+        descriptor = open_regular(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if status.st_uid != os.geteuid() or others or status.st_nlink != 1:
+            raise PermissionError(f"{name} is not a file that only this user may write")
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, "Longer than any record of ours", name)
+    return content
 
 
 def _replace(run_dir: RunDir, name: str, entries: Iterable[tuple[Any, Any]]) -> None:
     with _opened(run_dir) as directory:
         draft = name + "~"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with open(os.open(draft, flags, 0o600, dir_fd=directory), "w", encoding="utf-8") as file:
             json.dump(list(entries), file)
         os.replace(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -154,7 +167,7 @@ def _hex(instance_id: int | str) -> str:
 
 def _append(run_dir: RunDir, entry: dict[str, Any]) -> None:
     """Append one line with one write, so that lines of several processes never mix."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with _opened(run_dir) as directory:
         descriptor = os.open(_LEDGER, flags, 0o600, dir_fd=directory)
     try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
-import stat
 import time
 from typing import Any
 
+from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
 from dynamo_worker.supervisor.text import continued, format_value, redacted, safe
 
@@ -82,17 +83,20 @@ class Log:
 def write_termination_message(path: str, text: str) -> None:
     """Tell Kubernetes why the container ends, if it has given us a file for that.
 
-    The file is a mount: it is overwritten in place, never created or replaced.
+    The file is a mount: it is overwritten in place, never created or replaced. A link in its place could lead to any
+    file that we may write.
+
+    :raises OSError: it cannot be written, or something else is in its place.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
+        descriptor = open_regular(path, os.O_WRONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return
     try:
-        with contextlib.suppress(OSError):
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, safe(text).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
+        if os.fstat(descriptor).st_nlink != 1:
+            raise OSError(errno.EMLINK, "It has another name, too", path)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, safe(text).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
     finally:
         os.close(descriptor)
 

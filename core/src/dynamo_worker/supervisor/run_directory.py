@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_worker.supervisor import linux, mark
+from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.removal import remove_contents
 
@@ -330,15 +331,15 @@ def _open_owner(directory: int) -> int:
 
     :raises OSError: there is none.
     """
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_RDWR | os.O_NOFOLLOW
     try:
-        descriptor = os.open(_OWNER, flags, dir_fd=directory)
+        descriptor = open_regular(_OWNER, flags, dir_fd=directory)
     except FileNotFoundError:
         status = os.stat(_UNFINISHED, dir_fd=directory, follow_symlinks=False)
         if time.time() - status.st_mtime < _SETTLED:  # its maker is about to lock it
             raise
-        descriptor = os.open(_UNFINISHED, flags, dir_fd=directory)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_private(descriptor):
+        descriptor = open_regular(_UNFINISHED, flags, dir_fd=directory)
+    if not _is_private(descriptor):
         os.close(descriptor)
         raise FileNotFoundError
     return descriptor
@@ -380,5 +381,5 @@ def _read_record(descriptor: int) -> _Record | None:
             int(text["mark"]),
             float(text["made_at"]),
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

@@ -223,7 +223,7 @@ def _inode(name: str, since: float = 0.0, *, private: bool = False) -> int | Non
         return None
     try:
         status = os.lstat(os.path.join(DIRECTORY, name))
-    except OSError:
+    except (OSError, ValueError):  # a forged name may have a zero in it
         return None
     if os.geteuid() not in (0, status.st_uid) or status.st_mode & 0o170000 != 0o100000 or status.st_ctime < since:
         return None

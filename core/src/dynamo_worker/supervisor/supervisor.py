@@ -168,10 +168,18 @@ class Supervisor:
 
     def _fail(self, reason: str) -> int:
         code = int(ExitCode.START_FAILED)
-        report.write_termination_message(self._termination_message_path, reason)
+        self._leave_message(reason)
         self._log.error("Worker not started", code=code, reason=reason)
         self._log.drain()
         return code
+
+    def _leave_message(self, text: str) -> None:
+        """Leave Kubernetes a word on why the container ends."""
+        path = self._termination_message_path
+        try:
+            report.write_termination_message(path, text)
+        except (OSError, ValueError) as error:
+            self._log.warning("Termination message not written", path=path, reason=error)
 
     def _start(self) -> None:
         guardian_end, guardian_channel = channel.pair()
@@ -251,7 +259,7 @@ class Supervisor:
         if not self._guardian_told:
             self._take_over()  # first: the guardian cannot tell how the worker ended, so we have to see for ourselves
         code, reason = self._verdict()
-        report.write_termination_message(self._termination_message_path, f"exit code {code}: {reason}")
+        self._leave_message(f"exit code {code}: {reason}")
         self._notifier.send("STOPPING=1", f"STATUS=cleaning up: {reason}")
         self._set_cleaning_deadline()
         self._await_report()
@@ -260,7 +268,7 @@ class Supervisor:
         cleaned = self._report or {}
         if code == 0 and cleaned.get("frontend"):
             code, reason = int(ExitCode.FATAL), f"the frontend ended before its streams did: {cleaned['frontend']}"
-            report.write_termination_message(self._termination_message_path, f"exit code {code}: {reason}")
+            self._leave_message(f"exit code {code}: {reason}")
         self._log_end(code, reason, gone_at, cleaned)
         self._notifier.send(f"STATUS=stopped: {reason}")
         self._run_directory.close()
