@@ -7,6 +7,7 @@ loopback for that. This is for the processes of an engine: they import nothing e
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
@@ -34,8 +35,10 @@ def stay_on_loopback(*addresses: str) -> None:
 
 def listen_on_loopback() -> None:
     """Have the stores of this process listen where they are told, if that is loopback."""
-    from torch.distributed import TCPStore, rendezvous
+    from torch.distributed import TCPStore
 
+    # The package has a function of this name, which hides the module.
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")
     original = getattr(rendezvous, "_create_c10d_store", None)
     if original is None:
         log.warning("PyTorch's store listens on all interfaces: this version is not known")
@@ -60,4 +63,4 @@ def listen_on_loopback() -> None:
             master_listen_fd=listener.detach(),
         )
 
-    rendezvous._create_c10d_store = create  # noqa: SLF001 - there is no setting for it
+    setattr(rendezvous, "_create_c10d_store", create)  # noqa: B010 - private: there is no setting for it
