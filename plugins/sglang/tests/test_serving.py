@@ -47,11 +47,6 @@ class TestSglang(Serving):
     )
     KV_EVENTS: ClassVar = ("--publish-kv-events", "--page-size", "16")
 
-    @pytest.mark.xfail(reason="unfinished: a socket of SGLang's or the worker's is still open to others")
-    @pytest.mark.parametrize("router", ["round-robin", "kv"])
-    def test_all_is_on_loopback_with_a_frontend_there(self, cluster: Cluster, router: str) -> None:
-        super().test_all_is_on_loopback_with_a_frontend_there(cluster, router)
-
     @pytest.fixture
     def division(self, monkeypatch: pytest.MonkeyPatch) -> Division:
         """Let the KV cache go from one process to the other."""
