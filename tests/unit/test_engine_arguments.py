@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import EarlyParser, add_publish_kv_events, import_engine, refuse_without_effect
+from dynamo_worker.engine import EngineContext
+from dynamo_worker.engine_arguments import (
+    EarlyParser,
+    add_publish_kv_events,
+    drop_unread_events,
+    import_engine,
+    kv_events_socket,
+    refuse_without_effect,
+)
 
 
 def test_a_module_of_an_engine():
@@ -74,3 +82,18 @@ def test_flags_without_effect_are_refused_by_name():
     assert "secret" not in str(raised.value)
     with pytest.raises(StartError, match="--api-key, --limit have no effect"):
         check("--api-key", "secret", "--limit", "4")
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "published"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_events_that_no_router_reads_are_not_published(tmp_path, caplog, asked, wanted, published):
+    args = argparse.Namespace(publish_kv_events=asked)
+    context = EngineContext(component="ns.backend", private_dir=tmp_path, supervised=False, events_wanted=wanted)
+    drop_unread_events(args, context)
+    assert args.publish_kv_events is published
+    assert ("KV events are not published" in caplog.text) == (asked and not wanted)
+
+
+def test_the_socket_for_events_is_a_file_in_the_private_directory(tmp_path):
+    assert kv_events_socket(tmp_path) == f"ipc://{tmp_path}/kv-events-inproc"

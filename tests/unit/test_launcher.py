@@ -125,6 +125,9 @@ class FakeRuntime:
         self.world.note("unregistered")
         return self.withdrawn
 
+    def close_to_others(self, before):
+        self.world.note("closed to others")
+
     def set_ready(self, ready):
         self.world.note("ready" if ready else "not ready")
 
@@ -1455,6 +1458,9 @@ def test_a_status_port_in_use_is_a_failed_start(world):
     assert "engine created" not in world.happened
 
 
+HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST")
+
+
 class FakeFrontend:
     """Stands in for the process of ``--frontend``."""
 
@@ -1489,12 +1495,15 @@ def frontend(world, monkeypatch):
 
         def start(settings, discovery_path, run_dir):
             world.note("frontend started")
+            world.hosts = [os.environ[name] for name in HOSTS]
             world.discovery_path = discovery_path
             assert run_dir == world.run_dir or not world.supervised
             world.frontend = FakeFrontend(world, process)
             return world.frontend
 
         monkeypatch.setattr(module.FrontendProcess, "start", start)
+        for name in HOSTS:
+            monkeypatch.setenv(name, "")  # which is as good as none
         world.settings |= {"frontend": "127.0.0.1:8000", "discovery_backend": "file"}
         yield process
 
@@ -1557,6 +1566,38 @@ def test_a_directory_that_was_asked_for_is_used(world, frontend, tmp_path):
     world.settings["discovery_path"] = tmp_path / "a" / "kv"
     world.run(stop_when_serving)
     assert world.discovery_path == world.runtime.settings.discovery_path == tmp_path / "a" / "kv"
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts"),
+    [
+        ("127.0.0.1:8000", ["127.0.0.1", "192.0.2.7", "127.0.0.1"]),
+        ("[::1]:8000", ["127.0.0.1", "192.0.2.7", "127.0.0.1"]),
+        ("192.0.2.1:8000", ["", "192.0.2.7", ""]),
+    ],
+)
+def test_with_a_frontend_on_loopback_all_is_there_unless_the_operator_says(
+    world, frontend, monkeypatch, address, hosts
+):
+    monkeypatch.setenv(HOSTS[1], "192.0.2.7")
+    world.settings["frontend"] = address
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert world.hosts == hosts
+    assert world.order("registered", "closed to others", "ready")
+
+
+@pytest.mark.parametrize(("router", "wanted"), [("round-robin", False), ("least-loaded", False), ("kv", True)])
+def test_an_engine_hears_whether_a_router_reads_its_events(world, frontend, monkeypatch, router, wanted):
+    create, contexts = world.plugins.create_engine, []
+
+    def remember(args, context):
+        contexts.append(context)
+        return create(args, context)
+
+    monkeypatch.setattr(world.plugins, "create_engine", remember)
+    world.settings["router_mode"] = router
+    world.run(stop_when_serving)
+    assert contexts[0].events_wanted is wanted
 
 
 def test_a_frontend_that_dies_ends_the_worker(world, frontend):

@@ -17,6 +17,7 @@ from dynamo_worker import registration as registration_module
 from dynamo_worker import runtime as runtime_module
 from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.listening import listening_ports
 from dynamo_worker.runtime import Runtime, model_type
 from dynamo_worker.settings import WorkerSettings
 from dynamo_worker.supervisor import ledger
@@ -123,7 +124,7 @@ def test_every_engines_default_is_known():
 
 
 def test_listening_ports_are_found_and_nothing_else():
-    before = runtime_module._listening_ports()
+    before = listening_ports()
     descriptors = len(os.listdir("/proc/self/fd"))
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -136,10 +137,51 @@ def test_listening_ports_are_found_and_nothing_else():
         bound.bind(("127.0.0.1", 0))  # bound, but it does not listen
         unix.bind("\0dynamo-worker-test")
         unix.listen()
-        found = runtime_module._listening_ports() - before
+        found = listening_ports() - before
         assert found == {server.getsockname()[1], server6.getsockname()[1]}
-    assert runtime_module._listening_ports() == before
+    assert listening_ports() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
+
+
+@pytest.fixture
+def publishers():
+    """Listen as the runtime's publishers do: on all interfaces."""
+    with (
+        socket.create_server(("0.0.0.0", 0)) as four,
+        socket.create_server(("::", 0), family=socket.AF_INET6) as six,
+    ):
+        yield four, six
+
+
+def interface(server):
+    return server.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0")
+
+
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", b"lo"), ("::1", b"lo"), ("192.0.2.1", b""), (None, b"")])
+def test_publishers_that_tell_loopback_take_connections_of_this_machine_only(monkeypatch, publishers, host, name):
+    if host is None:
+        monkeypatch.delenv("DYN_EVENT_PLANE_HOST", raising=False)
+    else:
+        monkeypatch.setenv("DYN_EVENT_PLANE_HOST", host)
+    with socket.create_server(("0.0.0.0", 0)) as earlier, socket.create_server(("127.0.0.1", 0)) as local:
+        before = listening_ports() - {each.getsockname()[1] for each in (*publishers, local)}
+        make()[1].close_to_others(before)
+        assert [interface(each) for each in publishers] == [name, name]
+        assert interface(earlier) == interface(local) == b""
+    for server in publishers:
+        family = "127.0.0.1" if server.family == socket.AF_INET else "::1"
+        with socket.create_connection((family, server.getsockname()[1]), 5):
+            pass
+
+
+def test_publishers_that_cannot_be_closed_are_said(monkeypatch, publishers, caplog):
+    def refused(before):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setenv("DYN_EVENT_PLANE_HOST", "127.0.0.1")
+    monkeypatch.setattr(runtime_module, "keep_on_loopback", refused)
+    make()[1].close_to_others(set())
+    assert "Other machines can read this worker's events" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ servers it waits for

@@ -301,6 +301,34 @@ def test_host_names_are_resolved_for_the_runtime(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("flags", "host"),
+    [
+        ({}, "0.0.0.0"),
+        ({"frontend": True}, "127.0.0.1"),
+        ({"frontend": "127.0.0.9:1"}, "127.0.0.1"),
+        ({"frontend": "localhost"}, "127.0.0.1"),
+        ({"frontend": "[::1]:8000"}, "127.0.0.1"),
+        ({"frontend": "0.0.0.0:8000"}, "0.0.0.0"),
+        ({"frontend": "192.0.2.1"}, "0.0.0.0"),
+        ({"frontend": "no.such.host.invalid"}, "0.0.0.0"),
+        ({"frontend": "127.0.0.1", "system_host": "192.0.2.1"}, "192.0.2.1"),
+    ],
+)
+def test_the_status_server_is_where_the_frontend_is(flags, host):
+    settings = load(flags, {})
+    assert settings.system_host == host
+    assert settings.on_loopback == str(flags.get("frontend", "")).startswith(("True", "127", "localhost", "[::1]"))
+    assert load({**flags, "system_host": "192.0.2.2"}, {}).system_host == "192.0.2.2"
+
+
+def test_events_are_for_routers_elsewhere_and_for_one_that_reads_them():
+    assert load({}, {}).events_wanted
+    assert not load({"frontend": True}, {}).events_wanted
+    assert not load({"frontend": "0.0.0.0", "router_mode": "least-loaded"}, {}).events_wanted
+    assert load({"frontend": True, "router_mode": "kv"}, {}).events_wanted
+
+
+@pytest.mark.parametrize(
     ("flags", "environ", "said"),
     [
         ({"frontend": "no.such.host.invalid"}, {}, "--frontend no.such.host.invalid:8000: the host"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from typing import Final, NamedTuple
 
 from dynamo_worker.errors import UsageError
 
+#: Every Linux machine has it, those without IPv4 to the outside included.
+LOOPBACK: Final = "127.0.0.1"
 #: A host name, an IPv4 address, an IPv6 address in brackets, or nothing.
 _HOST: Final = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])?")
 
@@ -46,6 +49,22 @@ class Address(NamedTuple):
         :raises UsageError: the name does not resolve.
         """
         return Address(resolve(self.host, f"{what} {self}"), self.port)
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it. A name that does not resolve counts as one of the network."""
+        try:
+            return is_loopback(resolve(self.host, ""))
+        except UsageError:
+            return False
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an IP address is of this machine only; anything else is no such address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def resolve(host: str, what: str) -> str:

@@ -54,12 +54,15 @@ class EngineContext:
     :param supervised: whether a supervisor outside of this process cleans up after it.
     :param allowed_paths: the directories that operations may load from and write to: what a request names, has to pass
         through it.
+    :param events_wanted: whether a router may read KV events and load. Without one, nothing is published: every
+        publisher of Dynamo's opens a port.
     """
 
     component: str
     private_dir: Path
     supervised: bool
     allowed_paths: AllowedPaths = field(default_factory=AllowedPaths)
+    events_wanted: bool = True
 
 
 @dataclass(frozen=True)

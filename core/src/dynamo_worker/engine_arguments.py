@@ -7,9 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.errors import StartError
+from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from dynamo_worker.engine import EngineContext
+
+log = get_logger(__name__)
 
 
 class EarlyParser(argparse.ArgumentParser):
@@ -74,3 +80,19 @@ def add_publish_kv_events(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
     )
+
+
+def drop_unread_events(args: argparse.Namespace, context: EngineContext) -> None:
+    """Take ``--publish-kv-events`` back where no router would read them: they tell of the tokens of prompts."""
+    if args.publish_kv_events and not context.events_wanted:
+        log.warning("KV events are not published: the router of --frontend does not read them", next="--router-mode kv")
+        args.publish_kv_events = False
+
+
+def kv_events_socket(private_dir: Path) -> str:
+    """Return the ZMQ address for the KV events of an engine on this machine: a socket file for each rank.
+
+    Engines number the addresses of their ranks. Of a file they refuse to (vLLM 0.31, SGLang 0.5.21), unless its name
+    says ``inproc``: then they append the number. A port would be open to every user of this machine.
+    """
+    return f"ipc://{private_dir}/kv-events-inproc"

@@ -50,6 +50,7 @@ from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError, de
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.frontend import FRONTEND_ABORT_SECONDS, FrontendProcess
 from dynamo_worker.lifecycle import TRANSITIONS, Event, State
+from dynamo_worker.listening import listening_ports
 from dynamo_worker.logs import get_logger
 from dynamo_worker.metrics import WorkerMetrics
 from dynamo_worker.monitors import (
@@ -63,7 +64,7 @@ from dynamo_worker.monitors import (
     ThreadMonitor,
     can_start_thread,
 )
-from dynamo_worker.runtime import Runtime, writable_directory
+from dynamo_worker.runtime import Runtime, stay_on_loopback, writable_directory
 from dynamo_worker.serving import Cut, LocalContext, Outcome, RequestHandler, RequestRegistry
 from dynamo_worker.shutdown_plan import ShutdownPlan
 from dynamo_worker.status_server import StatusServer
@@ -400,6 +401,7 @@ class Launcher:
             private_dir=private_dir,
             supervised=self._control.supervised,
             allowed_paths=AllowedPaths(settings.control_load_root, settings.control_write_root),
+            events_wanted=settings.events_wanted,
         )
         engine = self._plugins.create_engine(self._engine_args, context)
         checks = EngineChecks(self._plugins.engine)
@@ -429,6 +431,7 @@ class Launcher:
             info.vocab_size,
             info.context_length,
         )
+        before = listening_ports()
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(main.name), runtime.completed(info))
         runtime.record_registration(self._run_dir)
@@ -448,6 +451,8 @@ class Launcher:
             await self._frontend.wait_ready(_offered(runtime.completed(info)))
             assert self._frontend_watch is not None
             self._frontend_watch.watch([self._frontend.pid], "frontend process", WorkerError)
+        # Not sooner: the runtime opens the port of a publisher some time after the publisher is made.
+        runtime.close_to_others(before)
         runtime.set_ready(True)
         seconds = time.monotonic() - self._created
         self._metrics.start_seconds.set(seconds)
@@ -468,6 +473,8 @@ class Launcher:
     def _start_frontend(self, private_dir: Path) -> WorkerSettings:
         """Start the frontend beside the worker; with file discovery both meet in the private directory."""
         settings = self._settings
+        if settings.on_loopback:
+            stay_on_loopback()
         if settings.discovery_backend == "file" and settings.discovery_path is None:
             settings = settings.model_copy(update={"discovery_path": private_dir / "discovery"})
         if settings.discovery_path is not None:

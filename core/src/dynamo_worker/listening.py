@@ -23,3 +23,25 @@ def listening_sockets() -> Iterator[tuple[int, socket.socket]]:
             tcp = candidate.type == socket.SOCK_STREAM and candidate.family in (socket.AF_INET, socket.AF_INET6)
             if tcp and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 yield int(name), candidate
+
+
+def listening_ports() -> set[int]:
+    """Return their ports."""
+    return {int(listener.getsockname()[1]) for _, listener in listening_sockets()}
+
+
+def keep_on_loopback(before: set[int]) -> set[int]:
+    """Have those that listen on all interfaces take connections of this machine only; return their ports.
+
+    The address that a socket is bound to cannot be changed any more, but its interface can.
+
+    :param before: ports that are left as they are.
+    :raises OSError: the kernel does not allow it: Linux before 5.7 wants CAP_NET_RAW.
+    """
+    changed = set()
+    for _, listener in listening_sockets():
+        host, port = listener.getsockname()[:2]
+        if port not in before and host in ("0.0.0.0", "::"):  # noqa: S104 - what is to be closed
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+            changed.add(port)
+    return changed

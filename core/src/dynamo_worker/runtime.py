@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import os
 import stat
@@ -16,9 +15,10 @@ from urllib.parse import urlsplit
 from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 from dynamo.runtime import DistributedRuntime, Endpoint
 
+from dynamo_worker.address import LOOPBACK, is_loopback
 from dynamo_worker.contract import DEFAULT_FILE_KV
 from dynamo_worker.errors import StartError, UsageError, describe
-from dynamo_worker.listening import listening_sockets
+from dynamo_worker.listening import keep_on_loopback, listening_ports
 from dynamo_worker.logs import get_logger
 from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
@@ -36,12 +36,22 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+_EVENTS_HOST = "DYN_EVENT_PLANE_HOST"
 #: Where the runtime looks when ``NATS_SERVER`` is not set.
 _DEFAULT_NATS = "nats://localhost:4222"
+#: Where the runtime's parts can be reached: requests, the answers to them, events.
+_HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", _EVENTS_HOST)
 #: How long one attempt to connect to a server may take, in seconds.
 _CONNECT_SECONDS = 2.0
 #: The runtime's own way of ending endpoints must never outlast ours; it is only asked once nothing is in flight.
 _RUNTIME_DRAIN_SECONDS = 2
+
+
+def stay_on_loopback() -> None:
+    """Have this process's runtime, and those of its children, listen on loopback where nobody has said otherwise."""
+    for name in _HOSTS:
+        if not os.environ.get(name):
+            os.environ[name] = LOOPBACK
 
 
 def connect(discovery_backend: str, request_plane: str, event_plane: str | None) -> DistributedRuntime:
@@ -99,12 +109,12 @@ class Runtime:
         if settings.system_port < 0:
             # Without a status server the model's files cannot come from it; the runtime would warn about that.
             os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
-        before = _listening_ports()
+        before = listening_ports()  # the runtime does not tell which one its status server takes
         with _without_lora_routes():
             runtime = connect(settings.discovery_backend, settings.request_plane, settings.event_plane)
         status_port = None
         if settings.system_port >= 0:
-            started = sorted(_listening_ports() - before)
+            started = sorted(listening_ports() - before)
             if not started:
                 raise StartError(f"the runtime's status server does not listen on {_status_host(settings)}")
             status_port = started[0]
@@ -236,6 +246,23 @@ class Runtime:
                 log.warning("Endpoint could not be unregistered", endpoint=name, error=result)
         return not failed
 
+    def close_to_others(self, before: set[int]) -> None:
+        """Close the ports of event publishers to other machines, if they are told to subscribers as ports of loopback.
+
+        The runtime's publishers listen on all interfaces, whatever address they tell (1.6.1).
+
+        :param before: the ports that were listened on before there were publishers.
+        """
+        if not is_loopback(os.environ.get(_EVENTS_HOST, "")):
+            return
+        try:
+            ports = keep_on_loopback(before)
+        except OSError as error:
+            log.warning("Other machines can read this worker's events", error=error)
+        else:
+            if ports:
+                log.debug("Events are for this machine only", ports=len(ports))
+
     def set_ready(self, ready: bool) -> None:
         """Set what ``/health`` answers."""
         self._runtime.set_health_status(ready)
@@ -357,9 +384,8 @@ def _status_host(settings: WorkerSettings) -> str:
     It has no control routes, but frontends elsewhere read the model's tokenizer and configuration from it.
     """
     read_from_disk = os.environ.get("DYN_SELF_HOST_METADATA", "").strip().lower() in ("0", "false", "no", "off")
-    frontend = settings.frontend
-    if read_from_disk or (frontend is not None and ipaddress.ip_address(frontend.host).is_loopback):
-        return "127.0.0.1"
+    if read_from_disk or settings.on_loopback:
+        return LOOPBACK
     return settings.system_host
 
 
@@ -432,8 +458,3 @@ def _connection_problem(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno > 0 else str(error)
     return str(error) or type(error).__name__
-
-
-def _listening_ports() -> set[int]:
-    """Return the TCP ports this process listens on: the runtime does not tell which one its status server took."""
-    return {int(listener.getsockname()[1]) for _, listener in listening_sockets()}

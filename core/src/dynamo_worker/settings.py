@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainSerializer, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from dynamo_worker.address import Address, resolve
+from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.allowed_paths import check_load_roots, check_write_roots
 from dynamo_worker.errors import UsageError
 from dynamo_worker.options import (
@@ -74,6 +74,11 @@ def _parse_address(value: object) -> object:
     if text.lower() in ("false", "no", "off"):
         return None
     return Address.parse(text, DEFAULT_FRONTEND)
+
+
+def _status_host(frontend: Address | None) -> str:
+    """Return where the status server listens if nobody says: probes come from outside, unless all there is, is here."""
+    return LOOPBACK if frontend is not None and frontend.local else "0.0.0.0"  # noqa: S104 - as in Dynamo
 
 
 def _check_endpoint_types(value: object) -> object:
@@ -187,7 +192,7 @@ class WorkerSettings(BaseSettings):
     stall_timeout: Patience = _option("stall_timeout")
     heartbeat_timeout: Patience = _option("heartbeat_timeout")
     slow_client_timeout: Patience = _option("slow_client_timeout")
-    system_host: str = _option("system_host")
+    system_host: str = _option("system_host", lambda data: _status_host(data.get("frontend")))
     system_port: Annotated[int, Ge(-1), Le(65535), _NUMBER] = _option("system_port")
 
     # --- Control routes
@@ -226,6 +231,16 @@ class WorkerSettings(BaseSettings):
     def origin(self, name: str) -> Origin:
         """Return where the value of the field ``name`` came from."""
         return self._origins.get(name, DEFAULT)
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether this worker serves a frontend that only this machine can reach."""
+        return self.frontend is not None and self.frontend.local
+
+    @property
+    def events_wanted(self) -> bool:
+        """Whether a router may read KV events and load: any, where routers are elsewhere; or the worker's own."""
+        return self.frontend is None or self.router_mode == "kv"
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot be meant together, one sentence each."""

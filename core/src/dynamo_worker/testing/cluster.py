@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.testing.client import Load, Result, chat
 from dynamo_worker.testing.leftovers import MARKER
+from dynamo_worker.testing.sockets import Listener, listening
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 #: Variables that would let a test talk to anything but itself.
 _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
 
+
+#: Variables that say where workers and frontends listen.
+_HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
 
 #: Ports that have been given away: whoever got one may not listen yet.
 _given: set[int] = set()
@@ -195,6 +199,10 @@ class Worker:
                 waiting.append(child)
         return found
 
+    def listening(self) -> list[Listener]:
+        """Return the TCP sockets that it and all processes below it listen on."""
+        return listening([self.pid, *self.children()])
+
     def child(self, pattern: str) -> int:
         """Return the pid of the one process below whose command line matches.
 
@@ -239,10 +247,7 @@ class Cluster:
             "TMPDIR": str(self.tmp),
             "DYN_DISCOVERY_BACKEND": "file",
             "DYN_FILE_KV": str(self.discovery),
-            "DYN_TCP_RPC_HOST": "127.0.0.1",
-            "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-            "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-            "DYN_SYSTEM_HOST": "127.0.0.1",
+            **dict.fromkeys(_HOSTS, "127.0.0.1"),
             "PYTHONUNBUFFERED": "1",
         }
         for name, value in changes.items():
@@ -281,6 +286,17 @@ class Cluster:
     def worker(self, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> Worker:
         """Start a worker and wait until it serves."""
         return self.start_worker(*arguments, prefix=prefix, **environment).wait_ready()
+
+    def worker_with_frontend(self, *arguments: str, host: str = "127.0.0.1", **environment: str | None) -> Worker:
+        """Start a worker that decides by itself where it listens, and wait until it and its frontend serve.
+
+        :param host: of the frontend.
+        """
+        unset = dict.fromkeys(_HOSTS)
+        port = free_port()
+        worker = self.worker("--frontend", f"{host}:{port}", *arguments, **{**unset, **environment})
+        self.url = f"http://{host}:{port}"
+        return worker
 
     def serve(self, count: int, *arguments: str, frontend: Sequence[str] = ()) -> list[Worker]:
         """Start workers, all at once, and a frontend if there is none yet; wait until it offers the model.

@@ -209,6 +209,20 @@ class Serving:
         assert worker.operate("unload_lora", {"lora_name": "adapted"})["status"] == "success"
         eventually(lambda: "adapted" not in cluster.models(), 10, "the adapter to leave /v1/models")
 
+    # --------------------------------------------------------------------------------------------------- network
+
+    @pytest.mark.parametrize("router", ["round-robin", "kv"])
+    def test_all_is_on_loopback_with_a_frontend_there(self, cluster: Cluster, router: str) -> None:
+        flags = self.KV_EVENTS if router == "kv" else ()
+        worker = cluster.worker_with_frontend("--router-mode", router, *flags)
+        assert cluster.complete()[0] == 200
+        # The ports of the runtime's publishers are closed by their interface; without a router for them there are none.
+        listening = worker.listening()
+        assert listening
+        open_doors = [each for each in listening if not (each.local if router == "kv" else each.on_loopback)]
+        assert not open_doors, open_doors
+        worker.stop()
+
     # ------------------------------------------------------------------------------------------- several workers
 
     def test_a_repeated_prefix_goes_to_the_worker_that_holds_it(self, cluster: Cluster) -> None:

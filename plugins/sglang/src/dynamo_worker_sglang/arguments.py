@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine, refuse_without_effect
+from dynamo_worker import StartError, rendezvous
+from dynamo_worker.engine_arguments import (
+    add_publish_kv_events,
+    import_engine,
+    kv_events_socket,
+    refuse_without_effect,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -80,9 +86,11 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     # Chunks carry the new tokens only.
     args.incremental_streaming_output = True
     if args.disaggregation_bootstrap_port is None:
-        args.disaggregation_bootstrap_port = _free_ports(1)
+        args.disaggregation_bootstrap_port = _free_port()
     if args.publish_kv_events and args.kv_events_config is None:
-        args.kv_events_config = json.dumps(_kv_events_config(ranks(vars(args)), private_dir))
+        args.kv_events_config = json.dumps({"publisher": "zmq", "endpoint": kv_events_socket(private_dir), "topic": ""})
+    if args.nnodes == 1 and args.dist_init_addr is None:
+        rendezvous.stay_on_loopback()
     # SGLang collects evidence of a dead process for up to a minute before it says so.
     for variable in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"):
         os.environ.setdefault(variable, "0")
@@ -102,23 +110,10 @@ def ranks(settings: Mapping[str, Any]) -> int:
     return replicas * attention
 
 
-def _kv_events_config(caches: int, private_dir: Path) -> dict[str, str]:
-    # A socket that nobody else sees; with more ranks a port for each, because SGLang can only count up ports.
-    endpoint = f"ipc://{private_dir}/kv-events" if caches == 1 else f"tcp://127.0.0.1:{_free_ports(caches)}"
-    return {"publisher": "zmq", "endpoint": endpoint, "topic": ""}
-
-
-def _free_ports(count: int) -> int:
-    """Return the first of so many free TCP ports in a row, below the range of outgoing connections."""
-    for first in range(20_000 + os.getpid() % 10_000, 32_000, count):
-        sockets = [socket.socket() for _ in range(count)]
-        try:
-            for number, probe in enumerate(sockets):
-                probe.bind(("", first + number))
-        except OSError:
-            continue
-        finally:
-            for probe in sockets:
-                probe.close()
-        return first
-    raise StartError(f"there are no {count} free ports in a row")
+def _free_port() -> int:
+    """Return a free TCP port below the range of outgoing connections."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise StartError("there is no free port below the range of outgoing connections")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import EngineDeadError, EngineInfo, engine_processes, translation
 from dynamo_worker.chunks import nothing
+from dynamo_worker.engine_arguments import drop_unread_events
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
 from dynamo_worker.push_engine import PushEngine
@@ -77,6 +78,7 @@ class SglangEngine(PushEngine):
         Everything runs in a thread: `/live` answers and a stop is heard meanwhile.
         """
         on_failed_process(self._fail)
+        drop_unread_events(self._args, self._context)
         settings = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
         processes = await in_lasting_thread(lambda: build(settings))
         self._processes = processes
@@ -325,10 +327,12 @@ class SglangEngine(PushEngine):
     # ------------------------------------------------------------------------------------- routers and operators
 
     async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Publish load and KV events, and remember where this worker stands in discovery."""
+        """Remember where this worker stands in discovery; publish load and KV events if somebody may read them."""
         if self._reader is None or self._control is None:
             return
         self._control.attach(endpoint, info)
+        if not self._context.events_wanted:
+            return
         await self._load.attach(endpoint, self.ranks)
         self._tasks.append(asyncio.ensure_future(self._reader.publish(self._load)))
         sources, topic = kv_event_sources(self._settings["kv_events_config"], self.ranks)

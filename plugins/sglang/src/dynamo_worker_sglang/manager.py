@@ -19,6 +19,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from dynamo_worker import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.logs import get_logger
+from dynamo_worker_sglang import scheduler
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -166,6 +167,8 @@ async def _nothing_until_the_end(answer: Answer) -> AsyncIterator[Any]:
 
 class Processes(entrypoint.Engine):  # type: ignore[misc]
     """SGLang's processes, and the manager that talks with them."""
+
+    run_scheduler_process_func = staticmethod(scheduler.run)
 
     @staticmethod
     def init_tokenizer_manager_func(server_args: Any, port_args: Any) -> tuple[Manager, Any]:

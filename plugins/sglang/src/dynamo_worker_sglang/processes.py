@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: What they import before any of their own code runs.
-_CONTROLLER = ("sglang.srt.managers.data_parallel_controller", "sglang.srt.managers.scheduler")
-_SCHEDULER = ("sglang.srt.managers.scheduler",)
+_SCHEDULER = ("dynamo_worker_sglang.scheduler",)
+_CONTROLLER = ("sglang.srt.managers.data_parallel_controller", *_SCHEDULER)
 
 #: Variables that are set while SGLang starts, and that SGLang looks up whenever it needs them, most of them only in the
 #: worker's own process.
 _HARMLESS: Final = frozenset(
     {
         *("SGLANG_RUN_ID", "SGLANG_BLOCK_NONZERO_RANK_CHILDREN", "SGLANG_PYSPY_DUMP_BEFORE_CRASH"),
-        *("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "SGLANG_USE_CUDA_IPC_TRANSPORT"),
+        *("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "SGLANG_USE_CUDA_IPC_TRANSPORT", "GLOO_SOCKET_IFNAME"),
     }
 )
 #: Set with ``--enable-metrics``; where metrics are kept is decided when this is imported.

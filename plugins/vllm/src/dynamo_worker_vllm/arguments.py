@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import StartError
-from dynamo_worker.engine_arguments import add_publish_kv_events, import_engine, refuse_without_effect
+from dynamo_worker import StartError, rendezvous
+from dynamo_worker.engine_arguments import (
+    add_publish_kv_events,
+    import_engine,
+    kv_events_socket,
+    refuse_without_effect,
+)
 from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
@@ -59,10 +64,13 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     why = "vLLM's own server does not run here, the Dynamo frontend has the OpenAI API"
     refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
     os.environ[waiting.MARK] = "1"
+    alone = on_one_machine(args)
+    if alone:
+        rendezvous.stay_on_loopback("VLLM_HOST_IP")
     engine_args = _engine_args().from_cli_args(args)
     # Speculative, pooling and other exotic settings are vLLM's business: it checks them itself.
     if args.publish_kv_events and engine_args.kv_events_config is None:
-        engine_args.kv_events_config = _kv_events_config(engine_args.data_parallel_size, private_dir)
+        engine_args.kv_events_config = _kv_events_config(private_dir, alone=alone)
     try:
         config: VllmConfig = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT, headless=args.headless)
     except Exception as error:
@@ -70,11 +78,29 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     return config
 
 
-def _kv_events_config(ranks: int, private_dir: Path) -> Any:
+def on_one_machine(args: argparse.Namespace) -> bool:
+    """Return whether vLLM's processes need to be reached by none on another machine."""
+    local = args.data_parallel_size_local
+    return (
+        args.nnodes == 1
+        and not args.headless
+        and local in (None, args.data_parallel_size)
+        # Ranks that are workers of their own, which meet elsewhere.
+        and args.data_parallel_rank is None
+        and args.data_parallel_start_rank is None
+        and args.data_parallel_address is None
+        and "ray" not in (args.data_parallel_backend, args.distributed_executor_backend)
+        # Others fetch KV caches or embeddings from here, at this machine's address.
+        and args.kv_transfer_config is None
+        and args.ec_transfer_config is None
+    )
+
+
+def _kv_events_config(private_dir: Path, *, alone: bool) -> Any:
     from vllm.config import KVEventsConfig
 
-    # A socket that nobody else sees; with more ranks a free port for each, because vLLM can only count up ports.
-    endpoint = f"ipc://{private_dir}/kv-events" if ranks == 1 else "tcp://*:0"
+    # To the leader of several nodes vLLM tells the address and the port: this machine's own, and a free one.
+    endpoint = kv_events_socket(private_dir) if alone else "tcp://*:0"
     return KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint, topic="")
 
 

@@ -23,6 +23,7 @@ from dynamo_worker import (
     translation,
 )
 from dynamo_worker.chunks import nothing
+from dynamo_worker.engine_arguments import drop_unread_events
 from dynamo_worker.engine_processes import EngineProcesses
 from dynamo_worker.logs import get_logger
 from dynamo_worker.push_engine import PushEngine
@@ -96,6 +97,7 @@ class VllmEngine(PushEngine):
         """
         # Sockets between vLLM's processes; their default place outlives a worker without supervisor.
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(self._context.private_dir))
+        drop_unread_events(self._args, self._context)
         config = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
         self._config = config
         llm = await asyncio.to_thread(self._build, config)
@@ -340,10 +342,12 @@ class VllmEngine(PushEngine):
     # ------------------------------------------------------------------------------------- routers and operators
 
     async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Publish load and KV events, and remember where this worker stands in discovery."""
+        """Remember where this worker stands in discovery; publish load and KV events if somebody may read them."""
         assert self._llm is not None
         assert self._control is not None
         self._control.attach(endpoint, info)
+        if not self._context.events_wanted:
+            return
         if not self._args.disable_log_stats:
             await self._load.attach(endpoint, self.ranks)
         config = self._llm.vllm_config

@@ -1,4 +1,4 @@
-"""How vLLM's processes wait for each other on a CPU: they sleep where vLLM would spin.
+"""What is different in the processes that vLLM starts: on a CPU they sleep where vLLM would spin.
 
 An EngineCore and its workers wait for each other in loops of ``sched_yield``. On a GPU they have cores to spare. On a
 CPU they take them from the model, the worker and the frontend, and Linux does not divide them fairly: two such loops
@@ -7,7 +7,7 @@ stood still, requests that ran into the frontend's deadline, and half to a third
 a tenth of a millisecond to a step of some milliseconds.
 
 vLLM calls what is registered as one of its general plugins in each of its processes. This changes only those that
-belong to a dynamo-worker.
+belong to a dynamo-worker. It also has their stores listen on loopback (``dynamo_worker.rendezvous``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import os
 import time
 from typing import Final
 
-log = logging.getLogger(__name__)  # vLLM's processes need nothing of the worker's core
+from dynamo_worker import rendezvous
+
+log = logging.getLogger(__name__)
 
 #: Set in the environment of the processes that belong to a dynamo-worker.
 MARK: Final = "DYNAMO_WORKER_VLLM"
@@ -26,9 +28,10 @@ _NAP = 50e-6
 
 
 def install() -> None:
-    """Let this process sleep where vLLM would spin, if it is one of a dynamo-worker and computes on a CPU."""
+    """Keep this process's store to this machine if it is one of a dynamo-worker, and let it sleep if it is on a CPU."""
     if MARK not in os.environ:
         return
+    rendezvous.listen_on_loopback()
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
 

@@ -1,0 +1,106 @@
+"""Which TCP sockets processes listen on, and who can reach them."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+#: ``NETLINK_SOCK_DIAG``, what ``ss`` asks. ``/proc/net/tcp`` has no interfaces: a socket on 0.0.0.0 that takes
+#: connections from the loopback interface only looks open to everybody there.
+_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_REQUEST_ALL: Final = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_ERROR, _DONE = 2, 3
+_LISTEN: Final = 1 << 10
+_HEADER: Final = struct.Struct("=IHHII")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A TCP socket that is listened on.
+
+    :param host: the address it is bound to.
+    :param port: its port.
+    :param interface: number of the interface whose connections it takes, 0 for all of them.
+    :param process: pid and command line of a process that has it open.
+    """
+
+    host: ipaddress.IPv4Address | ipaddress.IPv6Address
+    port: int
+    interface: int
+    process: str
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether it is bound to an address of loopback."""
+        mapped = getattr(self.host, "ipv4_mapped", None)
+        return bool((mapped or self.host).is_loopback)
+
+    @property
+    def local(self) -> bool:
+        """Whether nobody but this machine can connect."""
+        return self.on_loopback or self.interface == socket.if_nametoindex("lo")
+
+
+def listening(pids: Iterable[int]) -> list[Listener]:
+    """Return all sockets that these processes listen on."""
+    owners = {inode: pid for pid in pids for inode in _sockets(pid)}
+    return [
+        Listener(host, port, interface, _command(owners[inode]))
+        for host, port, interface, inode in _listeners()
+        if inode in owners
+    ]
+
+
+def _listeners() -> Iterator[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int, int, str]]:
+    """Yield address, port, interface and inode of each that the kernel knows."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
+        for family, length in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+            question = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, _LISTEN)
+            kernel.send(_HEADER.pack(_HEADER.size + len(question), _SOCK_DIAG_BY_FAMILY, _REQUEST_ALL, 1, 0) + question)
+            for answer in _answers(kernel):
+                (port,) = struct.unpack_from("!H", answer, 4)
+                (interface,) = struct.unpack_from("=I", answer, 40)
+                (inode,) = struct.unpack_from("=I", answer, 68)
+                yield ipaddress.ip_address(answer[8 : 8 + length]), port, interface, str(inode)
+
+
+def _answers(kernel: socket.socket) -> Iterator[bytes]:
+    while True:
+        data = kernel.recv(1 << 16)
+        while data:
+            length, kind, *_ = _HEADER.unpack_from(data)
+            if kind == _DONE:
+                return
+            if kind == _ERROR:
+                (code,) = struct.unpack_from("=i", data, _HEADER.size)
+                raise OSError(-code, f"the kernel does not list sockets: {os.strerror(-code)}")
+            yield data[_HEADER.size : length]
+            data = data[(length + 3) & ~3 :]
+
+
+def _sockets(pid: int) -> Iterator[str]:
+    """Yield the inodes of a process's sockets."""
+    with contextlib.suppress(OSError):  # it has ended
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}"))
+                if found:
+                    yield found[1]
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return f"{pid} {file.read(200).replace(bytes(1), b' ').decode(errors='replace').strip()}"
+    except OSError:
+        return str(pid)
