@@ -305,6 +305,7 @@ def test_a_graceful_life(world):
         "recorded",
         "served generate",
         "registered",
+        "closed to others",
         "ready",
         "not ready",
         "unregistered",
@@ -1586,7 +1587,7 @@ def test_with_a_frontend_on_loopback_all_is_there_unless_the_operator_says(
     assert world.order("registered", "closed to others", "ready")
 
 
-@pytest.mark.parametrize(("router", "wanted"), [("round-robin", False), ("least-loaded", False), ("kv", True)])
+@pytest.mark.parametrize(("router", "wanted"), [("round-robin", False), ("least-loaded", True), ("kv", True)])
 def test_an_engine_hears_whether_a_router_reads_its_events(world, frontend, monkeypatch, router, wanted):
     create, contexts = world.plugins.create_engine, []
 

@@ -239,8 +239,8 @@ class WorkerSettings(BaseSettings):
 
     @property
     def events_wanted(self) -> bool:
-        """Whether a router may read KV events and load: any, where routers are elsewhere; or the worker's own."""
-        return self.frontend is None or self.router_mode == "kv"
+        """Whether a router may read KV events and load: one elsewhere, or that of this worker's own frontend."""
+        return not self.on_loopback or self.router_mode in ("kv", "least-loaded")
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot be meant together, one sentence each."""

@@ -292,9 +292,9 @@ class Cluster:
 
         :param host: of the frontend.
         """
-        unset = dict.fromkeys(_HOSTS)
         port = free_port()
-        worker = self.worker("--frontend", f"{host}:{port}", *arguments, **{**unset, **environment})
+        hosts: dict[str, Any] = dict.fromkeys(_HOSTS)
+        worker = self.worker("--frontend", f"{host}:{port}", *arguments, **{**hosts, **environment})
         self.url = f"http://{host}:{port}"
         return worker
 
