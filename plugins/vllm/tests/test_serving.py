@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +45,14 @@ class TestVllm(Serving):
         worker = self.check_operations(cluster, subject, tmp_path)
         assert worker.operate("reset_prefix_cache")["status"] == "success"
         assert worker.operate("start_profile")["status"] == "error"  # vLLM was not told where to write
+        worker.stop()
+
+    @needs_gpus(2)
+    def test_two_ranks_are_on_loopback_with_a_frontend_there(self, cluster: Cluster) -> None:
+        worker = self.check_loopback(cluster, "kv", "--data-parallel-size", "2")
+        # What the ranks tell of prompts goes over files: each listens, and somebody is connected.
+        sockets = re.findall(rf"{worker.run_dir}/kv-events\S*", Path("/proc/net/unix").read_text())
+        assert sorted(Counter(sockets).values()) == [2, 2], sockets
         worker.stop()
 
     @needs_gpus(2)

@@ -213,15 +213,23 @@ class Serving:
 
     @pytest.mark.parametrize("router", ["round-robin", "kv"])
     def test_all_is_on_loopback_with_a_frontend_there(self, cluster: Cluster, router: str) -> None:
-        flags = self.KV_EVENTS if router == "kv" else ()
-        worker = cluster.worker_with_frontend("--router-mode", router, *flags)
+        self.check_loopback(cluster, router).stop()
+
+    def check_loopback(self, cluster: Cluster, router: str, *flags: str) -> Worker:
+        """Check that nobody on another machine can connect to a worker whose frontend is on loopback.
+
+        :param flags: further ones.
+        :returns: the worker, which serves on.
+        """
+        published = self.KV_EVENTS if router == "kv" else ()
+        worker = cluster.worker_with_frontend("--router-mode", router, *published, *flags)
         assert cluster.complete()[0] == 200
         # The ports of the runtime's publishers are closed by their interface; without a router for them there are none.
         listening = worker.listening()
         assert listening
         open_doors = [each for each in listening if not (each.local if router == "kv" else each.on_loopback)]
         assert not open_doors, open_doors
-        worker.stop()
+        return worker
 
     # ------------------------------------------------------------------------------------------- several workers
 
