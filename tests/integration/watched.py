@@ -144,6 +144,7 @@ class Client:
             env=cluster.environment(DYN_LOG="off"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # the runtime writes a line for each request, whatever DYN_LOG says
         )
 
     def __enter__(self) -> Self:
