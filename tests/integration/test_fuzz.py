@@ -1,6 +1,6 @@
 """Whatever arrives at a worker's endpoint, status server and control routes: it serves on, and stays as it was.
 
-`DYNAMO_WORKER_TEST_EXAMPLES` says how many examples there are, of four to eight requests each, and
+`DYNAMO_WORKER_TEST_EXAMPLES` says how many examples there are, of four or five requests each, and
 `DYNAMO_WORKER_TEST_LIVE` how many seconds ``/live`` may take.
 """
 
@@ -28,7 +28,7 @@ FUZZ = settings(
     max_examples=EXAMPLES,
 )
 #: How many requests an example has: every one is made by itself or beside the others.
-AT_ONCE = {"min_size": 4, "max_size": 8}
+AT_ONCE = {"min_size": 4, "max_size": 5}
 
 
 # ------------------------------------------------------------------------------------------------ the token endpoint

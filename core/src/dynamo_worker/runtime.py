@@ -332,8 +332,8 @@ def writable_directory(path: Path | None) -> Path:
     if status.st_uid != os.geteuid() or owner_of_path not in (0, os.geteuid()):
         owner = status.st_uid if status.st_uid != os.geteuid() else owner_of_path
         raise UsageError(
-            f"the discovery directory {directory} belongs to another user ({owner}), who could replace workers in it and "
-            "receive their requests",
+            f"the discovery directory {directory} belongs to another user ({owner}), who could replace workers in it "
+            "and receive their requests",
             hint="give --discovery-path a directory of your own",
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -347,7 +347,8 @@ def writable_directory(path: Path | None) -> Path:
         check_place(descriptor)
     except OSError as error:
         raise UsageError(
-            f"the discovery directory {directory} is not safe: {error.strerror}: they could put another one in its place",
+            f"the discovery directory {directory} is not safe, somebody could put another one in its place: "
+            f"{error.strerror}",
             hint="give --discovery-path a directory of your own",
         ) from error
     finally:
