@@ -254,7 +254,7 @@ def test_hundreds_of_clients_that_stall(cluster: Cluster, where: str) -> None:
             watched.worker.status(path)
         watched.begin()
         staying: list[socket.socket] = []
-        for number in range(max(600, EXAMPLES)):
+        for number in range(max(600, 4 * EXAMPLES)):
             connection = connect(port, 4096 if where == "in reading" else None)
             message = {
                 "in the head": head % paths[number % 3],
