@@ -5,6 +5,7 @@ CI calls nothing but these.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import random
@@ -82,6 +83,53 @@ def nightly(session: nox.Session) -> None:
     session.env.setdefault("DYNAMO_WORKER_TEST_REPEATS", "0")
     session.run("pytest", "tests/faults/test_random.py", "tests/integration/test_fuzz.py", *session.posargs)
     session.run("pytest", "-m", "slow", "tests")
+
+
+#: The tests of what docs/security.md promises; those of the plugins run with their suites.
+SECURITY = [
+    *(f"tests/unit/supervisor/test_{name}.py" for name in ("discovery", "interpreter", "ledger", "removal")),
+    *(f"tests/unit/supervisor/test_{name}.py" for name in ("report", "run_directory", "shared_memory", "text")),
+    *(f"tests/unit/test_{name}.py" for name in ("adapters", "allowed_paths", "control_routes", "json_schema", "logs")),
+    *(f"tests/unit/test_{name}.py" for name in ("runtime", "status_server", "translation")),
+    "tests/integration",
+    # The same once more with the engine in processes of its own: `nightly` has it.
+    "--deselect=tests/integration/test_fuzz.py::test_requests[process tree]",
+]
+
+
+@nox.session
+def security(session: nox.Session) -> None:
+    """Look for holes: bandit's rules, known vulnerabilities, what we promise, 10 000 fuzzed requests of each kind."""
+    _install(session, *TEST, *LINT, "pip-audit")
+    # Given a selection, ruff forgets what the configuration leaves out, and why.
+    left_out = [rule for rule in PYPROJECT["tool"]["ruff"]["lint"]["ignore"] if rule[0] == "S" and rule[1:].isdigit()]
+    session.run("ruff", "check", "--select", "S", "--ignore", ",".join(left_out), ".")
+    _audit(session)
+    # Examples have four or five requests each.
+    session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "2500")
+    session.env.setdefault("DYNAMO_WORKER_TEST_LIVE", "0.05")
+    session.run("pytest", "-s", *(session.posargs or SECURITY))
+
+
+def _audit(session: nox.Session) -> None:
+    """Look the installed packages up in PyPI's list of known vulnerabilities; without it, say so and go on.
+
+    `pip-audit` itself ends well if it could look up nothing, as with a mirror that has no such list.
+    """
+    report = session.run("pip-audit", "--format", "json", "--skip-editable", silent=True, success_codes=[0, 1]) or ""
+    try:
+        packages = json.loads(report[report.index("{") : report.rindex("}") + 1])["dependencies"]
+    except (ValueError, KeyError):
+        session.warn(f"pip-audit SKIPPED, the list of vulnerabilities cannot be reached: {report.strip()[-200:]}")
+        return
+    known = [package for package in packages if "skip_reason" not in package]
+    vulnerable = [f"{package['name']} {package['version']}" for package in known if package["vulns"]]
+    if vulnerable:
+        session.error(f"known vulnerabilities (`pip-audit` says which): {', '.join(vulnerable)}")
+    if known:
+        session.log(f"pip-audit: {len(known)} of {len(packages)} packages looked up, no known vulnerability")
+    else:
+        session.warn(f"pip-audit SKIPPED, {len(packages)} packages are unknown to the list of vulnerabilities here")
 
 
 @nox.session

@@ -1,82 +1,34 @@
-"""Whatever arrives at a worker's endpoint and at its status server: it serves on, and keeps its memory and files."""
+"""Whatever arrives at a worker's endpoint, status server and control routes: it serves on, and stays as it was.
+
+`DYNAMO_WORKER_TEST_EXAMPLES` says how many examples there are, of four or five requests each, and
+`DYNAMO_WORKER_TEST_LIVE` how many seconds ``/live`` may take.
+"""
 
 from __future__ import annotations
 
 import array
 import contextlib
+import itertools
+import json
 import math
-import os
-import re
 import socket
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynamo_worker.testing import Cluster, eventually
+from dynamo_worker.testing import Cluster
 
-from . import fuzz_client
-
-#: How much memory and how many descriptors may be more than at the beginning. The runtime takes 60 MiB once, after some
-#: hundred errors, and no more in the next ten thousand (measured on 1.6.1).
-MORE_MEMORY, MORE_DESCRIPTORS = 96 << 20, 4
-#: What ``/live`` may take in seconds, in most cases and always: the machine has other work.
-LIVE_USUALLY, LIVE_ALWAYS = 0.05, 2.0
+from .watched import EXAMPLES, Client, Watched
 
 FUZZ = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-    max_examples=int(os.environ.get("DYNAMO_WORKER_TEST_EXAMPLES", "150")),
+    max_examples=EXAMPLES,
 )
-
-
-class Watched:
-    """A worker whose use of memory and descriptors is watched."""
-
-    def __init__(self, cluster: Cluster, *arguments: str) -> None:
-        self.worker = cluster.worker("--grace-period", "0", *arguments)
-        self.pid = self.worker.worker_pid
-        self.live: list[float] = []
-        self._before: tuple[int, int] | None = None
-
-    def measure(self) -> tuple[int, int]:
-        """Return the bytes and the descriptors that it uses."""
-        match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())
-        assert match
-        return int(match[1]) << 10, len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def begin(self) -> None:
-        """Take the use until now for the usual one."""
-        self._before = self.measure()
-
-    def check_live(self) -> None:
-        """Ask whether it lives."""
-        began = time.monotonic()
-        assert self.worker.status("/live")[0] == 200, self.worker.log[-3000:]
-        self.live.append(time.monotonic() - began)
-
-    def end(self) -> None:
-        """Check that the worker is as it was, and stop it."""
-        assert self._before is not None
-        memory, descriptors = self._before
-        eventually(
-            lambda: self.measure()[1] <= descriptors + MORE_DESCRIPTORS, 15, f"{descriptors} descriptors, as before"
-        )
-        eventually(lambda: self.worker.metric("dynamo_worker_in_flight") == 0, 10, "nothing to be in flight")
-        now = self.measure()[0]
-        print(f"/live: median {statistics.median(self.live):.4f} s, longest {max(self.live):.4f} s")
-        print(f"memory: {memory >> 20} MiB, then {now >> 20} MiB")
-        assert now <= memory + MORE_MEMORY
-        assert statistics.median(self.live) <= LIVE_USUALLY
-        assert max(self.live) <= LIVE_ALWAYS
-        assert "Traceback" not in self.worker.log, self.worker.log[-5000:]
-        assert "panicked" not in self.worker.log, self.worker.log[-5000:]
-        self.worker.stop()
+#: How many requests an example has: every one is made by itself or beside the others.
+AT_ONCE = {"min_size": 4, "max_size": 5}
 
 
 # ------------------------------------------------------------------------------------------------ the token endpoint
@@ -144,28 +96,6 @@ EXTREMES: list[object] = [
 ]
 
 
-class Client:
-    """The other end of ``fuzz_client.py``."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, fuzz_client.__file__],
-            env=cluster.environment(DYN_LOG="off"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def ask(self, *requests: object) -> list[tuple[str, object]]:
-        """Make requests, all at once, and return how they ended."""
-        fuzz_client.write(self._process.stdin, requests)
-        answers: list[tuple[str, object]] = fuzz_client.read(self._process.stdout)
-        return answers
-
-    def close(self) -> None:
-        with self._process:
-            self._process.kill()
-
-
 def check_answer(answer: tuple[str, object]) -> None:
     """Check that a request ended as requests do: with a finish reason, or a typed error."""
     kind, what = answer
@@ -175,33 +105,39 @@ def check_answer(answer: tuple[str, object]) -> None:
         assert what.get("finish_reason"), answer
 
 
+def check_serving(client: Client) -> None:
+    """Check that an ordinary request gets its answer."""
+    how, last = client.ask(VALID)[0]
+    # What waits together leaves together: the last chunk may hold all three tokens.
+    assert (how, last["token_ids"][-1], last["finish_reason"]) == ("ended", 70, "length")
+
+
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("arguments", [(), ("--process-tree",)], ids=["in process", "process tree"])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--process-tree",), ("--engine", "strict")],
+    ids=["in process", "process tree", "with an engine that reads all of a request"],
+)
 def test_requests(cluster: Cluster, arguments: tuple[str, ...]) -> None:
-    watched = Watched(cluster, *arguments)
-    client = Client(cluster)
-    try:
+    with Watched(cluster, *arguments) as watched, Client(cluster) as client:
         for extreme in EXTREMES:
             check_answer(client.ask(extreme)[0])
-            watched.check_live()
         watched.begin()
+        asked = itertools.count()
 
         @FUZZ
-        @given(st.lists(REQUESTS, min_size=1, max_size=8))
+        @given(st.lists(REQUESTS, **AT_ONCE))
         def fuzz(requests: list[object]) -> None:
             for answer in client.ask(*requests):
                 check_answer(answer)
-            watched.check_live()
+                next(asked)
 
         fuzz()
         for extreme in EXTREMES:
             check_answer(client.ask(extreme)[0])
-        how, last = client.ask(VALID)[0]
-        # What waits together leaves together: the last chunk may hold all three tokens.
-        assert (how, last["token_ids"][-1], last["finish_reason"]) == ("ended", 70, "length")
-    finally:
-        client.close()
-    watched.end()
+        check_serving(client)
+        print(f"\n{next(asked)} requests")
+        watched.end()
 
 
 # -------------------------------------------------------------------------------------------------- the status server
@@ -245,14 +181,19 @@ def messages(draw: st.DrawFn) -> bytes:
 LEAVING = st.sampled_from(["reads", "closes", "resets", "shuts down", "stays", "stays", "stays silent"])
 
 
-def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), 5)
+def connect(port: int, room: int | None = None) -> socket.socket:
+    """Return a connection, with room for so many bytes that it has not read."""
+    connection = socket.socket()
+    connection.settimeout(5)
+    if room is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    connection.connect(("127.0.0.1", port))
+    return connection
 
 
 def speak(port: int, message: bytes, pieces: int, leaving: str) -> socket.socket | None:
     """Send a message in so many pieces and leave in one of these ways; return a connection that stays."""
     connection = connect(port)
-    connection.settimeout(5)
     with contextlib.suppress(OSError):  # it has been refused in the middle of it
         size = max(1, len(message) // pieces)
         for at in range(0, len(message), size):
@@ -274,48 +215,162 @@ def speak(port: int, message: bytes, pieces: int, leaving: str) -> socket.socket
 
 @pytest.mark.timeout(1800)
 def test_status_server(cluster: Cluster) -> None:
-    watched = Watched(cluster)
-    port = watched.worker.status_port
-    for path in ("/health", "/metrics", "/engine/x") * 5:
-        watched.worker.status(path)
-    watched.begin()
-    staying: list[socket.socket] = []
+    with Watched(cluster) as watched:
+        port = watched.worker.status_port
+        for path in ("/health", "/metrics", "/engine/x") * 5:
+            watched.worker.status(path)
+        watched.begin()
+        staying: list[socket.socket] = []
+        asked = itertools.count()
 
-    @FUZZ
-    @given(st.lists(st.tuples(messages(), st.integers(1, 5), LEAVING), min_size=1, max_size=5))
-    def fuzz(clients: list[tuple[bytes, int, str]]) -> None:
-        for message, pieces, leaving in clients:
-            connection = speak(port, message, pieces, leaving)
-            if connection is not None:
-                staying.append(connection)
-        while len(staying) > 60:
-            staying.pop(0).close()
-        watched.check_live()
+        @FUZZ
+        @given(st.lists(st.tuples(messages(), st.integers(1, 5), LEAVING), **AT_ONCE))
+        def fuzz(clients: list[tuple[bytes, int, str]]) -> None:
+            for message, pieces, leaving in clients:
+                next(asked)
+                connection = speak(port, message, pieces, leaving)
+                if connection is not None:
+                    staying.append(connection)
+            while len(staying) > 60:
+                staying.pop(0).close()
 
-    fuzz()
-    assert watched.worker.status("/health")[0] == 200
-    for connection in staying:
-        connection.close()
-    watched.end()
+        fuzz()
+        assert watched.worker.status("/health")[0] == 200
+        for connection in staying:
+            connection.close()
+        print(f"\n{next(asked)} clients")
+        watched.end()
 
 
-def test_hundreds_of_clients_that_stall_in_the_middle_of_a_body(cluster: Cluster) -> None:
-    """More than there are descriptors, and they stay; then they leave without a word."""
-    watched = Watched(cluster)
-    port = watched.worker.status_port
-    for path in ("/health", "/metrics") * 5:
-        watched.worker.status(path)
-    watched.begin()
-    staying = []
-    for number in range(600):
-        connection = connect(port)
-        path = ("/engine/x", "/metrics", "/health")[number % 3]
-        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000"
-        connection.sendall(f"{head}\r\n\r\nhalf of it".encode())
-        staying.append(connection)
-        if number % 20 == 0:
-            watched.check_live()
-    assert watched.worker.status("/health")[0] == 200
-    for connection in staying:
-        connection.close()
-    watched.end()
+@pytest.mark.parametrize("where", ["in the head", "in the body", "in reading"])
+@pytest.mark.timeout(600)
+def test_hundreds_of_clients_that_stall(cluster: Cluster, where: str) -> None:
+    """More than there are descriptors, and they stay; others come in their place. Then they leave without a word."""
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000"
+    paths = (b"/engine/x", b"/metrics", b"/health")
+    with Watched(cluster) as watched:
+        port = watched.worker.status_port
+        for path in ("/health", "/metrics") * 5:
+            watched.worker.status(path)
+        watched.begin()
+        staying: list[socket.socket] = []
+        for number in range(max(600, 4 * EXAMPLES)):
+            connection = connect(port, 4096 if where == "in reading" else None)
+            message = {
+                "in the head": head % paths[number % 3],
+                "in the body": head % paths[number % 3] + b"\r\n\r\nhalf of it",
+                "in reading": b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n",
+            }[where]
+            connection.sendall(message)
+            staying.append(connection)
+            if len(staying) > 600:
+                staying.pop(0).close()
+        assert watched.worker.status("/health")[0] == 200
+        for connection in staying:
+            connection.close()
+        watched.end()
+
+
+# --------------------------------------------------------------------------------------------------- control routes
+
+ROUTES = ["sleep", "wake_up", "save", "start_profile", "fail", "load_lora", "unload_lora", "list_loras"]
+JSON_LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30))
+JSON_VALUES = st.recursive(
+    JSON_LEAVES, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=10), inner, max_size=5)
+)
+NAMES = st.sampled_from(["a", "b", "echo", "", "../a", "\0", "x" * 300]) | st.text(max_size=20)
+PLACES = st.sampled_from(["{root}", "{root}/a", "{root}/../b", "{root}/link/a", "/etc", "file:///etc", "s3://a/b", "."])
+BODIES = st.one_of(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "level": JSON_VALUES,
+            "tags": JSON_VALUES,
+            "path": PLACES | JSON_VALUES,
+            "profile_prefix": NAMES | JSON_VALUES,
+            "lora_name": NAMES | JSON_VALUES,
+            "lora_path": PLACES | JSON_VALUES,
+            "source": st.fixed_dictionaries({"uri": PLACES | JSON_VALUES}) | JSON_VALUES,
+        },
+    ).map(json.dumps),
+    JSON_VALUES.map(json.dumps),
+    st.sampled_from(
+        ["[" * 60_000, '{"a":' * 12_000, "1" * 60_000, " " * 65_536, " " * 65_537, '{"level": 1e999}', "{"]
+    ),
+    st.text(max_size=50),
+).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=50)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[bool, str, bytes]:
+    """Return whether a call may be carried out, its route, and what is sent."""
+    route = draw(st.sampled_from(ROUTES) | st.sampled_from(["x", "", "sleep/", "../live", "sleep%00", "y" * 8000]))
+    methods = ["POST"] * 8 + ["GET", "PUT", "post", "OPTIONS", "DELETE"]
+    types = ["application/json"] * 6 + ["application/json; charset=utf-8", "text/plain", "application/jsonp", ""]
+    hosts = ["localhost", "127.0.0.1:1", "[::1]", "LOCALHOST:80"] * 2 + ["x.example", "", "localhost.x.example", "["]
+    origins = [None] * 6 + ["http://{host}", "https://x.example", "null", ""]
+    method, kind, host = (draw(st.sampled_from(values)) for values in (methods, types, hosts))
+    origin = draw(st.sampled_from(origins))
+    body = draw(BODIES)
+    lines = [f"{method} /engine/{route} HTTP/1.1", f"host: {host}", f"content-type: {kind}"]
+    if origin is not None:
+        lines.append("origin: " + origin.format(host=host))
+    lines += [f"content-length: {len(body)}", *draw(st.sampled_from([[], [], [], ["host: localhost"], ["expect: 1"]]))]
+    allowed = (
+        method == "POST"
+        and kind.startswith("application/json")
+        and kind != "application/jsonp"
+        and host in hosts[:4]
+        and origin in (None, "http://{host}")
+        and lines[-1] != "host: localhost"
+    )
+    return allowed, route, "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def call(port: int, message: bytes) -> tuple[int, dict[str, object]]:
+    """Send a message; return the status and the JSON object that come back."""
+    with connect(port) as connection:
+        with contextlib.suppress(OSError):  # it was refused in the middle of it
+            connection.sendall(message)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):  # what was sent and not read
+            while part := connection.recv(65536):
+                received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 "), received
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.timeout(1800)
+def test_control_routes(cluster: Cluster, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to("/etc")
+    below = str(root.resolve())
+    roots = ("--control-write-root", below, "--control-load-root", below)
+    with Watched(cluster, "--engine", "strict", *roots) as watched, Client(cluster) as client:
+        port = watched.worker.status_port
+        for name in ROUTES * 3:
+            watched.worker.operate(name, {"lora_name": "a", "source": {"uri": below}})
+        watched.begin()
+        statuses: dict[int, int] = {}
+
+        @FUZZ
+        @given(st.lists(calls(), **AT_ONCE))
+        def fuzz(all_calls: list[tuple[bool, str, bytes]]) -> None:
+            for allowed, route, message in all_calls:
+                status, answer = call(port, message.replace(b"{root}", below.encode()))
+                statuses[status] = statuses.get(status, 0) + 1
+                assert status in (200, 400, 403, 404, 405, 411, 413, 415), (message, answer)
+                assert allowed or status != 200, (message, answer)
+                if status == 200 and route == "save" and answer["status"] == "success":
+                    assert Path(str(answer["path"])).is_relative_to(below), (message, answer)
+
+        fuzz()
+        assert statuses[200], statuses
+        watched.worker.operate("wake_up")
+        for adapter in watched.worker.operate("list_loras")["loras"]:
+            watched.worker.operate("unload_lora", {"lora_name": adapter})
+        check_serving(client)
+        print(f"\n{sum(statuses.values())} calls: {statuses}")
+        watched.end()

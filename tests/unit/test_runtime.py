@@ -316,9 +316,23 @@ def test_a_directory_of_another_user_is_refused(tmp_path, what):
     ours.mkdir()
     path.mkdir() if what == "directory" else path.symlink_to(ours)
     os.chown(path, 12345, 12345, follow_symlinks=False)
-    with pytest.raises(UsageError, match="belongs to another user") as raised:
+    with pytest.raises(UsageError, match=r"belongs to another user \(12345\)") as raised:
         runtime_module.writable_directory(path)
     assert "--discovery-path" in raised.value.hint
+
+
+def test_a_directory_below_one_that_others_may_write_is_refused(tmp_path):
+    """Who may rename it can put another one in its place."""
+    above = tmp_path / "above"
+    above.mkdir()
+    above.chmod(0o777)
+    with pytest.raises(
+        UsageError, match=r"is not safe, .*: others may write in it or in a directory above it"
+    ) as raised:
+        runtime_module.writable_directory(above / "kv")
+    assert "--discovery-path" in raised.value.hint
+    above.chmod(0o1777)
+    assert runtime_module.writable_directory(above / "kv") == above / "kv"
 
 
 def test_without_a_setting_the_directory_is_dynamos(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -441,6 +442,89 @@ def test_who_is_being_answered_is_ended_last(monkeypatch):
             await leave(served, [*silent, asking])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["body", "answer"])
+def test_a_probe_has_time_to_ask_among_clients_that_stall_later(monkeypatch, where):
+    """It was the only one that had not asked for anything, and ended for the next of them."""
+    monkeypatch.setattr(status_server, "_MOST_CONNECTIONS", 8)
+
+    async def main():
+        enough = asyncio.Event()
+
+        async def slow(body):
+            await enough.wait()
+            return {}
+
+        async with worker(Upstream()) as served:
+            served.server.serve_routes({"slow": slow})
+            request = post("/engine/slow")
+
+            async def stall():
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                writer.write(request[:-1] if where == "body" else request)
+                return reader, writer
+
+            stalling = [await stall() for _ in range(12)]
+            await asyncio.sleep(0.05)
+            reader, writer = probe = await asyncio.open_connection("127.0.0.1", served.port)
+            await asyncio.sleep(0.05)
+            stalling += [await stall() for _ in range(3)]
+            await asyncio.sleep(0.05)
+            writer.write(b"GET /live HTTP/1.1\r\n\r\n")
+            assert (await asyncio.wait_for(reader.read(), 2)).startswith(b"HTTP/1.1 200 ")
+            enough.set()
+            await leave(served, [*stalling, probe])
+
+    asyncio.run(main())
+
+
+def test_who_asks_at_once_is_answered_however_many_come_with_it(monkeypatch):
+    """A loop that has had no core for a while finds them all at the same time."""
+    monkeypatch.setattr(status_server, "_MOST_CONNECTIONS", 8)
+
+    async def main():
+        async with worker() as served:
+            # Blocking: until the last of them has connected, the loop does nothing.
+            connections = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(40)]
+            connections[0].sendall(b"GET /live HTTP/1.1\r\n\r\n")
+            answer = await asyncio.to_thread(connections[0].recv, 4096)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            for connection in connections:
+                connection.close()
+            await leave(served, [])
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_as_its_place_is_needed_leaves_no_traceback():
+    """Up to Python 3.11 `wait_for` loses what is raised while it is cancelled, and asyncio logs it."""
+    troubles = []
+
+    class Leaving:
+        def is_closing(self):
+            return False
+
+        def write(self, data):
+            pass
+
+        async def drain(self):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise ConnectionResetError("Connection lost") from None
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context["message"]))
+        task = asyncio.ensure_future(asyncio.wait_for(status_server._copy(b"x", asyncio.StreamReader(), Leaving()), 9))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait({task})
+        del task
+        gc.collect()
+
+    asyncio.run(main())
+    assert troubles == []
 
 
 async def leave(served, connections):

@@ -24,6 +24,7 @@ from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses, etcd_endpoints
 from dynamo_worker.supervisor.files import open_regular
+from dynamo_worker.supervisor.run_directory import check_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -350,7 +351,7 @@ def writable_directory(path: Path | None) -> Path:
 
     Who may write in it decides where requests go, so it has to be this user's alone.
 
-    :raises UsageError: it cannot be made, or others may write in it.
+    :raises UsageError: it cannot be made, or others may write in it or in one above it.
     """
     directory = path or Path(os.environ.get("DYN_FILE_KV") or DEFAULT_FILE_KV)
     try:
@@ -364,9 +365,10 @@ def writable_directory(path: Path | None) -> Path:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UsageError(f"the discovery directory {directory} is not writable", hint="see --discovery-path")
     if status.st_uid != os.geteuid() or owner_of_path not in (0, os.geteuid()):
+        owner = status.st_uid if status.st_uid != os.geteuid() else owner_of_path
         raise UsageError(
-            f"the discovery directory {directory} belongs to another user ({status.st_uid}), who could replace workers "
-            "in it and receive their requests",
+            f"the discovery directory {directory} belongs to another user ({owner}), who could replace workers in it "
+            "and receive their requests",
             hint="give --discovery-path a directory of your own",
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -375,6 +377,17 @@ def writable_directory(path: Path | None) -> Path:
             "could replace workers in it and receive their requests",
             hint=f"chmod go-w {directory}, or give --discovery-path another directory",
         )
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        check_place(descriptor)
+    except OSError as error:
+        raise UsageError(
+            f"the discovery directory {directory} is not safe, somebody could put another one in its place: "
+            f"{error.strerror}",
+            hint="give --discovery-path a directory of your own",
+        ) from error
+    finally:
+        os.close(descriptor)
     return directory
 
 

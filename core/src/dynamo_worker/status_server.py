@@ -23,7 +23,7 @@ from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from dynamo_worker.operations import Operation
 
@@ -43,9 +43,16 @@ _BODY_TIMEOUT = 10.0
 _IDLE_TIMEOUT = 20.0
 #: How long the runtime's answer may take to go through.
 _TOTAL_TIMEOUT = 60.0
-#: Connections at once. One more ends the oldest that has not asked for anything yet, or the oldest of all: clients that
-#: never finish must not use up the descriptors that requests need, nor keep a probe from its answer.
+#: Connections at once. One more ends the oldest of those that have not asked for anything yet, or of those that are
+#: being answered, whichever are more: clients that never finish must not use up the descriptors that requests need, nor
+#: keep a probe from its answer.
 _MOST_CONNECTIONS = 64
+#: For how many turns of the event loop nobody has to make room: who has connected at the same time may have asked
+#: already, and is answered first, even if the loop has had no core for a while and finds hundreds of them.
+_TURNS_TO_ASK = 3
+#: Connections that wait until the event loop accepts them. The kernel drops those beyond, and their clients try again
+#: after a second.
+_BACKLOG = 256
 _COPY_CHUNK = 64 * 1024
 
 
@@ -76,7 +83,7 @@ class StatusServer:
         self._server: asyncio.Server | None = None
         self._upstream: tuple[str, int] | None = None
         self._control: ControlRoutes | None = None
-        # Dictionaries that remember the order: who has yet to ask, and who is being answered.
+        # Dictionaries that remember the order: who has yet to ask, or to send the whole body; who is being answered.
         self._silent: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._answered: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
@@ -89,7 +96,7 @@ class StatusServer:
             # The host is a number. uvloop would look it up all the same, in threads, and abort where it gets none.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, port), family=family)
-            self._server = await asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD)
+            self._server = await asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD, backlog=_BACKLOG)
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
             raise StartError(
@@ -120,13 +127,9 @@ class StatusServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._silent) + len(self._answered) >= _MOST_CONNECTIONS:
-            crowd = self._silent or self._answered
-            oldest = next(iter(crowd))
-            crowd.pop(oldest).transport.abort()
-            oldest.cancel()
         self._silent[task] = writer
         try:
+            await self._make_room()
             await self._converse(task, reader, writer)
         except asyncio.CancelledError:  # others need its place; nobody waits for this task
             pass
@@ -137,15 +140,32 @@ class StatusServer:
             self._silent.pop(task, None)
             self._answered.pop(task, None)
 
+    async def _make_room(self) -> None:
+        """End a connection if there are too many."""
+        if len(self._silent) + len(self._answered) <= _MOST_CONNECTIONS:
+            return
+        for _ in range(_TURNS_TO_ASK):
+            await asyncio.sleep(0)
+        if len(self._silent) + len(self._answered) > _MOST_CONNECTIONS:
+            # The larger crowd: otherwise a probe that has just connected would be all that there is to end, as soon as
+            # the others have asked for something that takes long.
+            crowd = max(self._silent, self._answered, key=len)
+            oldest = next(iter(crowd))
+            crowd.pop(oldest).transport.abort()
+            oldest.cancel()
+
     async def _converse(
         self, task: asyncio.Task[None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Read one request and answer it."""
         try:
             data = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_TIMEOUT)
+            head = RequestHead.parse(data)
+            takes_body = head.path.startswith(_CONTROL) and self._control is not None
+            body = await _body(head, reader) if takes_body else b""
             self._silent.pop(task, None)
             self._answered[task] = writer
-            answer = await self._answer(RequestHead.parse(data), data, reader, writer)
+            answer = await self._answer(head, data, body, writer)
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.TimeoutError, TimeoutError):
             answer = self._report("400 Bad Request")
         except HttpError as error:
@@ -153,9 +173,7 @@ class StatusServer:
         if not writer.is_closing():  # the client has reset it; uvloop would raise a RuntimeError
             writer.write(answer)
 
-    async def _answer(
-        self, head: RequestHead, data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bytes:
+    async def _answer(self, head: RequestHead, data: bytes, body: bytes, writer: asyncio.StreamWriter) -> bytes:
         """Return what the client has yet to be told.
 
         :raises HttpError: the request is refused.
@@ -167,7 +185,7 @@ class StatusServer:
         if head.path.startswith(_CONTROL):
             if self._control is None:
                 return self._report("503 Service Unavailable")
-            return await self._control.call(head.path.removeprefix(_CONTROL), head, await _body(head, reader))
+            return await self._control.call(head.path.removeprefix(_CONTROL), head, body)
         if head.method not in ("GET", "HEAD"):
             raise HttpError("405 Method Not Allowed", "this path can only be read", "allow: GET, HEAD")
         if head.body_length:
@@ -227,10 +245,21 @@ async def _forward(data: bytes, writer: asyncio.StreamWriter, host: str, port: i
 
 
 async def _copy(data: bytes, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while data and not target.is_closing():
-        target.write(data)
-        await asyncio.wait_for(target.drain(), _IDLE_TIMEOUT)
-        data = await asyncio.wait_for(source.read(_COPY_CHUNK), _IDLE_TIMEOUT)
+    """Write an answer until its end, or until one of the two has left."""
+    with contextlib.suppress(ConnectionError):
+        while data and not target.is_closing():
+            target.write(data)
+            await asyncio.wait_for(_unless_lost(target.drain()), _IDLE_TIMEOUT)
+            data = await asyncio.wait_for(source.read(_COPY_CHUNK), _IDLE_TIMEOUT)
+
+
+async def _unless_lost(step: Awaitable[None]) -> None:
+    """Wait for something, or until the connection is lost.
+
+    Up to Python 3.11 ``wait_for`` loses an error if it is cancelled at the same time, and asyncio logs a traceback.
+    """
+    with contextlib.suppress(ConnectionError):
+        await step
 
 
 async def _end(writer: asyncio.StreamWriter) -> None:
@@ -238,6 +267,6 @@ async def _end(writer: asyncio.StreamWriter) -> None:
     try:
         with contextlib.suppress(OSError):
             writer.close()
-            await asyncio.wait_for(writer.wait_closed(), _IDLE_TIMEOUT)
+            await asyncio.wait_for(_unless_lost(writer.wait_closed()), _IDLE_TIMEOUT)
     except (asyncio.CancelledError, asyncio.TimeoutError, TimeoutError):
         writer.transport.abort()

@@ -266,8 +266,18 @@ def _make_safe(place: str, base: int) -> list[str]:
     if status.st_uid == os.geteuid() and _may_be_renamed_in(status):
         os.chmod(f"/proc/self/fd/{base}", stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
         changed.append(f"{place}: others may write there; the sticky bit was set")
-        status = os.fstat(base)
-    above = os.open(f"/proc/self/fd/{base}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    check_place(base)
+    return changed
+
+
+def check_place(directory: int) -> None:
+    """Check that nobody else can rename what is in a directory, or put another one in its place.
+
+    :param directory: its descriptor.
+    :raises OSError: somebody can.
+    """
+    status = os.fstat(directory)
+    above = os.open(f"/proc/self/fd/{directory}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while True:
             if status.st_uid not in (0, os.geteuid(), linux.unmapped_user()):
@@ -280,7 +290,7 @@ def _make_safe(place: str, base: int) -> list[str]:
             above = parent
             last, status = status, os.fstat(above)
             if os.path.samestat(last, status):
-                return changed
+                return
     finally:
         os.close(above)
 

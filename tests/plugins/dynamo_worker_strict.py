@@ -1,0 +1,138 @@
+"""The echo engine, which reads requests and offers operations as engines with models do, only without a model.
+
+The echo engine itself refuses what it does not know before it has looked at it. Found like `dynamo_worker_faulty`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dynamo.runtime import Endpoint
+
+from dynamo_worker import Chunk, EngineContext, EngineInfo, Request, RequestContext, hookimpl, translation
+from dynamo_worker.adapters import Adapter, Adapters
+from dynamo_worker.allowed_paths import AllowedPaths
+from dynamo_worker.engines import echo
+from dynamo_worker.json_schema import check_size
+from dynamo_worker.operations import Operation, Operations
+from dynamo_worker.translation import ModelTable, RequestTable
+
+SAMPLING: translation.Fields = {
+    **translation.SAMPLING,
+    "guided_decoding": ("guide", lambda _, value: translation.guided_decoding(value)),
+}
+EXTRA: translation.Fields = {
+    **SAMPLING,
+    "allowed_token_ids": ("allowed_token_ids", translation.allowed_tokens),
+    "logprob_token_ids": ("logprob_token_ids", translation.tokens),
+    "logit_bias": ("logit_bias", translation.logit_bias),
+    "custom_params": ("custom_params", translation.mapping),
+}
+TABLE = RequestTable(SAMPLING, translation.STOP, translation.OUTPUT, EXTRA, handled=frozenset({"kv_hint"}))
+
+#: Why the engine is out of discovery.
+ASLEEP = "asleep"
+
+
+class Loader:
+    """Loads nothing."""
+
+    async def load(self, adapter: Adapter) -> None:
+        pass
+
+    async def unload(self, adapter: Adapter) -> None:
+        pass
+
+
+class Control(Operations):
+    """Operations of all kinds: one that leaves discovery, one that writes, one that takes a name, one that fails."""
+
+    def __init__(self, allowed_paths: AllowedPaths) -> None:
+        self._allowed_paths = allowed_paths
+        routes = {
+            "sleep": self.sleep,
+            "wake_up": self.wake_up,
+            "save": self.save,
+            "start_profile": self.start_profile,
+            "fail": self.fail,
+        }
+        super().__init__(routes, {}, Adapters(Loader(), allowed_paths=allowed_paths))
+
+    async def sleep(self, body: dict[str, Any]) -> dict[str, Any]:
+        async def nothing() -> None:
+            pass
+
+        await self.presence.step_out(nothing, ASLEEP)
+        return {"level": body.get("level", 1)}
+
+    async def wake_up(self, body: dict[str, Any]) -> dict[str, Any]:
+        async def resume() -> bool:
+            return True
+
+        await self.presence.step_in(resume, ASLEEP)
+        return {}
+
+    async def save(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"path": self._allowed_paths.to_write(translation.string("path", body.get("path")))}
+
+    async def start_profile(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"prefix": self._allowed_paths.name(body.get("profile_prefix"))}
+
+    async def fail(self, body: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError(f"the engine is not up to {body}")
+
+
+class StrictEngine(echo.EchoEngine):
+    """Checks everything that a request asks for, and echoes its prompt."""
+
+    def __init__(self, args: argparse.Namespace, allowed_paths: AllowedPaths) -> None:
+        super().__init__(args)
+        self._table = ModelTable(TABLE, {}, echo.CONTEXT_LENGTH)
+        self._control = Control(allowed_paths)
+
+    async def start(self, worker_id: int) -> EngineInfo:
+        return replace(await super().start(worker_id), endpoints=self._control.endpoints())
+
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        self._control.attach(endpoint, info)
+
+    def paused(self) -> bool:
+        return self._control.paused()
+
+    def control_routes(self) -> Mapping[str, Operation]:
+        return self._control.routes()
+
+    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        values = self._table.read(request)
+        translation.cache_salt(request)
+        translation.session_id(request)
+        translation.priority(request)
+        if request.get("kv_hint") is not None:
+            check_size("kv_hint", request["kv_hint"])
+        if values is None:
+            yield {"token_ids": [], "index": 0, "finish_reason": "length"}
+            return
+        plain = {"token_ids": request["token_ids"], "stop_conditions": {"max_tokens": values["max_tokens"]}}
+        with self._control.adapter(request):
+            async for chunk in super().generate(plain, context):
+                yield chunk
+
+
+class StrictPlugin:
+    @hookimpl
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("strict engine")
+        group.add_argument("--model-name", default="echo")
+        group.add_argument("--tokens-per-second", type=float, default=0.0)
+        group.add_argument("--start-seconds", type=float, default=0.0)
+        group.add_argument("--prefill-seconds", type=float, default=0.0)
+
+    @hookimpl
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> StrictEngine:
+        return StrictEngine(args, context.allowed_paths)
+
+
+plugin = StrictPlugin()
