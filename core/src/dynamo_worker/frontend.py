@@ -172,8 +172,8 @@ class FrontendProcess:
     def drain(self) -> None:
         """Have it take no new connections, and end as soon as it carries nothing any more."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
             self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)  # a stopped process hears nothing before
 
     @property
     def failure(self) -> str | None:
