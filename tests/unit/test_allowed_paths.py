@@ -56,6 +56,14 @@ def test_outside_of_it(root: Path, wanted: str) -> None:
             check(wanted.format(root))
 
 
+@pytest.mark.parametrize("wanted", ["{}/\0x", "http://[", "{}/\udc80\ud800"])
+def test_what_is_no_path_at_all(root: Path, wanted: str) -> None:
+    paths = AllowedPaths([str(root), "s3://bucket"], [str(root)])
+    for check in (paths.to_load, paths.to_write):
+        with pytest.raises(InvalidRequestError, match="is no path or URI"):
+            check(wanted.format(root))
+
+
 def test_a_link_is_where_it_leads_to(root: Path) -> None:
     (root / "out").symlink_to(root.parent / "secret")
     (root / "in").symlink_to(root / "poet")

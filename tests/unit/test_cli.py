@@ -484,6 +484,18 @@ def test_there_is_an_end_to_how_many_files_a_worker_may_open(monkeypatch):
     assert limits == [(1 << 20, resource.RLIM_INFINITY)]
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_limit_of_open_files_that_cannot_be_raised_stays(monkeypatch, error):
+    """The kernel refuses where the hard limit is above fs.nr_open, which was lowered later."""
+
+    def refuse(number, values):
+        raise error("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    open_files.raise_limit()
+
+
 def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys):
     from dynamo_worker.cli import main
     from dynamo_worker.plugins import Plugins

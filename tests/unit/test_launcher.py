@@ -1587,6 +1587,14 @@ def test_with_a_frontend_on_loopback_all_is_there_unless_the_operator_says(
     assert world.order("registered", "closed to others", "ready")
 
 
+@pytest.mark.parametrize(("host", "said"), [("", True), ("127.0.0.1", True), ("192.0.2.1", False)])
+def test_a_cluster_is_told_that_only_this_machine_reaches_the_worker(world, frontend, monkeypatch, caplog, host, said):
+    monkeypatch.setenv(HOSTS[0], host)
+    world.settings["discovery_backend"] = "etcd"
+    assert world.run(stop_when_serving) == ExitCode.STOPPED
+    assert ("Only frontends of this machine can reach this worker" in caplog.text) == said
+
+
 @pytest.mark.parametrize(("router", "wanted"), [("round-robin", False), ("least-loaded", True), ("kv", True)])
 def test_an_engine_hears_whether_a_router_reads_its_events(world, frontend, monkeypatch, router, wanted):
     create, contexts = world.plugins.create_engine, []

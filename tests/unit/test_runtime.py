@@ -680,6 +680,14 @@ def test_a_chat_template_that_is_none_is_named(monkeypatch, tmp_path, planted, r
         register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=path)
 
 
+def test_a_chat_template_without_end_is_none(monkeypatch, tmp_path):
+    path = tmp_path / "chat.jinja"
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(StartError, match=rf"--custom-jinja-template {path} .*has 1073741824 bytes"):
+        register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=path)
+
+
 def test_a_chat_template_is_handed_over(monkeypatch, tmp_path):
     (tmp_path / "data").write_text("{{ messages }}")
     (tmp_path / "chat.jinja").symlink_to("data")

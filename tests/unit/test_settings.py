@@ -321,6 +321,13 @@ def test_the_status_server_is_where_the_frontend_is(flags, host):
     assert load({**flags, "system_host": "192.0.2.2"}, {}).system_host == "192.0.2.2"
 
 
+def test_in_a_pod_the_status_server_is_where_the_kubelet_asks(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    settings = load({"frontend": True}, {})
+    assert settings.system_host == "0.0.0.0"
+    assert settings.on_loopback
+
+
 def test_events_are_for_routers_elsewhere_and_for_one_that_reads_them():
     assert load({}, {}).events_wanted
     assert not load({"frontend": True}, {}).events_wanted

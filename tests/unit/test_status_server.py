@@ -233,6 +233,11 @@ def test_a_large_answer_goes_through():
         (b"DELETE /v1/loras/x HTTP/1.1\r\n\r\n", 405),
         (b"GET /metrics HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}", 400),
         (b"GET /metrics HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        # The runtime takes a single LF for the end of a line.
+        (b"GET /metrics HTTP/1.1\r\nhost: x\n\nPOST /other HTTP/1.1\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\nhost: x\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\r\nhost: x\ry: z\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\r\nhost: x\0\r\n\r\n", 400),
     ],
 )
 def test_nothing_is_written_to_the_runtime(request_, status):
@@ -241,6 +246,24 @@ def test_nothing_is_written_to_the_runtime(request_, status):
         async with worker(upstream) as served:
             assert (await served.send(request_)).startswith(b"HTTP/1.1 %d " % status)
             assert not upstream.heads
+
+    asyncio.run(main())
+
+
+def test_a_runtime_that_takes_no_connections_is_given_up(monkeypatch):
+    monkeypatch.setattr(status_server, "_IDLE_TIMEOUT", 0.1)
+
+    async def main():
+        # A queue of one that is full: what connects then waits.
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as waiting:
+            for _ in range(8):
+                client = waiting.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(full.getsockname())
+            async with worker(Upstream()) as served:
+                served.server.forward_to(*full.getsockname())
+                answer = await asyncio.wait_for(served.send(b"GET /metrics HTTP/1.1\r\n\r\n"), 10)
+                assert answer.startswith(b"HTTP/1.1 504 ")
 
     asyncio.run(main())
 

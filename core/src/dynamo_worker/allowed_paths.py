@@ -31,14 +31,14 @@ class AllowedPaths:
 
         :raises InvalidRequestError: it may not.
         """
-        return _below(self.load, wanted, "load", "--control-load-root")
+        return _checked(self.load, wanted, "load", "--control-load-root")
 
     def to_write(self, wanted: str) -> str:
         """Return the path, without links, to which a request may write.
 
         :raises InvalidRequestError: it may not.
         """
-        return _below(self.write, wanted, "write", "--control-write-root")
+        return _checked(self.write, wanted, "write", "--control-write-root")
 
     @staticmethod
     def name(wanted: object) -> str:
@@ -76,6 +76,15 @@ def check_write_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
 def _is_remote(uri: str) -> bool:
     parts = urlsplit(uri)
     return parts.scheme not in ("", "file") and bool(parts.netloc)
+
+
+def _checked(roots: Sequence[str], wanted: str, what: str, flag: str) -> str:
+    try:
+        return _below(roots, wanted, what, flag)
+    except InvalidRequestError:
+        raise
+    except ValueError as error:  # a zero byte, half a surrogate, an address that is none
+        raise InvalidRequestError(f"{wanted!r:.200} is no path or URI: {error}") from error
 
 
 def _below(roots: Sequence[str], wanted: str, what: str, flag: str) -> str:

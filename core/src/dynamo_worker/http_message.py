@@ -48,6 +48,9 @@ class RequestHead:
         :raises HttpError: they are none.
         """
         request_line, *lines = head.decode("latin-1").split("\r\n")
+        if any(character in line for line in (request_line, *lines) for character in "\r\n\0"):
+            # Whoever else reads these bytes may take a single LF for the end of a line, or of the head.
+            raise HttpError("400 Bad Request", "lines must end with CRLF")
         words = request_line.split(" ", 2)
         if len(words) < 2:
             raise HttpError("400 Bad Request", "this is no HTTP request")

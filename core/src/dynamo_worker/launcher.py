@@ -473,8 +473,12 @@ class Launcher:
     def _start_frontend(self, private_dir: Path) -> WorkerSettings:
         """Start the frontend beside the worker; with file discovery both meet in the private directory."""
         settings = self._settings
-        if settings.on_loopback:
-            stay_on_loopback()
+        if settings.on_loopback and stay_on_loopback() and settings.discovery_backend != "file":
+            log.warning(
+                "Only frontends of this machine can reach this worker, and all will find it",
+                discovery=settings.discovery_backend,
+                next="set DYN_TCP_RPC_HOST, or name an address of the network with --frontend",
+            )
         if settings.discovery_backend == "file" and settings.discovery_path is None:
             settings = settings.model_copy(update={"discovery_path": private_dir / "discovery"})
         if settings.discovery_path is not None:

@@ -271,7 +271,7 @@ OPTIONS: Final = (
         HEALTH,
         "Address of the server for /health, /live and /metrics.",
         "DYN_SYSTEM_HOST",
-        default_text="127.0.0.1 with a --frontend on loopback, else 0.0.0.0",
+        default_text="127.0.0.1 with a --frontend on loopback (not in Kubernetes), else 0.0.0.0",
         metavar="HOST",
     ),
     Option(

@@ -37,22 +37,29 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+_REQUESTS_HOST = "DYN_TCP_RPC_HOST"
 _EVENTS_HOST = "DYN_EVENT_PLANE_HOST"
 #: Where the runtime looks when ``NATS_SERVER`` is not set.
 _DEFAULT_NATS = "nats://localhost:4222"
 #: Where the runtime's parts can be reached: requests, the answers to them, events.
-_HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", _EVENTS_HOST)
+_HOSTS = (_REQUESTS_HOST, "DYN_TCP_RESPONSE_STREAM_HOST", _EVENTS_HOST)
+#: Longest chat template; those of models have up to some ten thousand bytes.
+_MOST_TEMPLATE_BYTES = 1 << 20
 #: How long one attempt to connect to a server may take, in seconds.
 _CONNECT_SECONDS = 2.0
 #: The runtime's own way of ending endpoints must never outlast ours; it is only asked once nothing is in flight.
 _RUNTIME_DRAIN_SECONDS = 2
 
 
-def stay_on_loopback() -> None:
-    """Have this process's runtime, and those of its children, listen on loopback where nobody has said otherwise."""
+def stay_on_loopback() -> bool:
+    """Have this process's runtime, and those of its children, listen on loopback where nobody has said otherwise.
+
+    :returns: whether requests come from this machine only.
+    """
     for name in _HOSTS:
         if not os.environ.get(name):
             os.environ[name] = LOOPBACK
+    return is_loopback(os.environ[_REQUESTS_HOST])
 
 
 def connect(discovery_backend: str, request_plane: str, event_plane: str | None) -> DistributedRuntime:
@@ -181,11 +188,8 @@ class Runtime:
         model_path, info = info.model_path, self.completed(info)
         template = self._settings.custom_jinja_template
         if template is not None:
-            try:  # the runtime would read a FIFO without end
-                os.close(open_regular(template, os.O_RDONLY))
-            except OSError as error:
-                named = self._settings.origin("custom_jinja_template").describe("custom_jinja_template", template)
-                raise StartError(f"{named} cannot be read: {error.strerror}") from error
+            named = self._settings.origin("custom_jinja_template").describe("custom_jinja_template", template)
+            _check_template(template, named)
         try:
             await register_model(
                 ModelInput.Tokens,
@@ -279,6 +283,20 @@ class Runtime:
             _, pending = await asyncio.wait(self._serving, timeout=timeout)
             if pending:
                 log.warning("Endpoints still open", endpoints=len(pending), waited_s=timeout)
+
+
+def _check_template(path: Path, named: str) -> None:
+    """Refuse what is no chat template before the runtime reads it: a FIFO would have no end.
+
+    :raises StartError: it is no regular file, or too long.
+    """
+    try:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise StartError(f"{named} cannot be read: {error.strerror}") from error
+    if size > _MOST_TEMPLATE_BYTES:
+        raise StartError(f"{named} is no chat template: it has {size} bytes, more than {_MOST_TEMPLATE_BYTES}")
 
 
 def model_type(names: Sequence[str]) -> ModelType:

@@ -77,8 +77,12 @@ def _parse_address(value: object) -> object:
 
 
 def _status_host(frontend: Address | None) -> str:
-    """Return where the status server listens if nobody says: probes come from outside, unless all there is, is here."""
-    return LOOPBACK if frontend is not None and frontend.local else "0.0.0.0"  # noqa: S104 - as in Dynamo
+    """Return where the status server listens if nobody says: probes come from outside, unless all there is, is here.
+
+    In a pod they come from outside whatever the frontend's address is.
+    """
+    local = frontend is not None and frontend.local and "KUBERNETES_SERVICE_HOST" not in os.environ
+    return LOOPBACK if local else "0.0.0.0"  # noqa: S104 - as in Dynamo
 
 
 def _check_endpoint_types(value: object) -> object:

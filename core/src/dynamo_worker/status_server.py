@@ -223,7 +223,9 @@ async def _forward(data: bytes, writer: asyncio.StreamWriter, host: str, port: i
     :raises HttpError: the runtime does not answer.
     """
     try:
-        upstream_reader, upstream_writer = await asyncio.open_connection(host, port)
+        upstream_reader, upstream_writer = await asyncio.wait_for(asyncio.open_connection(host, port), _IDLE_TIMEOUT)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise HttpError("504 Gateway Timeout", "the runtime's status server takes no connections") from None
     except OSError:
         return False
     try:

@@ -209,6 +209,16 @@ class TestResourceTracker:
         wait_until(lambda: process_tree.is_resource_tracker(tracker.pid))  # from its exec on
         assert not process_tree.is_resource_tracker(process.pid)
 
+    def test_one_of_python_310(self, spawn):
+        """There we put code of ours in front of that of ``multiprocessing``."""
+        process = spawn(
+            "from dynamo_worker.supervisor import interpreter; interpreter.has_safe_path = lambda: False; "
+            "interpreter.protect_multiprocessing(); "
+            f"from multiprocessing.resource_tracker import ensure_running; ensure_running(); {READY}"
+        )
+        (tracker,) = process_tree.descendants(process.pid)
+        wait_until(lambda: process_tree.is_resource_tracker(tracker.pid))
+
     def test_what_only_looks_like_one(self, spawn):
         talks_of_it = spawn(f"x = 'from multiprocessing.resource_tracker import main'; {READY}")
         assert not process_tree.is_resource_tracker(talks_of_it.pid)

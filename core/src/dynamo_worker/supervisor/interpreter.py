@@ -40,6 +40,11 @@ def code_arguments(code: str) -> list[str]:
     return ["-P", "-c", code] if has_safe_path() else ["-c", _WITHOUT_CURRENT_DIRECTORY + code]
 
 
+def own_code(argument: bytes) -> bytes:
+    """Return the code that an interpreter was given, without what we have put in front of it."""
+    return argument.removeprefix(_WITHOUT_CURRENT_DIRECTORY.encode())
+
+
 def protect_multiprocessing() -> None:
     """Have ``multiprocessing`` start its interpreters so, too, where there is no ``-P`` that it would pass on."""
     if has_safe_path():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from dynamo_worker.contract import RUN_DIR
-from dynamo_worker.supervisor import ledger, linux, mark
+from dynamo_worker.supervisor import interpreter, ledger, linux, mark
 from dynamo_worker.supervisor.linux import Process, Stat
 
 #: How long the resource trackers of ``multiprocessing`` may take to unlink what their dead clients left.
@@ -120,7 +120,7 @@ def is_resource_tracker(pid: int) -> bool:
             arguments = file.read(4096).split(b"\0")
     except OSError:
         return False
-    return any(argument.startswith(_TRACKER) for argument in arguments[1:])
+    return any(interpreter.own_code(argument).startswith(_TRACKER) for argument in arguments[1:])
 
 
 def describe(process: Process) -> str:

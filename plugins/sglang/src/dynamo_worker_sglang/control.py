@@ -26,6 +26,8 @@ log = get_logger(__name__)
 _REGIONS = ("weights", "kv_cache", "cuda_graph")
 #: How ``pause_generation`` can treat requests in flight: end them, leave them as they are, or let them wait.
 _MODES = ("abort", "in_place", "retract")
+#: Most seconds to wait for a cache that is in use.
+_LONGEST_FLUSH = 600
 #: Where SGLang writes profiles unless it is told otherwise.
 _PROFILES = "/tmp"  # noqa: S108 - only if it is an allowed root
 
@@ -81,7 +83,10 @@ class Control(Operations):
 
     async def flush_cache(self, body: dict[str, Any]) -> dict[str, Any]:
         """Forget all cached prefixes; waits ``timeout_s`` seconds for requests that use them."""
-        result = await self._manager.flush_cache(body.get("timeout_s"))
+        timeout = body.get("timeout_s")
+        if timeout is not None and not (type(timeout) in (int, float) and 0 <= timeout <= _LONGEST_FLUSH):
+            raise InvalidRequestError(f"timeout_s must be a number from 0 to {_LONGEST_FLUSH}")
+        result = await self._manager.flush_cache(timeout)
         if not result.success:
             raise RuntimeError(result.message or "the cache is in use; it is not flushed")
         return {"message": "cache flushed"}
