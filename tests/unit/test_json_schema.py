@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_worker import InvalidRequestError, translation
+from dynamo_worker import InvalidRequestError, json_schema, translation
 
 
 class Counted(dict[str, Any]):
@@ -168,3 +168,113 @@ def test_circles_are_refused_and_nothing_else_is(schema: dict[str, Any]) -> None
         assert leads_nowhere(schema)
     else:
         assert not leads_nowhere(schema)
+
+
+# ------------------------------------------------------------------------------------ ways through references, patterns
+
+
+def linked(links: int, step: Any) -> dict[str, Any]:
+    """Definitions that lead from one to the next in some way."""
+    steps = {f"d{number}": step({"$ref": f"#/$defs/d{number + 1}"}) for number in range(links)}
+    return {"$ref": "#/$defs/d0", "$defs": {**steps, f"d{links}": {"type": "string"}}}
+
+
+#: Ways from one definition to the next, and how many levels each is.
+STEPS = {
+    "reference": (lambda next_: next_, 1),
+    "property": (lambda next_: {"properties": {"x": next_}}, 3),
+    "item": (lambda next_: {"items": next_}, 2),
+    "all of": (lambda next_: {"allOf": [next_]}, 3),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_way_through_references_has_an_end(step: str) -> None:
+    """Grammar compilers follow it on the stack: 4000 properties or 1500 in other orders ended the worker by SIGSEGV."""
+    make, levels = STEPS[step]
+    most = 1000 // levels
+    json_schema.check_schema("s", linked(most, make))
+    with pytest.raises(InvalidRequestError, match=r"s: \d+ levels are too many, at most 1024"):
+        json_schema.check_schema("s", linked(most + 30, make))
+    tag = {"format": {"type": "json_schema", "json_schema": linked(most + 30, make)}}
+    with pytest.raises(InvalidRequestError, match=r"s: \d+ levels are too many, at most 1024"):
+        json_schema.check_structural_tag("s", tag)
+
+
+def test_what_refers_to_itself_in_circles_is_no_endless_way() -> None:
+    node = {"properties": {"next": {"$ref": "#/$defs/node"}, "value": {"$ref": "#"}}}
+    json_schema.check_schema("s", {"$ref": "#/$defs/node", "$defs": {"node": node}})
+    circle = linked(250, lambda next_: {"properties": {"x": next_}})
+    circle["$defs"]["d250"] = {"items": {"$ref": "#/$defs/d0"}}
+    json_schema.check_schema("s", circle)
+    circle = linked(350, lambda next_: {"properties": {"x": next_}})
+    circle["$defs"]["d350"] = {"items": {"$ref": "#/$defs/d0"}}
+    with pytest.raises(InvalidRequestError, match="levels are too many"):
+        json_schema.check_schema("s", circle)
+
+
+def test_wide_is_not_deep() -> None:
+    """Two thousand definitions that all stand in one."""
+    names = {f"d{number}": {"type": "string"} for number in range(2000)}
+    uses = {name: {"$ref": f"#/$defs/{name}"} for name in names}
+    json_schema.check_schema("s", {"properties": uses, "$defs": names})
+    too_many = {f"e{number}": {"$ref": f"#/{number}"} for number in range(2049)}
+    with pytest.raises(InvalidRequestError, match="2049 references are too many"):
+        json_schema.check_schema("s", {"properties": too_many})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.sets(st.integers(0, 6))), min_size=7, max_size=7))
+def test_no_way_is_longer_than_it_is_said_to_be(parts: list[tuple[int, set[int]]]) -> None:
+    def longest(at: int, been: frozenset[int]) -> int:
+        weight, leads = parts[at]
+        return weight + max((longest(other, been | {other}) for other in leads - been), default=0)
+
+    def reach(at: int) -> set[int]:
+        found, waiting = set(), [at]
+        while waiting:
+            for other in parts[waiting.pop()][1] - found:
+                found.add(other)
+                waiting.append(other)
+        return found
+
+    simple = max(longest(at, frozenset({at})) for at in range(7))
+    said = json_schema._heaviest_way([weight for weight, _ in parts], [leads for _, leads in parts])
+    assert said >= simple
+    if not any(at in reach(at) for at in range(7)):
+        assert said == simple
+    assert said <= sum(weight for weight, _ in parts)
+
+
+@pytest.mark.parametrize(
+    ("expression", "accepted"),
+    [
+        ("a?" * 256, True),
+        ("a?" * 257, False),
+        ("(a|)" * 257, False),
+        ("(|a)" * 257, False),
+        ("a{0,9}" * 257, False),
+        ("|".join(["word"] * 1500), True),
+        (r"\?\*\+" * 500, True),
+        ("[?*+{]" * 500, True),
+        ("(?:a)" * 500, True),
+        ("(" * 4096 + ")" * 4096, True),
+        ("(" * 4096 + ")" * 4097, False),
+    ],
+)
+def test_regular_expressions_are_short_and_have_few_optional_parts(expression: str, accepted: bool) -> None:
+    """One parenthesis in 30 000 others ended the process; 1000 times `a?` made every token of a batch 0.7 s late."""
+    in_tag = {"type": "regex", "pattern": expression}
+    for guide in (
+        {"regex": expression},
+        {"json": {"type": "string", "pattern": expression}},
+        {"json": json.dumps({"properties": {"x": {"propertyNames": {"pattern": expression}}}})},
+        {"json": {"patternProperties": {expression: {"type": "string"}}}},
+        {"structural_tag": {"format": in_tag}},
+        {"structural_tag": {"format": {"type": "json_schema", "json_schema": {"pattern": expression}}}},
+    ):
+        if accepted:
+            translation.guided_decoding(guide)
+        else:
+            with pytest.raises(InvalidRequestError, match="at most"):
+                translation.guided_decoding(guide)

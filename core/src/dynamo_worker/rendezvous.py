@@ -46,6 +46,7 @@ def listen_on_loopback() -> None:
 
     def create(hostname: str, port: int, rank: int, world_size: int, timeout: Any, use_libuv: bool = True) -> Any:
         listener = None
+        hostname = LOOPBACK if hostname == "localhost" else hostname
         if rank == 0 and is_loopback(hostname) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
             with contextlib.suppress(OSError):  # the port is taken, maybe by a store of this process, which is shared

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from dynamo_worker import request_limits as limits
 from dynamo_worker.errors import InvalidRequestError, shown
-from dynamo_worker.json_schema import check_schema, check_size, check_structural_tag
+from dynamo_worker.json_schema import check_regex, check_schema, check_size, check_structural_tag
 
 #: Reads one value of a request and returns it for the engine. Gets the field's full name for its error message.
 Reader = Callable[[str, Any], Any]
@@ -49,10 +49,13 @@ _HANDLED: Final = frozenset(
 GUIDED: Final = ("json", "regex", "choice", "grammar", "whitespace_pattern", "structural_tag")
 #: Those that are text in a language of their own.
 _GUIDE_TEXTS: Final = {
-    "regex": limits.REGEX_CHARACTERS,
     "grammar": limits.GRAMMAR_CHARACTERS,
     "whitespace_pattern": limits.WHITESPACE_CHARACTERS,
 }
+#: Least penalty of repetitions: logits are divided by it, and one of 1e-40 makes them infinite.
+_LEAST_PENALTY: Final = 1e-3
+#: Longest token id as text, longer than any of 64 bits.
+_LONGEST_ID: Final = 20
 
 
 def refusal(name: str, expected: str, value: object) -> InvalidRequestError:
@@ -168,10 +171,23 @@ def logit_bias(name: str, value: Any) -> dict[int, float]:
         raise refusal(name, "an object of tokens and numbers", value)
     limits.BIASES.check(name, len(value))
     try:
+        # What a number as text costs grows with the second power of its length.
+        if any(isinstance(token, str) and len(token) > _LONGEST_ID for token in value):
+            raise ValueError
         ids = [int(token) for token in value]
     except (TypeError, ValueError, OverflowError):
         raise refusal(name, "an object of tokens and numbers", value) from None
+    if ids and not -(2**31) <= min(ids) <= max(ids) < 2**31:
+        raise refusal(name, "an object of tokens and numbers", value)
     return {token: min(100.0, max(-100.0, number(name, bias))) for token, bias in zip(ids, value.values(), strict=True)}
+
+
+def repetition_penalty(name: str, value: Any) -> float:
+    """Read what the logits of tokens that were there already are divided by; engines refuse 0 and below themselves."""
+    read = number(name, value)
+    if 0 < read < _LEAST_PENALTY:
+        raise refusal(name, f"a number from {_LEAST_PENALTY:g}", value)
+    return read
 
 
 def unsupported(*harmless: object) -> Reader:
@@ -203,6 +219,8 @@ def guided_decoding(value: Any) -> dict[str, Any]:
     for key in given:
         if key not in GUIDED:
             raise InvalidRequestError(f"guided_decoding.{key} is not supported by this engine")
+    if "regex" in given:
+        check_regex("guided_decoding.regex", string("guided_decoding.regex", given["regex"]))
     for key, limit in _GUIDE_TEXTS.items():
         if key in given:
             limit.check(f"guided_decoding.{key}", len(string(f"guided_decoding.{key}", given[key])))
@@ -253,7 +271,7 @@ SAMPLING: Final[Fields] = {
     "n": ("n", answers),
     "presence_penalty": ("presence_penalty", number),
     "frequency_penalty": ("frequency_penalty", number),
-    "repetition_penalty": ("repetition_penalty", number),
+    "repetition_penalty": ("repetition_penalty", repetition_penalty),
     "temperature": ("temperature", number),
     "top_p": ("top_p", number),
     "top_k": ("top_k", integer),

@@ -182,12 +182,12 @@ def test_a_decode_worker_goes_there(key: str) -> None:
     [
         *[("bootstrap_host", wrong) for wrong in (3, ["h"], "h" * 257)],
         *[("bootstrap_port", wrong) for wrong in ("9000", -1, 65_536, True)],
-        *[("bootstrap_room", wrong) for wrong in ("7", -1, 2**64, 1.5, True)],
+        *[("bootstrap_room", wrong) for wrong in ("7", -1, 2**63, 1.5, True)],
     ],
 )
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_a_place_to_meet_that_is_none_never_reaches_a_scheduler(mode: str, name: str, wrong: Any) -> None:
-    given = {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 2**64 - 1}
+    given = {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 2**63 - 1}
     Role(mode, ("h", 1)).prepare({"bootstrap_info": given}, translated())
     with pytest.raises(InvalidRequestError, match=name):
         Role(mode, ("h", 1)).prepare({"bootstrap_info": {**given, name: wrong}}, translated())

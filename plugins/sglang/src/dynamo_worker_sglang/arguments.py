@@ -9,12 +9,15 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError, rendezvous
+from dynamo_worker.address import LOOPBACK
 from dynamo_worker.engine_arguments import (
     add_publish_kv_events,
     import_engine,
     kv_events_socket,
     refuse_without_effect,
 )
+
+from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     import argparse
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
 
     from sglang.srt.server_args import ServerArgs
 
+log = get_logger(__name__)
 
+#: With this variable somebody else places SGLang's ranks, on other machines maybe.
+_PLACED_ELSEWHERE: Final = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 #: Flags that nothing reads but SGLang's HTTP and gRPC servers, in 0.5.23.
 _OF_ITS_SERVERS: Final = (
     *("api_key", "admin_api_key"),
@@ -89,8 +95,12 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
         args.disaggregation_bootstrap_port = _free_port()
     if args.publish_kv_events and args.kv_events_config is None:
         args.kv_events_config = json.dumps({"publisher": "zmq", "endpoint": kv_events_socket(private_dir), "topic": ""})
-    if args.nnodes == 1 and args.dist_init_addr is None:
+    if args.nnodes == 1 and args.dist_init_addr is None and _PLACED_ELSEWHERE not in os.environ:
         rendezvous.stay_on_loopback()
+        if args.disaggregation_mode == "null" and args.host != LOOPBACK:
+            # Nothing else would listen there: it is where the ranks meet.
+            log.warning("--host is not used: no server of SGLang's runs in a worker", host=args.host)
+            args.host = LOOPBACK
     # SGLang collects evidence of a dead process for up to a minute before it says so.
     for variable in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"):
         os.environ.setdefault(variable, "0")

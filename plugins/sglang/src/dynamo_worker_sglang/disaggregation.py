@@ -97,8 +97,8 @@ def _host(name: str, value: Any) -> str:
 
 
 def _room(name: str, value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**64:
-        raise refusal(name, "an unsigned 64-bit integer", value)
+    if type(value) is not int or not 0 <= value < _ROOMS:  # the schedulers' table takes no more
+        raise refusal(name, "a number of 63 bits", value)
     return value
 
 
