@@ -174,4 +174,6 @@ def test_a_discovery_directory_below_one_of_another_user_is_refused(cluster: Clu
         above.chmod(0o777)
     worker = start(cluster, shared, DYN_FILE_KV=str(above / "discovery"))
     assert worker.wait_gone() == 2, worker.log
-    assert re.search(r'error="the discovery directory .* is not safe, .*above it', worker.log), worker.log
+    said = "belongs to another user" if kind == "theirs" else "which has no sticky bit"
+    assert re.search(rf'error="the discovery directory .* is not safe, .*{above}.*{said}', worker.log), worker.log
+    assert os.listdir(above) == []

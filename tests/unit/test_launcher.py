@@ -1563,6 +1563,14 @@ def test_frontend_and_worker_meet_in_the_private_directory(world, frontend):
     assert world.runtime.settings.discovery_path == world.discovery_path
 
 
+def test_frontend_and_worker_meet_where_the_path_led_at_the_start(world, frontend, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    world.settings["discovery_path"] = tmp_path / "link" / "kv"
+    world.run(stop_when_serving)
+    assert world.discovery_path == world.runtime.settings.discovery_path == tmp_path / "real" / "kv"
+
+
 def test_a_directory_that_was_asked_for_is_used(world, frontend, tmp_path):
     world.settings["discovery_path"] = tmp_path / "a" / "kv"
     world.run(stop_when_serving)

@@ -482,7 +482,8 @@ class Launcher:
         if settings.discovery_backend == "file" and settings.discovery_path is None:
             settings = settings.model_copy(update={"discovery_path": private_dir / "discovery"})
         if settings.discovery_path is not None:
-            writable_directory(settings.discovery_path)
+            directory = writable_directory(settings.discovery_path)
+            settings = settings.model_copy(update={"discovery_path": directory})
         self._frontend = FrontendProcess.start(settings, settings.discovery_path, private_dir)
         return settings
 

@@ -24,7 +24,7 @@ from dynamo_worker.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses, etcd_endpoints
 from dynamo_worker.supervisor.files import open_regular
-from dynamo_worker.supervisor.run_directory import check_place
+from dynamo_worker.supervisor.run_directory import UnsafePlaceError, check_above, make_directory, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +45,8 @@ _DEFAULT_NATS = "nats://localhost:4222"
 _HOSTS = (_REQUESTS_HOST, "DYN_TCP_RESPONSE_STREAM_HOST", _EVENTS_HOST)
 #: Longest chat template; those of models have up to some ten thousand bytes.
 _MOST_TEMPLATE_BYTES = 1 << 20
+#: How the names begin of what lies in a discovery directory: the runtime's buckets, its drafts and ours.
+_OF_DISCOVERY = ("v1", ".tmp_")
 #: How long one attempt to connect to a server may take, in seconds.
 _CONNECT_SECONDS = 2.0
 #: The runtime's own way of ending endpoints must never outlast ours; it is only asked once nothing is in flight.
@@ -365,48 +367,75 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> N
 
 
 def writable_directory(path: Path | None) -> Path:
-    """Return the directory of the file backend, created if it is missing.
+    """Return the directory of the file backend, without links on the way to it, created if it is missing.
 
-    Who may write in it decides where requests go, so it has to be this user's alone.
+    Who may write in it decides where requests go, so it has to be this user's alone. One of ours is closed to others.
 
-    :raises UsageError: it cannot be made, or others may write in it or in one above it.
+    :raises UsageError: it cannot be made, is another user's or used for something else as well, or others can put
+        another one in its place.
     """
     directory = path or Path(os.environ.get("DYN_FILE_KV") or DEFAULT_FILE_KV)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner_of_path = os.lstat(directory).st_uid  # it may be a link
-        status = os.stat(directory)
+        with contextlib.ExitStack() as opened:
+            descriptor = make_directory(str(directory))
+            opened.callback(os.close, descriptor)
+            real = Path(real_path(descriptor))
+            if not os.access(real, os.W_OK | os.X_OK):
+                raise UsageError(f"the discovery directory {directory} is not writable", hint="see --discovery-path")
+            owner, owner_of_path = os.fstat(descriptor).st_uid, os.lstat(directory).st_uid  # it may be a link
+            if owner != os.geteuid() or owner_of_path not in (0, os.geteuid()):
+                raise UsageError(
+                    f"the discovery directory {directory} belongs to another user "
+                    f"({owner if owner != os.geteuid() else owner_of_path}), who could replace workers in it and "
+                    "receive their requests",
+                    hint="give --discovery-path a directory of your own",
+                )
+            check_above(descriptor)
+            _close_to_others(real, descriptor)
+            return real
+    except UnsafePlaceError as error:
+        raise UsageError(
+            f"the discovery directory {directory} is not safe, somebody could put another one in its place: "
+            f"{error.words}",
+            hint=f"{error.advice}; or " * bool(error.advice) + "give --discovery-path a directory of your own",
+        ) from error
     except OSError as error:
         raise UsageError(
             f"the discovery directory {directory} cannot be created: {error.strerror}", hint="see --discovery-path"
         ) from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UsageError(f"the discovery directory {directory} is not writable", hint="see --discovery-path")
-    if status.st_uid != os.geteuid() or owner_of_path not in (0, os.geteuid()):
-        owner = status.st_uid if status.st_uid != os.geteuid() else owner_of_path
+
+
+def _close_to_others(directory: Path, descriptor: int) -> None:
+    """Take everybody else's permissions from a discovery directory of ours.
+
+    Its own mode is not enough: what the runtime makes in it has the mode that the umask says, so that with 002, which
+    is usual on clusters, the group may write there.
+
+    :raises UsageError: it is not for discovery alone. ``/tmp`` and ``/`` are root's own, too.
+    """
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    if not mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return
+    itself = f"/proc/self/fd/{descriptor}"
+    foreign = any(not name.startswith(_OF_DISCOVERY) for name in os.listdir(itself))
+    if foreign or mode & stat.S_ISVTX:
         raise UsageError(
-            f"the discovery directory {directory} belongs to another user ({owner}), who could replace workers in it "
-            "and receive their requests",
-            hint="give --discovery-path a directory of your own",
+            f"the discovery directory {directory} is open to others (mode {mode:04o}), and not closed to them, because "
+            "it is there for something else as well: they could replace workers in it and receive their requests",
+            hint="give --discovery-path a directory of its own",
         )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    with contextlib.suppress(OSError):
+        os.chmod(itself, mode & ~(stat.S_IRWXG | stat.S_IRWXO) | stat.S_IRWXU)
+    # Some file systems give everything in them one mode: then what the runtime makes has it, too.
+    left = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    if left & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(
-            f"others may write in the discovery directory {directory} (mode {stat.S_IMODE(status.st_mode):04o}): they "
-            "could replace workers in it and receive their requests",
-            hint=f"chmod go-w {directory}, or give --discovery-path another directory",
+            f"the discovery directory {directory} is open to others (mode {left:04o}), and its file system does not "
+            "let it be closed to them: they could replace workers in it and receive their requests",
+            hint="give --discovery-path a directory on another file system",
         )
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        check_place(descriptor)
-    except OSError as error:
-        raise UsageError(
-            f"the discovery directory {directory} is not safe, somebody could put another one in its place: "
-            f"{error.strerror}",
-            hint="give --discovery-path a directory of your own",
-        ) from error
-    finally:
-        os.close(descriptor)
-    return directory
+    if left != mode:
+        log.warning("Discovery directory closed to other users", directory=directory, mode=f"{mode:04o}")
 
 
 def _status_host(settings: WorkerSettings) -> str:

@@ -149,9 +149,37 @@ class TestOthers:
         directory = RunDirectory.create()
         assert directory.base == "/tmp"
         (problem,) = directory.trouble
-        assert problem.startswith(f"{below}: others may write in it or in a directory above it, which has no sticky")
+        assert problem == f"{below}: others may write in {place}, which has no sticky bit (chmod go-w {place}, or +t)"
         assert place.stat().st_mode & 0o7777 == 0o777  # nobody asked us to change that one
         directory.remove(later())
+        directory.close()
+
+    @pytest.mark.parametrize("mode", [0o777, 0o2775])
+    def test_a_place_that_is_not_used_is_not_changed(self, place, monkeypatch, mode):
+        below = place / "below"
+        below.mkdir()
+        for path in (place, below):
+            path.chmod(mode)
+        monkeypatch.setenv("TMPDIR", str(below))
+        directory = RunDirectory.create()
+        assert directory.base == "/tmp"
+        assert [path.stat().st_mode & 0o7777 for path in (place, below)] == [mode, mode]
+        directory.remove(later())
+        directory.close()
+
+    def test_a_link_on_the_way_to_it_may_lead_elsewhere_later(self, place, monkeypatch):
+        """As its owner, or that of the directory it lies in, may have it do at any time."""
+        for name in ("work", "other"):
+            (place / name).mkdir()
+        (place / "link").symlink_to(place / "work")
+        monkeypatch.setenv("TMPDIR", str(place / "link"))
+        directory = RunDirectory.create()
+        (place / "link").unlink()
+        (place / "link").symlink_to(place / "other")
+        assert directory.base == str(place / "work")
+        Path(directory.temporary, "prompt").touch()
+        assert directory.remove(later()) == []
+        assert os.listdir(place / "work") == os.listdir(place / "other") == []
         directory.close()
 
     def test_a_place_of_another_user(self, place):
@@ -161,7 +189,7 @@ class TestOthers:
         place.chmod(0o1777)  # its owner may rename what is in it all the same
         directory = RunDirectory.create()
         assert directory.base == "/tmp"
-        assert directory.trouble == [f"{place}: it or a directory above it belongs to another user (12345)"]
+        assert directory.trouble == [f"{place}: {place} belongs to another user (12345)"]
         directory.remove(later())
         directory.close()
 
@@ -182,8 +210,8 @@ class TestOthers:
                 print(error.strerror)
         """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.startswith(f"{place}: others may write in it or"), done.stderr
-        assert "(chmod +t)" in done.stdout
+        assert done.stdout.startswith(f"{place}: others may write in {place}, which has no sticky bit"), done.stderr
+        assert f"(chmod go-w {place}, or +t)" in done.stdout
         assert os.listdir(place) == []
 
     def test_another_user_cannot_put_a_link_in_its_place(self, place):

@@ -621,3 +621,54 @@ class TestCompiledKernels:
         assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(second)
         second.chmod(0o722)
         assert supervisor_module._lasting_cache(str(base), "torchinductor_x") is None
+
+    def test_nothing_is_made_in_the_home_directory_of_another_user(self, base, tmp_path, monkeypatch):
+        """As with `sudo -E`: who owns a directory above it could put another one in its place."""
+        if os.geteuid() != 0:
+            pytest.skip("only root can make one")
+        home = tmp_path / "home"
+        (home / ".cache").mkdir(parents=True)
+        for path in (home, home / ".cache"):
+            os.chown(path, 12345, 12345)
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(home))
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(base / "torchinductor_x")
+        assert not list((home / ".cache").iterdir())
+
+    def test_a_place_that_was_made_there_before(self, base, tmp_path):
+        if os.geteuid() != 0:
+            pytest.skip("only root can make one")
+        place = tmp_path / "cache" / "dynamo-worker" / "torchinductor_x"
+        place.mkdir(parents=True, mode=0o700)
+        os.chown(tmp_path / "cache", 12345, 12345)
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(base / "torchinductor_x")
+
+    @pytest.mark.parametrize("mode", [0o777, 0o1777])
+    def test_a_home_directory_that_others_may_write(self, base, tmp_path, mode):
+        """Such as HOME=/tmp: the sticky bit keeps what is made there in its place."""
+        cache = tmp_path / "cache"
+        cache.mkdir()
+        cache.chmod(mode)
+        place = supervisor_module._lasting_cache(str(base), "torchinductor_x")
+        assert place == str((cache / "dynamo-worker" if mode == 0o1777 else base) / "torchinductor_x")
+        assert bool(list(cache.iterdir())) == (mode == 0o1777)
+
+    def test_a_base_that_others_may_write(self, base, tmp_path):
+        (tmp_path / "cache").touch()
+        base.chmod(0o777)
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") is None
+
+    @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+    def test_a_relative_home_is_none(self, base, tmp_path, monkeypatch, variable):
+        """It would be another one for each working directory."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv(variable, "relative")
+        assert supervisor_module._lasting_cache(str(base), "torchinductor_x") == str(base / "torchinductor_x")
+        assert os.listdir(tmp_path) == ["base"]
+
+    def test_a_link_on_the_way_to_it_may_lead_elsewhere_later(self, base, tmp_path, monkeypatch):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "cache").symlink_to("real")
+        place = supervisor_module._lasting_cache(str(base), "torchinductor_x")
+        assert place == str(tmp_path / "real" / "dynamo-worker" / "torchinductor_x")

@@ -43,6 +43,20 @@ _SETTLED = 60.0
 _RECORD_BYTES = 4096
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: A directory that is only to be looked at, or to be worked in.
+_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class UnsafePlaceError(PermissionError):
+    """Somebody else can put something else in the place of a directory.
+
+    :param advice: what the owner of the directory that is to blame can do, in words, or nothing.
+    """
+
+    def __init__(self, words: str, advice: str = "") -> None:
+        super().__init__(errno.EPERM, f"{words} ({advice})" if advice else words)
+        self.words = words
+        self.advice = advice
 
 
 class _Record(NamedTuple):
@@ -104,14 +118,14 @@ class RunDirectory:
 
     @classmethod
     def _create_in(cls, place: str, *, length_counts: bool) -> RunDirectory:
-        place = os.path.abspath(place)  # fails where the working directory is gone
-        length = len(os.fsencode(place))
-        if length_counts and length > _LONGEST_PLACE:
-            words = f"too long for unix sockets in it ({length} bytes; {_LONGEST_PLACE} at most)"
-            raise OSError(errno.ENAMETOOLONG, words)
         name = f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}"
         with contextlib.ExitStack() as undo:
-            base = _opened(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
+            base = _opened(os.open(place, _PLACE), undo)
+            place = real_path(base)
+            length = len(os.fsencode(place))
+            if length_counts and length > _LONGEST_PLACE:
+                words = f"too long for unix sockets in it ({length} bytes; {_LONGEST_PLACE} at most)"
+                raise OSError(errno.ENAMETOOLONG, words)
             trouble = _make_safe(place, base)
             os.mkdir(name, 0o700, dir_fd=base)
             undo.callback(_quietly, os.rmdir, name, base)
@@ -141,7 +155,7 @@ class RunDirectory:
     def take_over(cls, path: str) -> RunDirectory | None:
         """Return a run directory whose owners are dead, locked, or None if it is not such a one."""
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-            base = _opened(os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), undo)
+            base = _opened(os.open(os.path.dirname(path), _PLACE), undo)
             directory = _opened(os.open(os.path.basename(path), _FLAGS, dir_fd=base), undo)
             if not _is_private(directory):  # others may have written what it says
                 return None
@@ -264,28 +278,78 @@ def _make_safe(place: str, base: int) -> list[str]:
     changed = []
     status = os.fstat(base)
     if status.st_uid == os.geteuid() and _may_be_renamed_in(status):
+        check_above(base)  # first: what is not used is not changed
         os.chmod(f"/proc/self/fd/{base}", stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
         changed.append(f"{place}: others may write there; the sticky bit was set")
     check_place(base)
     return changed
 
 
+def real_path(directory: int) -> str:
+    """Return where a directory lies, without any link: one on the way to it could lead elsewhere later."""
+    return os.readlink(f"/proc/self/fd/{directory}")
+
+
+def make_directory(path: str) -> int:
+    """Open a directory. What is missing of its path is made, for this user alone and whatever the umask.
+
+    :return: a descriptor of it (``O_PATH``), to be checked with ``check_place``.
+    :raises UnsafePlaceError: it would have to be made where others could put something else in its place.
+    :raises OSError: it cannot be made.
+    """
+    missing: list[str] = []
+    while True:
+        try:
+            directory = os.open(path or ".", _PLACE)
+            break
+        except FileNotFoundError:
+            path, name = os.path.split(path)
+            missing.append(name)
+    try:
+        if missing:
+            check_place(directory)
+        for name in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=directory)
+            below = os.open(name, _PLACE | os.O_NOFOLLOW, dir_fd=directory)
+            os.close(directory)
+            directory = below
+    except OSError:
+        os.close(directory)
+        raise
+    return directory
+
+
+def check_above(directory: int) -> None:
+    """Check that nobody else can put another directory in the place of this one, whoever may write in itself.
+
+    :param directory: its descriptor.
+    :raises UnsafePlaceError: somebody can.
+    """
+    above = os.open("..", _PLACE, dir_fd=directory)
+    try:
+        check_place(above)
+    finally:
+        os.close(above)
+
+
 def check_place(directory: int) -> None:
     """Check that nobody else can rename what is in a directory, or put another one in its place.
 
     :param directory: its descriptor.
-    :raises OSError: somebody can.
+    :raises UnsafePlaceError: somebody can.
     """
     status = os.fstat(directory)
-    above = os.open(f"/proc/self/fd/{directory}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    above = os.open(f"/proc/self/fd/{directory}", _PLACE)
     try:
         while True:
             if status.st_uid not in (0, os.geteuid(), linux.unmapped_user()):
-                raise OSError(errno.EPERM, f"it or a directory above it belongs to another user ({status.st_uid})")
+                raise UnsafePlaceError(f"{real_path(above)} belongs to another user ({status.st_uid})")
             if _may_be_renamed_in(status):
-                words = "others may write in it or in a directory above it, which has no sticky bit (chmod +t)"
-                raise OSError(errno.EPERM, words)
-            parent = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
+                path = real_path(above)
+                words = f"others may write in {path}, which has no sticky bit"
+                raise UnsafePlaceError(words, f"chmod go-w {path}, or +t")
+            parent = os.open("..", _PLACE, dir_fd=above)
             os.close(above)
             above = parent
             last, status = status, os.fstat(above)

@@ -21,7 +21,7 @@ from dynamo_worker.supervisor.guardian import DEATH_LIMIT, become_guardian
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.output import Relay, open_standard_streams
-from dynamo_worker.supervisor.run_directory import RunDirectory
+from dynamo_worker.supervisor.run_directory import RunDirectory, check_place, make_directory, real_path
 from dynamo_worker.supervisor.spawn import fork
 
 if TYPE_CHECKING:
@@ -766,23 +766,26 @@ def _environment(directory: RunDirectory, control: int) -> dict[str, str]:
 def _lasting_cache(base: str, name: str) -> str | None:
     """Return a directory for a cache that is run as code, or None: then it lies in TMPDIR and ends with the worker.
 
-    Everybody can guess its usual place, so it has to be this user's alone. It is made there only where there is no home
-    directory: most workers compile nothing, and a worker leaves no temporary files.
+    Everybody can guess its usual place, so it has to be this user's alone, and nobody else may be able to put another
+    one there. It is made there only where there is no home directory, or that of another user (``sudo -E``): most
+    workers compile nothing, and a worker leaves no temporary files.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    usual, lasting = os.path.join(base, name), os.path.join(cache, "dynamo-worker", name)
+    usual = os.path.join(base, name)
+    lasting = os.path.join(os.path.realpath(cache), "dynamo-worker", name) if os.path.isabs(cache) else None
     for place, make in ((usual, False), (lasting, True), (usual, True)):
+        if place is None:
+            continue
         with contextlib.suppress(OSError):
             if make:
-                os.makedirs(os.path.dirname(place), 0o700, exist_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(place, 0o700)
+                os.close(make_directory(place))
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
+                check_place(descriptor)
                 status = os.fstat(descriptor)
                 if status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                     os.fchmod(descriptor, 0o700)
-                    return place
+                    return real_path(descriptor)
             finally:
                 os.close(descriptor)
     return None

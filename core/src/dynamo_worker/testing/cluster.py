@@ -226,7 +226,7 @@ class Cluster:
         :param engine_args: arguments of every worker, ``--engine NAME`` first.
         """
         self.discovery = directory / "discovery"
-        self.discovery.mkdir()
+        self.discovery.mkdir(0o700)
         self.tmp = tmp
         self.engine_args = list(engine_args) or ["--engine", "echo"]
         #: Name under which clients ask for the model.
