@@ -206,6 +206,35 @@ def test_a_text_cannot_forge_lines(stream):
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
+def test_long_texts_are_cut_and_a_traceback_stays_whole(stream, log_format):
+    logs.setup(log_format=log_format, stream=stream)
+    text = "a" * (1 << 20)
+    logs.get_logger("a").error(text, exc_info=ValueError(text), reason=text, error=ValueError(text), list=[text])
+    assert len(stream.getvalue()) < 100_000
+    assert stream.getvalue().count("aaa…" if log_format == "text" else "aaa\\u2026") == 5
+
+    def deep(depth):
+        if depth:
+            deep(depth - 1)
+        raise ValueError("x" * 2000 + " the end")
+
+    stream.truncate(0)
+    with pytest.raises(ValueError, match="the end") as caught:
+        deep(100)
+    logs.get_logger("a").error("Failed", exc_info=caught.value)
+    assert not re.search(r"…|\\u2026", stream.getvalue())
+    assert "x the end" in stream.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_fields_that_are_secrets(stream, log_format):
+    logs.setup(log_format=log_format, stream=stream)
+    logs.get_logger("a").error("m", token="abc", x={"api_key": ["abc"]}, auth_key=ValueError("abc"), password="abc")
+    assert "abc" not in stream.getvalue()
+    assert stream.getvalue().count("***") == 4
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_passwords(stream, log_format):
     logs.setup(log_format=log_format, stream=stream)
     address = "nats://me:hunter2@host:4222"

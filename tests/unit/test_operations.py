@@ -28,6 +28,7 @@ async def echo(body: dict[str, Any]) -> dict[str, Any]:
         ({"a": 1}, {"status": "success", "got": {"a": 1}}),
         (None, {"status": "success", "got": {}}),
         ({"fail": "no"}, {"status": "error", "message": "no"}),
+        ({"fail": "x" * 9999}, {"status": "error", "message": "x" * 1000 + "…"}),
         ({"fail": ""}, {"status": "error", "message": "RuntimeError"}),
         ([1], {"status": "error", "message": "the body must be a JSON object"}),
     ],

@@ -487,6 +487,7 @@ class PanicException(BaseException):
 BUGS = {
     "bug": (ZeroDivisionError("bug"), Unknown, "ZeroDivisionError: bug"),
     "ValueError": (ValueError("bug"), Unknown, "ValueError: bug"),
+    "a bug with much to say": (ValueError("x" * 9999), Unknown, f"ValueError: {'x' * 988}…$"),
     "TypeError": (TypeError("bug"), Unknown, "TypeError: bug"),
     "panic": (PanicException("called unwrap"), Unknown, "PanicException: called unwrap"),
     "SystemExit": (SystemExit(0), Unknown, "SystemExit: 0"),

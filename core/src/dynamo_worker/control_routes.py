@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from dynamo_worker import http_message
 from dynamo_worker.calling import contained
-from dynamo_worker.errors import UsageError, describe
+from dynamo_worker.errors import UsageError, describe, for_client
 from dynamo_worker.http_message import HttpError
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.files import open_regular
@@ -171,7 +171,7 @@ class ControlRoutes:
         try:
             return http_message.answer("200 OK", task.result())
         except (Exception, asyncio.CancelledError) as error:
-            raise HttpError("500 Internal Server Error", describe(error)) from error
+            raise HttpError("500 Internal Server Error", for_client(describe(error))) from error
 
     def _ended(self, task: asyncio.Task[dict[str, Any]]) -> None:
         self._running.discard(task)

@@ -10,6 +10,9 @@ from dynamo_worker.exit_codes import ExitCode
 #: What an ``OSError`` has run short of: memory, processes, files, disk.
 _SHORT_OF = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
+#: So much of a message reaches a client.
+_MESSAGE_CHARACTERS = 1000
+
 
 class WorkerError(Exception):
     """An expected failure: reported as one clear message without a traceback.
@@ -78,6 +81,11 @@ def describe(error: BaseException) -> str:
     except BaseException as broken:
         text = f"its message cannot be read ({type(broken).__name__})"
     return f"{kind}: {text}" if text else kind
+
+
+def for_client(message: str) -> str:
+    """Return as much of a message as a client gets: some errors quote what they refuse, whatever its length."""
+    return message if len(message) <= _MESSAGE_CHARACTERS else f"{message[:_MESSAGE_CHARACTERS]}…"
 
 
 def shortage(error: BaseException) -> StartError | None:

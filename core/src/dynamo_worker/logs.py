@@ -33,6 +33,10 @@ FRONTEND_RUNTIME_LOG: Final = (
     "tower_http::trace::on_failure=error"
 )
 
+#: So much of a message or a field is shown, and so much of a traceback: more than any that somebody would read.
+_MOST_CHARACTERS: Final = 8000
+_MOST_OF_TRACEBACK: Final = 64 * 1024
+
 
 class EventLogger:
     """A logger for events: a constant message one can grep for, and what varies as fields.
@@ -163,10 +167,13 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, followed by the traceback if there is one."""
-        line = f"{_timestamp(record)} {record.levelname} {record.name}: {continued(record.getMessage())}"
-        line += "".join(f" {name}={format_value(value)}" for name, value in _fields(record).items())
+        line = (
+            f"{_timestamp(record)} {record.levelname} {record.name}: {continued(record.getMessage(), _MOST_CHARACTERS)}"
+        )
+        for name, value in _fields(record).items():
+            line += f" {name}={format_value(value, name, _MOST_CHARACTERS)}"
         traceback = _traceback(self, record)
-        return f"{line}\n{indented(traceback)}" if traceback else line
+        return f"{line}\n{indented(traceback, _MOST_OF_TRACEBACK)}" if traceback else line
 
 
 class JsonFormatter(logging.Formatter):
@@ -178,14 +185,14 @@ class JsonFormatter(logging.Formatter):
             "time": _timestamp(record),
             "level": record.levelname,
             "logger": record.name,
-            "message": redacted(record.getMessage()),
+            "message": redacted(record.getMessage(), _MOST_CHARACTERS),
         }
         traceback = _traceback(self, record)
         if traceback:
-            event["exception"] = redacted(traceback)
+            event["exception"] = redacted(traceback, _MOST_OF_TRACEBACK)
         for name, value in _fields(record).items():
-            event[f"{name}_" if name in event else name] = without_secrets("", value)
-        return json.dumps(event, default=lambda value: redacted(str(value)))
+            event[f"{name}_" if name in event else name] = without_secrets(name, value, _MOST_CHARACTERS)
+        return json.dumps(event)
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_worker import registration, translation
 from dynamo_worker.engine import EndpointSpec
+from dynamo_worker.errors import for_client
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _answering(name: str, operation: Operation) -> Operation:
             return {"status": "success", **await operation(body or {})}
         except Exception as error:
             log.warning("Control operation failed", operation=name, error=error)
-            return {"status": "error", "message": str(error) or type(error).__name__}
+            return {"status": "error", "message": for_client(str(error)) or type(error).__name__}
 
     return answer
 

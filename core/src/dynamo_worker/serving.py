@@ -21,7 +21,7 @@ from dynamo.llm.exceptions import (
 from dynamo_worker.calling import contained
 from dynamo_worker.egress import Egress, SlowClientError, Stream
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, RequestContext, Send
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, shown
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client, shown
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ class Outcome(str, enum.Enum):
 
 #: The first number that is no token id, for a model whose vocabulary is not known.
 _TOKEN_LIMIT = 2**31
-#: Longest message of a refusal, in the log and to the client.
-_MESSAGE_CHARACTERS = 1000
 #: Bytes of a packed token.
 _PACKED_BYTES = 4
 #: Seconds that an engine has to abort a request.
@@ -287,10 +285,7 @@ class RequestHandler:
         if isinstance(error, InvalidRequestError):
             # Of all the ways to an HTTP 400 only InvalidArgument brings its message to the client (measured on 1.6.1);
             # ValueError and HttpError arrive as "Invalid request".
-            # Some messages of engines quote what they refuse, whatever its length.
-            message = str(error)
-            if len(message) > _MESSAGE_CHARACTERS:
-                message = f"{message[:_MESSAGE_CHARACTERS]}…"
+            message = for_client(str(error))
             log.warning("Request refused", request_id=request_id, error=message)
             return Outcome.INVALID, InvalidArgument(message)
         if entry.gone or context.is_stopped():
@@ -308,7 +303,7 @@ class RequestHandler:
         if isinstance(error, (OSError, asyncio.TimeoutError)):
             # A connection that broke or timed out: the runtime knows what these mean, the request migrates.
             return Outcome.FAILED, error
-        return Outcome.FAILED, Unknown(describe(error))
+        return Outcome.FAILED, Unknown(for_client(describe(error)))
 
     def _abandon(self, request_id: str, stream: AsyncIterator[Chunk] | None) -> None:
         """Stop the engine's work for a request that ended early, beside the event loop's other work."""

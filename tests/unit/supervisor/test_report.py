@@ -70,6 +70,23 @@ class TestLog:
         assert len(text) < 1000
         assert json.loads(event)["text"].endswith("ä…")
 
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_what_is_cut_is_redacted_first(self, as_json):
+        cut = "a" * 680 + " nats://user:s3cret" + "password" * 100 + "@host"
+        with piped_stderr() as stderr:
+            report.Log("x", as_json=as_json).warning("m", reason=cut, error=OSError(cut))
+            line = stderr()
+        assert "s3cret" not in line
+        assert line.count("***") == 2
+
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_fields_that_are_secrets(self, as_json):
+        with piped_stderr() as stderr:
+            report.Log("x", as_json=as_json).warning("m", token="abc", hf_token=Path("abc"), where={"api_key": ["abc"]})
+            line = stderr()
+        assert "abc" not in line
+        assert line.count("***") == 3
+
     def test_a_reader_that_does_not_read_costs_lines_and_not_time(self):
         with piped_stderr() as stderr:
             log = report.Log("x")

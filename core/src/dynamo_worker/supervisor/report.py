@@ -12,7 +12,7 @@ from typing import Any
 
 from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
-from dynamo_worker.supervisor.text import continued, format_value, redacted, safe
+from dynamo_worker.supervisor.text import continued, escaped, format_value, redacted, safe, without_secrets
 
 #: A pipe takes a write of this size at once or not at all.
 _MOST_BYTES = 4000
@@ -63,20 +63,18 @@ class Log:
     def _line(self, level: str, message: str, fields: dict[str, Any]) -> bytes:
         now = time.time()
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
-        fields = {
-            name: value[:_MOST_CHARACTERS] + "…" if isinstance(value, str) and len(value) > _MOST_CHARACTERS else value
-            for name, value in fields.items()
-        }
         if self.as_json:
-            event = {"time": stamp, "level": level, "logger": self.name, "message": message, **fields}
-            shown = {
-                name: redacted(str(value)) if isinstance(value, (str, OSError)) else value
-                for name, value in event.items()
+            event: dict[str, object] = {
+                "time": stamp,
+                "level": level,
+                "logger": self.name,
+                "message": redacted(message, _MOST_BYTES),
             }
-            line = safe(json.dumps(shown, default=str, ensure_ascii=False))
+            event |= {name: without_secrets(name, value, _MOST_CHARACTERS) for name, value in fields.items()}
+            line = escaped(json.dumps(event, ensure_ascii=False))
         else:
-            line = f"{stamp} {level} {self.name}: {continued(message)}"
-            line += "".join(f" {name}={format_value(value)}" for name, value in fields.items())
+            line = f"{stamp} {level} {self.name}: {continued(message, _MOST_BYTES)}"
+            line += "".join(f" {name}={format_value(value, name, _MOST_CHARACTERS)}" for name, value in fields.items())
         return line.encode("utf-8", "replace")[:_MOST_BYTES].decode("utf-8", "ignore").encode() + b"\n"
 
 
@@ -96,7 +94,7 @@ def write_termination_message(path: str, text: str) -> None:
         if os.fstat(descriptor).st_nlink != 1:
             raise OSError(errno.EMLINK, "It has another name, too", path)
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, safe(text).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
+        os.write(descriptor, safe(text, _MOST_TERMINATION_BYTES).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
     finally:
         os.close(descriptor)
 
