@@ -258,6 +258,7 @@ def test_no_way_is_longer_than_it_is_said_to_be(parts: list[tuple[int, set[int]]
         (r"\?\*\+" * 500, True),
         ("[?*+{]" * 500, True),
         ("(?:a)" * 500, True),
+        ("[" * 8192, True),
         ("(" * 4096 + ")" * 4096, True),
         ("(" * 4096 + ")" * 4097, False),
     ],

@@ -326,7 +326,14 @@ def test_a_directory_of_ours_is_closed_to_others(tmp_path, mode, caplog):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o755])
+def test_what_is_in_a_directory_that_only_we_write_in_is_ours(tmp_path):
+    (tmp_path / "bin").mkdir()
+    tmp_path.chmod(0o755)
+    assert runtime_module.writable_directory(tmp_path) == tmp_path
+    assert tmp_path.stat().st_mode & 0o7777 == 0o755
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
 def test_a_directory_that_is_not_for_discovery_alone_is_not_closed(tmp_path, mode):
     """Such as /tmp or / for root."""
     (tmp_path / "bin").mkdir()

@@ -17,9 +17,9 @@ from dynamo_worker.errors import InvalidRequestError
 
 #: Under these keys a structural tag has schemas.
 _SCHEMA_KEYS: Final = frozenset({"schema", "json_schema"})
-#: What makes a part of a regular expression optional or repeats it; escapes, sets and groups without a number before it,
-#: because they hold the same characters.
-_QUANTIFIER: Final = re.compile(r"\\.|\[(?:\\.|[^]\\])*\]|\(\?|([?*+{]|\|(?=[|)]|$)|(?<=[(|])\|)", re.DOTALL)
+#: What makes a part of a regular expression optional or repeats it. Before it what holds the same characters: escapes,
+#: sets (one without an end takes all, or each of many would be looked for again) and groups without a number.
+_QUANTIFIER: Final = re.compile(r"\\.|\[(?:\\.|[^]\\])*\]?|\(\?|([?*+{]|\|(?=[|)]|$)|(?<=[(|])\|)", re.DOTALL)
 
 
 def check_schema(name: str, schema: str | Mapping[str, Any]) -> None:
@@ -147,8 +147,9 @@ def _longest_way(schema: Mapping[str, Any], references: Mapping[str, Any]) -> in
     parts = {id(target): number for number, target in enumerate(references.values(), 1) if _holds(target)}
     weights = [0] * (len(references) + 1)
     leads: list[set[int]] = [set() for _ in weights]
-    found = {parts.get(id(schema), 0)}
-    waiting: list[tuple[Any, int, int]] = [(schema, *found, 1)]
+    start = parts.get(id(schema), 0)
+    found = {start}
+    waiting: list[tuple[Any, int, int]] = [(schema, start, 1)]
     while waiting:
         node, part, depth = waiting.pop()
         weights[part] = max(weights[part], depth)

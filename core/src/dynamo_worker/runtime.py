@@ -418,6 +418,8 @@ def _close_to_others(directory: Path, descriptor: int) -> None:
         return
     itself = f"/proc/self/fd/{descriptor}"
     foreign = any(not name.startswith(_OF_DISCOVERY) for name in os.listdir(itself))
+    if not mode & (stat.S_IWGRP | stat.S_IWOTH) and (foreign or mode & stat.S_ISVTX):
+        return  # nobody else writes in it, and its mode is somebody's business
     if foreign or mode & stat.S_ISVTX:
         raise UsageError(
             f"the discovery directory {directory} is open to others (mode {mode:04o}), and not closed to them, because "

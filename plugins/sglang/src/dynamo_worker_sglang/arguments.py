@@ -16,7 +16,6 @@ from dynamo_worker.engine_arguments import (
     kv_events_socket,
     refuse_without_effect,
 )
-
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:

@@ -79,7 +79,7 @@ class GuidedParams(SamplingParams):  # type: ignore[misc]
         """
         try:
             self._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)
-        except (AttributeError, KeyError, TypeError, RecursionError) as error:  # a schema whose parts have the wrong types
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:  # parts of the wrong types, or too deep
             raise InvalidRequestError(f"guided_decoding is wrong: {describe(error)}") from error
 
     def verify(
