@@ -54,8 +54,8 @@ JSON_REFERENCES: Final = Limit(2**11, "references", "different `$ref` in a JSON 
 #: not (measured, llguidance 1.7.6; xgrammar 0.2.7 takes more).
 JSON_WAY: Final = Limit(2**10, "levels", "a JSON schema: on the longest way through references, circles counted once")
 REGEX_CHARACTERS: Final = Limit(2**13, "characters", "`guided_decoding.regex`; each `pattern` in a JSON schema")
-#: What a token costs all requests of a batch grows with the second power of the optional parts: 24 ms for 250 times `a?`,
-#: 661 ms for 1000 (measured, xgrammar 0.2.7, 3127 tokens).
+#: What a token costs all requests of a batch grows with the second power of the optional parts: 24 ms for 250 times
+#: `a?`, 661 ms for 1000 (measured, xgrammar 0.2.7, 3127 tokens).
 REGEX_QUANTIFIERS: Final = Limit(2**8, "quantifiers", "the same: `?`, `*`, `+`, `{n}` and empty alternatives")
 GRAMMAR_CHARACTERS: Final = Limit(2**16, "characters", "`guided_decoding.grammar`; `custom_logit_processor`")
 WHITESPACE_CHARACTERS: Final = Limit(256, "characters", "`guided_decoding.whitespace_pattern`")
