@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -13,7 +16,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from dynamo_worker import InvalidRequestError
+from dynamo_worker import InvalidRequestError, json_schema
 from dynamo_worker.testing.translation import Translation
 from dynamo_worker_vllm import sampling
 from dynamo_worker_vllm.sampling import SamplingTable
@@ -168,3 +171,63 @@ def test_guided_parameters_are_the_same_to_the_engine_core() -> None:
     }
     plain = SamplingTable({}, 100).translate({"token_ids": [5]})
     assert type(plain) is SamplingParams
+
+
+#: Ways from one definition of a schema to the next.
+STEPS: dict[str, Callable[[Any], Any]] = {
+    "reference": lambda next_: next_,
+    "property": lambda next_: {"type": "object", "properties": {"x": next_}, "required": ["x"]},
+    "item": lambda next_: {"type": "array", "items": next_},
+    "all of": lambda next_: {"allOf": [next_]},
+    "any of": lambda next_: {"anyOf": [next_, {"type": "null"}]},
+    "other property": lambda next_: {"type": "object", "additionalProperties": next_},
+}
+
+_COMPILE = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from dynamo_worker_vllm.sampling import SamplingTable
+
+settings = SimpleNamespace(backend="auto", disable_any_whitespace=False, disable_additional_properties=False)
+with ThreadPoolExecutor(1) as pool:
+    for schema in json.load(sys.stdin):
+        request = {"token_ids": [1], "sampling_options": {"guided_decoding": {"json": schema}}}
+        params = SamplingTable({}, 4096).translate(request)
+        pool.submit(params.verify_guide, SimpleNamespace(is_diffusion=False), settings, object()).result()
+        print(params.structured_outputs._backend)
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("end", [{"type": "string"}, {"type": "number", "multipleOf": 3}], ids=["xgrammar", "guidance"])
+def test_no_schema_that_is_accepted_ends_the_process(end: dict[str, Any]) -> None:
+    """The compilers recurse on the stack of the worker's own process, which a long way through references ended."""
+    schemas: list[dict[str, Any]] = [
+        {"type": "string", "pattern": "(" * 4096 + ")" * 4096},
+        {"patternProperties": {"(" * 4096 + "a" + ")" * 4095: {"type": "string"}}},
+    ]
+    if "multipleOf" in end:  # vLLM hands it to llguidance, which refuses the others
+        schemas.clear()
+    for step in STEPS.values():
+        links = 1
+        accepted: dict[str, Any] = {}
+        while True:
+            names = {f"d{number}": step({"$ref": f"#/$defs/d{number + 1}"}) for number in range(links)}
+            schema = {"$ref": "#/$defs/d0", "$defs": {**names, f"d{links}": end}}
+            try:
+                json_schema.check_schema("schema", schema)
+            except InvalidRequestError:
+                break
+            accepted, links = schema, links + 20
+        schemas.append(accepted)
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        input=json.dumps(schemas),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(done.stdout.split()) == {"guidance" if "multipleOf" in end else "xgrammar"}
