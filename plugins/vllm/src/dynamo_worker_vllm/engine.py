@@ -375,6 +375,9 @@ class VllmEngine(PushEngine):
             await tree.end(0.1, deadline)
         if llm is None:
             return
+        # Nobody waits for output any more, and its reader would log the end of vLLM's processes as an error.
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()
         # vLLM asks its processes to end and waits for them; we see to it that this does not take long.
         shutdown = asyncio.ensure_future(asyncio.to_thread(llm.shutdown, deadline.remaining()))
         await tree.end(_TERMINATE_SECONDS, deadline)
