@@ -144,6 +144,7 @@ def gpu(session: nox.Session, suite: str) -> None:
 def pythons(session: nox.Session) -> None:
     """Run the tests that take seconds on every Python that is installed."""
     _install(session, *TEST)
+    session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "30")  # `tests(core)` has the rest
     session.run("pytest", *(session.posargs or ["tests/unit", "tests/conformance", "tests/integration"]))
 
 
