@@ -31,14 +31,14 @@ class AllowedPaths:
 
         :raises InvalidRequestError: it may not.
         """
-        return _checked(self.load, wanted, "load", "--control-load-root")
+        return _below(self.load, wanted, "load", "--control-load-root")
 
     def to_write(self, wanted: str) -> str:
         """Return the path, without links, to which a request may write.
 
         :raises InvalidRequestError: it may not.
         """
-        return _checked(self.write, wanted, "write", "--control-write-root")
+        return _below(self.write, wanted, "write", "--control-write-root")
 
     @staticmethod
     def name(wanted: object) -> str:
@@ -78,29 +78,26 @@ def _is_remote(uri: str) -> bool:
     return parts.scheme not in ("", "file") and bool(parts.netloc)
 
 
-def _checked(roots: Sequence[str], wanted: str, what: str, flag: str) -> str:
-    try:
-        return _below(roots, wanted, what, flag)
-    except InvalidRequestError:
-        raise
-    except ValueError as error:  # a zero byte, half a surrogate, an address that is none
-        raise InvalidRequestError(f"{wanted!r:.200} is no path or URI: {error}") from error
-
-
 def _below(roots: Sequence[str], wanted: str, what: str, flag: str) -> str:
     if not roots:
         raise InvalidRequestError(
             f"this worker may not {what} what requests name; {flag} DIR allows it for a directory"
         )
+    try:
+        found = _found_below(roots, wanted)
+    except ValueError as error:  # a zero byte, half a surrogate, an address that is none
+        raise InvalidRequestError(f"{wanted!r:.200} is no path or URI: {error}") from error
+    if found is None:
+        raise InvalidRequestError(f"{wanted!r:.200} is not below a directory from {flag}")
+    return found
+
+
+def _found_below(roots: Sequence[str], wanted: str) -> str | None:
     if _is_remote(wanted):
-        if any(_is_remote(root) and _uri_is_below(root, wanted) for root in roots):
-            return wanted
-    else:
-        # What a link leads to counts, and it is what the caller goes on with.
-        path = os.path.realpath(unquote(urlsplit(wanted).path) if wanted.startswith("file:") else wanted)
-        if any(_path_is_below(os.path.realpath(root), path) for root in roots if not _is_remote(root)):
-            return path
-    raise InvalidRequestError(f"{wanted!r:.200} is not below a directory from {flag}")
+        return wanted if any(_is_remote(root) and _uri_is_below(root, wanted) for root in roots) else None
+    # What a link leads to counts, and it is what the caller goes on with.
+    path = os.path.realpath(unquote(urlsplit(wanted).path) if wanted.startswith("file:") else wanted)
+    return path if any(_path_is_below(os.path.realpath(root), path) for root in roots if not _is_remote(root)) else None
 
 
 def _path_is_below(root: str, path: str) -> bool:

@@ -32,12 +32,29 @@ class Manager:
     async def start_profile(self, request: Any) -> None:
         self.calls.append(request.output_dir)
 
+    async def flush_cache(self, timeout: float | None) -> SimpleNamespace:
+        self.calls.append(timeout)
+        return SimpleNamespace(success=True, message="")
+
 
 def operate(name: str, body: dict[str, Any], paths: AllowedPaths) -> tuple[dict[str, Any], list[Any]]:
     """Return the answer of an operation, and what reached SGLang."""
     manager = Manager()
     answer = asyncio.run(Control(manager, paths).routes()[name](body))  # type: ignore[arg-type]
     return answer, manager.calls
+
+
+@pytest.mark.parametrize("timeout", [None, 0, 2.5, 600])
+def test_a_flush_waits_as_long_as_it_is_told(timeout: float | None) -> None:
+    answer, calls = operate("flush_cache", {"timeout_s": timeout}, AllowedPaths())
+    assert (answer["status"], calls) == ("success", [timeout])
+
+
+@pytest.mark.parametrize("timeout", [-1, 601, 1e12, float("nan"), True, "5", [5]])
+def test_a_flush_does_not_wait_for_ever(timeout: Any) -> None:
+    answer, calls = operate("flush_cache", {"timeout_s": timeout}, AllowedPaths())
+    assert (answer["status"], calls) == ("error", [])
+    assert "from 0 to 600" in answer["message"]
 
 
 @pytest.mark.parametrize(("name", "key"), [("update_weights_from_disk", "model_path"), ("start_profile", "output_dir")])

@@ -46,6 +46,7 @@ class TestSglang(Serving):
         Pause("release_memory_occupation", "resume_memory_occupation"),
     )
     KV_EVENTS: ClassVar = ("--publish-kv-events", "--page-size", "16")
+    HOST: ClassVar = ("--host", "0.0.0.0")  # as usual launch scripts have it
 
     @pytest.fixture
     def division(self, monkeypatch: pytest.MonkeyPatch) -> Division:

@@ -89,6 +89,8 @@ class Serving:
     PAUSES: ClassVar[Sequence[Pause]] = ()
     #: Flags of a worker that says which blocks, of 32 tokens at the most, its KV cache holds.
     KV_EVENTS: ClassVar[Sequence[str]] = ()
+    #: Flags that would open the engine to the network, were they not kept from it with a frontend on loopback.
+    HOST: ClassVar[Sequence[str]] = ()
 
     @pytest.fixture
     def engine_args(self, subject: Subject) -> list[str]:
@@ -222,7 +224,7 @@ class Serving:
         :returns: the worker, which serves on.
         """
         published = self.KV_EVENTS if router == "kv" else ()
-        worker = cluster.worker_with_frontend("--router-mode", router, *published, *flags)
+        worker = cluster.worker_with_frontend("--router-mode", router, *published, *self.HOST, *flags)
         assert cluster.complete()[0] == 200
         # The ports of the runtime's publishers are closed by their interface; without a router for them there are none.
         listening = worker.listening()

@@ -1,0 +1,85 @@
+"""Where vLLM's processes listen, and when they may need to be reached from elsewhere: vLLM itself is not started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dynamo_worker.testing.cluster import free_port
+from dynamo_worker_vllm import arguments
+
+TRANSFER = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    made = FlexibleArgumentParser()
+    arguments.add(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flags", "alone"),
+    [
+        ((), True),
+        (("--tensor-parallel-size", "2"), True),
+        (("--data-parallel-size", "2"), True),
+        (("--data-parallel-size", "2", "--data-parallel-size-local", "2"), True),
+        (("--data-parallel-size", "2", "--data-parallel-size-local", "1"), False),
+        (("--data-parallel-size", "2", "--data-parallel-rank", "1"), False),
+        (("--data-parallel-size", "2", "--data-parallel-address", "192.0.2.1"), False),
+        (("--data-parallel-size", "2", "--data-parallel-backend", "ray"), False),
+        (("--distributed-executor-backend", "ray"), False),
+        (("--nnodes", "2"), False),
+        (("--headless",), False),
+        (("--kv-transfer-config", TRANSFER), False),
+    ],
+)
+def test_who_may_have_to_be_reached_from_another_machine(
+    parser: argparse.ArgumentParser, flags: tuple[str, ...], alone: bool
+) -> None:
+    assert arguments.on_one_machine(parser.parse_args(["--model", "m", *flags])) is alone
+
+
+_STORE = """
+import sys
+from dynamo_worker import rendezvous
+from torch.distributed.rendezvous import rendezvous as meet
+
+if sys.argv[1] == "closed":
+    rendezvous.listen_on_loopback()
+store, *_ = next(iter(meet(f"tcp://{sys.argv[2]}:{sys.argv[3]}", 0, 1)))
+store.set("a", "b")
+assert store.get("a") == b"b"
+
+import os
+from dynamo_worker.testing.sockets import listening
+for each in listening([os.getpid()]):
+    print(each.local, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "host", "local"),
+    [
+        ("closed", "127.0.0.1", "True"),
+        ("closed", "localhost", "True"),
+        ("closed", "0.0.0.0", "False"),  # several nodes meet there
+        ("open", "127.0.0.1", "False"),  # PyTorch by itself: what this is for
+    ],
+)
+def test_where_ranks_meet(how: str, host: str, local: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _STORE, how, host, str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.split() == [local], done.stderr[-2000:]
