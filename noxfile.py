@@ -89,8 +89,9 @@ def nightly(session: nox.Session) -> None:
 SECURITY = [
     *(f"tests/unit/supervisor/test_{name}.py" for name in ("discovery", "interpreter", "ledger", "removal")),
     *(f"tests/unit/supervisor/test_{name}.py" for name in ("report", "run_directory", "shared_memory", "text")),
-    *(f"tests/unit/test_{name}.py" for name in ("adapters", "allowed_paths", "control_routes", "json_schema", "logs")),
-    *(f"tests/unit/test_{name}.py" for name in ("runtime", "status_server", "translation")),
+    *(f"tests/unit/test_{name}.py" for name in ("allowed_paths", "logs")),
+    *(f"tests/unit/host/test_{name}.py" for name in ("control_routes", "runtime", "status_server")),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("json_schema", "lora", "translation")),
     "tests/integration",
     # The same once more with the engine in processes of its own: `nightly` has it.
     "--deselect=tests/integration/test_fuzz.py::test_requests[process tree]",

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Final
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_worker import engine, errors, hookspecs, lifecycle, options
-from dynamo_worker import request_limits as limits
+from dynamo_worker import engine, errors, hookspecs, lifecycle
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.metrics import WorkerMetrics
-from dynamo_worker.plugins import hook_signatures
-from dynamo_worker.serving import RequestRegistry
+from dynamo_worker.host import options
+from dynamo_worker.host.metrics import WorkerMetrics
+from dynamo_worker.host.plugins import hook_signatures
+from dynamo_worker.host.serving import RequestRegistry
+from dynamo_worker.kit import request_limits as limits
 
 if TYPE_CHECKING:
     import enum

@@ -12,13 +12,14 @@ from typing import Any
 
 from dynamo.runtime import Endpoint
 
-from dynamo_worker import Chunk, EngineContext, EngineInfo, Request, RequestContext, hookimpl, translation
-from dynamo_worker.adapters import Adapter, Adapters
+from dynamo_worker import Chunk, EngineContext, EngineInfo, Request, RequestContext, hookimpl
 from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.engines import echo
-from dynamo_worker.json_schema import check_size
-from dynamo_worker.operations import Operation, Operations
-from dynamo_worker.translation import ModelTable, RequestTable
+from dynamo_worker.kit import translation
+from dynamo_worker.kit.engine_control import Operation, Operations
+from dynamo_worker.kit.json_schema import check_size
+from dynamo_worker.kit.lora import Adapter, Adapters
+from dynamo_worker.kit.translation import ModelTable, RequestTable
 
 SAMPLING: translation.Fields = {
     **translation.SAMPLING,

@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from dynamo_worker import __main__ as entry
-from dynamo_worker import __version__, open_files
+from dynamo_worker import __version__
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import UsageError
-from dynamo_worker.options import OPTIONS
+from dynamo_worker.host import open_files
+from dynamo_worker.host.options import OPTIONS
 
 RUN = "--no-supervise"
 
@@ -36,7 +37,7 @@ HEAVY = (
     "rich",
     "uvloop",
     "toy_plugin",
-    "dynamo_worker.launcher",
+    "dynamo_worker.host.launcher",
 )
 
 
@@ -398,8 +399,8 @@ def test_a_closed_pipe_is_no_crash(command):
 
 
 def parsed(site, rest, **engine_args):
-    from dynamo_worker.plugins import Plugins
-    from dynamo_worker.settings import ConfigFile
+    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.settings import ConfigFile
 
     site.install_engine()
     parser = arguments.engine_parser(Plugins.load("toy"))
@@ -498,11 +499,11 @@ def test_a_limit_of_open_files_that_cannot_be_raised_stays(monkeypatch, error):
 
 def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys):
     from dynamo_worker.cli import main
-    from dynamo_worker.plugins import Plugins
+    from dynamo_worker.host.plugins import Plugins
 
     begun = []
     monkeypatch.setattr(Plugins, "prepare", lambda self, rest: begun.append(list(rest)))
-    monkeypatch.setattr("dynamo_worker.launcher.run", lambda *_: 0)
+    monkeypatch.setattr("dynamo_worker.host.launcher.run", lambda *_: 0)
     site.install_engine()
     assert main(["--engine", "toy", "--print-config"]) == 0
     assert main(["--engine", "toy", "--help"]) == 0
@@ -512,16 +513,16 @@ def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys)
 
 
 def test_frontend_is_its_own_command(monkeypatch):
-    from dynamo_worker import frontend
     from dynamo_worker.cli import main
+    from dynamo_worker.host import frontend
 
     monkeypatch.setattr(frontend, "main", lambda argv: len(argv))
     assert main(["frontend", "--http", "1"]) == 2
 
 
 def test_launcher_gets_settings_plugins_and_arguments(site, monkeypatch):
-    from dynamo_worker import launcher
     from dynamo_worker.cli import main
+    from dynamo_worker.host import launcher
 
     site.install_engine()
     seen = []

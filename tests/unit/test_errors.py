@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dynamo_worker import errors
-from dynamo_worker.discovery import PluginRecord
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.plugins import PluginError, UnknownPluginError
+from dynamo_worker.host.installed_plugins import PluginRecord
+from dynamo_worker.host.plugins import PluginError, UnknownPluginError
 
 
 @pytest.mark.parametrize(

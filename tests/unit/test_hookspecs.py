@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from dynamo_worker import hookspecs
-from dynamo_worker.plugins import Plugins, hook_signatures
+from dynamo_worker.host.plugins import Plugins, hook_signatures
 
 
 def test_hooks_in_lifecycle_order():
@@ -13,6 +13,7 @@ def test_hooks_in_lifecycle_order():
         "prepare": ("arguments",),
         "add_arguments": ("parser",),
         "create_engine": ("args", "context"),
+        "on_ready": ("engine", "info"),
         "check_health": ("engine",),
         "drain": ("engine", "deadline"),
         "on_fatal_error": ("engine", "error", "deadline"),
@@ -30,4 +31,4 @@ def test_every_hook_is_documented_and_has_a_method_on_the_facade():
 
 
 def test_api_version():
-    assert hookspecs.API_VERSION == (1, 0)
+    assert hookspecs.API_VERSION == (1, 1)

@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Chunk, EndpointSpec, Engine, EngineContext, EngineInfo, Request, RequestContext
-    from dynamo_worker.engine_plugin import EnginePlugin
     from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, UsageError
     from dynamo_worker.exit_codes import ExitCode
     from dynamo_worker.hookspecs import API_VERSION, hookimpl
+    from dynamo_worker.kit.engine_plugin import EnginePlugin
 
 _EXPORTS = {
     "API_VERSION": "hookspecs",
@@ -27,7 +27,7 @@ _EXPORTS = {
     "EngineContext": "engine",
     "EngineDeadError": "errors",
     "EngineInfo": "engine",
-    "EnginePlugin": "engine_plugin",
+    "EnginePlugin": "kit.engine_plugin",
     "ExitCode": "exit_codes",
     "InvalidRequestError": "errors",
     "Request": "engine",

@@ -36,6 +36,66 @@ class RequestContext(Protocol):
         """Return the W3C trace headers to hand to the engine, or None."""
 
 
+class LocalContext:
+    """The context of a request made inside the worker: a warm-up, a canary, a test."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+
+    def id(self) -> str:
+        """Return the request id."""
+        return self._request_id
+
+    def is_stopped(self) -> bool:
+        """Return False: only the worker itself can stop it, and does so by cancelling its task."""
+        return False
+
+    def trace_headers(self) -> dict[str, str] | None:
+        """Return None: there is no caller to trace back to."""
+        return None
+
+
+class Discovery(Protocol):
+    """The worker's entries in Dynamo's discovery, for an engine that changes them while it serves.
+
+    The worker puts back what vanishes from discovery unasked, so an engine changes its entries through this alone.
+    Every call may fail with whatever the Dynamo runtime raises. Before the model is registered, and after the worker
+    has begun to stop, the calls do nothing.
+    """
+
+    async def withdraw(self) -> None:
+        """Take the worker's endpoint out of discovery: routers send no new requests."""
+
+    async def rejoin(self) -> None:
+        """Put the endpoint back."""
+
+    async def register_adapter(self, name: str) -> None:
+        """Register a LoRA adapter as a model of its own."""
+
+    async def unregister_adapter(self, name: str) -> None:
+        """Take the model of a LoRA adapter out of discovery."""
+
+
+class Undiscovered:
+    """The discovery of an engine that runs without a cluster: nothing happens."""
+
+    async def withdraw(self) -> None:
+        """Do nothing."""
+
+    async def rejoin(self) -> None:
+        """Do nothing."""
+
+    async def register_adapter(self, name: str) -> None:
+        """Do nothing."""
+
+    async def unregister_adapter(self, name: str) -> None:
+        """Do nothing."""
+
+
+#: A control operation: takes the JSON object of a request and returns that of the answer. The message of what it raises
+#: becomes the answer.
+Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
 #: Turns one request into its stream of chunks.
 Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 
@@ -56,6 +116,7 @@ class EngineContext:
         through it.
     :param events_wanted: whether a router may read KV events and load. Without one, nothing is published: every
         publisher of Dynamo's opens a port.
+    :param discovery: the worker's entries in discovery.
     """
 
     component: str
@@ -63,6 +124,7 @@ class EngineContext:
     supervised: bool
     allowed_paths: AllowedPaths = field(default_factory=AllowedPaths)
     events_wanted: bool = True
+    discovery: Discovery = field(default_factory=Undiscovered)
 
 
 @dataclass(frozen=True)
@@ -219,7 +281,7 @@ class HasControlRoutes(Protocol):
     Whoever may call them names no path that has not passed through :attr:`EngineContext.allowed_paths`.
     """
 
-    def control_routes(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
+    def control_routes(self) -> Mapping[str, Operation]:
         """Return the operations by route name."""
 
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.engine import Engine, EngineContext
+    from dynamo_worker.engine import Engine, EngineContext, EngineInfo
 
 #: Version of the hooks, ``(major, minor)``. A new hook or argument raises the minor number, anything that breaks
 #: an existing plugin the major one.
-API_VERSION: Final = (1, 0)
+API_VERSION: Final = (1, 1)
 
 PROJECT_NAME: Final = "dynamo_worker"
 
@@ -70,6 +70,18 @@ def create_engine(args: argparse.Namespace, context: EngineContext) -> Engine | 
 
     :param args: what the parser of ``add_arguments`` made of the command line.
     :param context: where the engine will live.
+    """
+
+
+@hookspec
+def on_ready(engine: Engine, info: EngineInfo) -> Awaitable[None] | None:
+    """Act on a worker that is ready: its model, if it has one, is registered, and it serves requests.
+
+    Awaited once, all plugins concurrently, beside the requests that already arrive, for at most
+    ``--health-check-timeout`` seconds. A failure is logged with the plugin's name and stops nobody else.
+
+    :param engine: the engine that serves.
+    :param info: what is registered: the engine's own information, and what the worker's flags add.
     """
 
 

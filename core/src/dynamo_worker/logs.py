@@ -163,7 +163,7 @@ class UnblockedStream:
 
 
 class TextFormatter(logging.Formatter):
-    """One line for people: ``2026-11-21T01:02:03.456Z INFO dynamo_worker.launcher: message key=value``."""
+    """One line for people: ``2026-11-21T01:02:03.456Z INFO dynamo_worker.host.launcher: message key=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, followed by the traceback if there is one."""

@@ -7,9 +7,8 @@ import contextlib
 from typing import Any
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.engine import Engine, PushesChunks
-from dynamo_worker.plugins import Plugins
-from dynamo_worker.serving import LocalContext
+from dynamo_worker.engine import Engine, LocalContext, PushesChunks
+from dynamo_worker.host.plugins import Plugins
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 from dynamo_worker_sglang.engine import SglangEngine

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.serving import LocalContext
+from dynamo_worker.engine import LocalContext
 from dynamo_worker_sglang import arguments
 from dynamo_worker_sglang.engine import SglangEngine
 

@@ -12,7 +12,7 @@ import pytest
 from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
-from dynamo_worker.chunks import LEAST_LOGPROB
+from dynamo_worker.kit.chunks import LEAST_LOGPROB
 from dynamo_worker_sglang.manager import GenerateRequest, Manager
 from dynamo_worker_sglang.outputs import Answer
 

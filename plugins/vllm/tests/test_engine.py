@@ -15,7 +15,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
-from dynamo_worker.serving import LocalContext
+from dynamo_worker.engine import LocalContext
 from dynamo_worker_vllm.engine import VllmEngine, _finished, _translated
 from dynamo_worker_vllm.sampling import GuidedParams, SamplingTable
 

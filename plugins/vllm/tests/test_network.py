@@ -49,7 +49,7 @@ def test_who_may_have_to_be_reached_from_another_machine(
 
 _STORE = """
 import sys
-from dynamo_worker import rendezvous
+from dynamo_worker.kit import rendezvous
 from torch.distributed.rendezvous import rendezvous as meet
 
 if sys.argv[1] == "closed":

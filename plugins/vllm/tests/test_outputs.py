@@ -13,7 +13,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from dynamo_worker.chunks import LEAST_LOGPROB
+from dynamo_worker.kit.chunks import LEAST_LOGPROB
 from dynamo_worker_vllm.outputs import DeltaProcessor, OutputReader
 
 

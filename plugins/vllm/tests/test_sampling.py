@@ -16,7 +16,8 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from dynamo_worker import InvalidRequestError, json_schema
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit import json_schema
 from dynamo_worker.testing.translation import Translation
 from dynamo_worker_vllm import sampling
 from dynamo_worker_vllm.sampling import SamplingTable

@@ -23,10 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.engine import EngineContext, HasCanary, ReportsProgress
+from dynamo_worker.engine import EngineContext, HasCanary, LocalContext, ReportsProgress
 from dynamo_worker.engines.echo import ANSWER_TOKEN, CONTEXT_LENGTH, MODEL_DIR, EchoRequest, plugin
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
-from dynamo_worker.serving import LocalContext
 
 TEXT = st.lists(st.integers(3, 258), min_size=1, max_size=40)
 

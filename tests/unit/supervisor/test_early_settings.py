@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dynamo_worker.settings import load, read_config
+from dynamo_worker.host.settings import load, read_config
 from dynamo_worker.supervisor.early_settings import EarlySettings
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_worker.contract import SIGNAL_DEBOUNCE
+from dynamo_worker.supervisor.protocol import SIGNAL_DEBOUNCE
 
 from .conftest import state_of, wait_until
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_worker.contract import SIGNAL_DEBOUNCE
+from dynamo_worker.supervisor.protocol import SIGNAL_DEBOUNCE
 from dynamo_worker.supervisor.run_directory import RunDirectory
 from dynamo_worker.testing.limits import pids_cgroup
 

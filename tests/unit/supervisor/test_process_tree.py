@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from dynamo_worker.contract import RUN_DIR
 from dynamo_worker.supervisor import ledger, linux, mark, process_tree
 from dynamo_worker.supervisor.linux import Process
+from dynamo_worker.supervisor.protocol import RUN_DIR
 
 from .conftest import CHILDREN, state_of, wait_until
 

@@ -568,7 +568,6 @@ class TestFootprint:
         }
         assert not heavy & set(modules)
         assert {name for name in modules if name.startswith("dynamo_worker.") and "supervisor" not in name} == {
-            "dynamo_worker.contract",
             "dynamo_worker.exit_codes",
         }
 

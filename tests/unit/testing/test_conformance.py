@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dynamo_worker.calling import Outcome
 from dynamo_worker.engine import EngineInfo
+from dynamo_worker.host.calling import HookOutcome
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 
@@ -49,7 +49,7 @@ class Plugins:
 
     def _outcomes(self, hook):
         self.calls.append(hook)
-        return [Outcome(hook, "toy", 0.0, self.errors.get(hook))]
+        return [HookOutcome(hook, "toy", 0.0, self.errors.get(hook))]
 
     async def cleanup(self, engine, deadline):
         return self._outcomes("cleanup")

@@ -94,9 +94,9 @@ def _end(code: int, reason: str) -> int:
 
     The interpreter's own end gives signals their default actions back, and one that came then would replace the code.
     """
-    from dynamo_worker.control import ControlChannel
+    from dynamo_worker.host.supervisor_channel import SupervisorChannel
 
-    control = ControlChannel.from_environment()
+    control = SupervisorChannel.from_environment()
     if control.supervised:
         control.send("exit", code=code, reason="; ".join(reason.splitlines()))
         for stream in (sys.stdout, sys.stderr):
@@ -112,7 +112,7 @@ def _is_about_output(error: BaseException) -> TypeGuard[OSError]:
         isinstance(error, OSError)
         and error.errno in _UNWRITABLE
         and error.filename is None
-        and "dynamo_worker.launcher" not in sys.modules
+        and "dynamo_worker.host.launcher" not in sys.modules
     )
 
 
@@ -134,7 +134,7 @@ def _dispatch(argv: list[str]) -> int:
 
         return plan.main(argv[1:])
     if command == "frontend":
-        from dynamo_worker import frontend
+        from dynamo_worker.host import frontend
 
         return frontend.main(argv[1:])
     if command:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.options import ENGINE_ARGS_KEY, OPTIONS
+from dynamo_worker.host.options import ENGINE_ARGS_KEY, OPTIONS
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
-    from dynamo_worker.plugins import Plugins
-    from dynamo_worker.settings import ConfigFile, WorkerSettings
+    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.settings import ConfigFile, WorkerSettings
 
 #: Flags of the command line itself; they are no settings.
 SWITCHES: Final = {
@@ -91,7 +91,7 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
 
 def load_settings(line: CommandLine) -> tuple[WorkerSettings, ConfigFile | None]:
     """Return the settings for a command line, and the configuration file if there is one."""
-    from dynamo_worker import settings
+    from dynamo_worker.host import settings
 
     path = settings.config_path(line.values, os.environ)
     config = settings.read_config(path) if path else None

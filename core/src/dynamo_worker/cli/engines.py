@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dynamo_worker.cli.report import only_flags, print_table
-from dynamo_worker.discovery import discover
-from dynamo_worker.options import BY_NAME
+from dynamo_worker.host.installed_plugins import discover
+from dynamo_worker.host.options import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

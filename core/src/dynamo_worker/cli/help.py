@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.cli import COMMANDS
 from dynamo_worker.cli.arguments import SWITCHES, EngineParser
-from dynamo_worker.discovery import ENGINE_GROUP, discover
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.options import GROUPS, OPTIONS, Option
+from dynamo_worker.host.installed_plugins import ENGINE_GROUP, discover
+from dynamo_worker.host.options import GROUPS, OPTIONS, Option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

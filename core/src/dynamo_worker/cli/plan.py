@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.cli import arguments, report
 from dynamo_worker.cli.arguments import EngineParser
-from dynamo_worker.contract import FORCED_STOP
-from dynamo_worker.plugins import Plugins
-from dynamo_worker.shutdown_plan import ShutdownPlan, Stage
+from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.shutdown_plan import ShutdownPlan, Stage
+from dynamo_worker.supervisor.protocol import FORCED_STOP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_worker.settings import WorkerSettings
+    from dynamo_worker.host.settings import WorkerSettings
 
 USAGE = "dynamo-worker plan [settings flags] [--json]"
 

@@ -36,7 +36,7 @@ def print_crash(error: BaseException) -> None:
 
 def _installed() -> str:
     try:
-        from dynamo_worker.discovery import describe_records, discover
+        from dynamo_worker.host.installed_plugins import describe_records, discover
 
         return describe_records(discover())
     except Exception as error:  # the crash report must not crash
@@ -46,7 +46,7 @@ def _installed() -> str:
 def unknown_command(word: str) -> UsageError:
     """Return the error for a first word that is no command."""
     from dynamo_worker.cli import COMMANDS
-    from dynamo_worker.discovery import ENGINE_GROUP, discover
+    from dynamo_worker.host.installed_plugins import ENGINE_GROUP, discover
     from dynamo_worker.suggest import suggestion
 
     if any(record.name == word for record in discover() if record.group == ENGINE_GROUP):

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Request, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
 from dynamo_worker.hookspecs import hookimpl
+from dynamo_worker.kit.translation import integer, section
 from dynamo_worker.supervisor.interpreter import module_command
-from dynamo_worker.translation import integer, section
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable

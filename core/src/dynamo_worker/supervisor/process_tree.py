@@ -8,9 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from dynamo_worker.contract import RUN_DIR
 from dynamo_worker.supervisor import interpreter, ledger, linux, mark
 from dynamo_worker.supervisor.linux import Process, Stat
+from dynamo_worker.supervisor.protocol import RUN_DIR
 
 #: How long the resource trackers of ``multiprocessing`` may take to unlink what their dead clients left.
 TRACKER_LIMIT = 1.0

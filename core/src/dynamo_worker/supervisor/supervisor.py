@@ -11,7 +11,6 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dynamo_worker.contract import CONTROL_FD, DEFAULT_FILE_KV, FORCED_STOP, KILL_RESERVE, RUN_DIR, SIGNAL_DEBOUNCE
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.supervisor import channel, frontend, interpreter, ledger, linux, process_tree, report, sweep
 from dynamo_worker.supervisor.channel import Channel
@@ -21,6 +20,14 @@ from dynamo_worker.supervisor.guardian import DEATH_LIMIT, become_guardian
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.output import Relay, open_standard_streams
+from dynamo_worker.supervisor.protocol import (
+    CONTROL_FD,
+    DEFAULT_FILE_KV,
+    FORCED_STOP,
+    KILL_RESERVE,
+    RUN_DIR,
+    SIGNAL_DEBOUNCE,
+)
 from dynamo_worker.supervisor.run_directory import RunDirectory, check_place, make_directory, real_path
 from dynamo_worker.supervisor.spawn import fork
 

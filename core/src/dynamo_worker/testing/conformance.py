@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.engine import Engine, EngineContext, EngineInfo, HasCanary, Request
+from dynamo_worker.engine import Engine, EngineContext, EngineInfo, HasCanary, LocalContext, Request
 from dynamo_worker.errors import EngineDeadError
-from dynamo_worker.plugins import Plugins
-from dynamo_worker.serving import LocalContext
+from dynamo_worker.host.plugins import Plugins
 from dynamo_worker.supervisor import linux
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker.errors import InvalidRequestError
-from dynamo_worker.translation import GUIDED
+from dynamo_worker.kit.translation import GUIDED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_worker.translation import RequestTable
+    from dynamo_worker.kit.translation import RequestTable
 
 #: What Dynamo 1.6.1 sends.
 FIELDS: Mapping[str, tuple[str, ...]] = {

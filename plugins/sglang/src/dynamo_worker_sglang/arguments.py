@@ -8,9 +8,10 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import StartError, rendezvous
+from dynamo_worker import StartError
 from dynamo_worker.address import LOOPBACK
-from dynamo_worker.engine_arguments import (
+from dynamo_worker.kit import rendezvous
+from dynamo_worker.kit.engine_arguments import (
     add_publish_kv_events,
     import_engine,
     kv_events_socket,

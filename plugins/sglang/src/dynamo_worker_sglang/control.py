@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers import io_struct
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.adapters import Adapters
+from dynamo_worker.kit.engine_control import EngineControl
+from dynamo_worker.kit.lora import LoraAdapters
 from dynamo_worker.logs import get_logger
-from dynamo_worker.operations import Operations
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
-    from dynamo_worker.adapters import Adapter
-    from dynamo_worker.allowed_paths import AllowedPaths
+    from dynamo_worker import EngineContext
+    from dynamo_worker.kit.lora import LoraAdapter
     from dynamo_worker_sglang.manager import Manager
 
 log = get_logger(__name__)
@@ -38,7 +38,7 @@ class LoraLoader:
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
 
-    async def load(self, adapter: Adapter) -> None:
+    async def load(self, adapter: LoraAdapter) -> None:
         """Read the weights."""
         _succeeded(
             await self._manager.load_lora_adapter(
@@ -46,7 +46,7 @@ class LoraLoader:
             )
         )
 
-    async def unload(self, adapter: Adapter) -> None:
+    async def unload(self, adapter: LoraAdapter) -> None:
         """Forget the weights."""
         _succeeded(await self._manager.unload_lora_adapter(io_struct.UnloadLoRAAdapterReqInput(lora_name=adapter.name)))
 
@@ -56,17 +56,18 @@ def _succeeded(result: Any) -> None:
         raise RuntimeError(result.error_message)
 
 
-class Control(Operations):
+class Control(EngineControl):
     """All operations of one engine.
 
     While it is out of discovery, the reasons are the regions of memory that are released, and the mode of a pause.
     """
 
-    def __init__(self, manager: Manager, allowed_paths: AllowedPaths) -> None:
+    def __init__(self, manager: Manager, context: EngineContext, model_names: Collection[str]) -> None:
         self._manager = manager
-        self._allowed_paths = allowed_paths
+        self._allowed_paths = context.allowed_paths
         loaded = {name: ref.lora_path for name, ref in manager.lora_ref_cache.items()}
         super().__init__(
+            context,
             routes={
                 "flush_cache": self.flush_cache,
                 "release_memory_occupation": self.release_memory_occupation,
@@ -78,7 +79,7 @@ class Control(Operations):
                 "stop_profile": self.stop_profile,
             },
             endpoints={"clear_kv_blocks": self.flush_cache},
-            adapters=Adapters(LoraLoader(manager), loaded, allowed_paths) if manager.enable_lora else None,
+            lora=LoraAdapters(LoraLoader(manager), context, model_names, loaded) if manager.enable_lora else None,
         )
 
     async def flush_cache(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -96,17 +97,17 @@ class Control(Operations):
         tags, mode = _tags(body), _mode(body)
 
         async def release() -> None:
-            if "in_place" in (mode, *self.presence.reasons):
+            if "in_place" in (mode, *self.gate.reasons):
                 raise InvalidRequestError("requests that are paused in place may use the memory")
             await self._pause(mode)
-            new = [tag for tag in tags if tag not in self.presence.reasons]
+            new = [tag for tag in tags if tag not in self.gate.reasons]
             try:
                 await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=new))
             except BaseException:
                 await self._continue(body, ())
                 raise
 
-        if not await self.presence.step_out(release, *tags):
+        if not await self.gate.withdraw(release, *tags):
             return {"message": "the memory is released already"}
         log.info("Memory released", tags=",".join(tags))
         return {"message": "memory released"}
@@ -114,16 +115,16 @@ class Control(Operations):
     async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take the memory back, and enter discovery again when all of it is."""
         tags = _tags(body)
-        if not self.presence.reasons.intersection(tags):
+        if not self.gate.reasons.intersection(tags):
             return {"message": "the memory is not released"}
 
         async def resume() -> bool:
-            released = [tag for tag in tags if tag in self.presence.reasons]
+            released = [tag for tag in tags if tag in self.gate.reasons]
             await self._manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=released))
             return await self._continue(body, tags)
 
-        await self.presence.step_in(resume, *tags)
-        released = sorted(self.presence.reasons.intersection(_REGIONS))
+        await self.gate.rejoin(resume, *tags)
+        released = sorted(self.gate.reasons.intersection(_REGIONS))
         if released:
             return {"message": f"partly resumed; still released: {released}"}
         log.info("Memory resumed")
@@ -132,29 +133,29 @@ class Control(Operations):
     async def pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery and stop generating; ``mode``: ``abort`` (default), ``in_place`` or ``retract``."""
         mode = _mode(body)
-        if self.presence.reasons.intersection(_MODES):
+        if self.gate.reasons.intersection(_MODES):
             return {"message": "the engine is paused already"}
-        await self.presence.step_out(lambda: self._pause(mode), mode)
+        await self.gate.withdraw(lambda: self._pause(mode), mode)
         log.info("Generation paused")
         return {"message": "generation paused"}
 
     async def continue_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Go on generating and enter discovery again, unless memory is released."""
-        if not self.presence.reasons.intersection(_MODES):
+        if not self.gate.reasons.intersection(_MODES):
             return {"message": "the engine is not paused"}
-        if not await self.presence.step_in(lambda: self._continue(body, _MODES), *_MODES):
-            return {"message": f"generation continues when memory is resumed: {sorted(self.presence.reasons)}"}
+        if not await self.gate.rejoin(lambda: self._continue(body, _MODES), *_MODES):
+            return {"message": f"generation continues when memory is resumed: {sorted(self.gate.reasons)}"}
         log.info("Generation continues")
         return {"message": "generation continues"}
 
     async def _pause(self, mode: str) -> None:
         """Stop generating unless that is so already."""
-        if not self.presence.reasons:
+        if not self.gate.reasons:
             await self._manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode))
 
     async def _continue(self, body: dict[str, Any], gone: Iterable[str]) -> bool:
         """Go on generating if there is no other reason not to."""
-        if self.presence.reasons.issubset(gone):
+        if self.gate.reasons.issubset(gone):
             request = io_struct.ContinueGenerationReqInput(torch_empty_cache=bool(body.get("torch_empty_cache", True)))
             await self._manager.continue_generation(request)
         return True
@@ -167,7 +168,7 @@ class Control(Operations):
             raise InvalidRequestError(f"needed: model_path; possible: {', '.join(sorted(known))}")
         path = await asyncio.to_thread(self._allowed_paths.to_load, body["model_path"])
         request = io_struct.UpdateWeightFromDiskReqInput(**{**body, "model_path": path})
-        success, message, *_ = await self.presence.step_aside(lambda: self._manager.update_weights_from_disk(request))
+        success, message, *_ = await self.gate.withdrawn_for(lambda: self._manager.update_weights_from_disk(request))
         if not success:
             raise RuntimeError(message)
         log.info("Weights updated", path=path)

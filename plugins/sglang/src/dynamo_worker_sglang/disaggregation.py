@@ -9,14 +9,15 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import InvalidRequestError, disaggregation
-from dynamo_worker import request_limits as limits
-from dynamo_worker.translation import integer, refusal, section, string
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit import disaggregation
+from dynamo_worker.kit import request_limits as limits
+from dynamo_worker.kit.translation import integer, refusal, section, string
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_worker.translation import Reader
+    from dynamo_worker.kit.translation import Reader
     from dynamo_worker_sglang.sampling import Translated
 
 _ROOMS: Final = 2**63

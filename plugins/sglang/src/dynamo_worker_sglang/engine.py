@@ -8,13 +8,14 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import EngineDeadError, EngineInfo, engine_processes, translation
-from dynamo_worker.chunks import nothing
-from dynamo_worker.engine_arguments import drop_unread_events
-from dynamo_worker.engine_processes import EngineProcesses
+from dynamo_worker import EngineDeadError, EngineInfo
+from dynamo_worker.kit import engine_processes, translation
+from dynamo_worker.kit.chunks import nothing
+from dynamo_worker.kit.engine_arguments import drop_unread_events
+from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
+from dynamo_worker.kit.push_engine import PushEngine
 from dynamo_worker.logs import get_logger
-from dynamo_worker.push_engine import PushEngine
-from dynamo_worker.routing import LoadPublisher, publish_kv_events
 from dynamo_worker_sglang import arguments, nodes
 from dynamo_worker_sglang.control import Control
 from dynamo_worker_sglang.disaggregation import Role
@@ -68,7 +69,6 @@ class SglangEngine(PushEngine):
         self._tasks: list[asyncio.Task[None]] = []
         self._probe: asyncio.Task[Any] | None = None
         self._answers: dict[str, list[str]] = {}
-        self._announced = False
 
     # ---------------------------------------------------------------------------------------------------- start
 
@@ -86,7 +86,7 @@ class SglangEngine(PushEngine):
         manager: Manager = processes.tokenizer_manager
         self._manager = manager
         manager.auto_create_handle_loop()
-        self._control = Control(manager, self._context.allowed_paths)
+        self._control = Control(manager, self._context, (manager.model_path, self._settings["served_model_name"]))
         self._role = Role(self._settings["disaggregation_mode"], self._bootstrap())
         self._reader = LoadReader(manager, self._settings["page_size"])
         self._table = SamplingTable(
@@ -153,8 +153,8 @@ class SglangEngine(PushEngine):
             max_num_batched_tokens=settings["max_prefill_tokens"],
             data_parallel_start_rank=self.ranks.start,
             data_parallel_size=len(self.ranks),
-            max_loras=settings["max_loras_per_batch"] if control.adapters is not None else None,
-            adapters=() if control.adapters is None else control.adapters.names(),
+            max_loras=settings["max_loras_per_batch"] if control.lora is not None else None,
+            adapters=() if control.lora is None else control.lora.names(),
             bootstrap=role.bootstrap,
             runtime_config={
                 # A decode worker's cache says nothing about where a prefix was computed.
@@ -298,6 +298,11 @@ class SglangEngine(PushEngine):
         self._reader.read()
         return self._manager.batches + self._reader.steps
 
+    async def on_ready(self) -> None:
+        """Let the other nodes of a spread engine know that it serves: only now may they be ready, too."""
+        if self._settings["nnodes"] > 1:
+            await nodes.announce(self._settings["dist_init_addr"])
+
     async def check_health(self) -> None:
         """Ask the scheduler for its state, and return when it has answered.
 
@@ -308,10 +313,6 @@ class SglangEngine(PushEngine):
             return
         if manager.failure is not None:
             raise EngineDeadError(manager.failure)
-        if self._settings["nnodes"] > 1 and not self._announced:
-            # Health checks begin when the worker is ready: not before may the other nodes be.
-            await nodes.announce(self._settings["dist_init_addr"])
-            self._announced = True
         # One question at a time: a second one would wait behind the first.
         if self._probe is None or self._probe.done():
             self._probe = asyncio.ensure_future(manager.get_internal_state())
@@ -326,12 +327,9 @@ class SglangEngine(PushEngine):
 
     # ------------------------------------------------------------------------------------- routers and operators
 
-    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Remember where this worker stands in discovery; publish load and KV events if somebody may read them."""
-        if self._reader is None or self._control is None:
-            return
-        self._control.attach(endpoint, info)
-        if not self._context.events_wanted:
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:  # noqa: ARG002 - part of the protocol
+        """Publish load and KV events if somebody may read them."""
+        if self._reader is None or not self._context.events_wanted:
             return
         await self._load.attach(endpoint, self.ranks)
         self._tasks.append(asyncio.ensure_future(self._reader.publish(self._load)))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, multiprocess
 
-from dynamo_worker.metrics import PrefixCollector
+from dynamo_worker.kit.metrics import PrefixCollector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_worker.routing import LoadPublisher
+    from dynamo_worker.kit.publishing import LoadPublisher
     from dynamo_worker_sglang.manager import Manager
 
 #: Seconds between two looks at the load. The scheduler writes it into shared memory; looking costs it nothing.

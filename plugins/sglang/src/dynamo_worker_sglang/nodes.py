@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 from torch.distributed import TCPStore
 
 from dynamo_worker import EngineInfo, StartError
-from dynamo_worker.engine_processes import EngineProcesses
-from dynamo_worker.headless import HeadlessNode
+from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import arguments
 from dynamo_worker_sglang.manager import KILLED_SECONDS, TITLE, Processes, build, in_lasting_thread, on_failed_process

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.chunks import finite, prompt_logprob, top_logprob, usage
+from dynamo_worker.kit.chunks import finite, prompt_logprob, top_logprob, usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

@@ -6,9 +6,9 @@ import contextlib
 import resource
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker import standby
-from dynamo_worker.engine_arguments import EarlyParser
-from dynamo_worker.standby import Level
+from dynamo_worker.kit import preload
+from dynamo_worker.kit.engine_arguments import EarlyParser
+from dynamo_worker.kit.preload import Level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,4 +66,4 @@ def begin_imports(arguments: Sequence[str]) -> None:
         if soft < least:
             with contextlib.suppress(ValueError):  # more than the hard limit; SGLang cannot have it either
                 resource.setrlimit(number, (least, hard))
-    standby.prepare(levels, _HARMLESS, readers=_READERS, expected=_EXPECTED)
+    preload.prepare(levels, _HARMLESS, readers=_READERS, expected=_EXPECTED)

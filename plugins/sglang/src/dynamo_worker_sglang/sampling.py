@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, CustomParamValue, SamplingParams
 
-from dynamo_worker import InvalidRequestError, translation
-from dynamo_worker import request_limits as limits
-from dynamo_worker.json_schema import check_size
-from dynamo_worker.translation import ModelTable, RequestTable, integer, logit_bias, mapping, string
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit import request_limits as limits
+from dynamo_worker.kit import translation
+from dynamo_worker.kit.json_schema import check_size
+from dynamo_worker.kit.translation import ModelTable, RequestTable, integer, logit_bias, mapping, string
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

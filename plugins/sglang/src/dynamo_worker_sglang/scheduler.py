@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.managers.scheduler import run_scheduler_process
 
-from dynamo_worker import rendezvous
+from dynamo_worker.kit import rendezvous
 
 
 def run(*args: Any, **options: Any) -> None:

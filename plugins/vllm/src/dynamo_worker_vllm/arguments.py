@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import StartError, rendezvous
-from dynamo_worker.engine_arguments import (
+from dynamo_worker import StartError
+from dynamo_worker.kit import rendezvous
+from dynamo_worker.kit.engine_arguments import (
     add_publish_kv_events,
     import_engine,
     kv_events_socket,

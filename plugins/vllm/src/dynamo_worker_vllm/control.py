@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.lora.request import LoRARequest
 
-from dynamo_worker.adapters import Adapters
+from dynamo_worker.kit.engine_control import EngineControl
+from dynamo_worker.kit.lora import LoraAdapters
 from dynamo_worker.logs import get_logger
-from dynamo_worker.operations import Operations
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from dynamo_worker.adapters import Adapter
-    from dynamo_worker.allowed_paths import AllowedPaths
+    from dynamo_worker import EngineContext
+    from dynamo_worker.kit.lora import LoraAdapter
 
 log = get_logger(__name__)
 
@@ -29,26 +31,27 @@ class LoraLoader:
         self._llm = llm
 
     @staticmethod
-    def request(adapter: Adapter) -> LoRARequest:
+    def request(adapter: LoraAdapter) -> LoRARequest:
         """Return what vLLM is told with every request for an adapter."""
         return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.number, lora_path=adapter.path)
 
-    async def load(self, adapter: Adapter) -> None:
+    async def load(self, adapter: LoraAdapter) -> None:
         """Read the weights."""
         await self._llm.add_lora(self.request(adapter))
 
-    async def unload(self, adapter: Adapter) -> None:
+    async def unload(self, adapter: LoraAdapter) -> None:
         """Forget the weights."""
         await self._llm.remove_lora(adapter.number)
 
 
-class Control(Operations):
+class Control(EngineControl):
     """All operations of one engine."""
 
-    def __init__(self, llm: AsyncLLM, allowed_paths: AllowedPaths) -> None:
+    def __init__(self, llm: AsyncLLM, context: EngineContext, model_names: Collection[str]) -> None:
         self._llm = llm
-        self._allowed_paths = allowed_paths
+        self._allowed_paths = context.allowed_paths
         super().__init__(
+            context,
             routes={
                 "sleep": self.sleep,
                 "wake_up": self.wake_up,
@@ -57,22 +60,20 @@ class Control(Operations):
                 "reset_prefix_cache": self.reset_prefix_cache,
             },
             endpoints={"clear_kv_blocks": self.reset_prefix_cache},
-            adapters=None
-            if llm.vllm_config.lora_config is None
-            else Adapters(LoraLoader(llm), allowed_paths=allowed_paths),
+            lora=None if llm.vllm_config.lora_config is None else LoraAdapters(LoraLoader(llm), context, model_names),
         )
 
     async def sleep(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery, finish what is in flight, and release the accelerator's memory."""
         level, mode = body.get("level", 1), body.get("mode", "wait")
-        if not await self.presence.step_out(lambda: self._llm.sleep(level=level, mode=mode), _ASLEEP):
+        if not await self.gate.withdraw(lambda: self._llm.sleep(level=level, mode=mode), _ASLEEP):
             return {"message": "the engine sleeps already"}
         log.info("Engine sleeps", level=level)
         return {"message": f"the engine sleeps (level {level})"}
 
     async def wake_up(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take the memory back and enter discovery again."""
-        if not self.presence.reasons:
+        if not self.gate.reasons:
             return {"message": "the engine is awake"}
         tags = body.get("tags")
 
@@ -80,7 +81,7 @@ class Control(Operations):
             await self._llm.wake_up(tags)
             return not await self._llm.is_sleeping()
 
-        if not await self.presence.step_in(resume, _ASLEEP):
+        if not await self.gate.rejoin(resume, _ASLEEP):
             return {"message": f"partly awake: {tags}"}
         log.info("Engine woke up")
         return {"message": "the engine woke up"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import InvalidRequestError, StartError, disaggregation
-from dynamo_worker.translation import section
+from dynamo_worker import InvalidRequestError, StartError
+from dynamo_worker.kit import disaggregation
+from dynamo_worker.kit.translation import section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,21 +14,15 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-from dynamo_worker import (
-    EngineDeadError,
-    EngineInfo,
-    InvalidRequestError,
-    StartError,
-    engine_processes,
-    translation,
-)
-from dynamo_worker.chunks import nothing
-from dynamo_worker.engine_arguments import drop_unread_events
-from dynamo_worker.engine_processes import EngineProcesses
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
+from dynamo_worker.engine import LocalContext
+from dynamo_worker.kit import engine_processes, translation
+from dynamo_worker.kit.chunks import nothing
+from dynamo_worker.kit.engine_arguments import drop_unread_events
+from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
+from dynamo_worker.kit.push_engine import PushEngine
 from dynamo_worker.logs import get_logger
-from dynamo_worker.push_engine import PushEngine
-from dynamo_worker.routing import LoadPublisher, publish_kv_events
-from dynamo_worker.serving import LocalContext
 from dynamo_worker_vllm import arguments, outputs, sampling
 from dynamo_worker_vllm.control import Control, LoraLoader
 from dynamo_worker_vllm.disaggregation import Role
@@ -46,8 +40,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
     from dynamo_worker import Chunk, Deadline, EngineContext, Request, RequestContext
-    from dynamo_worker.adapters import Adapter
     from dynamo_worker.engine import Send
+    from dynamo_worker.kit.lora import LoraAdapter
     from dynamo_worker_vllm.outputs import DeltaProcessor
 
 log = get_logger(__name__)
@@ -104,7 +98,7 @@ class VllmEngine(PushEngine):
         self._llm = llm
         self._processor = outputs.install(llm)
         self._role = Role(self._args.disaggregation_mode, config)
-        self._control = Control(llm, self._context.allowed_paths)
+        self._control = Control(llm, self._context, (config.model_config.model, *self._served_names))
         self._table = sampling.SamplingTable(config.model_config.get_diff_sampling_param(), self._context_length)
         tokenizer = llm.tokenizer
         if tokenizer is not None:
@@ -138,6 +132,13 @@ class VllmEngine(PushEngine):
             raise StartError(f"vLLM does not start: {error}", hint="its own messages stand above this line") from error
 
     @property
+    def _served_names(self) -> list[str]:
+        """The names under which clients ask for the model; the first one is its own."""
+        assert self._config is not None
+        served = self._args.served_model_name or self._config.model_config.served_model_name
+        return [served] if isinstance(served, str) else list(served)
+
+    @property
     def _context_length(self) -> int:
         assert self._config is not None
         length: int = self._config.model_config.max_model_len
@@ -156,8 +157,7 @@ class VllmEngine(PushEngine):
         assert config is not None
         assert role is not None
         assert control is not None
-        served = self._args.served_model_name or config.model_config.served_model_name
-        name, *aliases = [served] if isinstance(served, str) else served
+        name, *aliases = self._served_names
         ranks = self.ranks
         blocks = config.cache_config.num_gpu_blocks
         events = config.kv_events_config
@@ -255,7 +255,7 @@ class VllmEngine(PushEngine):
         request: Request,
         params: SamplingParams,
         context: RequestContext,
-        adapter: Adapter | None,
+        adapter: LoraAdapter | None,
     ) -> Any:
         """Give a request to vLLM and return the mailbox of its outputs."""
         try:
@@ -341,11 +341,9 @@ class VllmEngine(PushEngine):
 
     # ------------------------------------------------------------------------------------- routers and operators
 
-    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Remember where this worker stands in discovery; publish load and KV events if somebody may read them."""
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:  # noqa: ARG002 - part of the protocol
+        """Publish load and KV events if somebody may read them."""
         assert self._llm is not None
-        assert self._control is not None
-        self._control.attach(endpoint, info)
         if not self._context.events_wanted:
             return
         if not self._args.disable_log_stats:

@@ -15,8 +15,8 @@ from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from dynamo_worker import EngineInfo, StartError
-from dynamo_worker.engine_processes import EngineProcesses
-from dynamo_worker.headless import HeadlessNode
+from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_vllm import arguments
 from dynamo_worker_vllm.processes import TITLE

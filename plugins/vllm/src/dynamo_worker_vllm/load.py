@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from dynamo_worker.metrics import PrefixCollector
+from dynamo_worker.kit.metrics import PrefixCollector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from dynamo_worker.routing import LoadPublisher
+    from dynamo_worker.kit.publishing import LoadPublisher
 
 #: Metrics of vLLM and of the KV caches that plug into it, in the process-wide registry.
 _PREFIXES = ("vllm:", "lmcache:")

@@ -14,7 +14,7 @@ from vllm.outputs import STREAM_FINISHED, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
-from dynamo_worker.chunks import finite, prompt_logprob, top_logprob, usage
+from dynamo_worker.kit.chunks import finite, prompt_logprob, top_logprob, usage
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:

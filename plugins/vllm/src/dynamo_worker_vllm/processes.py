@@ -6,9 +6,9 @@ import os
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker import standby
-from dynamo_worker.engine_arguments import EarlyParser
-from dynamo_worker.standby import Level
+from dynamo_worker.kit import preload
+from dynamo_worker.kit.engine_arguments import EarlyParser
+from dynamo_worker.kit.preload import Level
 from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def begin_imports(arguments: Sequence[str]) -> None:
     cores = Level(_ENGINE_CORE, given.data_parallel_size_local or given.data_parallel_size)
     workers = given.tensor_parallel_size * given.pipeline_parallel_size
     if _for_cpu():
-        standby.prepare([cores], _HARMLESS | _OF_CPU_WORKERS)
+        preload.prepare([cores], _HARMLESS | _OF_CPU_WORKERS)
     elif workers > 1:
-        standby.prepare([cores, Level(_WORKER, workers)], _HARMLESS)
+        preload.prepare([cores, Level(_WORKER, workers)], _HARMLESS)
     else:
-        standby.prepare([cores], _HARMLESS)
+        preload.prepare([cores], _HARMLESS)
 
 
 def _for_cpu() -> bool:

@@ -9,10 +9,11 @@ from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.kv_hints import KvHintsEnvelope
 
-from dynamo_worker import InvalidRequestError, translation
+from dynamo_worker import InvalidRequestError
 from dynamo_worker.errors import describe
-from dynamo_worker.json_schema import check_size
-from dynamo_worker.translation import (
+from dynamo_worker.kit import translation
+from dynamo_worker.kit.json_schema import check_size
+from dynamo_worker.kit.translation import (
     ModelTable,
     RequestTable,
     allowed_tokens,

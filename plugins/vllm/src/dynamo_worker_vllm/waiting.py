@@ -7,7 +7,7 @@ stood still, requests that ran into the frontend's deadline, and half to a third
 a tenth of a millisecond to a step of some milliseconds.
 
 vLLM calls what is registered as one of its general plugins in each of its processes. This changes only those that
-belong to a dynamo-worker. It also has their stores listen on loopback (``dynamo_worker.rendezvous``).
+belong to a dynamo-worker. It also has their stores listen on loopback (``dynamo_worker.kit.rendezvous``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import time
 from typing import Final
 
-from dynamo_worker import rendezvous
+from dynamo_worker.kit import rendezvous
 
 log = logging.getLogger(__name__)
 

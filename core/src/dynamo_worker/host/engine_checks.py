@@ -1,0 +1,196 @@
+"""What an engine must be and return, checked during its start: a bug found here is not found by clients later."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from dynamo_worker.engine import EndpointSpec, EngineInfo, PushesChunks
+from dynamo_worker.errors import InvalidRequestError, StartError
+from dynamo_worker.host.serving import validated
+
+if TYPE_CHECKING:
+    from dynamo_worker.engine import Chunk, Engine, Request
+
+#: How an answer can end (``FinishReason`` of Dynamo 1.6.1); beside these ``error: MESSAGE`` and ``{"error": MESSAGE}``.
+FINISH_REASONS: Final = frozenset({"eos", "length", "stop", "cancelled", "content_filter"})
+#: Token ids are unsigned 32-bit integers in Dynamo.
+_TOKEN_LIMIT: Final = 2**32
+
+
+class EngineChecks:
+    """The checks of one engine, in the order in which they are made.
+
+    :param engine: how messages name it.
+    """
+
+    def __init__(self, engine: object) -> None:
+        self._engine = engine
+
+    def problem(self, what: str) -> StartError:
+        """Return the error for something that the engine must not do."""
+        return StartError(f"{self._engine}: {what}", hint="report this to the engine's author")
+
+    def methods(self, engine: Engine) -> None:
+        """Check what can be known of an engine before it is started.
+
+        :raises StartError: a method is missing, or is a function of the wrong kind.
+        """
+        for name in ("start", "generate", "abort", "processes"):
+            if not callable(getattr(engine, name, None)):
+                raise self.problem(f"it has no method {name!r}")
+        if inspect.iscoroutinefunction(engine.generate):
+            raise self.problem(
+                "generate is a coroutine function; it must return an asynchronous iterator (`async def` with `yield`)"
+            )
+        for name in ("start", "abort", *(("push",) if isinstance(engine, PushesChunks) else ())):
+            if inspect.isasyncgenfunction(getattr(engine, name)):
+                raise self.problem(
+                    f"{name} is an asynchronous generator; it must be awaitable (`async def`, no `yield`)"
+                )
+
+    async def started(self, start: object) -> EngineInfo:
+        """Wait for the start and return what it returned.
+
+        :param start: what ``Engine.start`` returned.
+        :raises StartError: it cannot be awaited, or brings something else than an :class:`EngineInfo`.
+        """
+        if not isinstance(start, Awaitable):
+            raise self.problem(f"start returned {start!r:.80}, which cannot be awaited; it must be `async`")
+        info = await start
+        if not isinstance(info, EngineInfo):
+            raise self.problem(f"start returned {info!r:.80} instead of an EngineInfo")
+        for field in dataclasses.fields(info):
+            value, kind = getattr(info, field.name), str(field.type)
+            expected = _KINDS.get(kind.removesuffix(" | None"))
+            if expected and type(value) is not expected and not (value is None and kind.endswith("None")):
+                raise self.problem(f"start returned an EngineInfo with {field.name} = {value!r:.80}; {kind} is needed")
+        for spec in info.endpoints:
+            if not isinstance(spec, EndpointSpec):
+                raise self.problem(f"start returned an EngineInfo with the endpoint {spec!r:.80}, no EndpointSpec")
+        return info
+
+    def pids(self, processes: object) -> list[int]:
+        """Return the pids of the engine's processes.
+
+        :param processes: what ``Engine.processes`` returned.
+        :raises StartError: they are none.
+        """
+        pids = list(processes) if isinstance(processes, Iterable) else None
+        if pids is None or not all(type(pid) is int and pid > 0 for pid in pids):
+            raise self.problem(f"processes returned {processes!r:.80} instead of pids")
+        return pids
+
+    def canary(self, request: object, vocab_size: int | None) -> Request:
+        """Return the engine's own request.
+
+        :raises StartError: no client could make it.
+        """
+        try:
+            return validated(request, vocab_size)
+        except InvalidRequestError as error:
+            raise self.problem(f"canary_request returned a request that cannot be served: {error}") from None
+
+    def stream(self, stream: object) -> AsyncIterator[Any]:
+        """Return the answer to a request.
+
+        :param stream: what ``Engine.generate`` returned.
+        :raises StartError: it is none.
+        """
+        if inspect.iscoroutine(stream):
+            stream.close()
+        if not isinstance(stream, AsyncIterator):
+            raise self.problem(f"generate returned {stream!r:.80} instead of an asynchronous iterator")
+        return stream
+
+    def mapping(self, method: str, value: object) -> Mapping[str, Any]:
+        """Return what a method returned.
+
+        :raises StartError: it is no mapping of names to functions.
+        """
+        if not isinstance(value, Mapping) or not all(
+            isinstance(name, str) and callable(function) for name, function in value.items()
+        ):
+            raise self.problem(f"{method} returned {value!r:.80} instead of functions by name")
+        return value
+
+
+class AnswerCheck:
+    """Checks the chunks of one answer, up to its end.
+
+    :param checks: of the engine that answers.
+    :param vocab_size: the first token id that there is not; None if it is not known.
+    """
+
+    def __init__(self, checks: EngineChecks, vocab_size: int | None) -> None:
+        self._checks = checks
+        self._limit = _TOKEN_LIMIT if vocab_size is None else vocab_size
+        self._finished = False
+
+    def take(self, chunk: object) -> None:
+        """Check the next chunk.
+
+        :raises StartError: no frontend could make anything of it.
+        """
+        wrong = self._wrong(chunk)
+        if wrong is not None:
+            raise self._checks.problem(f"its first answer {wrong}; the chunk is {chunk!r:.200}")
+
+    def end(self) -> None:
+        """Check that the answer was complete.
+
+        :raises StartError: no chunk had a finish reason.
+        """
+        if not self._finished:
+            raise self._checks.problem("its first answer ended without a finish_reason")
+
+    def _wrong(self, chunk: object) -> str | None:
+        if not isinstance(chunk, dict):
+            return f"is made of {type(chunk).__name__}, not of dicts"
+        if self._finished:
+            return "continues after its finish_reason"
+        tokens = chunk.get("token_ids")
+        if not isinstance(tokens, (list, tuple)):
+            return "has a chunk without a list of token_ids (which may be empty)"
+        for token in tokens:
+            if type(token) is not int:
+                return f"has the token {token!r:.80}, which is {type(token).__name__}, not int"
+            if not 0 <= token < self._limit:
+                unknown = self._limit == _TOKEN_LIMIT
+                where = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
+                return f"has the token {token}, which is not {where}"
+        return self._wrong_end(chunk) or _not_encodable(chunk)
+
+    def _wrong_end(self, chunk: Chunk) -> str | None:
+        reason = chunk.get("finish_reason")
+        if reason is None:
+            return None
+        self._finished = True
+        error = reason.get("error") if isinstance(reason, dict) else None
+        if error is not None or str(reason).startswith("error"):
+            return f"ended with an error: {error or reason}"
+        if not isinstance(reason, str) or reason not in FINISH_REASONS:
+            return f"has the finish_reason {reason!r:.80}; known are {', '.join(sorted(FINISH_REASONS))}"
+        return None
+
+
+def _not_encodable(chunk: Chunk) -> str | None:
+    """Return what is wrong with a chunk that cannot be sent: it has to be JSON, and may have bytes."""
+
+    def unknown(value: object) -> str:
+        if isinstance(value, bytes):
+            return ""
+        raise TypeError(f"{type(value).__name__} is no type of JSON")
+
+    try:
+        json.dumps(chunk, default=unknown)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"has a chunk that cannot be encoded ({error})"
+    return None
+
+
+#: What stands in the annotations of :class:`EngineInfo`, as far as it is checked.
+_KINDS: Final[Mapping[str, type]] = {"str": str, "int": int}

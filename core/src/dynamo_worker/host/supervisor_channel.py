@@ -1,0 +1,83 @@
+"""The worker's end of the channel to its supervisor: JSON objects, one per packet, both ways."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.supervisor.channel import Channel
+from dynamo_worker.supervisor.protocol import CONTROL_FD
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+
+class SupervisorChannel:
+    """Sends states, heartbeats and the reason of the end to the supervisor; receives stop requests from it.
+
+    Without a supervisor (``--no-supervise``) every send does nothing and nothing is received.
+    """
+
+    def __init__(self, connection: socket.socket | None) -> None:
+        self._channel = Channel(connection) if connection is not None else None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting = False
+
+    @classmethod
+    def from_environment(cls) -> SupervisorChannel:
+        """Take over the channel that the supervisor left in the environment, once: children must not inherit it."""
+        descriptor = os.environ.pop(CONTROL_FD, None)
+        if descriptor is None:
+            return cls(None)
+        connection = socket.socket(fileno=int(descriptor))
+        connection.set_inheritable(False)
+        return cls(connection)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether there is a supervisor at the other end."""
+        return self._channel is not None
+
+    def send(self, message_type: str, **fields: Any) -> None:
+        """Send one message, now or as soon as the supervisor reads; never blocks and never raises."""
+        if self._channel is None:
+            return
+        self._channel.send(message_type, **fields)
+        self._watch_output()
+
+    def listen(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``on_message`` on the loop for every message from the supervisor."""
+        if self._channel is None:
+            return
+        self._loop = loop
+        loop.add_reader(self._channel.socket.fileno(), self._receive, on_message)
+        self._watch_output()
+
+    def _receive(self, on_message: Callable[[dict[str, Any]], None]) -> None:
+        assert self._channel is not None
+        assert self._loop is not None
+        for message in self._channel.receive():
+            on_message(message)
+        if self._channel.closed:
+            # The supervisor is gone. The guardian sees that too and ends this process; nothing to do here.
+            self._loop.remove_reader(self._channel.socket.fileno())
+            self._watch_output()
+
+    def _watch_output(self) -> None:
+        """Have what the supervisor does not take now sent as soon as it does."""
+        assert self._channel is not None
+        wanted = bool(self._channel.pending) and not self._channel.deaf
+        if self._loop is None or wanted == self._waiting:
+            return
+        self._waiting = wanted
+        if wanted:
+            self._loop.add_writer(self._channel.socket.fileno(), self._flush)
+        else:
+            self._loop.remove_writer(self._channel.socket.fileno())
+
+    def _flush(self) -> None:
+        assert self._channel is not None
+        self._channel.flush()
+        self._watch_output()

@@ -1,0 +1,235 @@
+"""Checks of JSON that engines and their grammar compilers lack: its size, and where references and patterns lead.
+
+The compilers recurse on the stack of the process, which a long way through a schema or a pattern ends with SIGSEGV.
+
+Everything here runs on the event loop and takes time in proportion to what it looks at, which is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.kit import request_limits as limits
+
+#: Under these keys a structural tag has schemas.
+_SCHEMA_KEYS: Final = frozenset({"schema", "json_schema"})
+#: What makes a part of a regular expression optional or repeats it. Before it what holds the same characters: escapes,
+#: sets (one without an end takes all, or each of many would be looked for again) and groups without a number.
+_QUANTIFIER: Final = re.compile(r"\\.|\[(?:\\.|[^]\\])*\]?|\(\?|([?*+{]|\|(?=[|)]|$)|(?<=[(|])\|)", re.DOTALL)
+
+
+def check_schema(name: str, schema: str | Mapping[str, Any]) -> None:
+    """Refuse a JSON schema that is too large, or in which a reference leads to itself through nothing but references.
+
+    No text satisfies one that does, and grammar compilers run in circles.
+
+    :param name: of the field, for the message.
+    :raises InvalidRequestError: it is, there is such a reference, or the schema is no JSON object.
+    """
+    parsed = _parsed(name, schema)
+    _check_references(name, _walk(name, parsed, parsed))
+
+
+def check_structural_tag(name: str, tag: str | Mapping[str, Any]) -> None:
+    """Do the same for a structural tag and the schemas in it."""
+    _check_references(name, _walk(name, _parsed(name, tag)))
+
+
+def check_regex(name: str, expression: str) -> None:
+    """Refuse a regular expression that is too long, or has so many optional parts that each token takes long.
+
+    :raises InvalidRequestError: it is, or has.
+    """
+    limits.REGEX_CHARACTERS.check(name, len(expression))
+    limits.REGEX_QUANTIFIERS.check(name, sum(1 for match in _QUANTIFIER.finditer(expression) if match[1]))
+
+
+def check_size(name: str, value: object) -> None:
+    """Refuse JSON that is too large, has too many parts or too many levels.
+
+    :raises InvalidRequestError: it is, or does.
+    """
+    _walk(name, value)
+
+
+def _parsed(name: str, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(given, str):
+        return given
+    limits.JSON_CHARACTERS.check(name, len(given))
+    try:
+        parsed = json.loads(given)
+    except RecursionError:
+        raise InvalidRequestError(f"{name}: too many levels, at most {limits.JSON_LEVELS.most} are accepted") from None
+    except ValueError as error:
+        raise InvalidRequestError(f"{name} is not JSON: {error}") from error
+    if not isinstance(parsed, Mapping):
+        raise InvalidRequestError(f"{name}: an object is needed")
+    return parsed
+
+
+def _walk(
+    name: str, value: object, schema: Mapping[str, Any] | None = None
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]:
+    """Return every object in a value, level by level, with the schema that it is a part of.
+
+    The limits are checked on the way: no more is looked at than they allow.
+
+    :param schema: that ``value`` is a part of; None looks for schemas in it.
+    """
+    objects: list[tuple[Mapping[str, Any], Mapping[str, Any] | None]] = []
+    values = characters = levels = 0
+    level: list[tuple[object, Mapping[str, Any] | None]] = [(value, schema)]
+    while level:
+        below: list[tuple[object, Mapping[str, Any] | None]] = []
+        for node, root in level:
+            if isinstance(node, Mapping):
+                values += len(node)
+                limits.JSON_VALUES.check(name, values)
+                objects.append((node, root))
+                for key, entry in node.items():
+                    characters += len(key) if isinstance(key, str) else 0
+                    if key == "pattern" and isinstance(entry, str):
+                        check_regex(f"{name}: a pattern", entry)
+                    elif key == "patternProperties" and isinstance(entry, Mapping):
+                        for expression in entry:
+                            check_regex(f"{name}: a pattern", str(expression))
+                    begins = root is None and key in _SCHEMA_KEYS and isinstance(entry, Mapping)
+                    below.append((entry, entry if begins else root))
+            elif isinstance(node, (list, tuple)):
+                values += len(node)
+                limits.JSON_VALUES.check(name, values)
+                below += [(entry, root) for entry in node]
+            elif isinstance(node, str):
+                characters += len(node)
+        limits.JSON_CHARACTERS.check(name, characters)
+        levels += any(isinstance(node, (Mapping, list, tuple)) for node, _ in level)
+        limits.JSON_LEVELS.check(name, levels)
+        level = below
+    return objects
+
+
+def _check_references(name: str, objects: list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> None:
+    """Follow every reference to something that is none, each of them once, and measure the longest way through them."""
+    schemas = {id(schema): schema for _, schema in objects if schema is not None}
+    references: dict[int, dict[str, Any]] = {number: {} for number in schemas}
+    for node, schema in objects:
+        reference = _reference(node)
+        if schema is not None and reference is not None and reference not in references[id(schema)]:
+            limits.JSON_REFERENCES.check(name, len(references[id(schema)]) + 1)
+            references[id(schema)][reference] = _target(schema, reference)
+    settled: set[int] = set()
+    for start, schema in objects:
+        if schema is None:
+            continue
+        path: set[int] = set()
+        current: Any = start
+        while (reference := _reference(current)) is not None and id(current) not in settled:
+            if id(current) in path:
+                raise InvalidRequestError(f"{name}: the reference {reference[:80]!r} leads back to itself")
+            path.add(id(current))
+            current = references[id(schema)].get(reference)
+        settled |= path
+    for number, schema in schemas.items():
+        if references[number]:
+            limits.JSON_WAY.check(name, _longest_way(schema, references[number]))
+
+
+def _longest_way(schema: Mapping[str, Any], references: Mapping[str, Any]) -> int:
+    """Return how many levels a compiler may be deep in a schema, at most, if it follows each reference once.
+
+    The schema falls into parts: itself and what references mean. Of parts that refer to each other in circles the sum
+    counts, because a way may lead through all of them.
+    """
+    parts = {id(target): number for number, target in enumerate(references.values(), 1) if _holds(target)}
+    weights = [0] * (len(references) + 1)
+    leads: list[set[int]] = [set() for _ in weights]
+    start = parts.get(id(schema), 0)
+    found = {start}
+    waiting: list[tuple[Any, int, int]] = [(schema, start, 1)]
+    while waiting:
+        node, part, depth = waiting.pop()
+        weights[part] = max(weights[part], depth)
+        reference = _reference(node)
+        if reference is not None and id(references[reference]) in parts:
+            leads[part].add(parts[id(references[reference])])
+        for entry in node.values() if isinstance(node, Mapping) else node:
+            if not _holds(entry):
+                continue
+            own = parts.get(id(entry))
+            if own is None:
+                waiting.append((entry, part, depth + 1))
+                continue
+            leads[part].add(own)
+            if own not in found:
+                found.add(own)
+                waiting.append((entry, own, 1))
+    return _heaviest_way(weights, leads)
+
+
+def _heaviest_way(weights: Sequence[int], leads: Sequence[set[int]]) -> int:
+    """Return the sum of the weights on the heaviest way, where what lies on circles counts as one (Tarjan, 1972)."""
+    count = 0
+    numbers, lowest, best = ([0] * len(weights) for _ in range(3))
+    unfinished: list[int] = []
+    is_unfinished = [True] * len(weights)
+    for start in range(len(weights)):
+        steps: list[tuple[int, Iterator[int]]] = []
+        new: int | None = None if numbers[start] else start
+        while steps or new is not None:
+            if new is not None:
+                count += 1
+                numbers[new] = lowest[new] = count
+                unfinished.append(new)
+                steps.append((new, iter(leads[new])))
+            part, following = steps[-1]
+            new = None
+            for other in following:
+                if not numbers[other]:
+                    new = other
+                    break
+                if is_unfinished[other]:
+                    lowest[part] = min(lowest[part], numbers[other])
+            if new is not None:
+                continue
+            steps.pop()
+            if steps:
+                lowest[steps[-1][0]] = min(lowest[steps[-1][0]], lowest[part])
+            if lowest[part] == numbers[part]:
+                circle = [unfinished.pop()]
+                while circle[-1] != part:
+                    circle.append(unfinished.pop())
+                for one in circle:
+                    is_unfinished[one] = False
+                beyond = max((best[other] for one in circle for other in leads[one]), default=0)
+                weight = sum(weights[one] for one in circle) + beyond
+                for one in circle:
+                    best[one] = weight
+    return max(best)
+
+
+def _holds(node: object) -> bool:
+    """Return whether a value has parts."""
+    return isinstance(node, (Mapping, list, tuple))
+
+
+def _reference(node: object) -> str | None:
+    reference = node.get("$ref") if isinstance(node, Mapping) else None
+    return reference if isinstance(reference, str) else None
+
+
+def _target(schema: Mapping[str, Any], reference: str) -> Any:
+    """Return what a reference means; None if it is not in the schema: the grammar compiler says what is wrong then."""
+    if not reference.startswith("#"):
+        return None
+    current: Any = schema
+    pointer = reference[1:].strip("/")
+    for part in pointer.split("/") if pointer else ():
+        key = part.replace("~1", "/").replace("~0", "~")
+        if not isinstance(current, Mapping) or key not in current:
+            return None
+        current = current[key]
+    return current

@@ -1,0 +1,45 @@
+"""Parts of chunks: numbers and texts that JSON can carry."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from dynamo_worker.kit import chunks
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_finite(value: float) -> None:
+    assert chunks.finite(value) == chunks.LEAST_LOGPROB
+    assert chunks.finite(-0.5) == -0.5
+
+
+def test_usage() -> None:
+    assert chunks.usage(3, 4, 2) == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    assert chunks.usage(3, 4, 0)["prompt_tokens_details"] is None
+
+
+def test_logprobs_are_json() -> None:
+    assert chunks.top_logprob(7, -math.inf, 1, "ä") == {
+        "rank": 1,
+        "token_id": 7,
+        "token": "ä",
+        "logprob": chunks.LEAST_LOGPROB,
+        "bytes": [195, 164],
+    }
+    # half a surrogate pair, as some tokenizers return for a part of a character
+    json.dumps(chunks.top_logprob(7, -1.0, 2, "\ud800")["bytes"])
+    assert chunks.top_logprob(7, -1.0, 2, None)["bytes"] is None
+    assert chunks.prompt_logprob(-1.0, None, None) == {"logprob": -1.0}
+    assert chunks.prompt_logprob(-math.inf, 3, "x") == {
+        "logprob": chunks.LEAST_LOGPROB,
+        "rank": 3,
+        "decoded_token": "x",
+    }

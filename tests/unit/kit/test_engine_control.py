@@ -1,0 +1,249 @@
+"""Operations on a serving engine: their answers, and how an engine leaves discovery and rejoins it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+from aio import settle
+from fakes import FakeDiscovery, fake_context
+
+from dynamo_worker.kit import engine_control
+from dynamo_worker.kit.engine_control import DiscoveryGate, EngineControl
+from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
+
+
+async def echo(body: dict[str, Any]) -> dict[str, Any]:
+    if "fail" in body:
+        raise RuntimeError(body["fail"])
+    return {"got": body}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"a": 1}, {"status": "success", "got": {"a": 1}}),
+        (None, {"status": "success", "got": {}}),
+        ({"fail": "no"}, {"status": "error", "message": "no"}),
+        ({"fail": "x" * 9999}, {"status": "error", "message": "x" * 1000 + "…"}),
+        ({"fail": ""}, {"status": "error", "message": "RuntimeError"}),
+        ([1], {"status": "error", "message": "the body must be a JSON object"}),
+    ],
+)
+def test_every_call_gets_an_answer(body: Any, expected: dict[str, Any]) -> None:
+    async def main() -> None:
+        assert await engine_control.routes({"echo": echo})["echo"](body) == expected
+        spec = engine_control.endpoint("echo", echo)
+        assert not spec.takes_tokens
+        assert spec.generate is not None
+        assert [chunk async for chunk in spec.generate(body, None)] == [expected]  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+async def nothing() -> bool:
+    return True
+
+
+def gate_of() -> tuple[DiscoveryGate, FakeDiscovery]:
+    discovery = FakeDiscovery()
+    return DiscoveryGate(discovery), discovery
+
+
+def test_withdrawn_and_back() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+        assert await gate.withdraw(nothing, "asleep")
+        assert gate.reasons == {"asleep"}
+        assert gate.withdrawn
+        assert not await gate.withdraw(nothing, "asleep"), "it is away already"
+        assert await gate.rejoin(nothing, "asleep")
+        assert not gate.reasons
+        assert not gate.withdrawn
+        assert discovery.calls == ["withdraw", "rejoin"]
+
+    asyncio.run(main())
+
+
+def test_discovery_is_left_before_the_engine_is_paused_and_entered_after_it_is_back() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+
+        async def note(what: str) -> bool:
+            discovery.calls.append(what)
+            return True
+
+        await gate.withdraw(lambda: note("paused"), "asleep")
+        await gate.rejoin(lambda: note("resumed"), "asleep")
+        assert discovery.calls == ["withdraw", "paused", "resumed", "rejoin"]
+
+    asyncio.run(main())
+
+
+def test_it_stays_out_until_the_last_reason_is_gone() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+        await gate.withdraw(nothing, "weights", "cache")
+        assert await gate.withdraw(nothing, "cache", "paused"), "one of them is new"
+        assert gate.reasons == {"weights", "cache", "paused"}
+        assert not await gate.rejoin(nothing, "paused")
+        assert not await gate.rejoin(nothing, "weights")
+        assert await gate.rejoin(nothing, "cache", "weights")
+        assert discovery.calls == ["withdraw", "rejoin"]
+
+    asyncio.run(main())
+
+
+def test_nothing_is_resumed_for_a_reason_that_there_is_not() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+
+        async def resume() -> bool:
+            raise AssertionError("resumed")
+
+        assert await gate.rejoin(resume, "asleep")
+        await gate.withdraw(nothing, "paused")
+        assert not await gate.rejoin(resume, "asleep")
+        assert discovery.calls == ["withdraw"]
+
+    asyncio.run(main())
+
+
+def test_who_pauses_or_resumes_sees_the_reasons_as_they_were() -> None:
+    async def main() -> None:
+        gate, _ = gate_of()
+        seen = []
+
+        async def look() -> bool:
+            assert gate.withdrawn
+            seen.append(set(gate.reasons))
+            return True
+
+        await gate.withdraw(look, "a")
+        await gate.withdraw(look, "a", "b")
+        await gate.rejoin(look, "a")
+        assert seen == [set(), {"a"}, {"a", "b"}]
+
+    asyncio.run(main())
+
+
+async def fail() -> bool:
+    raise RuntimeError("busy")
+
+
+def test_an_engine_that_does_not_pause_serves_on() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+        with pytest.raises(RuntimeError, match="busy"):
+            await gate.withdraw(fail, "asleep")
+        assert not gate.reasons
+        assert not gate.withdrawn
+        assert discovery.calls == ["withdraw", "rejoin"]
+
+    asyncio.run(main())
+
+
+def test_a_second_reason_that_does_not_come_about_leaves_the_first_one() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+        await gate.withdraw(nothing, "paused")
+        with pytest.raises(RuntimeError, match="busy"):
+            await gate.withdraw(fail, "cache")
+        assert gate.reasons == {"paused"}
+        assert discovery.calls == ["withdraw"]
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_partly_back_or_does_not_come_back_stays_out() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+        await gate.withdraw(nothing, "asleep")
+
+        async def partly() -> bool:
+            return False
+
+        assert not await gate.rejoin(partly, "asleep")
+        with pytest.raises(RuntimeError, match="busy"):
+            await gate.rejoin(fail, "asleep")
+        assert gate.reasons == {"asleep"}
+        assert discovery.calls == ["withdraw"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_withdrawn_for_some_work(fails: bool) -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+
+        async def work() -> str:
+            assert gate.withdrawn
+            discovery.calls.append("work")
+            if fails:
+                raise RuntimeError("no")
+            return "done"
+
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            assert await gate.withdrawn_for(work) == "done"
+        assert not gate.withdrawn
+        await gate.withdraw(nothing, "asleep")
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            await gate.withdrawn_for(work)
+        assert gate.withdrawn, "there is still a reason"
+        assert discovery.calls == ["withdraw", "work", "rejoin", "withdraw", "work"]
+
+    asyncio.run(main())
+
+
+def test_one_after_the_other() -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+        go_on = asyncio.Event()
+        out = asyncio.ensure_future(gate.withdraw(go_on.wait, "asleep"))
+        await settle()
+        back = asyncio.ensure_future(gate.rejoin(nothing, "asleep"))
+        await settle()
+        assert discovery.calls == ["withdraw"]
+        go_on.set()
+        assert await out
+        assert await back
+        assert discovery.calls == ["withdraw", "rejoin"]
+
+    asyncio.run(main())
+
+
+class Loader:
+    async def load(self, adapter: LoraAdapter) -> None: ...
+
+    async def unload(self, adapter: LoraAdapter) -> None: ...
+
+
+def test_an_adapter_stays_loaded_while_a_request_uses_it() -> None:
+    engine = EngineControl(fake_context(), {}, {}, LoraAdapters(Loader(), fake_context(), loaded={"poet": "/poet"}))
+    with engine.adapter({"model": "poet"}) as adapter:
+        assert adapter is not None
+        assert adapter.in_use == 1
+    assert adapter.in_use == 0
+
+
+@pytest.mark.parametrize("lora", [None, LoraAdapters(Loader(), fake_context())], ids=["without LoRA", "with LoRA"])
+def test_all_operations_of_an_engine(lora: LoraAdapters | None) -> None:
+    async def main() -> None:
+        discovery = FakeDiscovery()
+        engine = EngineControl(fake_context(discovery), {"echo": echo}, {"clear": echo}, lora)
+        of_lora = {"load_lora", "unload_lora", "list_loras"} if lora else set()
+        assert set(engine.routes()) == {"echo"} | of_lora
+        assert {spec.name for spec in engine.endpoints()} == {"clear"} | of_lora
+        assert await engine.routes()["echo"]({"a": 1}) == {"status": "success", "got": {"a": 1}}
+
+        with engine.adapter({"model": "m"}) as adapter:
+            assert adapter is None
+        assert not engine.paused()
+        await engine.gate.withdraw(nothing, "asleep")
+        assert engine.paused()
+        assert discovery.calls == ["withdraw"]
+
+    asyncio.run(main())

@@ -1,0 +1,101 @@
+"""An engine's processes: found by their names, and ended in order and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dynamo_worker import Deadline
+from dynamo_worker.kit.engine_processes import EngineProcesses, named
+from dynamo_worker.testing import eventually
+
+TITLE = b"TOY::"
+#: A leader that starts one process below it; how each takes SIGTERM is in its arguments.
+LEADER = """
+import os, signal, subprocess, sys, time
+executable, leader, below = sys.argv[1:]
+child = subprocess.Popen(["TOY::Below", "-c", below], executable=executable)
+exec(leader)
+child.wait()
+time.sleep(60)
+"""
+SLEEPS = "import time; time.sleep(60)"
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPS
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def start(started: list[subprocess.Popen[bytes]], leader: str = "", below: str = SLEEPS) -> tuple[int, int]:
+    arguments = ["TOY::Leader", "-c", LEADER, sys.executable, leader, below]
+    process = subprocess.Popen(arguments, executable=sys.executable)
+    started.append(process)
+    eventually(lambda: len(named(TITLE)) == 2, 10, "both processes")
+    below_pid = next(pid for pid in named(TITLE) if pid != process.pid)
+    return process.pid, below_pid
+
+
+def state(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+
+
+def ended(*pids: int) -> bool:
+    return all(state(pid) in ("gone", "Z") for pid in pids)
+
+
+@pytest.mark.parametrize("below", [SLEEPS, DEAF], ids=["hears", "deaf"])
+def test_what_does_not_end_by_itself_is_killed(started: list[subprocess.Popen[bytes]], below: str) -> None:
+    pids = start(started, below=below)
+    processes = EngineProcesses(TITLE)
+    since = time.monotonic()
+    asyncio.run(processes.end(0.1, Deadline.after(5)))
+    assert ended(*pids)
+    assert time.monotonic() - since < 3
+
+
+def test_stopped_processes_end_too(started: list[subprocess.Popen[bytes]]) -> None:
+    pids = start(started)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    asyncio.run(EngineProcesses(TITLE).end(0.1, Deadline.after(5)))
+    assert ended(*pids)
+
+
+def test_leaders_that_listen_end_what_is_below_them(started: list[subprocess.Popen[bytes]]) -> None:
+    leader = "signal.signal(signal.SIGTERM, lambda *_: (child.kill(), os._exit(7)))"
+    pids = start(started, leader)
+    processes = EngineProcesses(TITLE)
+    processes.signal_leaders()
+    asyncio.run(processes.end(5.0, Deadline.after(5)))
+    assert ended(*pids)
+    assert started[0].wait() == 7, "nobody killed it"
+
+
+def test_others_are_left_alone(started: list[subprocess.Popen[bytes]]) -> None:
+    start(started)
+    stranger = subprocess.Popen([sys.executable, "-c", SLEEPS])
+    started.append(stranger)
+    asyncio.run(EngineProcesses(TITLE).end(0.1, Deadline.after(5)))
+    assert stranger.poll() is None
+
+
+def test_nothing_to_end() -> None:
+    assert named(b"NOBODY::") == []
+    asyncio.run(EngineProcesses(b"NOBODY::").end(1.0, Deadline.after(5)))

@@ -1,0 +1,395 @@
+"""Reading requests: every field is passed on, left to the frontend, or refused by its name."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit import translation
+from dynamo_worker.kit.translation import FRONTEND, ModelTable, RequestTable
+
+TABLE = RequestTable(
+    sampling={
+        "temperature": ("temp", translation.number),
+        "n": ("n", translation.answers),
+        "best_of": ("", translation.integer),
+        "repetition_penalty": ("penalty", translation.repetition_penalty),
+        "length_penalty": ("", translation.unsupported(1)),
+        "guided_decoding": ("guide", lambda _, value: translation.guided_decoding(value)),
+    },
+    stop={
+        "max_tokens": ("max_tokens", translation.length),
+        "stop": FRONTEND,
+        "stop_token_ids": ("stop", translation.tokens),
+        "stop_token_ids_hidden": ("stop", translation.tokens),
+        "ignore_eos": ("ignore_eos", translation.boolean),
+    },
+    output={"logprobs": ("logprobs", translation.count), "prompt_logprobs": ("prompt", translation.count)},
+    extra={
+        "logit_bias": ("bias", translation.logit_bias),
+        "allowed_token_ids": ("allowed", translation.allowed_tokens),
+        "custom": ("custom", translation.mapping),
+    },
+    handled=frozenset({"kv_hint"}),
+)
+
+
+def read(defaults: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    return TABLE.read({"model": "m", "token_ids": [1, 2, 3], **sections}, defaults or {})
+
+
+def test_what_is_named_arrives_under_the_engines_name() -> None:
+    values = read(
+        {"temp": 0.1, "top": 3},
+        sampling_options={"temperature": 0.5, "n": None},
+        stop_conditions={"max_tokens": 4.0, "stop": ["x"], "stop_token_ids": [1], "stop_token_ids_hidden": [2]},
+        output_options={"logprobs": 2**32 - 1},
+        extra_args={"sampling_options": {"logit_bias": {"5": 200, "6": -1}}},
+        kv_hint={"source": "x"},
+    )
+    assert values == {
+        "temp": 0.5,
+        "top": 3,
+        "max_tokens": 4,
+        "stop": [1, 2],
+        "logprobs": -1,
+        "bias": {5: 100.0, 6: -1.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"sampling_options": {"new": 1}}, "sampling_options.new is not supported"),
+        ({"stop_conditions": {"new": 1}}, "stop_conditions.new is not supported"),
+        ({"extra_args": {"sampling_options": {"temperature": 1}}}, "extra_args.sampling_options.temperature"),
+        ({"multi_modal_data": {"image": 1}}, "multi_modal_data is not supported"),
+        ({"sampling_options": {"length_penalty": 2}}, "sampling_options.length_penalty = 2 is not supported"),
+        ({"sampling_options": {"n": 2, "best_of": 3}}, "sampling_options.best_of = 3"),
+        ({"sampling_options": {"temperature": float("nan")}}, "temperature: a finite number"),
+        ({"sampling_options": {"temperature": True}}, "temperature: a finite number"),
+        ({"sampling_options": {"n": 1.5}}, "n: an integer"),
+        ({"sampling_options": {"n": 2**64}}, "n: a 64-bit integer"),
+        ({"sampling_options": {"n": 0}}, "n: a positive number"),
+        ({"sampling_options": {"temperature": 10**400}}, "temperature: a finite number"),
+        ({"stop_conditions": {"stop_token_ids": [1, 2**64]}}, "stop_token_ids: a 64-bit integer"),
+        ({"stop_conditions": {"stop_token_ids": [1, True]}}, "stop_token_ids: an integer"),
+        ({"stop_conditions": {"max_tokens": -1}}, "max_tokens: a number of tokens"),
+        ({"stop_conditions": {"ignore_eos": 1}}, "ignore_eos: true or false"),
+        ({"stop_conditions": {"stop_token_ids": "x"}}, "stop_token_ids: a list of tokens"),
+        ({"output_options": {"logprobs": -2}}, "logprobs: a number of tokens"),
+        ({"extra_args": {"sampling_options": {"logit_bias": {"x": 1}}}}, "logit_bias: an object"),
+        ({"extra_args": {"sampling_options": {"logit_bias": [1]}}}, "logit_bias: an object"),
+        ({"extra_args": {"sampling_options": {"logit_bias": {"1" * 21: 1}}}}, "logit_bias: an object"),
+        ({"extra_args": {"sampling_options": {"logit_bias": {"2147483648": 1}}}}, "logit_bias: an object"),
+        ({"sampling_options": {"repetition_penalty": 1e-40}}, "repetition_penalty: a number from 0.001"),
+        ({"sampling_options": [1]}, "sampling_options: an object"),
+        ({"extra_args": {"sampling_options": 3}}, "sampling_options: an object"),
+    ],
+)
+def test_refused_by_name(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named.replace(".", r"\.")):
+        read(**sections)
+
+
+def extra(**options: Any) -> dict[str, Any]:
+    return {"extra_args": {"sampling_options": options}}
+
+
+def guide(**constraint: Any) -> dict[str, Any]:
+    return {"sampling_options": {"guided_decoding": constraint}}
+
+
+#: For every limit what is just accepted, and what is not.
+LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "n: 129 answers": ({"sampling_options": {"n": 128}}, {"sampling_options": {"n": 129}}),
+    "n: 1000000 answers": ({"sampling_options": {"n": 1}}, {"sampling_options": {"n": 10**6}}),
+    "stop_token_ids: 1025 tokens": (
+        {"stop_conditions": {"stop_token_ids": [1] * 1024}},
+        {"stop_conditions": {"stop_token_ids": [1] * 1025}},
+    ),
+    "allowed_token_ids: 262145 tokens": (
+        extra(allowed_token_ids=[1] * 262_144),
+        extra(allowed_token_ids=[1] * 262_145),
+    ),
+    "logit_bias: 4097 tokens": (
+        extra(logit_bias={str(token): 1 for token in range(4096)}),
+        extra(logit_bias={str(token): 1 for token in range(4097)}),
+    ),
+    "custom: 65 levels": (
+        extra(custom={"a": {"b": [1]}}),
+        extra(custom=functools.reduce(lambda a, _: {"a": a}, range(65), 1)),
+    ),
+    "custom: 262145 characters": (extra(custom={"a": "x" * 262_143}), extra(custom={"a": "x" * 262_144})),
+    "regex: 8193 characters": (guide(regex="a" * 8192), guide(regex="a" * 8193)),
+    "grammar: 65537 characters": (guide(grammar="a" * 65_536), guide(grammar="a" * 65_537)),
+    "whitespace_pattern: 257 characters": (
+        guide(json={}, whitespace_pattern=" " * 256),
+        guide(json={}, whitespace_pattern=" " * 257),
+    ),
+    "choice: 10001 choices": (guide(choice=["a"] * 10_000), guide(choice=["a"] * 10_001)),
+    "choice: 131073 characters": (guide(choice=["a" * 65_536] * 2), guide(choice=["a" * 65_536, "a" * 65_537])),
+}
+
+
+@pytest.mark.parametrize("message", LIMITS)
+def test_what_is_too_long_is_refused(message: str) -> None:
+    accepted, refused = LIMITS[message]
+    assert read(**accepted)
+    with pytest.raises(InvalidRequestError, match=f"{message} are too many, at most"):
+        read(**refused)
+
+
+@pytest.mark.parametrize("value", [[1] * 10**6, {str(number): 1 for number in range(10**5)}, "x" * 10**7, b"x" * 10**7])
+def test_a_message_is_short_whatever_it_is_about(value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        read(sampling_options={"temperature": value, "length_penalty": value})
+    assert len(str(raised.value)) < 200
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """Return the least CPU time of a few runs, without the garbage collector's, which looks at all there is."""
+    times = []
+    gc.disable()
+    try:
+        for _ in range(5):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+    finally:
+        gc.enable()
+    return min(times)
+
+
+#: The most that a request can say, divided by a number; of what is read entry by entry.
+LONG: dict[str, Callable[[int], dict[str, Any]]] = {
+    "stop tokens": lambda part: {"stop_conditions": {"stop_token_ids": list(range(1024 // part))}},
+    "floats": lambda part: {"stop_conditions": {"stop_token_ids": [1.0] * (1024 // part)}},
+    "allowed tokens": lambda part: extra(allowed_token_ids=list(range(2**18 // part))),
+    "biases": lambda part: extra(logit_bias={str(token): 1 for token in range(4096 // part)}),
+    "choices": lambda part: guide(choice=["a" * 13] * (10_000 // part)),
+    "schema": lambda part: guide(json={"enum": [{"a": "b"}] * (8_000 // part)}),
+    "text": lambda part: guide(json='{"enum": [' + ", ".join(['{"a": "b"}'] * (8_000 // part)) + "]}"),
+    "tag": lambda part: guide(structural_tag={"tags": [{"schema": {"$ref": "#/a"}}] * (5_000 // part)}),
+    "references": lambda part: guide(json={"anyOf": [{"$ref": "#/" + "a/" * 1000}] * (120 // part)}),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_the_time_grows_with_the_length_and_no_faster(case: str) -> None:
+    short, long = LONG[case](4), LONG[case](1)
+    ratio = 0.0
+    for _ in range(5):  # whoever else uses this machine's caches disturbs the measurement
+        ratio = cpu(lambda: [read(**long) for _ in range(4)]) / cpu(lambda: [read(**short) for _ in range(4)])
+        if ratio < 8:
+            break
+    assert ratio < 8
+
+
+def test_values_that_ask_for_nothing() -> None:
+    assert read(sampling_options={"length_penalty": 1.0, "best_of": 1}, multi_modal_data=None, encoder_result={}) == {}
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (translation.string, [("a", "a")], [1, None, ["a"]]),
+        (translation.rank, [(None, None), (0, 0), (2**32 - 1, 2**32 - 1)], ["0", -1, 2**32, [0]]),
+        (translation.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
+    ],
+)
+def test_readers_for_what_only_one_engine_has(read: Any, good: list[Any], bad: list[Any]) -> None:
+    for value, expected in good:
+        assert read("x", value) == expected
+    for value in bad:
+        with pytest.raises(InvalidRequestError, match=r"x: .* is needed"):
+            read("x", value)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 7), (5, 5), (7, 7), (8, 7), (0, None)])
+def test_an_answer_fits_into_the_context(asked: int | None, given: int | None) -> None:
+    table = ModelTable(TABLE, {"temp": 0.1}, context_length=10)
+    values = table.read({"token_ids": [1, 2, 3], "stop_conditions": {"max_tokens": asked}})
+    assert values == (None if given is None else {"temp": 0.1, "max_tokens": given})
+
+
+def test_a_model_with_a_limit_of_its_own() -> None:
+    table = ModelTable(TABLE, {"max_tokens": 4}, context_length=10)
+    assert table.read({"token_ids": [1]}) == {"max_tokens": 4}
+    assert table.read({"token_ids": [1], "stop_conditions": {"max_tokens": 6}}) == {"max_tokens": 6}
+
+
+def test_a_prompt_that_leaves_no_room() -> None:
+    table = ModelTable(TABLE, {}, context_length=10)
+    assert table.read({"token_ids": [1] * 9}) == {"max_tokens": 1}
+    with pytest.raises(InvalidRequestError, match=r"10 tokens.*context length is 10"):
+        table.read({"token_ids": [1] * 10})
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [(1000, 131), (131_073, 0), (1, 2**32 - 1), (1, 131_072)])
+def test_log_probabilities_of_a_whole_prompt(prompt: int, asked: int) -> None:
+    """They come all at once, and each is an object of Python's on the event loop."""
+    table = ModelTable(TABLE, {}, context_length=200_000)
+    request = {"token_ids": [1] * prompt, "output_options": {"prompt_logprobs": asked}}
+    with pytest.raises(InvalidRequestError, match=r"prompt_logprobs: (13.* log-probabilities are too many|the whole)"):
+        table.read(request)
+    for fits in (1000, 129), (65_536, 1), (131_072, 0):
+        table.read({"token_ids": [1] * fits[0], "output_options": {"prompt_logprobs": fits[1]}})
+
+
+GUIDES: dict[str, Any] = {
+    "json": {"type": "object"},
+    "regex": "a+",
+    "choice": ["yes", "no"],
+    "grammar": 'root ::= "a"',
+}
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_guided_decoding(kind: str) -> None:
+    assert translation.guided_decoding({kind: GUIDES[kind], "backend": None}) == {kind: GUIDES[kind]}
+
+
+def test_guided_decoding_by_structural_tag_is_json_text() -> None:
+    assert translation.guided_decoding({"structural_tag": {"a": 1}}) == {"structural_tag": '{"a": 1}'}
+
+
+def test_guided_decoding_of_nothing() -> None:
+    assert translation.guided_decoding(dict.fromkeys(GUIDES)) == {}
+    assert translation.guided_decoding({"whitespace_pattern": " "}) == {}
+
+
+WRONG_GUIDES: dict[str, Any] = {
+    "a backend": {"json": {}, "backend": "outlines"},
+    "no choice": {"choice": []},
+    "choice of numbers": {"choice": [1]},
+    "no object": {"json": 3},
+    "no JSON": {"json": "{"},
+    "JSON, but no object": {"json": "[1]"},
+    "regex that is none": {"regex": 3},
+    "choice that is none": {"choice": {"a": 1}},
+    "structural tag that is none": {"structural_tag": [1]},
+    "structural tag that is no JSON": {"structural_tag": "{"},
+    "unknown": {"lark": "x"},
+    "not even an object": [1],
+    "itself": {"json": {"$ref": "#"}},
+    "in a circle": {
+        "json": {
+            "properties": {"a": {"$ref": "#/$defs/x"}},
+            "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x"}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("case", WRONG_GUIDES)
+def test_wrong_guides(case: str) -> None:
+    with pytest.raises(InvalidRequestError, match="guided_decoding"):
+        translation.guided_decoding(WRONG_GUIDES[case])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}},
+        {"$ref": "#/nowhere"},
+        {"$ref": "other.json#/x"},
+        {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "string"}}},
+    ],
+)
+def test_schemas_that_get_on(schema: dict[str, Any]) -> None:
+    assert translation.guided_decoding({"json": schema}) == {"json": schema}
+
+
+def test_priority() -> None:
+    assert translation.priority({"routing": {"priority": 3}}) == 3
+    assert translation.priority({"routing": None}) == 0
+    with pytest.raises(InvalidRequestError, match="priority"):
+        translation.priority({"routing": {"priority": "high"}})
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"routing": {"cache_salt": "s"}},
+        {"nvext": {"cache_salt": "s"}},
+        {"extra_args": {"nvext": {"cache_salt": "s"}}},
+    ],
+)
+def test_cache_salt(where: dict[str, Any]) -> None:
+    assert translation.cache_salt(where) == "dynamo-cache-salt:s"
+    assert translation.cache_salt({}) is None
+    for wrong in (3, "s" * 1025):
+        with pytest.raises(InvalidRequestError, match="cache_salt"):
+            translation.cache_salt({"routing": {"cache_salt": wrong}})
+
+
+def test_session() -> None:
+    assert translation.session_id({"agent_context": {"session_id": " a "}}) == "a"
+    assert translation.session_id({"agent_context": {"session_id": ""}}) is None
+    with pytest.raises(InvalidRequestError, match="session_id: 1025 characters"):
+        translation.session_id({"agent_context": {"session_id": "a" * 1025}})
+
+
+def test_the_routers_adapter_comes_before_the_model() -> None:
+    assert translation.adapter_name({"model": "m", "routing": {"lora_name": "a"}}) == "a"
+    assert translation.adapter_name({"model": "m"}) == "m"
+    assert translation.adapter_name({"model": None}) is None
+
+
+def test_a_canary() -> None:
+    tokenizer, config = SimpleNamespace(bos_token_id=None, eos_token_id=3), SimpleNamespace(bos_token_id=[1, 2])
+    assert translation.canary(tokenizer, config)["token_ids"] == [3]
+    assert translation.canary(tokenizer, SimpleNamespace(bos_token_id=7))["token_ids"] == [7]
+    both = SimpleNamespace(bos_token_id=5), SimpleNamespace(bos_token_id=7)
+    assert translation.canary(*both, prompt_tokens=2)["token_ids"] == [5, 5]
+    assert translation.canary(None, None)["token_ids"] == [0]
+    assert translation.canary(None, None)["stop_conditions"]["max_tokens"] == 1
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
+_names = [*TABLE.sampling, *TABLE.stop, *TABLE.output, *TABLE.extra]
+_sections = st.dictionaries(st.sampled_from(_names) | st.text(max_size=8), json_values, max_size=5) | json_values
+
+
+@given(
+    st.fixed_dictionaries(
+        {"token_ids": st.just([1])},
+        optional=dict.fromkeys(
+            (
+                "sampling_options",
+                "stop_conditions",
+                "output_options",
+                "extra_args",
+                "routing",
+                "nvext",
+                "agent_context",
+            ),
+            _sections,
+        ),
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_any_request_is_read_or_refused(body: dict[str, Any]) -> None:
+    """Nothing else is ever raised."""
+    try:
+        TABLE.read(body, {})
+        translation.cache_salt(body)
+        translation.priority(body)
+        translation.session_id(body)
+        translation.adapter_name(body)
+    except InvalidRequestError:
+        return
