@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import zipfile
 
 import nox
@@ -24,24 +23,21 @@ nox.options.sessions = ["lint", "types", "docs", "example", "tests(core)", "pyth
 ROOT = pathlib.Path(__file__).parent
 #: What `ai-dynamo-runtime` supports.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-
-
-#: The engines with a plugin below `plugins/`. A plugin's extras `cpu` and `cuda` name the engine's own packages. On a
-#: CPU its `constraints.txt` pins the versions, `overrides.txt` drops dependencies that have no build for a CPU, and
-#: `tests/install_shims.py`, if there is one, stands in for them.
+#: Every engine with a plugin in `plugins/NAME`. Its tests on a CPU install the `cpu` extra with the versions of
+#: `constraints.txt`, without what `overrides.txt` names, and then run `tests/install_shims.py` if there is one. Its
+#: tests on a GPU install the `cuda` extra.
 ENGINES = ["vllm", "sglang"]
-#: The folders of everything that is published.
-PACKAGES = ["core", *(f"plugins/{engine}" for engine in ENGINES)]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
+BUILD = nox.project.dependency_groups(PYPROJECT, "build")
 
 
 def _install(session: nox.Session, *packages: str) -> None:
     """Install packages, the core editable, and compile them: imports take twice as long without bytecode."""
     # uv looks for local wheels (a CPU build of torch, for one) where pip is told to.
-    if "PIP_FIND_LINKS" in os.environ:
+    if os.environ.get("PIP_FIND_LINKS"):
         session.env.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
     session.env["UV_COMPILE_BYTECODE"] = "1"
     session.env["PYTHONDONTWRITEBYTECODE"] = None
@@ -151,12 +147,12 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting, and the workflows against GitHub's schema."""
+    """Check style, formatting and the CI workflows."""
     session.install(*LINT)
+    workflows = [str(path) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    workflows = sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "workflows").glob("*.yml"))
-    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
 
 
 @nox.session
@@ -183,55 +179,67 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build all packages, check their metadata, and install each wheel by itself into a fresh environment."""
-    session.install("build", "twine", "check-wheel-contents", "uv")
-    dist = ROOT / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    for package in PACKAGES:  # the wheel from the sdist: what is missing in one is missing in the other
-        session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(dist), package)
-    built = sorted(str(path) for path in dist.iterdir())
-    wheels = [path for path in built if path.endswith(".whl")]
-    session.run("twine", "check", "--strict", *built)
-    session.run("check-wheel-contents", *wheels)
-    _check_metadata(session, wheels)
-    core = _installed_alone(session, "dynamo-worker")
-    session.run(f"{core}/dynamo-worker", "--version", external=True)
-    session.run(f"{core}/dynamo-worker", "check", "echo", external=True)
-    for engine in ENGINES:
-        # Without the engine itself: the plugin has to be listed, and to say by itself what is missing.
-        bin_dir = _installed_alone(session, f"dynamo-worker-{engine}")
-        session.run(f"{bin_dir}/dynamo-worker", "engines", external=True)
-        command = [f"{bin_dir}/dynamo-worker", "check", engine]
-        answer = session.run(*command, external=True, silent=True, success_codes=[3])
-        if f"pip install 'dynamo-worker-{engine}[cuda]'" not in str(answer):
-            session.error(f"`dynamo-worker check {engine}` does not say how to install the engine: {answer}")
-
-
-def _check_metadata(session: nox.Session, wheels: list[str]) -> None:
-    """Make sure that every wheel has its licence, and that all have one version."""
-    versions = set()
+    """Build the sdist and the wheel of every package, check both, and install each wheel into an empty environment."""
+    session.install(*BUILD)
+    session.run("rm", "-rf", "dist", external=True)
+    for package in ("core", *(f"plugins/{name}" for name in ENGINES), "examples/reverse-engine"):
+        # The wheel is built from the sdist, so an sdist that lacks a file fails here.
+        session.run("python", "-m", "build", "--installer", "uv", "--outdir", "dist", package)
+    wheels = sorted((ROOT / "dist").glob("*.whl"))
+    sdists = sorted((ROOT / "dist").glob("*.tar.gz"))
+    session.run("twine", "check", "--strict", *map(str, [*wheels, *sdists]))
+    session.run("check-wheel-contents", *map(str, wheels))
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-            fields = email.message_from_bytes(archive.read(metadata))
-        versions.add(fields["Version"])
-        if f"{pathlib.Path(metadata).parent}/licenses/LICENSE" not in names:
-            session.error(f"{wheel} has no LICENSE")
-        missing = [field for field in ("Author", "Project-URL", "License-Expression") if not fields[field]]
-        if missing:
-            session.error(f"{wheel} has no {', '.join(missing)}")
-    if len(versions) != 1:
-        session.error(f"the packages have different versions: {', '.join(sorted(versions))}")
+        _check_metadata(session, wheel)
+
+    _install_wheel(session, "dynamo-worker")
+    _run_installed(session, "dynamo-worker", "--version")
+    _run_installed(session, "dynamo-worker", "check", "echo")
+    _install_wheel(session, "dynamo-worker-reverse")
+    _run_installed(session, "dynamo-worker-reverse", "check", "reverse")
+    for engine in ENGINES:
+        package = f"dynamo-worker-{engine}"
+        _install_wheel(session, package)
+        listed = _run_installed(session, package, "engines")
+        if engine not in listed:
+            session.error(f"`dynamo-worker engines` does not list {engine}, although {package} is installed: {listed}")
+        # The engine itself is an extra: without it the plugin has to say what to install.
+        answer = _run_installed(session, package, "--engine", engine, "--help")
+        if f"{package}[" not in answer or "Traceback" in answer:
+            session.error(f"--engine {engine} without {engine} installed does not name {package}[…]: {answer}")
 
 
-def _installed_alone(session: nox.Session, package: str) -> str:
-    """Install one of the built wheels into a fresh environment; return where its commands are."""
-    environment = pathlib.Path(session.create_tmp()) / package
-    session.run("uv", "venv", "--quiet", "--clear", str(environment))
-    python = ["--python", str(environment / "bin" / "python")]
-    session.run("uv", "pip", "install", "--quiet", *python, "--find-links", "dist", package)
-    return str(environment / "bin")
+def _check_metadata(session: nox.Session, wheel: pathlib.Path) -> None:
+    """Check that a wheel has its license and the version of the core; the example is released by itself."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = email.message_from_bytes(
+            archive.read(next(name for name in names if name.endswith(".dist-info/METADATA")))
+        )
+    if not any(name.endswith(".dist-info/licenses/LICENSE") for name in names):
+        session.error(f"{wheel.name} has no LICENSE: put a copy beside the package's pyproject.toml")
+    core = next((ROOT / "dist").glob("dynamo_worker-*.whl")).name.split("-")[1]
+    if metadata["Name"] != "dynamo-worker-reverse" and metadata["Version"] != core:
+        session.error(f"{wheel.name}: expected the version of the core, {core}, got {metadata['Version']}")
+
+
+def _environment(session: nox.Session, package: str) -> pathlib.Path:
+    """Return the folder of the environment into which only this package is installed."""
+    return pathlib.Path(session.create_tmp()) / package
+
+
+def _install_wheel(session: nox.Session, package: str) -> None:
+    """Install a built wheel into a new environment, with our other packages from `dist` as well."""
+    environment = str(_environment(session, package))
+    wheel = next((ROOT / "dist").glob(f"{package.replace('-', '_')}-*.whl"))
+    session.run("uv", "venv", "--quiet", "--clear", environment)
+    session.run("uv", "pip", "install", "--quiet", "--python", environment, "--find-links", "dist", str(wheel))
+
+
+def _run_installed(session: nox.Session, package: str, *arguments: str) -> str:
+    """Run the `dynamo-worker` of an environment and return what it printed."""
+    program = str(_environment(session, package).resolve() / "bin" / "dynamo-worker")
+    return session.run(program, *arguments, external=True, silent=True) or ""
 
 
 @nox.session
