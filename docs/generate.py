@@ -25,7 +25,7 @@ from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host import options
 from dynamo_worker.host.metrics import WorkerMetrics
-from dynamo_worker.host.plugins import hook_signatures
+from dynamo_worker.host.plugin_validation import hook_signatures
 from dynamo_worker.host.serving import RequestRegistry
 from dynamo_worker.kit import request_limits as limits
 

@@ -16,7 +16,7 @@ import dynamo_worker
 from dynamo_worker import engine, hookspecs
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.options import OPTIONS
-from dynamo_worker.host.plugins import hook_signatures
+from dynamo_worker.host.plugin_validation import hook_signatures
 
 if TYPE_CHECKING:
     from types import ModuleType

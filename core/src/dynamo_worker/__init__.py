@@ -12,15 +12,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.engine import Chunk, EndpointSpec, Engine, EngineContext, EngineInfo, Request, RequestContext
+    from dynamo_worker.engine import EndpointSpec, Engine, EngineContext, EngineInfo, RequestContext
     from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, UsageError
     from dynamo_worker.exit_codes import ExitCode
     from dynamo_worker.hookspecs import API_VERSION, hookimpl
     from dynamo_worker.kit.engine_plugin import EnginePlugin
+    from dynamo_worker.requests import Request
+    from dynamo_worker.responses import Chunk
 
 _EXPORTS = {
     "API_VERSION": "hookspecs",
-    "Chunk": "engine",
+    "Chunk": "responses",
     "Deadline": "deadline",
     "EndpointSpec": "engine",
     "Engine": "engine",
@@ -30,7 +32,7 @@ _EXPORTS = {
     "EnginePlugin": "kit.engine_plugin",
     "ExitCode": "exit_codes",
     "InvalidRequestError": "errors",
-    "Request": "engine",
+    "Request": "requests",
     "RequestContext": "engine",
     "StartError": "errors",
     "UsageError": "errors",

@@ -7,20 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dynamo_worker.allowed_paths import AllowedPaths
+from dynamo_worker.requests import Request as Request
+from dynamo_worker.responses import Chunk as Chunk
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
-
-#: A request as the Dynamo frontend sends it: ``PreprocessedRequest`` of Dynamo 1.6.1. ``token_ids`` is always a
-#: list of ints here (the core unpacks the packed-bytes form).
-Request = dict[str, Any]
-
-#: One piece of a response: ``LLMEngineOutput`` of Dynamo 1.6.1. ``token_ids`` holds the new tokens only; the last
-#: chunk of a request carries ``finish_reason``.
-Chunk = dict[str, Any]
 
 
 class RequestContext(Protocol):

@@ -11,11 +11,13 @@ import time
 
 import pytest
 
+from dynamo_worker import __version__
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.installed_plugins import discover
-from dynamo_worker.host.plugins import PluginError, Plugins, UnknownPluginError, check
+from dynamo_worker.host.plugin_errors import PluginError, UnknownPluginError
+from dynamo_worker.host.plugins import Plugins, check
 
 HOOKIMPL = "from dynamo_worker.hookspecs import hookimpl\n"
 CREATE = "@hookimpl\ndef create_engine(args, context): return 'engine'\n"
@@ -98,7 +100,7 @@ def test_two_packages_offer_the_name(site):
     site.install_engine()
     site.install("other-dist", "2.0", engines={"toy": "other"})
     error = failure()
-    assert "offered by several packages: other-dist 2.0 (other) and toy-dist 1.0 (toy_plugin)" in str(error)
+    assert "several packages offer the engine 'toy': other-dist 2.0 (other) and toy-dist 1.0 (toy_plugin)" in str(error)
     assert error.record.status == "ambiguous"
     assert error.exit_code is ExitCode.START_FAILED
 
@@ -120,7 +122,7 @@ def test_missing_dependency_that_comes_by_extra(site):
 def test_module_missing_from_its_own_package(site):
     site.install("toy-dist", engines={"toy": "no_such_plugin_module"})
     error = failure()
-    assert "its own module 'no_such_plugin_module' cannot be found" in str(error)
+    assert "its module 'no_such_plugin_module' is missing" in str(error)
     assert error.record.status == "missing"
 
 
@@ -132,7 +134,7 @@ def test_object_missing_from_its_module(site):
 
 def test_malformed_entry_point(site):
     site.install("toy-dist", engines={"toy": "not a reference"})
-    assert "is neither `module` nor `module:object`" in str(failure())
+    assert "expected `module` or `module:object` as its entry point, got 'not a reference'" in str(failure())
 
 
 def test_exception_on_import(site):
@@ -152,7 +154,7 @@ def test_syntax_error(site):
 def test_exit_on_import(site):
     engine(site, "import sys\nsys.exit('no GPU')\n")
     error = failure()
-    assert "ended the interpreter while it was imported: SystemExit('no GPU')" in str(error)
+    assert "exited while it was being imported: SystemExit('no GPU')" in str(error)
     assert "toy_plugin.py:3" in str(error)
 
 
@@ -166,7 +168,7 @@ def test_class_instead_of_object(site):
     site.module("toy_plugin", "class Plugin: pass\n")
     site.install("toy-dist", engines={"toy": "toy_plugin:Plugin"})
     error = failure()
-    assert "toy_plugin:Plugin is a class; a plugin is a module or an object" in str(error)
+    assert "expected a module or an object, got the class toy_plugin:Plugin" in str(error)
     assert "plugin = Plugin()" in str(error)
 
 
@@ -179,10 +181,10 @@ def test_compatible_api(site, declared):
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ('"2"', "was written for version 2.0 of the hooks; this dynamo-worker has 1.1"),
-        ("(1, 7)", "was written for version 1.7 of the hooks"),
-        ("0", "was written for version 0.0 of the hooks"),
-        ('"new"', "dynamo_worker_api = 'new' is no version"),
+        ('"2"', f"needs version 2.0 of the plugin API; dynamo-worker {__version__} provides 1.1"),
+        ("(1, 7)", f"needs version 1.7 of the plugin API; dynamo-worker {__version__} provides 1.1"),
+        ("0", "needs version 0.0 of the plugin API"),
+        ('"new"', "expected a version such as \"1.1\" as dynamo_worker_api, got 'new'"),
     ],
 )
 def test_incompatible_api(site, declared, message):
@@ -194,10 +196,10 @@ def test_incompatible_api(site, declared, message):
 
 def test_upgrade_hint_names_the_older_side(site):
     engine(site, "dynamo_worker_api = 2\n" + CREATE)
-    assert failure().hint == "upgrade dynamo-worker"
+    assert failure().hint == "upgrade dynamo-worker, or install an older toy-dist"
     sys.modules.pop("toy_plugin")
     site.module("toy_plugin", HOOKIMPL + "dynamo_worker_api = 0   \n" + CREATE)
-    assert failure().hint == "upgrade toy-dist"
+    assert failure().hint == "upgrade toy-dist: API 0 is no longer supported"
 
 
 def test_unknown_hook(site):
@@ -212,7 +214,7 @@ def test_unknown_hook(site):
     [
         ("cleanup(engine, dedline)", "argument 'dedline' that does not exist, did you mean deadline?"),
         ("cleanup(engine, deadline, extra=None)", "argument 'extra=None' that does not exist"),
-        ("cleanup(*, engine)", "argument 'engine' of hook 'cleanup' is no ordinary argument"),
+        ("cleanup(*, engine)", "argument 'engine' of hook 'cleanup' must be an ordinary argument"),
         ("cleanup(**kw)", "argument '**kw' that does not exist"),
     ],
 )
@@ -245,7 +247,7 @@ def test_extension_without_hooks(site):
 
 def test_extension_that_is_an_engine(site):
     extension(site, CREATE)
-    assert "belongs into the group dynamo_worker.engines" in str(failure("echo"))
+    assert "belongs in the group dynamo_worker.engines" in str(failure("echo"))
 
 
 def test_broken_extension_names_the_way_out(site):
@@ -301,7 +303,6 @@ def test_local_module_as_extension(tmp_path, monkeypatch, site):
     site.module("mine", HOOKIMPL + "@hookimpl\ndef cleanup(engine): pass\n")
     plugins = Plugins.load("echo", modules=["mine", "mine"])
     assert [record.name for record in plugins.records] == ["echo", "mine"]
-    assert plugins.describe().startswith("echo-")
 
 
 def test_local_module_as_engine(monkeypatch, site):
@@ -503,10 +504,10 @@ def test_hook_drain_is_concurrent_and_isolated(site, caplog):
     assert record.fields["error"] == "OSError: full"
 
 
-def test_hook_drain_limit(site):
+def test_hook_drain_ends_at_its_deadline(site):
     plugins = load(site, "import asyncio\n@hookimpl\nasync def drain(deadline): await asyncio.sleep(60)\n")
     started = time.monotonic()
-    asyncio.run(plugins.drain(None, Deadline.after(60), limit=0.1))
+    asyncio.run(plugins.drain(None, Deadline.after(0.1)))
     assert time.monotonic() - started < 1
 
 
