@@ -136,7 +136,7 @@ class EndpointSpec:
     """
 
     name: str
-    generate: Generate | None = None
+    generate: Callable[[Any, RequestContext], AsyncIterator[Any]] | None = None
     graceful_shutdown: bool = True
     metrics_labels: Sequence[tuple[str, str]] = ()
     registers_model: bool = False

@@ -1,13 +1,13 @@
 """What a request contains: ``PreprocessedRequest`` of Dynamo 1.6.1 as an engine receives it.
 
-The field names are those of the runtime's own serializer. Except for ``token_ids`` every field may be missing, and every
-value inside the sections may be None. Clients that skip the frontend can put anything into a request: read values with
-the readers of :mod:`dynamo_worker.kit.translation`, which check types and limits.
+The field names are those of the runtime's own serializer. Except for ``token_ids`` every field may be missing, and
+every value inside the sections may be None. Clients that skip the frontend can put anything into a request: read values
+with the readers of :mod:`dynamo_worker.kit.translation`, which check types and limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence  # noqa: TC003 - typing.get_type_hints looks them up
 from typing import Any, TypedDict
 
 
@@ -209,9 +209,9 @@ class _Prompt(TypedDict):
 class Request(_Prompt, total=False):
     """One request, with the prompt as tokens: ``PreprocessedRequest`` of Dynamo.
 
-    :param token_ids: the prompt, never empty. Always a list of ints here: the worker unpacks the packed form and refuses
-        tokens outside of ``EngineInfo.vocab_size``. After a migration the first tokens of the answer follow the prompt,
-        and ``max_tokens`` and ``min_tokens`` are reduced by their number.
+    :param token_ids: the prompt, never empty. Always a list of ints here: the worker unpacks the packed form and
+        refuses tokens outside of ``EngineInfo.vocab_size``. After a migration the first tokens of the answer follow the
+        prompt, and ``max_tokens`` and ``min_tokens`` are reduced by their number.
     :param model: the name the client asked for.
     :param sampling_options: how tokens are chosen.
     :param stop_conditions: when the answer ends.

@@ -6,7 +6,7 @@ JSON: keys are strings, numbers are finite. One value that JSON does not have ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence  # noqa: TC003 - typing.get_type_hints looks them up
 from typing import Any, TypedDict
 
 
@@ -95,10 +95,10 @@ class Chunk(_Tokens, total=False):
     :param log_probs: log probability of each token of ``token_ids``; the same length.
     :param top_logprobs: the likeliest tokens for each token of ``token_ids``; the same length.
     :param cum_log_probs: sum of the log probabilities of the answer so far.
-    :param engine_data: data for the client, under ``nvext.engine_data``. ``prompt_logprobs`` is a list with one object per
-        token of the prompt, from token id (as a string) to :class:`PromptLogprob`; None for the first token.
-    :param disaggregated_params: of a prefill worker, in its first chunk: what the decode worker needs, in the engine's own
-        terms. Without it the router takes the prefill for failed; an empty object says that nothing is needed.
+    :param engine_data: data for the client, under ``nvext.engine_data``. ``prompt_logprobs`` is a list with one object
+        per token of the prompt, from token id (as a string) to :class:`PromptLogprob`; None for the first token.
+    :param disaggregated_params: of a prefill worker, in its first chunk: what the decode worker needs, in the engine's
+        own terms. Without it the router takes the prefill for failed; an empty object says that nothing is needed.
     :param encoder_result: of an encode worker: what the prefill worker needs.
     :param tokens: the tokens as texts, from an engine that detokenizes.
     :param text: the text of the new tokens, from an engine that detokenizes; the frontend does it otherwise.

@@ -13,7 +13,7 @@ from dynamo_worker.errors import InvalidRequestError, StartError
 from dynamo_worker.host.serving import validated
 
 if TYPE_CHECKING:
-    from dynamo_worker.engine import Chunk, Engine, Request
+    from dynamo_worker.engine import Engine, Request
 
 #: How an answer can end (``FinishReason`` of Dynamo 1.6.1); beside these ``error: MESSAGE`` and ``{"error": MESSAGE}``.
 FINISH_REASONS: Final = frozenset({"eos", "length", "stop", "cancelled", "content_filter"})
@@ -164,7 +164,7 @@ class AnswerCheck:
                 return f"has the token {token}, which is not {where}"
         return self._wrong_end(chunk) or _not_encodable(chunk)
 
-    def _wrong_end(self, chunk: Chunk) -> str | None:
+    def _wrong_end(self, chunk: Mapping[str, Any]) -> str | None:
         reason = chunk.get("finish_reason")
         if reason is None:
             return None
@@ -177,7 +177,7 @@ class AnswerCheck:
         return None
 
 
-def _not_encodable(chunk: Chunk) -> str | None:
+def _not_encodable(chunk: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a chunk that cannot be sent: it has to be JSON, and may have bytes."""
 
     def unknown(value: object) -> str:
