@@ -14,13 +14,16 @@ import os
 import re
 import sys
 import textwrap
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_worker import engine, errors, hookspecs, lifecycle
+import public_api
+import dynamo_worker
+from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host import options
@@ -32,6 +35,7 @@ from dynamo_worker.kit import request_limits as limits
 if TYPE_CHECKING:
     import enum
     from collections.abc import Callable, Iterable, Sequence
+    from types import ModuleType
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -227,6 +231,46 @@ def metrics() -> str:
     return _table(("metric", "type", "labels", "meaning"), rows)
 
 
+def public_names() -> str:
+    """Return the table of what plugins may import: each public module with its names."""
+    package = ", ".join(f"`{name}`" for name in sorted(dynamo_worker.__all__))
+    rows = [("`dynamo_worker`", package)]
+    for module, path in public_api.modules().items():
+        own = [name for name in public_api.names(path) if "." not in name]
+        if own:
+            rows.append((f"`dynamo_worker.{module}`", ", ".join(f"`{name}`" for name in own)))
+    return _table(("module", "names"), rows)
+
+
+def request_types() -> str:
+    """Return the tables of all parts of a request."""
+    return _typed_dicts(requests, requests.Request)
+
+
+def chunk_types() -> str:
+    """Return the tables of all parts of a chunk."""
+    return _typed_dicts(responses, responses.Chunk)
+
+
+def _typed_dicts(module: ModuleType, first: Any) -> str:
+    """Return one table of fields for each ``TypedDict`` of a module, the outermost one first."""
+    kinds = [kind for name, kind in vars(module).items() if not name.startswith("_") and typing.is_typeddict(kind)]
+    parts = []
+    for kind in sorted(kinds, key=lambda kind: kind is not first):
+        paragraphs, fields = text(kind)
+        annotations: dict[str, str] = {}
+        for base in (*kind.__orig_bases__, kind) if hasattr(kind, "__orig_bases__") else (kind,):
+            annotations |= {name: hint.__forward_arg__ for name, hint in getattr(base, "__annotations__", {}).items()}
+        assert set(annotations) == {name for name, _ in fields}, f"{kind.__name__}: fields without documentation"
+        rows = [(f"`{name}`", f"`{_without_none(annotations[name])}`", meaning) for name, meaning in fields]
+        parts += [f"### `{kind.__name__}`", "", *paragraphs, "", _table(("field", "type", "meaning"), rows), ""]
+    return "\n".join(parts).strip()
+
+
+def _without_none(annotation: str) -> str:
+    return annotation.removesuffix(" | None")
+
+
 PARTS: Final[dict[str, Callable[[], str]]] = {
     "settings": settings,
     "help": help_text,
@@ -239,6 +283,9 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "states": states,
     "transitions": transitions,
     "metrics": metrics,
+    "public-api": public_names,
+    "request": request_types,
+    "chunk": chunk_types,
 }
 
 
