@@ -18,10 +18,10 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import public_api
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-import public_api
 import dynamo_worker
 from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
 from dynamo_worker.cli import help as cli_help

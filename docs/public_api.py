@@ -70,7 +70,7 @@ def names(path: Path) -> dict[str, str]:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     for node in body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
-            return {name: "" for name in sorted(ast.literal_eval(node.value))}
+            return dict.fromkeys(sorted(ast.literal_eval(node.value)), "")
     classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
     for node in body:
@@ -132,7 +132,7 @@ def recorded(text: str) -> Recorded:
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """Return ``added``, ``removed`` or ``changed`` for each name that differs."""
-    found = {name: "removed" for name in before.keys() - now.keys()}
+    found = dict.fromkeys(before.keys() - now.keys(), "removed")
     for name, signature in now.items():
         if name not in before:
             found[name] = "added"

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
+import importlib.util
 import json
 import re
 import sys
 import time
 
+import pluggy
 import pytest
 
 from dynamo_worker import __version__
 from dynamo_worker.deadline import Deadline
+from dynamo_worker.deprecation import deprecated
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
 from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.hookspecs import API_VERSION
+from dynamo_worker.host import plugin_imports, plugin_validation
+from dynamo_worker.host import plugins as host_plugins
 from dynamo_worker.host.installed_plugins import discover
 from dynamo_worker.host.plugin_errors import PluginError, UnknownPluginError
 from dynamo_worker.host.plugins import Plugins, check
@@ -574,3 +581,242 @@ def test_a_local_module_opens_nothing_else_of_its_directory(site, tmp_path, monk
     with pytest.raises(PluginError, match="'trap'"):
         Plugins.load("echo", ["wants"])
     assert (sys.path, sys.meta_path) == before
+
+
+# --- Versions of the API
+
+
+@pytest.fixture
+def newer_core(monkeypatch):
+    """A core that provides the next minor version of the API; returns the version that this one provides."""
+    monkeypatch.setattr(plugin_validation, "API_VERSION", (API_VERSION[0], API_VERSION[1] + 1))
+    return ".".join(map(str, API_VERSION))
+
+
+FUTURE = "@hookimpl(optionalhook=True)\ndef on_scale(engine, replicas): raise AssertionError('nobody calls it')\n"
+
+
+@pytest.mark.parametrize("declared", [None, str(API_VERSION[0]), ".".join(map(str, API_VERSION))])
+def test_a_plugin_that_spans_two_minor_versions_runs_on_the_older_one(site, declared):
+    """It implements a hook that only the next minor version has."""
+    declaration = f'dynamo_worker_api = "{declared}"\n' if declared else ""
+    plugins = load(site, declaration + FUTURE + "@hookimpl\ndef drain(engine): engine.append('toy')\n")
+    assert plugins.engine.hooks == ("create_engine", "drain")
+    assert plugins.create_engine(argparse.Namespace(), None) == "engine"
+    seen = []
+    asyncio.run(plugins.drain(seen, Deadline.after(1)))
+    assert seen == ["toy"]
+
+
+def test_a_plugin_for_the_older_minor_version_runs_on_the_newer_one(site, newer_core):
+    engine(site, f'dynamo_worker_api = "{newer_core}"\n' + CREATE)
+    assert Plugins.load("toy").engine.status == "ok"
+
+
+def test_an_extension_with_nothing_but_hooks_of_the_next_version_does_nothing(site):
+    extension(site, FUTURE)
+    assert Plugins.load("echo").extensions[0].hooks == ()
+
+
+def test_an_unknown_hook_that_is_not_optional_says_how_to_make_it_so(site):
+    engine(site, CREATE + FUTURE.replace("(optionalhook=True)", ""))
+    error = failure()
+    assert "implements a hook 'on_scale' that does not exist (" in str(error)
+    assert "@hookimpl(optionalhook=True)" in error.hint
+    assert error.record.status == "incompatible"
+
+
+def test_an_optional_hook_that_exists_is_checked_like_any_other(site):
+    engine(site, CREATE + "@hookimpl(optionalhook=True)\ndef drain(engin): pass\n")
+    assert "argument 'engin' that does not exist, did you mean engine?" in str(failure())
+
+
+# --- Deprecations
+
+
+@pytest.fixture
+def deprecating_core(monkeypatch):
+    """A core that has deprecated one hook and one argument."""
+    marker = pluggy.HookspecMarker("dynamo_worker")
+
+    class Specs:
+        @marker(warn_on_impl=deprecated("the hook 'prepare'", since="1.1", use="'create_engine'"))
+        def prepare(self, arguments): ...
+
+        @marker(warn_on_impl_args={"deadline": deprecated("the argument 'deadline'", since="1.1", use="'engine'")})
+        def drain(self, engine, deadline): ...
+
+        @marker(firstresult=True)
+        def create_engine(self, args, context): ...
+
+    def new_manager():
+        manager = pluggy.PluginManager("dynamo_worker")
+        manager.add_hookspecs(Specs)
+        return manager
+
+    monkeypatch.setattr(host_plugins, "new_manager", new_manager)
+
+
+OLD_HOOK = "@hookimpl\ndef prepare(arguments): pass\n"
+OLD_ARGUMENT = "@hookimpl\ndef drain(engine, deadline): pass\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_deprecations_name_the_plugin_and_the_place(site, deprecating_core, caplog):
+    plugins = load(site, OLD_HOOK, OLD_ARGUMENT)
+    plugins.log_deprecations()
+    (hook,), (argument,) = plugins.engine.deprecations, plugins.extensions[0].deprecations
+    assert hook.startswith(
+        "the hook 'prepare' is deprecated since API 1.1 and goes away in API 2.0: use 'create_engine'"
+    )
+    assert "toy_plugin.py:4)" in hook
+    assert argument.startswith("the argument 'deadline' is deprecated since API 1.1")
+    assert "extra_plugin.py:2)" in argument
+    assert [(record.fields["plugin"], record.fields["deprecation"]) for record in caplog.records] == [
+        ("toy", hook),
+        ("extra", argument),
+    ]
+
+
+@pytest.mark.filterwarnings("default")
+def test_deprecated_names_that_a_plugin_uses_while_it_is_imported(site):
+    engine(
+        site,
+        "import warnings\nfrom dynamo_worker.deprecation import deprecated\n"
+        "warnings.warn(deprecated('usage()', since='1.1', use='count()'), stacklevel=1)\n" + CREATE,
+    )
+    (deprecation,) = Plugins.load("toy").engine.deprecations
+    assert deprecation.startswith("usage() is deprecated since API 1.1")
+    assert "toy_plugin.py:4)" in deprecation
+
+
+def test_a_filter_may_turn_deprecations_into_errors(site, deprecating_core):
+    """As the tests of this project and of plugins do."""
+    engine(site, CREATE + OLD_HOOK)
+    assert "cannot be registered: the hook 'prepare' is deprecated since API 1.1" in str(failure())
+
+
+def test_what_is_not_deprecated_is_not_reported(site, caplog):
+    plugins = load(site, OLD_HOOK)
+    plugins.log_deprecations()
+    assert not plugins.engine.deprecations
+    assert not caplog.records
+
+
+# --- Names that have moved
+
+MOVED_MODULES = sorted(plugin_imports._MOVED.items())
+
+
+def imports(site, statement, **options):
+    engine(site, f"{statement}\n{CREATE}", **options)
+    error = failure()
+    assert error.record.status == "incompatible"
+    assert "toy_plugin.py:2" in str(error)
+    assert error.hint == "upgrade toy-dist, or import what docs/plugins.md lists"
+    return str(error)
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED_MODULES)
+def test_modules_that_have_moved(site, old, new):
+    expected = f"engine 'toy' from toy-dist 1.0 imports 'dynamo_worker.{old}', which is 'dynamo_worker.{new}' since 0.2"
+    assert expected in imports(site, f"from dynamo_worker.{old} import anything")
+    assert importlib.util.find_spec(f"dynamo_worker.{new}") is not None
+    assert importlib.util.find_spec(f"dynamo_worker.{old}") is None
+
+
+@pytest.mark.parametrize("old", sorted(plugin_imports._PRIVATE))
+def test_modules_that_are_private_now(site, old):
+    expected = f"imports 'dynamo_worker.{old}', which is private to the worker since 0.2"
+    assert expected in imports(site, f"import dynamo_worker.{old}")
+    assert importlib.util.find_spec(f"dynamo_worker.{old}") is None
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        (
+            "from dynamo_worker.operations import Operations, Presence",
+            "imports 'dynamo_worker.operations', which is 'dynamo_worker.kit.engine_control' since 0.2; "
+            "Operations is now EngineControl; Presence is now DiscoveryGate (step_out, step_in and step_aside: "
+            "withdraw, rejoin and withdrawn_for)",
+        ),
+        ("from dynamo_worker.kit.engine_control import Operations", "imports 'Operations' from 'dynamo_worker.kit."),
+        ("from dynamo_worker.kit.engine_control import Operations", "which is EngineControl since 0.2"),
+        ("from dynamo_worker.kit.engine_control import Operation", "is dynamo_worker.engine.Operation since 0.2"),
+        (
+            "from dynamo_worker.adapters import Adapters",
+            "'dynamo_worker.kit.lora' since 0.2; Adapter is now LoraAdapter",
+        ),
+        ("from dynamo_worker.kit.lora import Adapters", "which is LoraAdapters since 0.2"),
+        ("from dynamo_worker.kit import lora\nlora.Adapters", "which is LoraAdapters since 0.2"),
+        ("from dynamo_worker import translation", "which is 'dynamo_worker.kit.translation' since 0.2"),
+        ("from dynamo_worker import launcher", "which is private to the worker since 0.2"),
+        ("from dynamo_worker.serving import pulled", "pulled is now dynamo_worker.kit.push_engine.pulled"),
+        ("from dynamo_worker.serving import pulled", "LocalContext is now dynamo_worker.engine.LocalContext"),
+        ("from dynamo_worker.metrics import PrefixCollector", "now dynamo_worker.kit.metrics.PrefixCollector"),
+        ("from dynamo_worker.registration import changing", "changing is now EngineContext.discovery"),
+        ("import dynamo_worker.kit.nonsense", f"which dynamo-worker {__version__} does not have"),
+        ("from dynamo_worker.kit.lora import Nonsense", f"which dynamo-worker {__version__} does not have"),
+    ],
+)
+def test_names_that_have_moved(site, statement, expected):
+    if "\n" in statement:
+        statement = statement.replace("\n", "; ")
+    assert expected in imports(site, statement)
+
+
+def test_replacements_exist():
+    for module, names in plugin_imports._RENAMED.items():
+        for old, new in names.items():
+            new = new.partition(" ")[0]
+            if new == "EngineContext.discovery":
+                continue
+            place, _, name = (new if "." in new else f"dynamo_worker.{module}.{new}").rpartition(".")
+            assert hasattr(importlib.import_module(place), name)
+            if importlib.util.find_spec(f"dynamo_worker.{module}"):
+                assert old not in vars(importlib.import_module(f"dynamo_worker.{module}"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import json.nonsense", "from json import nonsense", "import json; json.nonsense", "import dynamo_workers.x"],
+)
+def test_other_imports_that_fail_have_their_own_messages(site, statement):
+    engine(site, f"{statement}\n{CREATE}")
+    assert "since 0.2" not in str(failure())
+    assert "docs/plugins.md" not in failure().hint
+
+
+def test_names_that_an_engine_imports_late(site):
+    """Most plugins import their engine in a hook."""
+    engine(site, "@hookimpl\ndef create_engine(args, context):\n    from dynamo_worker import routing\n")
+    with pytest.raises(PluginError, match=r"imports 'dynamo_worker.routing', which is 'dynamo_worker.kit.publishing'"):
+        Plugins.load("toy").create_engine(argparse.Namespace(), None)
+
+
+# --- Where it went wrong
+
+
+def test_the_line_of_the_plugin_is_named_when_the_kit_raises(site):
+    engine(site, "from dynamo_worker.kit import translation\ntranslation.integer('x')\n" + CREATE)
+    assert "toy_plugin.py:3" in str(failure())
+
+
+def test_hook_on_ready(site, caplog):
+    source = "@hookimpl\nasync def on_ready(engine, info): engine.append(info)\n"
+    plugins = load(site, source, source + "    raise OSError('no route')\n")
+    seen = []
+    outcomes = asyncio.run(plugins.on_ready(seen, "info", 1))
+    assert seen == ["info", "info"]
+    assert [(outcome.plugin, outcome.ok) for outcome in outcomes] == [("toy", True), ("extra", False)]
+    (record,) = caplog.records
+    assert (record.fields["hook"], record.fields["plugin"]) == ("on_ready", "extra")
+
+
+def test_hook_on_ready_that_hangs_is_cancelled(site):
+    plugins = load(site, "import asyncio\n@hookimpl\nasync def on_ready(engine): await asyncio.sleep(60)\n")
+    started = time.monotonic()
+    (outcome,) = asyncio.run(plugins.on_ready(None, None, 0.1))
+    assert isinstance(outcome.error, TimeoutError)
+    assert time.monotonic() - started < 1
