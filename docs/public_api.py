@@ -74,9 +74,8 @@ def names(path: Path) -> dict[str, str]:
     classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
     for node in body:
-        for name, signature in _described(node):
-            if not name.startswith("_") and name != "log":
-                found[name] = signature
+        own = dict(_described(node))
+        found |= {name: own[name] for name in own if not name.startswith("_") and name != "log"}
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             bases = [classes[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id.startswith("_")]
             for member in (member for kind in (*bases, node) for member in kind.body):

@@ -94,8 +94,8 @@ def check_health(engine: Engine) -> Awaitable[None] | None:
     Awaited every ``--health-check-interval`` seconds, all plugins concurrently, each for at most
     ``--health-check-timeout`` seconds. Must be cheap and must not disturb requests.
 
-    ``EngineDeadError`` ends the worker. Any other exception is logged with the plugin's name and does not end it. An
-    engine that repeatedly fails to answer in time is treated as hung.
+    ``EngineDeadError`` ends the worker, and so does a check that does not answer in time, unless the engine is paused.
+    Any other exception is logged with the plugin's name and counted, and the worker keeps serving.
 
     :param engine: the engine that serves.
     """
@@ -117,8 +117,8 @@ def drain(engine: Engine, deadline: Deadline) -> Awaitable[None] | None:
 def on_fatal_error(engine: Engine | None, error: BaseException, deadline: Deadline) -> Awaitable[None] | None:
     """Dump state or notify someone about a fatal error.
 
-    Called once on a fatal error and awaited, all plugins concurrently, before ``cleanup``. A failure is logged and never
-    replaces ``error``.
+    Called once on a fatal error and awaited, all plugins concurrently, before ``cleanup``. A failure is logged and
+    never replaces ``error``.
 
     :param engine: the engine, or None if it could not be created.
     :param error: the error that ends the worker.

@@ -737,9 +737,11 @@ def test_modules_that_are_private_now(site, old):
     [
         (
             "from dynamo_worker.operations import Operations, Presence",
-            "imports 'dynamo_worker.operations', which is 'dynamo_worker.kit.engine_control' since 0.2; "
-            "Operations is now EngineControl; Presence is now DiscoveryGate (step_out, step_in and step_aside: "
-            "withdraw, rejoin and withdrawn_for)",
+            (
+                "imports 'dynamo_worker.operations', which is 'dynamo_worker.kit.engine_control' since 0.2; "
+                "Operations is now EngineControl; Presence is now DiscoveryGate (step_out, step_in and step_aside: "
+                "withdraw, rejoin and withdrawn_for)"
+            ),
         ),
         ("from dynamo_worker.kit.engine_control import Operations", "imports 'Operations' from 'dynamo_worker.kit."),
         ("from dynamo_worker.kit.engine_control import Operations", "which is EngineControl since 0.2"),
@@ -795,6 +797,30 @@ def test_names_that_an_engine_imports_late(site):
         Plugins.load("toy").create_engine(argparse.Namespace(), None)
 
 
+@pytest.mark.parametrize("line", [["--engine", "toy"], ["check", "toy"], ["--engine", "toy", "--help"]])
+def test_every_command_says_what_to_import_now(site, command, line):
+    engine(site, f"from dynamo_worker.translation import integer\n{CREATE}")
+    result = command(*line)
+    assert result.returncode == (0 if "--help" in line else 3), result.stderr
+    assert (
+        "engine 'toy' from toy-dist 1.0 imports 'dynamo_worker.translation', which is "
+        "'dynamo_worker.kit.translation' since 0.2"
+    ) in result.stderr
+    assert result.stderr.count("since 0.2") <= 2, "one message; the supervisor repeats it as the reason of the exit"
+    assert "Traceback" not in result.stderr
+
+
+def test_check_shows_deprecations(site, command):
+    engine(
+        site,
+        "import warnings\nfrom dynamo_worker.deprecation import deprecated\n"
+        "warnings.warn(deprecated('usage()', since='1.1', use='count()'), stacklevel=1)\n" + CREATE,
+    )
+    result = command("check", "toy")
+    assert result.returncode == 0
+    assert "engine 'toy' from toy-dist 1.0: warning: usage() is deprecated since API 1.1" in result.stdout
+
+
 # --- Where it went wrong
 
 
@@ -804,7 +830,7 @@ def test_the_line_of_the_plugin_is_named_when_the_kit_raises(site):
 
 
 def test_hook_on_ready(site, caplog):
-    source = "@hookimpl\nasync def on_ready(engine, info): engine.append(info)\n"
+    source = "@hookimpl\nasync def on_ready(engine, info):\n    engine.append(info)\n"
     plugins = load(site, source, source + "    raise OSError('no route')\n")
     seen = []
     outcomes = asyncio.run(plugins.on_ready(seen, "info", 1))
