@@ -42,7 +42,7 @@ _HANDLED: Final = frozenset(
         # by the frontend, the router or the core
         *("annotations", "mdc_sum", "router_config_override", "migration_link", "migration_state", "jail_seed"),
         *("_HEALTH_CHECK", "request_id", "tracker", "mm_routing_info", "estimated_prefix_hit_num_blocks"),
-        *("backend_instance_id", "bootstrap_info"),
+        *("backend_instance_id", "bootstrap_info", "router", "request_timestamp_ms"),
         # engines know the model's own end-of-sequence tokens; the frontend stops at these as well
         "eos_token_ids",
     }
