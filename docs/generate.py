@@ -259,8 +259,7 @@ def _typed_dicts(module: ModuleType, first: Any) -> str:
     for kind in sorted(kinds, key=lambda kind: kind is not first):
         paragraphs, fields = text(kind)
         annotations: dict[str, str] = {}
-        for base in (*kind.__orig_bases__, kind) if hasattr(kind, "__orig_bases__") else (kind,):
-            annotations |= {name: hint.__forward_arg__ for name, hint in getattr(base, "__annotations__", {}).items()}
+        annotations |= {name: hint.__forward_arg__ for name, hint in kind.__annotations__.items()}
         assert set(annotations) == {name for name, _ in fields}, f"{kind.__name__}: fields without documentation"
         rows = [(f"`{name}`", f"`{_without_none(annotations[name])}`", meaning) for name, meaning in fields]
         parts += [f"### `{kind.__name__}`", "", *paragraphs, "", _table(("field", "type", "meaning"), rows), ""]

@@ -1,7 +1,7 @@
-"""dynamo-worker: makes an inference engine a worker of an NVIDIA Dynamo cluster and owns its whole life.
+"""Turns an inference engine into a worker of an NVIDIA Dynamo cluster and manages its lifecycle.
 
-The names below are the public interface for plugin authors. They are resolved on first use, because the
-supervisor process imports this package too and must stay small (standard library only).
+The names below are public: plugins may import them, and ``API_VERSION`` covers them. They are resolved on first use,
+because the supervisor process imports this package too and must stay small (standard library only).
 """
 
 from __future__ import annotations

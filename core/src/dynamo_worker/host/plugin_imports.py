@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 PACKAGE: Final = "dynamo_worker"
 #: The modules and packages that plugins may import, beside the names of ``dynamo_worker`` itself. ``API_VERSION``
 #: covers their public names; everything else is private and changes without notice.
-PUBLIC_MODULES: Final = ("deadline", "engine", "errors", "kit", "logs", "requests", "responses", "testing")
+PUBLIC_MODULES: Final = (
+    "deadline",
+    "deprecation",
+    "engine",
+    "errors",
+    "kit",
+    "logs",
+    "requests",
+    "responses",
+    "testing",
+)
 
 #: The release that moved the names below.
 _SINCE: Final = "0.2"
