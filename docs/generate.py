@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Regenerates the parts of the documentation that say what the code says.
+"""Regenerates the parts of the documentation that are derived from the code.
 
-They stand between ``<!-- generated:NAME -->`` and ``<!-- /generated -->``. With ``--check`` nothing is written: the
-exit code is 1 and the stale parts are named.
+They are between ``<!-- generated:NAME -->`` and ``<!-- /generated -->``. With ``--check`` nothing is written: stale
+parts are listed, and the exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def protocol() -> str:
 
 
 def engine_info() -> str:
-    """Return the tables of what an engine says of itself."""
+    """Return the tables of what an engine says about itself."""
     parts = []
     for kind in (engine.EngineInfo, engine.EndpointSpec, engine.EngineContext):
         paragraphs, fields = text(kind)
@@ -181,7 +181,7 @@ def engine_info() -> str:
 
 
 def error_types() -> str:
-    """Return the table of the errors that plugins raise or meet."""
+    """Return the table of the errors that plugins raise or see."""
     rows = []
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, Exception) and kind.__module__ == errors.__name__:
@@ -292,10 +292,10 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
 
 
 def regenerated(page: str, source: str = "") -> str:
-    """Return a page with all its generated parts made anew.
+    """Return a page with all its generated parts regenerated.
 
     :param source: name of the page, for the message.
-    :raises SystemExit: it asks for a part that does not exist.
+    :raises SystemExit: it names a part that does not exist.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -308,7 +308,7 @@ def regenerated(page: str, source: str = "") -> str:
 
 
 def stale(path: Path) -> list[str]:
-    """Return the names of the parts of one page that are not what the code says."""
+    """Return the names of the stale parts of one page."""
     page = path.read_text(encoding="utf-8")
     now = regenerated(page, path.name)
     old, new = ({m["name"]: m["body"] for m in _MARKED.finditer(version)} for version in (page, now))

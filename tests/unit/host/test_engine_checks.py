@@ -58,6 +58,19 @@ class Pushing(EchoEngine):
         yield GOOD
 
 
+def test_a_start_that_imports_a_name_that_has_moved(checks):
+    """Some engines import in `start` what takes long."""
+
+    async def start():
+        from dynamo_worker.translation import integer  # noqa: F401
+
+    with pytest.raises(
+        StartError, match="imports 'dynamo_worker.translation', which is 'dynamo_worker.kit.transl"
+    ) as e:
+        asyncio.run(checks.started(start()))
+    assert f"{__file__}:" in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

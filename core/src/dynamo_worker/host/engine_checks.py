@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.engine import EndpointSpec, EngineInfo, PushesChunks
 from dynamo_worker.errors import InvalidRequestError, StartError
+from dynamo_worker.host.plugin_errors import where
+from dynamo_worker.host.plugin_imports import what_moved
 from dynamo_worker.host.serving import validated
 
 if TYPE_CHECKING:
@@ -56,11 +58,21 @@ class EngineChecks:
         """Wait for the start and return what it returned.
 
         :param start: what ``Engine.start`` returned.
-        :raises StartError: it cannot be awaited, or brings something else than an :class:`EngineInfo`.
+        :raises StartError: it cannot be awaited, returns anything but an :class:`EngineInfo`, or imports a name that
+            has moved.
         """
         if not isinstance(start, Awaitable):
             raise self.problem(f"start returned {start!r:.80}, which cannot be awaited; it must be `async`")
-        info = await start
+        try:
+            info = await start
+        except (ImportError, AttributeError) as error:
+            moved = what_moved(error)
+            if moved is None:
+                raise
+            raise StartError(
+                f"{self._engine} {moved} ({where(error)})",
+                hint="upgrade its package, or import what docs/plugins.md lists",
+            ) from error
         if not isinstance(info, EngineInfo):
             raise self.problem(f"start returned {info!r:.80} instead of an EngineInfo")
         for field in dataclasses.fields(info):
