@@ -13,6 +13,8 @@ import pytest
 
 import dynamo_worker
 from dynamo_worker import hookspecs, requests, responses
+from dynamo_worker.kit.translation import GUIDED
+from dynamo_worker.testing.translation import FIELDS
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -137,6 +139,15 @@ def test_every_public_module_can_be_imported(public_api: ModuleType) -> None:
         for name in public_api.names(path):
             if "." not in name:
                 assert hasattr(imported, name), f"{module}.{name}"
+
+
+def test_the_test_kit_sends_every_field_of_the_sections() -> None:
+    assert {name: sorted(fields) for name, fields in FIELDS.items()} == {
+        "sampling_options": sorted(requests.SamplingOptions.__annotations__),
+        "stop_conditions": sorted(requests.StopConditions.__annotations__),
+        "output_options": sorted(requests.OutputOptions.__annotations__),
+    }
+    assert {*GUIDED, "backend"} == requests.GuidedDecoding.__annotations__.keys()
 
 
 @pytest.mark.parametrize("module", [requests, responses])

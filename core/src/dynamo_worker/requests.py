@@ -1,8 +1,9 @@
 """What a request contains: ``PreprocessedRequest`` of Dynamo 1.6.1 as an engine receives it.
 
-The field names are those of the runtime's own serializer. Except for ``token_ids`` every field may be missing, and
-every value inside the sections may be None. Clients that skip the frontend can put anything into a request: read values
-with the readers of :mod:`dynamo_worker.kit.translation`, which check types and limits.
+The field names are those of the runtime's own serializer; where a meaning is only inferred, it says so. Every field but
+``token_ids`` may be missing, and every value inside the sections may be None. Clients that skip the frontend can put
+anything into a request: read values with the readers of :mod:`dynamo_worker.kit.translation`, which check types and
+limits.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class SamplingOptions(TypedDict, total=False):
     :param presence_penalty: subtracted from the logit of each token that occurred, from -2 to 2.
     :param frequency_penalty: subtracted once per occurrence, from -2 to 2.
     :param repetition_penalty: divides the logits of tokens that occurred; 1 changes nothing.
-    :param seed: of the random numbers of this request.
+    :param seed: seed of the random numbers for this request.
     :param use_beam_search: search by beams instead of sampling.
-    :param length_penalty: of the beam search.
+    :param length_penalty: exponent of the length in the score of a beam.
     :param include_stop_str_in_output: whether the text ends with the stop string; the frontend does this.
     :param guided_decoding: constraint on the text of the answer.
     """
@@ -120,13 +121,13 @@ class Routing(TypedDict, total=False):
     :param dp_rank: the data-parallel rank to use, counted over the whole engine.
     :param prefill_dp_rank: the data-parallel rank that prefilled the request.
     :param priority: higher numbers go first.
-    :param priority_jump: of the router's queue.
-    :param strict_priority: of the router's queue.
+    :param priority_jump: how far to move the request up in the router's queue (inferred).
+    :param strict_priority: priority class in the router's queue (inferred).
     :param lora_name: the LoRA adapter to use; wins over ``model``.
     :param cache_salt: requests with different salts share no KV blocks.
-    :param expected_output_tokens: the caller's estimate, for the router.
+    :param expected_output_tokens: the caller's estimate of the answer's length, for the router.
     :param allowed_worker_ids: the workers that the router could choose from.
-    :param routing_constraints: what the router had to respect.
+    :param routing_constraints: constraints on the worker, such as ``required_taints``.
     """
 
     backend_instance_id: int | None
@@ -149,8 +150,8 @@ class BootstrapInfo(TypedDict, total=False):
 
     :param bootstrap_host: host name or address of the prefill worker's bootstrap server.
     :param bootstrap_port: its port.
-    :param bootstrap_room: number of the meeting, below 2⁶³; the same on both workers.
-    :param handoff_id: the router's id of the handover.
+    :param bootstrap_room: number of this handover, below 2⁶³; both workers use the same.
+    :param handoff_id: the router's id of the handover (inferred).
     """
 
     bootstrap_host: str
@@ -173,11 +174,11 @@ class PrefillResult(TypedDict, total=False):
 class AgentContext(TypedDict, total=False):
     """The agent session that a request belongs to: ``AgentContext`` of Dynamo.
 
-    :param session_id: of the session.
-    :param parent_session_id: of the session that started it.
-    :param session_final: whether this is the session's last request.
-    :param agent_headers: HTTP headers that the frontend passes on.
-    :param input_trigger: what caused the request, such as ``user_message`` or ``tool_result``.
+    :param session_id: id of the session.
+    :param parent_session_id: id of the session that started it (inferred).
+    :param session_final: whether this is the session's last request (inferred).
+    :param agent_headers: HTTP headers about the agent (inferred).
+    :param input_trigger: what caused the request: ``user_message``, ``tool_result`` or ``other``.
     """
 
     session_id: str | None
@@ -218,26 +219,27 @@ class Request(_Prompt, total=False):
     :param output_options: what is returned beside the tokens.
     :param eos_token_ids: the model's end-of-sequence tokens, at which the frontend stops as well.
     :param annotations: marks such as ``bypass-remote-prefill``.
-    :param mdc_sum: checksum of the model's deployment card.
+    :param mdc_sum: checksum of the model deployment card.
     :param routing: what the router decided.
     :param router_config_override: settings of the router for this request.
-    :param router: the client's latency targets for the router.
+    :param router: the client's ``nvext.router``: latency targets for the router.
     :param prefill_result: for a decode worker: what the prefill worker handed over.
     :param bootstrap_info: for prefill and decode workers: where they meet.
     :param encoder_result: what an encode worker handed over.
     :param kv_hint: what the orchestrator wants done with the request's KV blocks.
-    :param require_reasoning: whether the answer must have a reasoning part.
+    :param require_reasoning: whether the model reasons before the constrained part of its answer.
     :param extra_args: what the frontend passes on without a field of its own.
     :param agent_context: the agent session that the request belongs to.
-    :param prompt_embeds: the prompt as embeddings, base64.
-    :param multi_modal_data: images, audio and video by kind.
-    :param multi_modal_uuids: their ids for caching.
-    :param mm_routing_info: the router's view of a multimodal prompt.
-    :param mm_processor_kwargs: arguments for the multimodal processor.
-    :param media_io_kwargs: arguments for decoding media.
-    :param image_cache_scope: which requests may share cached images.
-    :param migration_link: trace of the request before its migration.
-    :param request_timestamp_ms: when the client made the request, in milliseconds since 1970.
+    :param prompt_embeds: the prompt as embeddings (inferred).
+    :param multi_modal_data: images, video and audio, by kind.
+    :param multi_modal_uuids: ids of the multimodal items, for caching (inferred).
+    :param mm_routing_info: the router's view of a multimodal prompt: ``routing_token_ids``, ``block_mm_infos``,
+        ``expanded_prompt_len``.
+    :param mm_processor_kwargs: arguments for the multimodal processor (inferred).
+    :param media_io_kwargs: arguments for decoding media (inferred).
+    :param image_cache_scope: which requests may share cached images (inferred).
+    :param migration_link: trace of the request before it migrated (inferred).
+    :param request_timestamp_ms: the client's ``nvext.request_timestamp_ms``: the time of the request in milliseconds.
     :param _HEALTH_CHECK: True in Dynamo's own health check requests, which are answered without another worker.
     """
 

@@ -1,6 +1,6 @@
 """What an engine answers: chunks, ``LLMEngineOutput`` of Dynamo 1.6.1.
 
-The field names are those of the runtime's own serializer, which ignores a key that it does not know. A chunk must be
+The field names are those of the runtime's own serializer; where a meaning is only inferred, it says so. A chunk must be
 JSON: keys are strings, numbers are finite. One value that JSON does not have makes the whole chunk fail.
 """
 
@@ -99,15 +99,15 @@ class Chunk(_Tokens, total=False):
         per token of the prompt, from token id (as a string) to :class:`PromptLogprob`; None for the first token.
     :param disaggregated_params: of a prefill worker, in its first chunk: what the decode worker needs, in the engine's
         own terms. Without it the router takes the prefill for failed; an empty object says that nothing is needed.
-    :param encoder_result: of an encode worker: what the prefill worker needs.
-    :param tokens: the tokens as texts, from an engine that detokenizes.
+    :param encoder_result: of an encode worker: what the next worker needs, as a JSON object.
+    :param tokens: the texts of the tokens, from an engine that detokenizes.
     :param text: the text of the new tokens, from an engine that detokenizes; the frontend does it otherwise.
-    :param jailed_text: text held back while a tool call may begin.
-    :param output_type: kind of output other than tokens.
-    :param content_parts: images, audio or video in the answer.
-    :param extra_args: for extensions of the frontend.
-    :param routing_data: timings for the router.
-    :param worker_trace_link: trace of the work, for the frontend.
+    :param jailed_text: text held back while it may turn out to be a tool call (inferred).
+    :param output_type: kind of output other than tokens (inferred).
+    :param content_parts: ``image_url``, ``video_url`` or ``audio_url`` parts of the answer.
+    :param extra_args: further data for the frontend (inferred).
+    :param routing_data: data for the router (inferred).
+    :param worker_trace_link: trace of the worker's part, for the frontend (inferred).
     """
 
     index: int

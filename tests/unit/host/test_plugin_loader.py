@@ -204,6 +204,18 @@ def test_what_is_not_deprecated_is_not_reported(site, caplog):
     assert not caplog.records
 
 
+def test_a_worker_logs_deprecations(site, command):
+    engine(
+        site,
+        "import warnings\nfrom dynamo_worker.deprecation import deprecated\n"
+        "warnings.warn(deprecated('usage()', since='1.1', use='count()'), stacklevel=1)\n" + CREATE,
+    )
+    result = command("--engine", "toy", "--discovery-backend", "file", DYN_FILE_KV=str(site.path / "discovery"))
+    assert result.returncode == 3, "a text is no engine"
+    assert 'Plugin uses a deprecated API plugin=toy deprecation="usage() is deprecated since API 1.1' in result.stderr
+    assert result.stderr.count("usage() is deprecated") == 1
+
+
 def test_check_shows_deprecations(site, command):
     engine(
         site,
