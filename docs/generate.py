@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Regenerates the parts of the documentation that say what the code says.
+"""Regenerates the parts of the documentation that are derived from the code.
 
-They stand between ``<!-- generated:NAME -->`` and ``<!-- /generated -->``. With ``--check`` nothing is written: the
-exit code is 1 and the stale parts are named.
+They are between ``<!-- generated:NAME -->`` and ``<!-- /generated -->``. With ``--check`` nothing is written: stale
+parts are listed, and the exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ import os
 import re
 import sys
 import textwrap
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import public_api
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_worker import engine, errors, hookspecs, lifecycle
+import dynamo_worker
+from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host import options
 from dynamo_worker.host.metrics import WorkerMetrics
-from dynamo_worker.host.plugins import hook_signatures
+from dynamo_worker.host.plugin_validation import hook_signatures
 from dynamo_worker.host.serving import RequestRegistry
 from dynamo_worker.kit import request_limits as limits
 
 if TYPE_CHECKING:
     import enum
     from collections.abc import Callable, Iterable, Sequence
+    from types import ModuleType
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -167,7 +171,7 @@ def protocol() -> str:
 
 
 def engine_info() -> str:
-    """Return the tables of what an engine says of itself."""
+    """Return the tables of what an engine says about itself."""
     parts = []
     for kind in (engine.EngineInfo, engine.EndpointSpec, engine.EngineContext):
         paragraphs, fields = text(kind)
@@ -177,7 +181,7 @@ def engine_info() -> str:
 
 
 def error_types() -> str:
-    """Return the table of the errors that plugins raise or meet."""
+    """Return the table of the errors that plugins raise or see."""
     rows = []
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, Exception) and kind.__module__ == errors.__name__:
@@ -227,6 +231,45 @@ def metrics() -> str:
     return _table(("metric", "type", "labels", "meaning"), rows)
 
 
+def public_names() -> str:
+    """Return the table of what plugins may import: each public module with its names."""
+    package = ", ".join(f"`{name}`" for name in sorted(dynamo_worker.__all__))
+    rows = [("`dynamo_worker`", package)]
+    for module, path in public_api.modules().items():
+        own = [name for name in public_api.names(path) if "." not in name]
+        if own:
+            rows.append((f"`dynamo_worker.{module}`", ", ".join(f"`{name}`" for name in own)))
+    return _table(("module", "names"), rows)
+
+
+def request_types() -> str:
+    """Return the tables of all parts of a request."""
+    return _typed_dicts(requests, requests.Request)
+
+
+def chunk_types() -> str:
+    """Return the tables of all parts of a chunk."""
+    return _typed_dicts(responses, responses.Chunk)
+
+
+def _typed_dicts(module: ModuleType, first: Any) -> str:
+    """Return one table of fields for each ``TypedDict`` of a module, the outermost one first."""
+    kinds = [kind for name, kind in vars(module).items() if not name.startswith("_") and typing.is_typeddict(kind)]
+    parts = []
+    for kind in sorted(kinds, key=lambda kind: kind is not first):
+        paragraphs, fields = text(kind)
+        annotations: dict[str, str] = {}
+        annotations |= {name: hint.__forward_arg__ for name, hint in kind.__annotations__.items()}
+        assert set(annotations) == {name for name, _ in fields}, f"{kind.__name__}: fields without documentation"
+        rows = [(f"`{name}`", f"`{_without_none(annotations[name])}`", meaning) for name, meaning in fields]
+        parts += [f"### `{kind.__name__}`", "", *paragraphs, "", _table(("field", "type", "meaning"), rows), ""]
+    return "\n".join(parts).strip()
+
+
+def _without_none(annotation: str) -> str:
+    return annotation.removesuffix(" | None")
+
+
 PARTS: Final[dict[str, Callable[[], str]]] = {
     "settings": settings,
     "help": help_text,
@@ -239,6 +282,9 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "states": states,
     "transitions": transitions,
     "metrics": metrics,
+    "public-api": public_names,
+    "request": request_types,
+    "chunk": chunk_types,
 }
 
 
@@ -246,10 +292,10 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
 
 
 def regenerated(page: str, source: str = "") -> str:
-    """Return a page with all its generated parts made anew.
+    """Return a page with all its generated parts regenerated.
 
     :param source: name of the page, for the message.
-    :raises SystemExit: it asks for a part that does not exist.
+    :raises SystemExit: it names a part that does not exist.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -262,7 +308,7 @@ def regenerated(page: str, source: str = "") -> str:
 
 
 def stale(path: Path) -> list[str]:
-    """Return the names of the parts of one page that are not what the code says."""
+    """Return the names of the stale parts of one page."""
     page = path.read_text(encoding="utf-8")
     now = regenerated(page, path.name)
     old, new = ({m["name"]: m["body"] for m in _MARKED.finditer(version)} for version in (page, now))

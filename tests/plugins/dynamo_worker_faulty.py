@@ -153,6 +153,10 @@ class FaultyPlugin:
         return (PushingFaultyEngine if args.push else FaultyEngine)(args)
 
     @hookimpl
+    async def on_ready(self, engine: FaultyEngine, info: EngineInfo) -> None:
+        await self._misbehave(engine, "on_ready")
+
+    @hookimpl
     async def check_health(self, engine: FaultyEngine) -> None:
         await self._misbehave(engine, "check_health")
         engine.task = asyncio.ensure_future(engine.work())

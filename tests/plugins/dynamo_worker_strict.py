@@ -1,6 +1,6 @@
 """The echo engine, which reads requests and offers operations as engines with models do, only without a model.
 
-The echo engine itself refuses what it does not know before it has looked at it. Found like `dynamo_worker_faulty`.
+The echo engine itself refuses unknown fields without reading them. Found like `dynamo_worker_faulty`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dynamo.runtime import Endpoint
-
 from dynamo_worker import Chunk, EngineContext, EngineInfo, Request, RequestContext, hookimpl
-from dynamo_worker.allowed_paths import AllowedPaths
+from dynamo_worker.engine import Operation
 from dynamo_worker.engines import echo
 from dynamo_worker.kit import translation
-from dynamo_worker.kit.engine_control import Operation, Operations
+from dynamo_worker.kit.engine_control import EngineControl
 from dynamo_worker.kit.json_schema import check_size
-from dynamo_worker.kit.lora import Adapter, Adapters
+from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
 SAMPLING: translation.Fields = {
@@ -41,18 +39,18 @@ ASLEEP = "asleep"
 class Loader:
     """Loads nothing."""
 
-    async def load(self, adapter: Adapter) -> None:
+    async def load(self, adapter: LoraAdapter) -> None:
         pass
 
-    async def unload(self, adapter: Adapter) -> None:
+    async def unload(self, adapter: LoraAdapter) -> None:
         pass
 
 
-class Control(Operations):
+class Control(EngineControl):
     """Operations of all kinds: one that leaves discovery, one that writes, one that takes a name, one that fails."""
 
-    def __init__(self, allowed_paths: AllowedPaths) -> None:
-        self._allowed_paths = allowed_paths
+    def __init__(self, context: EngineContext) -> None:
+        self._allowed_paths = context.allowed_paths
         routes = {
             "sleep": self.sleep,
             "wake_up": self.wake_up,
@@ -60,20 +58,20 @@ class Control(Operations):
             "start_profile": self.start_profile,
             "fail": self.fail,
         }
-        super().__init__(routes, {}, Adapters(Loader(), allowed_paths=allowed_paths))
+        super().__init__(context, routes, {}, LoraAdapters(Loader(), context))
 
     async def sleep(self, body: dict[str, Any]) -> dict[str, Any]:
         async def nothing() -> None:
             pass
 
-        await self.presence.step_out(nothing, ASLEEP)
+        await self.gate.withdraw(nothing, ASLEEP)
         return {"level": body.get("level", 1)}
 
     async def wake_up(self, body: dict[str, Any]) -> dict[str, Any]:
         async def resume() -> bool:
             return True
 
-        await self.presence.step_in(resume, ASLEEP)
+        await self.gate.rejoin(resume, ASLEEP)
         return {}
 
     async def save(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -89,16 +87,13 @@ class Control(Operations):
 class StrictEngine(echo.EchoEngine):
     """Checks everything that a request asks for, and echoes its prompt."""
 
-    def __init__(self, args: argparse.Namespace, allowed_paths: AllowedPaths) -> None:
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args)
         self._table = ModelTable(TABLE, {}, echo.CONTEXT_LENGTH)
-        self._control = Control(allowed_paths)
+        self._control = Control(context)
 
     async def start(self, worker_id: int) -> EngineInfo:
         return replace(await super().start(worker_id), endpoints=self._control.endpoints())
-
-    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        self._control.attach(endpoint, info)
 
     def paused(self) -> bool:
         return self._control.paused()
@@ -133,7 +128,7 @@ class StrictPlugin:
 
     @hookimpl
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> StrictEngine:
-        return StrictEngine(args, context.allowed_paths)
+        return StrictEngine(args, context)
 
 
 plugin = StrictPlugin()

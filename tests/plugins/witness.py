@@ -1,11 +1,16 @@
-"""A local extension plugin for `-p witness`: says in the log which hooks were called, so that tests can tell."""
+"""A local extension plugin for `-p witness`: logs which hooks are called."""
 
 from __future__ import annotations
 
-from dynamo_worker import hookimpl
+from dynamo_worker import EngineInfo, hookimpl
 from dynamo_worker.logs import get_logger
 
 log = get_logger(__name__)
+
+
+@hookimpl
+async def on_ready(info: EngineInfo) -> None:
+    log.info("witness: on_ready", model=info.model_name)
 
 
 @hookimpl

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_worker.host.plugin_imports import PUBLIC_MODULES
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "core" / "src" / "dynamo_worker"
 
@@ -52,23 +54,21 @@ def below(name: str, *parts: str) -> bool:
     return any(f"{name}.".startswith(f"dynamo_worker.{part}.") for part in parts)
 
 
-#: What plugins may import beside the names of `dynamo_worker` itself; docs/plugins.md lists them.
-PUBLIC = ("kit", "testing", "deadline", "engine", "errors", "logs")
 #: What everybody may build on: no part of the host, the kit, an engine or the command line.
-SHARED = ("address", "allowed_paths", "containment", "deadline", "engine", "errors", "exit_codes", "hookspecs")
-SHARED += ("lifecycle", "logs", "suggest")
+SHARED = ("address", "allowed_paths", "containment", "deadline", "deprecation", "engine", "errors", "exit_codes")
+SHARED += ("hookspecs", "lifecycle", "logs", "requests", "responses", "suggest")
 
 
 @pytest.mark.parametrize("name", sorted(PLUGINS))
 def test_plugins_build_on_the_kit_and_the_public_names_only(name: str) -> None:
     imported = {other for other in imports(PLUGINS[name]) if other.split(".")[0] == "dynamo_worker"}
-    assert {other for other in imported if other != "dynamo_worker" and not below(other, *PUBLIC)} == set()
+    assert {other for other in imported if other != "dynamo_worker" and not below(other, *PUBLIC_MODULES)} == set()
 
 
 def test_engines_of_the_core_build_on_what_plugins_have() -> None:
     for name in GRAPH:
         if below(name, "engines"):
-            assert {other for other in GRAPH[name] if not below(other, "engines", *PUBLIC, "__init__")} <= {
+            assert {other for other in GRAPH[name] if not below(other, "engines", *PUBLIC_MODULES, "__init__")} <= {
                 "dynamo_worker"
             }, name
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
+import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import dynamo_worker
-from dynamo_worker import engine, hookspecs
+from dynamo_worker import Chunk, InvalidRequestError, Request, engine, hookspecs, requests, responses
 from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.host.engine_checks import AnswerCheck, EngineChecks
 from dynamo_worker.host.options import OPTIONS
-from dynamo_worker.host.plugins import hook_signatures
+from dynamo_worker.host.plugin_validation import hook_signatures
+from dynamo_worker.kit import translation
+from dynamo_worker.kit.chunks import top_logprob
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,14 +36,10 @@ def page(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("generate")
 
 
 def test_generated_parts_are_up_to_date():
@@ -66,6 +68,65 @@ def test_every_hook_has_its_exact_signature_in_the_guide(generate: ModuleType, h
     assert f"```python\n{generate.signature(getattr(hookspecs, hook))}\n```" in text
     for argument in hook_signatures()[hook]:
         assert f"- `{argument}`: " in text
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_example_of_a_request_table_does_what_the_page_says():
+    text = page("requests.md")
+    (example,) = re.findall(r"<!-- example:request-table -->\n```python\n(.*?)```\n<!-- /example -->", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(example, "requests.md", "exec"), scope)
+    request: Request = json.loads(blocks(text, "json")[0])
+    (expected,) = re.findall(r"It reads the request above as `(.*?)`\.", text, re.DOTALL)
+    parameters = scope["parameters"]
+    assert parameters(request) == ast.literal_eval(expected)
+    assert parameters({"token_ids": [5] * 60}) == {"temperature": 0.7, "max_new_tokens": 40}
+    assert parameters({"token_ids": [5], "stop_conditions": {"max_tokens": 0}}) is None
+    guided = {"token_ids": [5], "sampling_options": {"guided_decoding": {"regex": "a+"}, "seed": 7}}
+    assert parameters(guided) == {"temperature": 0.7, "pattern": "a+", "random_seed": 7, "max_new_tokens": 99}
+    refused = (
+        ({"sampling_options": {"min_p": 0.1}}, "sampling_options.min_p = 0.1 is not supported by this engine"),
+        ({"sampling_options": {"guided_decoding": {"grammar": "x"}}}, "expected a regex, got grammar"),
+        ({"sampling_options": {"nonsense": 1}}, "sampling_options.nonsense is not supported by this engine"),
+        ({"token_ids": [5] * 100}, "the prompt has 100 tokens"),
+    )
+    for change, message in refused:
+        with pytest.raises(InvalidRequestError, match=re.escape(message)):
+            parameters({"token_ids": [5], **change})
+    assert "sampling_options.min_p = 0.1 is not supported by this engine" in text
+
+
+def test_the_example_of_log_probabilities_is_a_chunk():
+    (example,) = (block for block in blocks(page("requests.md"), "python") if "log_probs" in block)
+    scope = {"top_logprob": top_logprob}
+    exec(example, scope)
+    chunk: Chunk = scope["chunk"]
+    assert chunk.keys() <= Chunk.__annotations__.keys()
+    assert len(chunk["token_ids"]) == len(chunk["log_probs"]) == len(chunk["top_logprobs"])
+    AnswerCheck(EngineChecks("example"), vocab_size=256).take(chunk)
+
+
+def test_the_canary_in_the_guide_is_what_the_kit_makes():
+    shown = json.loads(blocks(page("requests.md"), "json")[1])
+    assert shown == translation.canary(SimpleNamespace(bos_token_id=1), None)
+
+
+@pytest.mark.parametrize("module", [requests, responses])
+def test_every_field_of_a_request_and_a_chunk_is_in_the_guide(module: ModuleType):
+    """With the same fields in its docstring and in the type; 28 and 19 fields are what Dynamo 1.6.1 serializes."""
+    text = page("requests.md")
+    for name, kind in vars(module).items():
+        if not name.startswith("_") and typing.is_typeddict(kind):
+            documented = re.findall(r":param (\w+):", kind.__doc__)
+            assert sorted(documented) == sorted(kind.__annotations__)
+            table = text.partition(f"### `{name}`\n")[2].partition("\n### ")[0]
+            assert [f"| `{field}` |" in table for field in documented] == [True] * len(documented)
+    assert len(requests.Request.__annotations__) == 28
+    assert len(responses.Chunk.__annotations__) == 19
 
 
 def test_every_capability_of_an_engine_is_in_the_guide():

@@ -7,7 +7,7 @@ import pytest
 from dynamo_worker import errors
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.installed_plugins import PluginRecord
-from dynamo_worker.host.plugins import PluginError, UnknownPluginError
+from dynamo_worker.host.plugin_errors import PluginError, UnknownPluginError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 
 from dynamo_worker import hookspecs
-from dynamo_worker.host.plugins import Plugins, hook_signatures
+from dynamo_worker.host.plugin_validation import hook_signatures
+from dynamo_worker.host.plugins import Plugins
 
 
 def test_hooks_in_lifecycle_order():

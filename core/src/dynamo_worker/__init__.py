@@ -1,7 +1,7 @@
-"""dynamo-worker: makes an inference engine a worker of an NVIDIA Dynamo cluster and owns its whole life.
+"""Turns an inference engine into a worker of an NVIDIA Dynamo cluster and manages its lifecycle.
 
-The names below are the public interface for plugin authors. They are resolved on first use, because the
-supervisor process imports this package too and must stay small (standard library only).
+The names below are public: plugins may import them, and ``API_VERSION`` covers them. They are resolved on first use,
+because the supervisor process imports this package too and must stay small (standard library only).
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.engine import Chunk, EndpointSpec, Engine, EngineContext, EngineInfo, Request, RequestContext
+    from dynamo_worker.engine import EndpointSpec, Engine, EngineContext, EngineInfo, RequestContext
     from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, UsageError
     from dynamo_worker.exit_codes import ExitCode
     from dynamo_worker.hookspecs import API_VERSION, hookimpl
     from dynamo_worker.kit.engine_plugin import EnginePlugin
+    from dynamo_worker.requests import Request
+    from dynamo_worker.responses import Chunk
 
 _EXPORTS = {
     "API_VERSION": "hookspecs",
-    "Chunk": "engine",
+    "Chunk": "responses",
     "Deadline": "deadline",
     "EndpointSpec": "engine",
     "Engine": "engine",
@@ -30,7 +32,7 @@ _EXPORTS = {
     "EnginePlugin": "kit.engine_plugin",
     "ExitCode": "exit_codes",
     "InvalidRequestError": "errors",
-    "Request": "engine",
+    "Request": "requests",
     "RequestContext": "engine",
     "StartError": "errors",
     "UsageError": "errors",

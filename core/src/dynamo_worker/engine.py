@@ -1,4 +1,4 @@
-"""The engine protocol: what an engine adapter provides, called directly on the hot path (never through pluggy)."""
+"""The engine protocol: what an engine plugin provides. The worker calls it directly, never through the hooks."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dynamo_worker.allowed_paths import AllowedPaths
+from dynamo_worker.requests import Request as Request
+from dynamo_worker.responses import Chunk as Chunk
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
-
-#: A request as the Dynamo frontend sends it: ``PreprocessedRequest`` of Dynamo 1.6.1. ``token_ids`` is always a
-#: list of ints here (the core unpacks the packed-bytes form).
-Request = dict[str, Any]
-
-#: One piece of a response: ``LLMEngineOutput`` of Dynamo 1.6.1. ``token_ids`` holds the new tokens only; the last
-#: chunk of a request carries ``finish_reason``.
-Chunk = dict[str, Any]
 
 
 class RequestContext(Protocol):
@@ -33,7 +27,7 @@ class RequestContext(Protocol):
         """Return whether the client is gone or the request was cancelled."""
 
     def trace_headers(self) -> dict[str, str] | None:
-        """Return the W3C trace headers to hand to the engine, or None."""
+        """Return the W3C trace headers of the request, or None if it is not traced."""
 
 
 class LocalContext:
@@ -47,37 +41,37 @@ class LocalContext:
         return self._request_id
 
     def is_stopped(self) -> bool:
-        """Return False: only the worker itself can stop it, and does so by cancelling its task."""
+        """Return False: such a request is stopped by cancelling its task."""
         return False
 
     def trace_headers(self) -> dict[str, str] | None:
-        """Return None: there is no caller to trace back to."""
+        """Return None: the request is not traced."""
         return None
 
 
 class Discovery(Protocol):
     """The worker's entries in Dynamo's discovery, for an engine that changes them while it serves.
 
-    The worker puts back what vanishes from discovery unasked, so an engine changes its entries through this alone.
-    Every call may fail with whatever the Dynamo runtime raises. Before the model is registered, and after the worker
-    has begun to stop, the calls do nothing.
+    An engine must change its entries through this object only: the worker restores entries that disappear otherwise.
+    Each call may raise whatever the Dynamo runtime raises. Before the model is registered, and once the worker is
+    stopping, the calls do nothing.
     """
 
     async def withdraw(self) -> None:
-        """Take the worker's endpoint out of discovery: routers send no new requests."""
+        """Withdraw the worker's endpoint from discovery: routers send no new requests."""
 
     async def rejoin(self) -> None:
-        """Put the endpoint back."""
+        """Register the endpoint again."""
 
     async def register_adapter(self, name: str) -> None:
-        """Register a LoRA adapter as a model of its own."""
+        """Register a LoRA adapter as a separate model."""
 
     async def unregister_adapter(self, name: str) -> None:
-        """Take the model of a LoRA adapter out of discovery."""
+        """Remove the model of a LoRA adapter from discovery."""
 
 
 class Undiscovered:
-    """The discovery of an engine that runs without a cluster: nothing happens."""
+    """Stands in for :class:`Discovery` where an engine runs without a cluster."""
 
     async def withdraw(self) -> None:
         """Do nothing."""
@@ -92,30 +86,30 @@ class Undiscovered:
         """Do nothing."""
 
 
-#: A control operation: takes the JSON object of a request and returns that of the answer. The message of what it raises
-#: becomes the answer.
+#: A control operation: takes the JSON object of a request and returns the JSON object of the answer. If it raises, the
+#: caller gets the exception's message.
 Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
-#: Turns one request into its stream of chunks.
+#: Answers one request with a stream of chunks.
 Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 
-#: Takes one chunk for the client, on the event loop; never blocks. The chunk must not be changed afterwards. Raises
-#: what an earlier chunk has ended with: RuntimeError if the client is gone or does not read, ValueError if that chunk
-#: could not be encoded.
+#: Sends one chunk to the client. Call it on the event loop; it never blocks. The chunk must not be modified afterwards.
+#: Raises if an earlier chunk failed: RuntimeError if the client is gone or does not read, ValueError if the chunk could
+#: not be encoded.
 Send = Callable[[Chunk], None]
 
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What the core tells an engine about its surroundings when it is created.
+    """An engine's surroundings: what the worker passes to ``create_engine``.
 
     :param component: Dynamo path of the worker, ``namespace.component``.
-    :param private_dir: a directory that dies with the worker, for sockets and temporary files.
-    :param supervised: whether a supervisor outside of this process cleans up after it.
-    :param allowed_paths: the directories that operations may load from and write to: what a request names, has to pass
-        through it.
-    :param events_wanted: whether a router may read KV events and load. Without one, nothing is published: every
-        publisher of Dynamo's opens a port.
+    :param private_dir: a directory for sockets and temporary files, removed with the worker.
+    :param supervised: whether a supervisor process cleans up after this one.
+    :param allowed_paths: the directories that control operations may read and write: check every path that a request
+        names with it.
+    :param events_wanted: whether a router may read KV events and load. If not, publish none: every publisher opens a
+        port.
     :param discovery: the worker's entries in discovery.
     """
 
@@ -132,17 +126,17 @@ class EndpointSpec:
     """One Dynamo endpoint served by the engine.
 
     :param name: last part of ``namespace.component.endpoint``.
-    :param generate: the function that answers its requests; the engine's own ``generate`` when None.
-    :param graceful_shutdown: whether requests in flight may finish during the drain (True), or are ended with a
-        migratable error as soon as the drain starts (False).
-    :param metrics_labels: extra labels on the runtime's own metrics of this endpoint.
+    :param generate: the function that answers its requests; None for the engine's ``generate``.
+    :param graceful_shutdown: whether requests in flight may finish during the drain. If not, they end with a migratable
+        error as soon as the drain starts.
+    :param metrics_labels: additional labels for the runtime's metrics of this endpoint.
     :param registers_model: whether the model is registered on this endpoint.
-    :param takes_tokens: whether its requests carry a prompt as ``token_ids``, which is checked before the engine sees
-        them; operations on the engine itself take any object.
+    :param takes_tokens: whether its requests carry a prompt as ``token_ids``, which the worker then checks. Otherwise
+        requests and chunks may be any JSON object.
     """
 
     name: str
-    generate: Generate | None = None
+    generate: Callable[[Any, RequestContext], AsyncIterator[Any]] | None = None
     graceful_shutdown: bool = True
     metrics_labels: Sequence[tuple[str, str]] = ()
     registers_model: bool = False
@@ -151,31 +145,31 @@ class EndpointSpec:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a started engine tells routers and frontends about itself; unknown values stay None.
+    """What a started engine tells routers and frontends about itself. Leave unknown values None.
 
-    :param model_name: name under which clients ask for the model.
-    :param model_path: directory with ``config.json`` and the tokenizer, or a hub name; None registers no model
-        (a headless rank of a multi-node engine).
-    :param model_aliases: further names of the same model.
-    :param endpoint_types: OpenAI surfaces, names of ``dynamo.llm.ModelType`` members in lower case.
+    :param model_name: the name that clients ask for.
+    :param model_path: directory with ``config.json`` and the tokenizer, or a Hugging Face Hub name. None registers no
+        model (a headless rank of a multi-node engine).
+    :param model_aliases: additional names of the model.
+    :param endpoint_types: OpenAI APIs to serve: names of ``dynamo.llm.ModelType`` members in lower case.
     :param worker_type: ``aggregated``, ``prefill``, ``decode`` or ``encode``.
     :param needs: peers without which this worker cannot serve: a list of alternatives, each a list of worker types.
-    :param context_length: longest sequence in tokens.
-    :param vocab_size: the first token id that the engine does not know, added tokens and placeholders counted: prompts
-        with it or a higher one are refused before they reach the engine. None leaves them to the engine.
-    :param kv_block_size: tokens in one KV-cache block.
+    :param context_length: longest sequence in tokens, prompt and answer together.
+    :param vocab_size: number of token ids, including added tokens and placeholders: the worker refuses prompts with
+        this id or a higher one. None leaves the check to the engine.
+    :param kv_block_size: tokens per KV-cache block.
     :param total_kv_blocks: KV-cache blocks per data-parallel rank.
-    :param max_num_seqs: most sequences in one batch.
-    :param max_num_batched_tokens: most tokens in one batch.
+    :param max_num_seqs: most sequences per batch.
+    :param max_num_batched_tokens: most tokens per batch.
     :param data_parallel_start_rank: first data-parallel rank served here.
     :param data_parallel_size: number of data-parallel ranks served here.
-    :param max_loras: LoRA adapters that the engine can serve in one batch; None if it serves none.
-    :param adapters: names of LoRA adapters that are loaded already; each is registered as a model of its own.
+    :param max_loras: most LoRA adapters per batch; None if the engine serves none.
+    :param adapters: names of the LoRA adapters already loaded; each is registered as a separate model.
     :param bootstrap: host and port of the disaggregation bootstrap server.
-    :param runtime_config: further attributes of ``dynamo.llm.ModelRuntimeConfig``, such as
+    :param runtime_config: additional attributes of ``dynamo.llm.ModelRuntimeConfig``, such as
         ``kv_event_publishing_enabled``.
     :param runtime_data: engine-specific values published with the model.
-    :param endpoints: further endpoints beside the one that serves ``generate``.
+    :param endpoints: additional endpoints, beside the one that serves ``generate``.
     """
 
     model_name: str
@@ -201,84 +195,89 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """An inference engine, as the core drives it. Everything runs on the worker's one event loop."""
+    """An inference engine. All methods are called on the worker's event loop."""
 
     async def start(self, worker_id: int) -> EngineInfo:
         """Start the engine and return what it serves.
 
-        May block the event loop (many engines must be built in the main thread): the supervisor ends a start that
-        was asked to stop.
+        May block the event loop, as many engines must be built in the main thread: the supervisor can still stop the
+        worker.
 
         :param worker_id: the Dynamo instance id of this worker, unique in the cluster.
-        :raises StartError: the engine cannot start here; the message goes to the operator.
+        :raises StartError: the engine cannot start here; the operator sees the message.
         """
 
     def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
-        """Return the response to one request as an asynchronous iterator of chunks.
+        """Answer one request with an asynchronous iterator of chunks.
 
-        The core cancels the task that iterates when the client goes away or the request is handed off.
+        The worker cancels the iterating task when the client disconnects or the request is handed off, and calls
+        :meth:`abort` afterwards.
 
-        :raises InvalidRequestError: the request is wrong (HTTP 400).
-        :raises EngineDeadError: the engine is beyond repair: ends the worker, the request migrates.
+        :raises InvalidRequestError: the request is invalid; its client gets HTTP 400 with the message.
+        :raises EngineDeadError: the engine cannot recover: the worker ends and the request migrates.
         """
 
     async def abort(self, request_id: str) -> None:
-        """Stop the work for one request inside the engine. An unknown id is no error."""
+        """Stop the engine's work for one request.
+
+        Called after every request that ended early, for at most 10 seconds. The engine may have finished the request
+        or never have seen it: an unknown id is not an error. Must be idempotent.
+        """
 
     def processes(self) -> Iterable[int]:
-        """Return the pids of all processes without which the engine cannot serve; their death is fatal."""
+        """Return the pids of all processes that the engine cannot serve without; the death of one is fatal."""
 
 
 @runtime_checkable
 class PushesChunks(Protocol):
-    """An engine that hands chunks over where they arise, without waking a task of each request for each of them."""
+    """An engine that sends chunks from wherever they are produced, without waking one task per request and chunk."""
 
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
-        """Answer one request: call ``send`` for every chunk, and return after the last one.
+        """Answer one request: call ``send`` for each chunk, and return after the last one.
 
-        Everything said of :meth:`Engine.generate` holds. ``send`` never blocks; a chunk must not be changed once it is
-        sent. What ``send`` raises must end this request only. An engine that makes more than its client reads is not
-        held back, but its request is cancelled in the end; one that yields its chunks waits instead.
+        Takes the place of :meth:`Engine.generate` and follows the same rules. ``send`` never blocks; a chunk must not
+        be modified after it is sent. An exception from ``send`` must end this request only. There is no backpressure: a
+        request whose client reads too slowly is cancelled. ``generate`` waits for such a client instead.
         """
 
 
 @runtime_checkable
 class HasCanary(Protocol):
-    """An engine that can say what its cheapest real request is."""
+    """An engine that provides its cheapest real request, for the warm-up and for stall detection."""
 
     def canary_request(self) -> Request:
-        """Return a request that makes the engine produce one token."""
+        """Return a new request that makes the engine produce one token."""
 
 
 @runtime_checkable
 class ReportsProgress(Protocol):
-    """An engine that can tell that it works although no token comes out (a long prefill, for one)."""
+    """An engine that reports progress even while it produces no token, as during a long prefill."""
 
     def progress(self) -> int:
-        """Return a number that grows with every engine step."""
+        """Return a number that grows with every step of the engine."""
 
 
 @runtime_checkable
 class MayPause(Protocol):
-    """An engine that an operator can take out of service for a while: pauses, sleep, loading other weights."""
+    """An engine that an operator can take out of service temporarily: pause, sleep, weight updates."""
 
     def paused(self) -> bool:
-        """Return whether it does not serve on purpose: then neither silence nor a late health check is a failure."""
+        """Return whether it is out of service on purpose: silence and late health checks are no failures then."""
 
 
 @runtime_checkable
 class HasMetrics(Protocol):
-    """An engine with Prometheus metrics of its own."""
+    """An engine with Prometheus metrics."""
 
     def metrics_registry(self) -> CollectorRegistry:
-        """Return the registry whose metrics are added to the worker's ``/metrics``."""
+        """Return the registry with the engine's metrics, which the worker adds to its ``/metrics``."""
 
 
 @runtime_checkable
 class HasControlRoutes(Protocol):
     """An engine with control operations (sleep, profile, cache reset …) under ``/engine/NAME``.
 
-    Whoever may call them names no path that has not passed through :attr:`EngineContext.allowed_paths`.
+    An operation must check each path that its caller names with :attr:`EngineContext.allowed_paths`.
     """
 
     def control_routes(self) -> Mapping[str, Operation]:
@@ -292,5 +291,5 @@ class PublishesEvents(Protocol):
     async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
         """Start publishing for this endpoint; called before the model is registered.
 
-        :param info: what is going to be registered: the engine's own information, and what the worker's flags add.
+        :param info: the information to be registered: the engine's own, completed by the worker's flags.
         """

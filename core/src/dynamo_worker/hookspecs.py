@@ -1,12 +1,12 @@
-"""Every hook a plugin can implement, in lifecycle order. This module is the contract with plugin authors.
+"""Every hook that a plugin can implement, in lifecycle order.
 
-A plugin is a module or an object whose functions carry ``@hookimpl`` and the name of a hook. It names only the
-arguments it wants. Hooks that take the engine may be plain or ``async`` functions: the host awaits what they return,
-nobody else does. A plain function that blocks cannot be interrupted, it holds up the event loop and with it all
-requests: put blocking work into ``asyncio.to_thread``. A wrapper (``@hookimpl(wrapper=True)``) around such a hook sees
-the coroutine, not its result.
+A plugin is a module or an object whose functions are marked with ``@hookimpl`` and named after a hook. Each function
+declares only the arguments it uses. Hooks that take the engine may be plain or ``async`` functions; the worker awaits
+the result. A plain function that blocks cannot be interrupted: it stops the event loop, and with it every request. Put
+blocking work into ``asyncio.to_thread``. A wrapper (``@hookimpl(wrapper=True)``) around such a hook sees the coroutine,
+not its result.
 
-A plugin may state which version of this contract it was written for: ``dynamo_worker_api = "1"``.
+A plugin declares the API version it was written for: ``dynamo_worker_api = "1.1"``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine, EngineContext, EngineInfo
 
-#: Version of the hooks, ``(major, minor)``. A new hook or argument raises the minor number, anything that breaks
-#: an existing plugin the major one.
+#: Version of the plugin API, ``(major, minor)``: the hooks, and the public names that docs/plugins.md lists. Additions
+#: and deprecations raise the minor number; whatever breaks an existing plugin raises the major number.
 API_VERSION: Final = (1, 1)
 
 PROJECT_NAME: Final = "dynamo_worker"
@@ -35,65 +35,67 @@ hookimpl: Final = pluggy.HookimplMarker(PROJECT_NAME)
 
 @hookspec
 def prepare(arguments: Sequence[str]) -> None:
-    """Begin what takes long and needs no parsed flags: importing in other processes, for one.
+    """Begin slow work that needs no parsed flags, such as imports in other processes.
 
-    Called first, and only when a worker is about to start: not for ``--help`` and its like. What is begun here must
-    end with this process, because the flags may turn out to be wrong. Must return at once. Not awaited.
+    Called first, and only when a worker is about to start: not for ``--help``. Must return at once. Not awaited. The
+    flags may turn out to be invalid, so whatever is started here must end with this process.
 
-    An exception is logged, and the start goes on.
+    An exception is logged, and the start continues.
 
-    :param arguments: everything on the command line that the worker does not know.
+    :param arguments: everything on the command line that is not a flag of the worker.
     """
 
 
 @hookspec
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the plugin's own command-line flags, under its own names and in a group of its own.
+    """Add the plugin's command-line flags, in a separate argument group.
 
-    Called for ``--engine NAME --help`` too: import the engine itself only if its flags
-    cannot be known otherwise. The worker's own flags are not on this parser; a flag of the same name goes to the
-    worker, unless it stands behind a bare ``--``.
+    Also called for ``--engine NAME --help``: import the engine only if its flags cannot be known otherwise. This parser
+    does not have the worker's flags; a flag with the same name as one of them goes to the worker, unless it follows a
+    bare ``--``.
 
     An exception ends the start (exit code 3).
 
-    :param parser: receives everything on the command line that the worker does not know.
+    :param parser: parses everything on the command line that is not a flag of the worker.
     """
 
 
 @hookspec(firstresult=True)
 def create_engine(args: argparse.Namespace, context: EngineContext) -> Engine | None:
-    """Create the engine; only an engine's plugin implements this.
+    """Create the engine; only the engine's plugin implements this.
 
-    Must not start anything: no process, no thread, no GPU memory. ``Engine.start`` does that. Not awaited.
+    Must not start a process or a thread, nor allocate GPU memory: ``Engine.start`` does. Not awaited.
 
     An exception ends the start (exit code 3).
 
-    :param args: what the parser of ``add_arguments`` made of the command line.
-    :param context: where the engine will live.
+    :param args: the values of the flags that ``add_arguments`` added.
+    :param context: the engine's surroundings.
     """
 
 
 @hookspec
 def on_ready(engine: Engine, info: EngineInfo) -> Awaitable[None] | None:
-    """Act on a worker that is ready: its model, if it has one, is registered, and it serves requests.
+    """React to the worker being ready: its model, if it has one, is registered, and it serves requests.
 
-    Awaited once, all plugins concurrently, beside the requests that already arrive, for at most
-    ``--health-check-timeout`` seconds. A failure is logged with the plugin's name and stops nobody else.
+    Awaited once, all plugins concurrently, for at most ``--health-check-timeout`` seconds. Requests are served
+    meanwhile. A failure is logged with the plugin's name and affects no other plugin; the worker keeps serving.
+
+    New in API 1.1.
 
     :param engine: the engine that serves.
-    :param info: what is registered: the engine's own information, and what the worker's flags add.
+    :param info: the registered information: the engine's own, completed by the worker's flags.
     """
 
 
 @hookspec
 def check_health(engine: Engine) -> Awaitable[None] | None:
-    """Return if the engine is well; raise ``EngineDeadError`` if it is beyond repair.
+    """Return if the engine is healthy; raise ``EngineDeadError`` if it cannot recover.
 
     Awaited every ``--health-check-interval`` seconds, all plugins concurrently, each for at most
     ``--health-check-timeout`` seconds. Must be cheap and must not disturb requests.
 
-    ``EngineDeadError`` ends the worker. Any other exception, or no answer in time, is an unhealthy result with the
-    plugin's name; the monitor decides what follows.
+    ``EngineDeadError`` ends the worker, and so does a check that does not answer in time, unless the engine is paused.
+    Any other exception is logged with the plugin's name and counted, and the worker keeps serving.
 
     :param engine: the engine that serves.
     """
@@ -101,10 +103,10 @@ def check_health(engine: Engine) -> Awaitable[None] | None:
 
 @hookspec
 def drain(engine: Engine, deadline: Deadline) -> Awaitable[None] | None:
-    """Finish or move work inside the engine that requests in flight do not show: KV transfers, offloads, batches.
+    """Finish or move work inside the engine that no request in flight shows: KV transfers, offloads, batches.
 
-    Awaited once while the worker drains, all plugins concurrently, after new requests are refused. Must be
-    idempotent. A failure is logged with the plugin's name and stops nobody else.
+    Awaited once while the worker drains, all plugins concurrently, after new requests are refused. Must be idempotent.
+    A failure is logged with the plugin's name and affects no other plugin.
 
     :param engine: the engine that drains.
     :param deadline: when the hook is cancelled.
@@ -113,23 +115,24 @@ def drain(engine: Engine, deadline: Deadline) -> Awaitable[None] | None:
 
 @hookspec
 def on_fatal_error(engine: Engine | None, error: BaseException, deadline: Deadline) -> Awaitable[None] | None:
-    """Say last words about a worker that is beyond repair: dump, notify, mark the node.
+    """Dump state or notify someone about a fatal error.
 
-    Awaited once, all plugins concurrently, before ``cleanup``. A failure is logged and never replaces ``error``.
+    Called once on a fatal error and awaited, all plugins concurrently, before ``cleanup``. A failure is logged and
+    never replaces ``error``.
 
     :param engine: the engine, or None if it could not be created.
-    :param error: what ended the worker.
-    :param deadline: when the hook is cancelled; a few seconds at most.
+    :param error: the error that ends the worker.
+    :param deadline: when the hook is cancelled: a few seconds from now at most.
     """
 
 
 @hookspec
 def cleanup(engine: Engine, deadline: Deadline) -> Awaitable[None] | None:
-    """Shut the engine down: its processes, GPU memory, tasks and temporary files.
+    """Shut the engine down: end its processes and tasks, free GPU memory, remove temporary files.
 
-    Awaited one plugin after another, in reverse order of start: extensions first, the engine's own plugin last.
-    Must work on an engine that has only half started, and do nothing when called again. A failure is logged with the
-    plugin's name and stops nobody else; what is left behind, the supervisor removes.
+    Awaited one plugin after another: extensions first, the engine's plugin last. Must work on an engine that has only
+    half started, and do nothing when called again. A failure is logged with the plugin's name and affects no other
+    plugin; the supervisor removes whatever is left behind.
 
     :param engine: the engine to shut down.
     :param deadline: when the hook is cancelled.

@@ -15,6 +15,9 @@ from typing import IO, Any, Final
 from dynamo_worker.supervisor.output import Output, writable
 from dynamo_worker.supervisor.text import continued, format_value, indented, redacted, without_secrets
 
+#: For plugins; the rest sets up the processes of the worker itself.
+__all__ = ["EventLogger", "get_logger"]
+
 #: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (one or
 #: two for every client that leaves, complaints about text-only models, about endpoints that have already left
 #: discovery). It has no way to silence its target ``request_span``: the runtime appends ``request_span=trace`` itself.

@@ -58,6 +58,17 @@ class Pushing(EchoEngine):
         yield GOOD
 
 
+def test_a_start_that_imports_a_name_that_has_moved(checks):
+    """Some engines import in `start` what takes long."""
+
+    async def start():
+        from dynamo_worker.translation import integer  # noqa: F401
+
+    with pytest.raises(StartError, match=r"'dynamo_worker\.translation', which is 'dynamo_worker\.kit\.tr") as caught:
+        asyncio.run(checks.started(start()))
+    assert f"{__file__}:" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

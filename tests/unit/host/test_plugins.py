@@ -1,335 +1,19 @@
-"""Discovery, loading and validation of plugins, and the facade that calls them."""
+"""`check`, and the facade that calls the hooks."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import re
-import sys
 import time
 
 import pytest
+from toy_plugins import CREATE, HOOKIMPL, engine, load
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
-from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.installed_plugins import discover
-from dynamo_worker.host.plugins import PluginError, Plugins, UnknownPluginError, check
-
-HOOKIMPL = "from dynamo_worker.hookspecs import hookimpl\n"
-CREATE = "@hookimpl\ndef create_engine(args, context): return 'engine'\n"
-
-
-def engine(site, source, name="toy", **options):
-    site.module(f"{name}_plugin", HOOKIMPL + source)
-    site.install("toy-dist", engines={name: f"{name}_plugin"}, **options)
-
-
-def extension(site, source, name="extra"):
-    site.module(f"{name}_plugin", HOOKIMPL + source)
-    site.install(f"{name}-dist", plugins={name: f"{name}_plugin"})
-
-
-def failure(name="toy", error=PluginError, **options):
-    with pytest.raises(error) as caught:
-        Plugins.load(name, **options)
-    assert caught.value.hint, "every error says what to do next"
-    return caught.value
-
-
-def row(name):
-    (record,) = [record for record in discover() if record.name == name]
-    return record
-
-
-# --- Discovery
-
-
-def test_discovery_imports_nothing(site):
-    site.install_engine()
-    record = row("toy")
-    assert (record.dist, record.version, record.value, record.status) == ("toy-dist", "1.0", "toy_plugin", "installed")
-    assert str(record) == "engine 'toy' from toy-dist 1.0"
-    assert "toy_plugin" not in sys.modules
-
-
-def test_the_built_in_engine_is_found_like_any_other():
-    assert row("echo").dist == "dynamo-worker"
-
-
-def test_broken_plugins_are_rows(site):
-    site.install("gone-dist", engines={"gone": "no_such_module_anywhere"})
-    site.install("odd-dist", plugins={"odd": "not a reference"})
-    assert (row("gone").status, row("odd").status) == ("missing", "broken")
-    site.install_engine()
-    assert Plugins.load("toy", disabled=["odd"]).engine_name == "toy", "a broken plugin that was not chosen is no error"
-
-
-def test_disabled_plugin_is_a_row(site):
-    extension(site, "1 / 0")
-    assert [record.status for record in discover(["extra"]) if record.name == "extra"] == ["disabled"]
-
-
-def test_two_packages_with_one_name_are_two_rows(site):
-    site.install_engine()
-    site.install("other-dist", "2.0", engines={"toy": "other"})
-    rows = [record for record in discover() if record.name == "toy"]
-    assert [record.status for record in rows] == ["ambiguous", "ambiguous"]
-    assert rows[0].error == "toy-dist 1.0 offers the same name"
-
-
-# --- What can be wrong with a plugin
-
-
-def test_unknown_engine(site):
-    site.install_engine()
-    error = failure("toi", UnknownPluginError)
-    assert "there is no engine 'toi', did you mean toy? (installed engines: echo, toy)" in str(error)
-    assert "pip install dynamo-worker-toi" in str(error)
-    assert error.exit_code is ExitCode.USAGE
-
-
-def test_no_engine_chosen():
-    assert "choose one with --engine NAME" in str(failure("", UnknownPluginError))
-
-
-def test_two_packages_offer_the_name(site):
-    site.install_engine()
-    site.install("other-dist", "2.0", engines={"toy": "other"})
-    error = failure()
-    assert "offered by several packages: other-dist 2.0 (other) and toy-dist 1.0 (toy_plugin)" in str(error)
-    assert error.record.status == "ambiguous"
-    assert error.exit_code is ExitCode.START_FAILED
-
-
-def test_missing_dependency(site):
-    engine(site, "import no_such_package.inner\n" + CREATE)
-    error = failure()
-    assert "engine 'toy' from toy-dist 1.0 needs the Python package 'no_such_package', which is not" in str(error)
-    assert "toy_plugin.py:2" in str(error)
-    assert "pip install no_such_package" in str(error)
-    assert error.record.status == "missing"
-
-
-def test_missing_dependency_that_comes_by_extra(site):
-    engine(site, "import no_such_package\n" + CREATE, extras=["cuda", "cpu"])
-    assert "`pip install 'toy-dist[cuda]'` or `pip install 'toy-dist[cpu]'`" in str(failure())
-
-
-def test_module_missing_from_its_own_package(site):
-    site.install("toy-dist", engines={"toy": "no_such_plugin_module"})
-    error = failure()
-    assert "its own module 'no_such_plugin_module' cannot be found" in str(error)
-    assert error.record.status == "missing"
-
-
-def test_object_missing_from_its_module(site):
-    site.module("toy_plugin", "")
-    site.install("toy-dist", engines={"toy": "toy_plugin:plugin"})
-    assert "names 'toy_plugin:plugin', but module 'toy_plugin' has no attribute 'plugin'" in str(failure())
-
-
-def test_malformed_entry_point(site):
-    site.install("toy-dist", engines={"toy": "not a reference"})
-    assert "is neither `module` nor `module:object`" in str(failure())
-
-
-def test_exception_on_import(site):
-    engine(site, "1 / 0\n")
-    error = failure()
-    assert "cannot be imported: ZeroDivisionError: division by zero" in str(error)
-    assert "toy_plugin.py:2" in str(error)
-    assert isinstance(error.__cause__, ZeroDivisionError)
-    assert error.record.status == "broken"
-
-
-def test_syntax_error(site):
-    engine(site, "def (:\n")
-    assert "toy_plugin.py:2" in str(failure())
-
-
-def test_exit_on_import(site):
-    engine(site, "import sys\nsys.exit('no GPU')\n")
-    error = failure()
-    assert "ended the interpreter while it was imported: SystemExit('no GPU')" in str(error)
-    assert "toy_plugin.py:3" in str(error)
-
-
-def test_interrupt_on_import_is_let_through(site):
-    engine(site, "raise KeyboardInterrupt\n")
-    with pytest.raises(KeyboardInterrupt):
-        Plugins.load("toy")
-
-
-def test_class_instead_of_object(site):
-    site.module("toy_plugin", "class Plugin: pass\n")
-    site.install("toy-dist", engines={"toy": "toy_plugin:Plugin"})
-    error = failure()
-    assert "toy_plugin:Plugin is a class; a plugin is a module or an object" in str(error)
-    assert "plugin = Plugin()" in str(error)
-
-
-@pytest.mark.parametrize("declared", ['"1"', '"1.0"', "1", "(1, 0)", '"1.0.7"'])
-def test_compatible_api(site, declared):
-    engine(site, f"dynamo_worker_api = {declared}\n" + CREATE)
-    assert Plugins.load("toy").engine.status == "ok"
-
-
-@pytest.mark.parametrize(
-    ("declared", "message"),
-    [
-        ('"2"', "was written for version 2.0 of the hooks; this dynamo-worker has 1.1"),
-        ("(1, 7)", "was written for version 1.7 of the hooks"),
-        ("0", "was written for version 0.0 of the hooks"),
-        ('"new"', "dynamo_worker_api = 'new' is no version"),
-    ],
-)
-def test_incompatible_api(site, declared, message):
-    engine(site, f"dynamo_worker_api = {declared}\n" + CREATE)
-    error = failure()
-    assert message in str(error)
-    assert error.record.status == "incompatible"
-
-
-def test_upgrade_hint_names_the_older_side(site):
-    engine(site, "dynamo_worker_api = 2\n" + CREATE)
-    assert failure().hint == "upgrade dynamo-worker"
-    sys.modules.pop("toy_plugin")
-    site.module("toy_plugin", HOOKIMPL + "dynamo_worker_api = 0   \n" + CREATE)
-    assert failure().hint == "upgrade toy-dist"
-
-
-def test_unknown_hook(site):
-    engine(site, CREATE + "@hookimpl\ndef clenup(engine): pass\n")
-    error = failure()
-    assert "implements a hook 'clenup' that does not exist, did you mean cleanup?" in str(error)
-    assert "toy_plugin.py:4" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("definition", "message"),
-    [
-        ("cleanup(engine, dedline)", "argument 'dedline' that does not exist, did you mean deadline?"),
-        ("cleanup(engine, deadline, extra=None)", "argument 'extra=None' that does not exist"),
-        ("cleanup(*, engine)", "argument 'engine' of hook 'cleanup' is no ordinary argument"),
-        ("cleanup(**kw)", "argument '**kw' that does not exist"),
-    ],
-)
-def test_hook_with_wrong_arguments(site, definition, message):
-    engine(site, CREATE + f"@hookimpl\ndef {definition}: pass\n")
-    error = failure()
-    assert message in str(error)
-    assert "cleanup(engine, deadline)" in str(error)
-
-
-def test_wrapper_that_is_no_generator(site):
-    engine(site, CREATE + "@hookimpl(wrapper=True)\ndef cleanup(): pass\n")
-    assert "cannot be registered" in str(failure())
-
-
-def test_engine_without_create_engine(site):
-    engine(site, "@hookimpl\ndef cleanup(engine): pass\n")
-    assert "does not implement the hook create_engine" in str(failure())
-
-
-def test_engine_that_forgot_the_marker(site):
-    engine(site, "def create_engine(args, context): pass\n")
-    assert "its function of that name is not marked with @hookimpl" in str(failure())
-
-
-def test_extension_without_hooks(site):
-    extension(site, "def cleanup(engine): pass\n")
-    assert "plugin 'extra' from extra-dist 1.0 implements no hook" in str(failure("echo"))
-
-
-def test_extension_that_is_an_engine(site):
-    extension(site, CREATE)
-    assert "belongs into the group dynamo_worker.engines" in str(failure("echo"))
-
-
-def test_broken_extension_names_the_way_out(site):
-    extension(site, "1 / 0")
-    assert "--no-plugin extra" in str(failure("echo"))
-    assert Plugins.load("echo", disabled=["extra"]).extensions == ()
-
-
-def test_unknown_disabled_plugin(site):
-    extension(site, "@hookimpl\ndef cleanup(engine): pass\n")
-    error = failure("echo", UnknownPluginError, disabled=["exta"])
-    assert "--no-plugin exta: no plugin of that name is installed, did you mean extra?" in str(error)
-
-
-def test_only_the_extensions_that_are_listed_are_imported(site):
-    for name in ("extra", "other"):
-        extension(site, "@hookimpl\ndef cleanup(engine): pass\n", name)
-    for allowed, loaded in ((["all"], ["extra", "other"]), (["other"], ["other"]), (["none"], [])):
-        plugins = Plugins.load("echo", allowed=allowed)
-        assert [record.name for record in plugins.extensions] == loaded
-        for name in ("extra", "other"):
-            assert (sys.modules.pop(f"{name}_plugin", None) is not None) == (name in loaded)
-    assert plugins.engine.name == "echo", "the engine is loaded always"
-
-
-def test_a_listed_extension_can_be_left_out_and_a_broken_one_unlisted(site):
-    extension(site, "1 / 0")
-    assert Plugins.load("echo", allowed=["none"]).extensions == ()
-    assert Plugins.load("echo", allowed=["all"], disabled=["extra"]).extensions == ()
-
-
-@pytest.mark.parametrize("name", ["extra", "echo"])
-def test_a_listed_extension_that_is_not_installed(site, name):
-    """An engine is none."""
-    extension(site, "@hookimpl\ndef cleanup(engine): pass\n", "extras")
-    error = failure("echo", UnknownPluginError, allowed=[name])
-    assert f"--installed-plugins {name}: no plugin of that name is installed" in str(error)
-    assert "installed plugins: extras" in error.hint
-
-
-def test_what_is_not_loaded_is_listed_as_disabled(site):
-    for name in ("extra", "other"):
-        extension(site, "@hookimpl\ndef cleanup(engine): pass\n", name)
-    status = {record.name: record.status for record in discover(allowed=["other"])}
-    assert (status["extra"], status["other"], status["echo"]) == ("disabled", "installed", "installed")
-
-
-# --- Local modules
-
-
-def test_local_module_as_extension(tmp_path, monkeypatch, site):
-    monkeypatch.chdir(site.path)
-    site.module("mine", HOOKIMPL + "@hookimpl\ndef cleanup(engine): pass\n")
-    plugins = Plugins.load("echo", modules=["mine", "mine"])
-    assert [record.name for record in plugins.records] == ["echo", "mine"]
-    assert plugins.describe().startswith("echo-")
-
-
-def test_local_module_as_engine(monkeypatch, site):
-    monkeypatch.chdir(site.path)
-    site.module("mine", HOOKIMPL + CREATE)
-    assert Plugins.load("mine", modules=["mine"]).engine.kind == "engine"
-    assert "use `-p mine --engine mine`" in str(failure("echo", modules=["mine"]))
-
-
-def test_local_module_that_does_not_exist():
-    assert "there is no module 'no_such_module'" in str(failure("echo", UnknownPluginError, modules=["no_such_module"]))
-
-
-def test_local_file_instead_of_module():
-    assert "use `-p mine`" in str(failure("echo", UnknownPluginError, modules=["./mine.py"]))
-
-
-def test_extension_may_have_the_name_of_the_engine(site):
-    site.module("toy_plugin", HOOKIMPL + CREATE)
-    site.module("toy_extension", HOOKIMPL + "@hookimpl\ndef cleanup(engine): pass\n")
-    site.install("toy-dist", engines={"toy": "toy_plugin"}, plugins={"toy": "toy_extension"})
-    plugins = Plugins.load("toy")
-    assert [record.name for record in plugins.records] == ["toy", "plugin:toy"]
-    outcomes = asyncio.run(plugins.cleanup(None, Deadline.after(1)))
-    assert [outcome.plugin for outcome in outcomes] == ["plugin:toy"]
-
-
-# --- check
+from dynamo_worker.host.plugin_errors import PluginError
+from dynamo_worker.host.plugins import Plugins, check
 
 
 def test_check(site):
@@ -357,20 +41,6 @@ def test_check_of_nothing(site, name):
     site.install_engine()
     with pytest.raises(UsageError, match="no engine, plugin or module"):
         check(name)
-
-
-# --- The hooks
-
-RECORDER = """
-calls = []
-"""
-
-
-def load(site, engine_source="", extension_source=None):
-    engine(site, CREATE + engine_source)
-    if extension_source is not None:
-        extension(site, extension_source)
-    return Plugins.load("toy")
 
 
 def test_hook_add_arguments(site):
@@ -503,10 +173,10 @@ def test_hook_drain_is_concurrent_and_isolated(site, caplog):
     assert record.fields["error"] == "OSError: full"
 
 
-def test_hook_drain_limit(site):
+def test_hook_drain_ends_at_its_deadline(site):
     plugins = load(site, "import asyncio\n@hookimpl\nasync def drain(deadline): await asyncio.sleep(60)\n")
     started = time.monotonic()
-    asyncio.run(plugins.drain(None, Deadline.after(60), limit=0.1))
+    asyncio.run(plugins.drain(None, Deadline.after(0.1)))
     assert time.monotonic() - started < 1
 
 
@@ -552,24 +222,20 @@ def test_sync_wrappers_see_every_call(site):
     assert [outcome.plugin for outcome in outcomes] == ["toy"]
 
 
-def test_records_are_json(site):
-    from dataclasses import asdict
+def test_hook_on_ready(site, caplog):
+    source = "@hookimpl\nasync def on_ready(engine, info):\n    engine.append(info)\n"
+    plugins = load(site, source, source + "    raise OSError('no route')\n")
+    seen = []
+    outcomes = asyncio.run(plugins.on_ready(seen, "info", 1))
+    assert seen == ["info", "info"]
+    assert [(outcome.plugin, outcome.ok) for outcome in outcomes] == [("toy", True), ("extra", False)]
+    (record,) = caplog.records
+    assert (record.fields["hook"], record.fields["plugin"]) == ("on_ready", "extra")
 
-    assert json.dumps([asdict(record) for record in discover()])
 
-
-def test_a_local_module_opens_nothing_else_of_its_directory(site, tmp_path, monkeypatch):
-    directory = tmp_path / "here"
-    directory.mkdir()
-    (directory / "package").mkdir()
-    (directory / "package" / "__init__.py").touch()
-    (directory / "package" / "inner.py").write_text("from package import other\n" + HOOKIMPL + CREATE)
-    (directory / "package" / "other.py").touch()
-    (directory / "trap.py").write_text("raise SystemExit(9)")
-    (directory / "wants.py").write_text("import trap\n")
-    monkeypatch.chdir(directory)
-    before = list(sys.path), list(sys.meta_path)
-    assert Plugins.load("package.inner", ["package.inner"]).engine_name == "package.inner"
-    with pytest.raises(PluginError, match="'trap'"):
-        Plugins.load("echo", ["wants"])
-    assert (sys.path, sys.meta_path) == before
+def test_hook_on_ready_that_hangs_is_cancelled(site):
+    plugins = load(site, "import asyncio\n@hookimpl\nasync def on_ready(engine): await asyncio.sleep(60)\n")
+    started = time.monotonic()
+    (outcome,) = asyncio.run(plugins.on_ready(None, None, 0.1))
+    assert isinstance(outcome.error, TimeoutError)
+    assert time.monotonic() - started < 1

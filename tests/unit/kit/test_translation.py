@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit import translation
 from dynamo_worker.kit.translation import FRONTEND, ModelTable, RequestTable
+from dynamo_worker.requests import Request
 
 TABLE = RequestTable(
     sampling={
@@ -393,3 +394,23 @@ def test_any_request_is_read_or_refused(body: dict[str, Any]) -> None:
         translation.adapter_name(body)
     except InvalidRequestError:
         return
+
+
+#: What the runtime's frontend may send and a text engine cannot ignore: refused unless the engine handles it.
+UP_TO_THE_ENGINE = {
+    *("prompt_embeds", "multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "media_io_kwargs"),
+    *("image_cache_scope", "encoder_result", "require_reasoning"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(Request.__annotations__.keys() - {"token_ids", "kv_hint"}))
+def test_parts_of_a_request_are_handled_or_refused(name):
+    """Clients may set `nvext.router` and `nvext.request_timestamp_ms`, which concern the router alone."""
+    request = {"token_ids": [1], name: {"a": None}}
+    if name in UP_TO_THE_ENGINE:
+        with pytest.raises(InvalidRequestError, match=f"{name} is not supported by this engine"):
+            TABLE.read(request, {})
+    elif name in ("sampling_options", "stop_conditions", "output_options"):
+        assert TABLE.read({**request, name: {}}, {}) == {}
+    else:
+        assert TABLE.read(request, {}) == {}

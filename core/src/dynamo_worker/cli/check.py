@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         for record in records:
             if record.status == "ok":
                 print(f"{record}: ok (hooks: {', '.join(record.hooks)})")
+            for deprecation in record.deprecations:
+                print(f"{record}: warning: {deprecation}")
         sys.stdout.flush()
         for error in errors:
             print_error(error)

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     plugins = Plugins.load(values.engine, values.plugin, values.installed_plugins, values.no_plugin)
     if not print_only:
         logs.setup(values.log_level, values.log_format)
+        plugins.log_deprecations()
         open_files.raise_limit()  # before the first process is started, so that all have the same
         plugins.prepare(line.rest)
     parser = arguments.engine_parser(plugins)

@@ -182,7 +182,7 @@ class EchoProcessEngine(EchoEngine):
         self._rank_pid = 0
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
-        self._streams: dict[str, asyncio.Queue[Chunk | None]] = {}
+        self._streams: dict[str, asyncio.Queue[dict[str, Any] | None]] = {}
         self._dead: str | None = None
 
     async def start(self, worker_id: int) -> EngineInfo:
@@ -219,20 +219,20 @@ class EchoProcessEngine(EchoEngine):
             raise EngineDeadError(self._dead or "the echo engine is not started")
         if self._prefill_seconds:
             await self._prefill()
-        queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         request_id = context.id()
         self._streams[request_id] = queue
         try:
             self._send({"add": request_id, "count": echo.count})
             index = 0
             while True:
-                chunk = await queue.get()
-                if chunk is None:
+                step = await queue.get()
+                if step is None:
                     raise EngineDeadError(self._dead or "the echo engine's core process is gone")
-                count = chunk["tokens"]
+                count = step["tokens"]
                 tokens = [echo.token(index + offset) for offset in range(count)]
                 index += count
-                if chunk["last"]:
+                if step["last"]:
                     yield {"token_ids": tokens, "index": 0, "finish_reason": echo.finish_reason}
                     return
                 yield {"token_ids": tokens, "index": 0}

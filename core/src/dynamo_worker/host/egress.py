@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.errors import StartError, WorkerError
 from dynamo_worker.logs import get_logger
@@ -79,7 +79,7 @@ class SlowClientError(RuntimeError):
 def joined(chunks: deque[Chunk]) -> tuple[Chunk, int]:
     """Take from the left of ``chunks`` what one chunk can say; return that one, and how many it stands for."""
     last = chunks.popleft()
-    group = [last]
+    group: list[Any] = [last]
     if chunks and type(last.get("token_ids")) is list:
         room = (_MOST_LISTED if "top_logprobs" in last else _MOST_TOKENS) - len(last["token_ids"])
         while chunks and _continues(last, chunks[0]) and room >= len(chunks[0]["token_ids"]):
@@ -88,7 +88,7 @@ def joined(chunks: deque[Chunk]) -> tuple[Chunk, int]:
             group.append(last)
     if len(group) == 1:
         return last, 1
-    whole = dict(last)
+    whole: Any = dict(last)
     for name in _LISTS:
         if last.get(name) is not None:
             whole[name] = list(chain.from_iterable(chunk[name] for chunk in group))

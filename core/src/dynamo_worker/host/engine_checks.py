@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.engine import EndpointSpec, EngineInfo, PushesChunks
 from dynamo_worker.errors import InvalidRequestError, StartError
+from dynamo_worker.host.plugin_errors import where
+from dynamo_worker.host.plugin_imports import what_moved
 from dynamo_worker.host.serving import validated
 
 if TYPE_CHECKING:
-    from dynamo_worker.engine import Chunk, Engine, Request
+    from dynamo_worker.engine import Engine, Request
 
 #: How an answer can end (``FinishReason`` of Dynamo 1.6.1); beside these ``error: MESSAGE`` and ``{"error": MESSAGE}``.
 FINISH_REASONS: Final = frozenset({"eos", "length", "stop", "cancelled", "content_filter"})
@@ -56,11 +58,21 @@ class EngineChecks:
         """Wait for the start and return what it returned.
 
         :param start: what ``Engine.start`` returned.
-        :raises StartError: it cannot be awaited, or brings something else than an :class:`EngineInfo`.
+        :raises StartError: it cannot be awaited, returns anything but an :class:`EngineInfo`, or imports a name that
+            has moved.
         """
         if not isinstance(start, Awaitable):
             raise self.problem(f"start returned {start!r:.80}, which cannot be awaited; it must be `async`")
-        info = await start
+        try:
+            info = await start
+        except (ImportError, AttributeError) as error:
+            moved = what_moved(error)
+            if moved is None:
+                raise
+            raise StartError(
+                f"{self._engine} {moved} ({where(error)})",
+                hint="upgrade its package, or import what docs/plugins.md lists",
+            ) from error
         if not isinstance(info, EngineInfo):
             raise self.problem(f"start returned {info!r:.80} instead of an EngineInfo")
         for field in dataclasses.fields(info):
@@ -164,7 +176,7 @@ class AnswerCheck:
                 return f"has the token {token}, which is not {where}"
         return self._wrong_end(chunk) or _not_encodable(chunk)
 
-    def _wrong_end(self, chunk: Chunk) -> str | None:
+    def _wrong_end(self, chunk: Mapping[str, Any]) -> str | None:
         reason = chunk.get("finish_reason")
         if reason is None:
             return None
@@ -177,7 +189,7 @@ class AnswerCheck:
         return None
 
 
-def _not_encodable(chunk: Chunk) -> str | None:
+def _not_encodable(chunk: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a chunk that cannot be sent: it has to be JSON, and may have bytes."""
 
     def unknown(value: object) -> str:

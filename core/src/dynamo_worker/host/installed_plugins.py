@@ -1,4 +1,4 @@
-"""Which plugins are installed: read from package metadata, without importing any of them."""
+"""Installed plugins, read from package metadata without importing any of them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
 
 #: Entry-point group of engines: exactly one is chosen with ``--engine NAME``.
 ENGINE_GROUP: Final = "dynamo_worker.engines"
-#: Entry-point group of extensions: ``--installed-plugins`` and ``--no-plugin`` say which of them are loaded.
+#: Entry-point group of extensions: ``--installed-plugins`` and ``--no-plugin`` choose among them.
 PLUGIN_GROUP: Final = "dynamo_worker.plugins"
-#: The group, in records, of modules loaded with ``-p MODULE``.
+#: Stands for an entry-point group in the records of modules loaded with ``-p MODULE``.
 LOCAL_GROUP: Final = "module"
 
 #: ``module``, ``package.module`` or ``package.module:object``, with the extras that old packages may append.
 _REFERENCE: Final = re.compile(r"(?P<module>[\w.]+)(\s*:\s*(?P<attributes>[\w.]+))?(\s*\[.*\])?")
 
-#: ``installed``: named by metadata, not imported. ``ok``: imported and validated. ``disabled``: left out on demand.
-#: ``missing``: its module or a package it needs is not there. ``broken``: it fails or is no plugin.
-#: ``incompatible``: written for another version of the hooks. ``ambiguous``: several packages offer the name.
+#: ``installed``: named by metadata, not imported. ``ok``: imported and validated. ``disabled``: left out by a flag.
+#: ``missing``: its module, or a package it needs, is not installed. ``broken``: it raises, or is not a valid plugin.
+#: ``incompatible``: written for another version of the plugin API. ``ambiguous``: several packages offer the name.
 Status = Literal["installed", "ok", "disabled", "missing", "broken", "incompatible", "ambiguous"]
 
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """What is known about one plugin.
+    """One plugin and its state.
 
-    :param name: the name by which it is chosen.
+    :param name: the name under which it is chosen.
     :param group: its entry-point group, or ``module`` for ``-p MODULE``.
     :param value: the object that the entry point names, ``package.module:object``.
     :param dist: the distribution it comes from; empty for a local module.
     :param version: the version of that distribution.
     :param status: see :data:`Status`.
     :param error: what is wrong with it, in one sentence.
-    :param hooks: the hooks it implements, once it was imported.
+    :param hooks: the hooks it implements; empty until it is imported.
+    :param deprecations: the deprecated parts of the API that it uses; empty until it is imported.
     """
 
     name: str
@@ -50,6 +51,7 @@ class PluginRecord:
     status: Status = "installed"
     error: str | None = None
     hooks: tuple[str, ...] = ()
+    deprecations: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -57,7 +59,7 @@ class PluginRecord:
         return "engine" if self.group == ENGINE_GROUP else "plugin"
 
     def __str__(self) -> str:
-        """Return how messages name the plugin: ``engine 'vllm' from dynamo-worker-vllm 0.3.1``."""
+        """Return the plugin's name in messages: ``engine 'vllm' from dynamo-worker-vllm 0.3.1``."""
         source = f" from {self.dist} {self.version}" if self.dist else ""
         return f"{self.kind} {self.name!r}{source}"
 
@@ -65,8 +67,8 @@ class PluginRecord:
 def is_loaded(name: str, allowed: Collection[str] = ("all",), disabled: Collection[str] = ()) -> bool:
     """Return whether an installed extension is loaded.
 
-    :param allowed: the names of those that are, or ``all`` or ``none``.
-    :param disabled: the names of those that are left out.
+    :param allowed: names of extensions to load, or ``all`` or ``none``.
+    :param disabled: names of extensions to leave out.
     """
     return name not in disabled and (name in allowed or "all" in allowed)
 
@@ -74,8 +76,8 @@ def is_loaded(name: str, allowed: Collection[str] = ("all",), disabled: Collecti
 def discover(disabled: Collection[str] = (), allowed: Collection[str] = ("all",)) -> list[PluginRecord]:
     """Return a record for every installed engine and extension, without importing any of them.
 
-    :param disabled: names of extensions that are left out.
-    :param allowed: names of extensions that are loaded, see :func:`is_loaded`.
+    :param disabled: names of extensions to leave out.
+    :param allowed: names of extensions to load, see :func:`is_loaded`.
     """
     records = []
     for group in (ENGINE_GROUP, PLUGIN_GROUP):
@@ -89,7 +91,7 @@ def discover(disabled: Collection[str] = (), allowed: Collection[str] = ("all",)
             elif group == PLUGIN_GROUP and not is_loaded(entry.name, allowed, disabled):
                 record = replace(record, status="disabled")
             elif (module := reference(entry)[0]) is None:
-                record = replace(record, status="broken", error=f"its entry point {entry.value!r} names no module")
+                record = replace(record, status="broken", error=f"its entry point {entry.value!r} is malformed")
             elif not module_exists(module.partition(".")[0]):
                 record = replace(record, status="missing", error=f"its module {module!r} cannot be found")
             records.append(record)
@@ -97,7 +99,7 @@ def discover(disabled: Collection[str] = (), allowed: Collection[str] = ("all",)
 
 
 def find(group: str) -> list[EntryPoint]:
-    """Return the entry points of a group in an order that does not depend on directories."""
+    """Return the entry points of a group, sorted by name and distribution."""
     return sorted(entry_points(group=group), key=lambda entry: (entry.name, source(entry)))
 
 
@@ -107,13 +109,13 @@ def source(entry: EntryPoint) -> str:
 
 
 def record_of(entry: EntryPoint) -> PluginRecord:
-    """Return what the metadata says about a plugin."""
+    """Return the record of a plugin as its metadata describes it."""
     dist = entry.dist
     return PluginRecord(entry.name, entry.group, entry.value, dist.name if dist else "", dist.version if dist else "")
 
 
 def reference(entry: EntryPoint) -> tuple[str | None, list[str]]:
-    """Return the module that an entry point names and the attributes behind it; no module if it names none."""
+    """Return the module and the attribute path of an entry point; the module is None if it is malformed."""
     match = _REFERENCE.fullmatch(entry.value)
     if match is None:
         return None, []
@@ -129,5 +131,5 @@ def module_exists(name: str) -> bool:
 
 
 def describe_records(records: Iterable[PluginRecord]) -> str:
-    """Return installed plugins in one line for crash reports."""
+    """Return the plugins as one line for crash reports."""
     return ", ".join(f"{r.name} ({r.dist} {r.version}, {r.status})" for r in records) or "none"

@@ -6,7 +6,7 @@ import asyncio
 import enum
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dynamo.llm.exceptions import (
     Cancelled,
@@ -380,4 +380,4 @@ def validated(request: Any, vocab_size: int | None = None, context_length: int |
     if (highest := max(tokens)) >= (_TOKEN_LIMIT if vocab_size is None else vocab_size):
         limit = "a 32-bit integer" if vocab_size is None else f"in the model's vocabulary of {vocab_size} tokens"
         raise InvalidRequestError(f"token_ids: {highest} is not {limit}")
-    return request
+    return cast("Request", request)

@@ -1,1 +1,1 @@
-"""What engine plugins build on: nothing in here knows the worker process (``host``), which in turn knows none of it."""
+"""The kit that engine plugins build on. It does not depend on the worker process (``host``), nor the host on it."""

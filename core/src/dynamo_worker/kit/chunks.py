@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from dynamo_worker.responses import Chunk, CompletionUsage, PromptLogprob, TopLogprob
 
 #: Stands for a log-probability of minus infinity, as in vLLM's own server: JSON has no word for it.
 LEAST_LOGPROB: Final = -9999.0
@@ -14,12 +17,12 @@ def finite(value: float) -> float:
     return float(value) if math.isfinite(value) else LEAST_LOGPROB
 
 
-def nothing() -> dict[str, Any]:
+def nothing() -> Chunk:
     """Return the only chunk of an answer to a request that asks for no token."""
     return {"token_ids": [], "index": 0, "finish_reason": "length"}
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> CompletionUsage:
     """Return ``completion_usage``: the numbers of tokens of a finished request."""
     return {
         "prompt_tokens": prompt_tokens,
@@ -29,7 +32,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None)
     }
 
 
-def top_logprob(token: int, logprob: float, rank: int, text: str | None) -> dict[str, Any]:
+def top_logprob(token: int, logprob: float, rank: int, text: str | None) -> TopLogprob:
     """Return one alternative of ``top_logprobs``.
 
     :param text: of the token; None where there is no tokenizer.
@@ -43,9 +46,9 @@ def top_logprob(token: int, logprob: float, rank: int, text: str | None) -> dict
     }
 
 
-def prompt_logprob(logprob: float, rank: int | None, text: str | None) -> dict[str, Any]:
+def prompt_logprob(logprob: float, rank: int | None, text: str | None) -> PromptLogprob:
     """Return one token's entry of ``engine_data.prompt_logprobs``, which is keyed by the token id as a string."""
-    entry: dict[str, Any] = {"logprob": finite(logprob)}
+    entry: PromptLogprob = {"logprob": finite(logprob)}
     if rank is not None:
         entry["rank"] = rank
     if text is not None:

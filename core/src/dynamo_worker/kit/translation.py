@@ -11,11 +11,14 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.errors import InvalidRequestError, shown
 from dynamo_worker.kit import request_limits as limits
 from dynamo_worker.kit.json_schema import check_regex, check_schema, check_size, check_structural_tag
+
+if TYPE_CHECKING:
+    from dynamo_worker.requests import Request
 
 #: Reads one value of a request and returns it for the engine. Gets the field's full name for its error message.
 Reader = Callable[[str, Any], Any]
@@ -39,7 +42,7 @@ _HANDLED: Final = frozenset(
         # by the frontend, the router or the core
         *("annotations", "mdc_sum", "router_config_override", "migration_link", "migration_state", "jail_seed"),
         *("_HEALTH_CHECK", "request_id", "tracker", "mm_routing_info", "estimated_prefix_hit_num_blocks"),
-        *("backend_instance_id", "bootstrap_info"),
+        *("backend_instance_id", "bootstrap_info", "router", "request_timestamp_ms"),
         # engines know the model's own end-of-sequence tokens; the frontend stops at these as well
         "eos_token_ids",
     }
@@ -440,7 +443,7 @@ def adapter_name(request: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def canary(tokenizer: object, text_config: object, *, prompt_tokens: int = 1) -> dict[str, Any]:
+def canary(tokenizer: object, text_config: object, *, prompt_tokens: int = 1) -> Request:
     """Return a request for one token, made of the token with which the model's prompts begin.
 
     :param tokenizer: of the Hugging Face kind; None where there is none.

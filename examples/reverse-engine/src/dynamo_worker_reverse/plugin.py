@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class ReversePlugin:
     """Connects the engine with the worker's lifecycle; each hook names only the arguments it needs."""
 
-    dynamo_worker_api = "1"
+    dynamo_worker_api = "1.1"
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

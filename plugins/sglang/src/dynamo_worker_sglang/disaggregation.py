@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_worker.kit.translation import Reader
+    from dynamo_worker.requests import BootstrapInfo
     from dynamo_worker_sglang.sampling import Translated
 
 _ROOMS: Final = 2**63
@@ -71,19 +72,16 @@ class Role(disaggregation.Role):
         translated.options.update(meeting)
         return meeting if self.mode == "prefill" else None
 
-    def canary(self) -> dict[str, Any]:
-        """Return what a request of this worker's own needs to be served without the other worker."""
+    def canary(self) -> BootstrapInfo | None:
+        """Return where a request of this worker meets nobody: it is served without the other worker.
+
+        None if no request needs another worker.
+        """
         if self.mode == "aggregated":
-            return {}
+            return None
         from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
-        return {
-            "bootstrap_info": {
-                "bootstrap_host": FAKE_BOOTSTRAP_HOST,
-                "bootstrap_port": self._port,
-                "bootstrap_room": 0,
-            }
-        }
+        return {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_port": self._port, "bootstrap_room": 0}
 
 
 def _port(name: str, value: Any) -> int:

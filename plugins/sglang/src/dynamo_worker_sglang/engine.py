@@ -289,7 +289,11 @@ class SglangEngine(PushEngine):
         assert self._role is not None
         assert self._manager is not None
         model = self._manager.model_config
-        return {**translation.canary(self._manager.tokenizer, model.hf_text_config), **self._role.canary()}
+        request = translation.canary(self._manager.tokenizer, model.hf_text_config)
+        bootstrap = self._role.canary()
+        if bootstrap is not None:
+            request["bootstrap_info"] = bootstrap
+        return request
 
     def progress(self) -> int:
         """Return how often the engine was seen to advance: with outputs, or while it still reads a long prompt."""

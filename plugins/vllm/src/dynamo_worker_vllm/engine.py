@@ -113,7 +113,10 @@ class VllmEngine(PushEngine):
     async def _warm_up(self) -> None:
         """Compile what samples; the worker's own warm-up request is greedy."""
         for number, request in enumerate(_WARM_UP):
-            warm_up = {**self.canary_request(), **request, "stop_conditions": {"max_tokens": 2, "ignore_eos": True}}
+            warm_up = self.canary_request()
+            warm_up["stop_conditions"] = {"max_tokens": 2, "ignore_eos": True}
+            warm_up["sampling_options"] = request["sampling_options"]
+            warm_up["output_options"] = request.get("output_options", {})
             async for _ in self.generate(warm_up, LocalContext(f"warm-up-{number}")):
                 pass
 
@@ -243,7 +246,7 @@ class VllmEngine(PushEngine):
             if disconnect is not None:
                 disconnect()
 
-    def _completed(self, chunk: Chunk, params: SamplingParams) -> Chunk:
+    def _completed(self, chunk: Any, params: SamplingParams) -> Chunk:
         """Return a chunk with what Dynamo wants to know when it is the last one."""
         assert self._role is not None
         self._role.hand_over(chunk, params)

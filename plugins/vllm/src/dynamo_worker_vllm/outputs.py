@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    from dynamo_worker import Chunk
     from dynamo_worker.engine import Send
+    from dynamo_worker.responses import Chunk, PromptLogprob
 
 log = get_logger(__name__)
 
@@ -81,9 +81,10 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
 
         waiting = mailbox.output
         if type(waiting) is dict:
+            chunk: Chunk = waiting  # type: ignore[assignment]
             mailbox.output = None
             mailbox.ready.clear()
-            send(waiting)
+            send(chunk)
         state.send = send
         return disconnect
 
@@ -185,7 +186,7 @@ class OutputReader:
         self._completion_tokens = 0
         self._prompt_logprobs: list[Any] | None = None
 
-    def read(self, output: RequestOutput) -> Iterator[Chunk]:
+    def read(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """Yield the chunks of one output."""
         if output is STREAM_FINISHED:
             return
@@ -194,7 +195,7 @@ class OutputReader:
         for completion in output.outputs:
             tokens = list(completion.token_ids)
             self._completion_tokens += len(tokens)
-            chunk: Chunk = {"token_ids": tokens, "index": completion.index}
+            chunk: dict[str, Any] = {"token_ids": tokens, "index": completion.index}
             if completion.logprobs and tokens:
                 self._add_logprobs(chunk, tokens, completion.logprobs)
             if completion.cumulative_logprob is not None:
@@ -211,7 +212,7 @@ class OutputReader:
                     chunk["kv_transfer_params"] = output.kv_transfer_params
             yield chunk
 
-    def _add_logprobs(self, chunk: Chunk, tokens: Sequence[int], logprobs: Sequence[Any]) -> None:
+    def _add_logprobs(self, chunk: dict[str, Any], tokens: Sequence[int], logprobs: Sequence[Any]) -> None:
         chosen, top = [], []
         for token, position in zip(tokens, logprobs, strict=False):
             entry = position.get(token)
@@ -230,7 +231,7 @@ class OutputReader:
             chunk["log_probs"] = chosen
             chunk["top_logprobs"] = top
 
-    def _prompt_position(self, position: Any) -> dict[str, dict[str, Any]] | None:
+    def _prompt_position(self, position: Any) -> dict[str, PromptLogprob] | None:
         if position is None:
             return None
         return {
