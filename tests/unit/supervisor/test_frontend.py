@@ -72,7 +72,7 @@ def test_everything_else_is_gone_at_once_and_the_frontend_when_its_streams_are_d
     code = end(supervised)
     wait_until(lambda: state_of(worker) is None, what="the worker is gone")
     wait_until(lambda: not any("children/stubborn" in name for name in names(supervised)), what="its children are gone")
-    wait_until(lambda: "The frontend finishes its streams" in supervised.text)
+    wait_until(lambda: "Frontend is finishing its streams" in supervised.text)
     assert lives(frontend), supervised.text
     assert supervised.run_directories, "its files stay with it"
     done(supervised).touch()
@@ -149,7 +149,7 @@ def test_whoever_waits_for_it_may_die(supervised, victim):
     wait_until(lambda: "finishes its streams" in supervised.text)
     os.kill(guardian if victim == "guardian" else supervised.pid, signal.SIGKILL)
     if victim == "guardian":
-        wait_until(lambda: "The guardian is gone" in supervised.text)
+        wait_until(lambda: "The Guardian died" in supervised.text)
     else:
         assert supervised.wait() == -signal.SIGKILL
     assert lives(frontend)

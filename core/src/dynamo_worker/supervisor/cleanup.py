@@ -52,7 +52,7 @@ class Withdrawal:
             try:
                 self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
             except OSError as error:
-                log.warning("No process can be made to leave discovery", next="again after the kill", reason=error)
+                log.warning("Cannot fork a process to leave discovery", next="again after the kill", reason=error)
 
     @property
     def process(self) -> Process | None:
@@ -70,7 +70,7 @@ class Withdrawal:
         try:
             self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
         except OSError as error:
-            self._log.warning("No process can be made to leave discovery", next="done without", reason=error)
+            self._log.warning("Cannot fork a process to leave discovery", next="done without", reason=error)
             if here:
                 self._outcomes = run_here(self._withdraw, min(limit, _WITHDRAWAL_LIMIT))
 
@@ -204,7 +204,7 @@ class Cleanup:
         if self.stuck:
             self._report["unkillable"] = [process_tree.describe(process) for process in self.stuck]
             self._log.error(
-                "Processes survive SIGKILL; the machine may have to be restarted", processes=self._report["unkillable"]
+                "Processes survived SIGKILL; the machine may need a restart", processes=self._report["unkillable"]
             )
 
     def _make_sure_of_withdrawal(self) -> None:
@@ -260,7 +260,7 @@ class Cleanup:
         try:
             helper = Helper(wait_released, limit + 0.2)
         except OSError as error:
-            self._log.warning("No process can be made to watch the GPUs", next="done without", reason=error)
+            self._log.warning("Cannot fork a process to watch the GPUs", next="done without", reason=error)
             result = None if self._rough else run_here(wait_released, limit)
         else:
             result = helper.result(self._wait, lambda: min(deadline + 0.1, self.deadline))

@@ -73,10 +73,10 @@ class Frontend:
             limit = self._asked_at + self._seconds
             limit = limit if said is None else min(limit, said)
             if now >= limit:
-                log.warning("The frontend still carries streams; its time is up", pid=self.process.pid)
+                log.warning("Frontend still has open streams at its deadline; killing it", pid=self.process.pid)
                 return False
             if not told and now >= self._asked_at + _USUAL:
                 told = True
-                log.info("The frontend finishes its streams", pid=self.process.pid, limit_s=limit - now)
+                log.info("Frontend is finishing its streams", pid=self.process.pid, limit_s=limit - now)
             wait(min(_INTERVAL, limit - now), None)
         return True

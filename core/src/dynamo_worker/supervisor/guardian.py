@@ -12,6 +12,7 @@ from dynamo_worker.supervisor import frontend, ledger, linux, process_tree, shar
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import Cleanup, Withdrawal
 from dynamo_worker.supervisor.loop import Loop
+from dynamo_worker.supervisor.protocol import DEATH_LIMIT
 from dynamo_worker.supervisor.report import Log
 from dynamo_worker.supervisor.spawn import SpawnError, spawn
 
@@ -20,13 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_worker.supervisor.linux import Process, Stat
-    from dynamo_worker.supervisor.output import Relay
+    from dynamo_worker.supervisor.relay import Relay
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
 _NAME = "dw-guardian"
-
-#: How long the kernel may take to end a worker that was killed. One that hangs in a driver does not end at all.
-DEATH_LIMIT = 5.0
 
 #: Pause after this machine had no resources for what we record.
 _SHORTAGE_PAUSE = 1.0
@@ -150,7 +148,7 @@ class Guardian:
                 self._run_directory.descriptor, lambda: (process.pid for process in self._tree())
             )
         except OSError as error:
-            self._log.warning("Shared memory is not watched; segments may be left", reason=error)
+            self._log.warning("Cannot watch shared memory; segments may be left behind", reason=error)
         else:
             self._loop.add(self._segments.descriptor, self._read_segments)
 
@@ -212,7 +210,7 @@ class Guardian:
             self._orphaned = True
             self._loop.remove(self._channel.socket.fileno())
             if self._cleanup is None:
-                self._log.error("The supervisor is gone; the guardian takes the worker down")
+                self._log.error("Supervisor died; guardian is killing the worker")
                 if self._worker is not None:
                     linux.send_signal(self._worker, signal.SIGKILL)
                 self._given_up_at = time.monotonic() + DEATH_LIMIT
@@ -244,7 +242,7 @@ def become_guardian(
         guardian.run()
         code = 0
     except BaseException as error:
-        log.error("The guardian failed; the supervisor takes over", error=f"{type(error).__name__}: {error}")
+        log.error("Guardian failed; supervisor takes over", error=f"{type(error).__name__}: {error}")
     finally:
         log.drain()
         os._exit(code)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import functools
 import os
 import select
 import socket
@@ -16,17 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_worker.supervisor.loop import Loop
-
 #: So much waits for a reader, in bytes; what comes on top is dropped and counted.
 MOST_WAITING = 1 << 20
 
 #: A pipe takes so much at once or not at all, so that lines of several writers do not mix.
 _AT_ONCE = select.PIPE_BUF
-
-#: How much is read of the worker's output at a time, and may wait there while we do something else.
-_PIECE, _PIPE_SIZE = 64 * 1024, 1 << 20
-_F_SETPIPE_SZ = 1031  # in fcntl since Python 3.10 only where the C library's headers have it
 
 #: How long we look, at the end, for what the worker's tree has printed last, and wait for the reader to take it.
 LAST_OUTPUT = 0.2
@@ -176,70 +167,3 @@ def open_standard_streams() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
-class Relay:
-    """Carries what the worker's whole tree prints to our own stdout and stderr, where those are pipes or sockets.
-
-    So neither the worker nor the Dynamo runtime nor the engine's processes ever wait for, or die of, who reads the log.
-    Terminals and files they keep themselves.
-
-    :param stderr: where what is printed to stderr goes to.
-    """
-
-    def __init__(self, stderr: Output) -> None:
-        #: What is to be the worker's stdout and stderr instead of ours.
-        self.ends: dict[int, int] = {}
-        self._sources: dict[int, Output] = {}
-        places: dict[tuple[int, int], int] = {}
-        for descriptor in (stderr.descriptor, 1):
-            status = os.fstat(descriptor)
-            if not stat.S_ISFIFO(status.st_mode) and not stat.S_ISSOCK(status.st_mode):
-                continue
-            place = (status.st_dev, status.st_ino)
-            if place not in places:
-                reading, places[place] = os.pipe()
-                os.set_blocking(reading, False)
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(reading, _F_SETPIPE_SZ, _PIPE_SIZE)
-                self._sources[reading] = stderr if descriptor == stderr.descriptor else Output(descriptor, stderr.lost)
-            self.ends[descriptor] = places[place]
-
-    def close_ends(self) -> None:
-        """Leave the writing ends to the worker's tree alone."""
-        for descriptor in set(self.ends.values()):
-            os.close(descriptor)
-        self.ends = {}
-
-    def start(self, loop: Loop) -> None:
-        """Carry from now on."""
-        self._loop = loop
-        for source, output in self._sources.items():
-            loop.add(source, functools.partial(self._carry, source))
-            loop.outputs.add(output)
-
-    def finish(self) -> None:
-        """Carry what is left once the tree has ended, and give the readers a moment."""
-        deadline = time.monotonic() + LAST_OUTPUT
-        outputs = set(self._sources.values())
-        for source in list(self._sources):
-            # Something may still write, a process that cannot be killed for example.
-            while self._carry(source) and time.monotonic() < deadline:
-                pass
-        for output in outputs:
-            output.drain(deadline - time.monotonic())
-
-    def _carry(self, source: int) -> bool:
-        """Carry one piece and return whether there may be more."""
-        try:
-            data = os.read(source, _PIECE)
-        except BlockingIOError:
-            return False
-        output = self._sources[source]
-        if not data:
-            self._loop.remove(source)
-            os.close(source)
-            del self._sources[source]
-            return False
-        output.write(data)
-        return True

@@ -1,4 +1,4 @@
-"""What supervisor and worker have to agree on. Imports nothing: the supervisor must stay small."""
+"""What supervisor, guardian and worker have to agree on. Imports nothing: the worker reads it, too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
 DEFAULT_FILE_KV = "/tmp/dynamo_store_kv"  # noqa: S108 - Dynamo's choice
 #: Seconds at the very end of the termination grace period that belong to the supervisor: kill, reap, clean up.
 KILL_RESERVE = 2.0
+#: Seconds the kernel may take to end a worker that was killed. One that hangs in a driver does not end at all.
+DEATH_LIMIT = 5.0
 #: Seconds for everything after a second signal.
 FORCED_STOP = 2.0
 #: Seconds within which several signals count as one: a terminal sends them to a whole group, systemd sends SIGTERM and

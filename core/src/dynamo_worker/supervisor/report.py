@@ -1,12 +1,10 @@
-"""How the supervisor speaks: log lines, the Kubernetes termination message, ``sd_notify``."""
+"""How the supervisor speaks: log lines and the Kubernetes termination message."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import socket
 import time
 from typing import Any
 
@@ -97,35 +95,3 @@ def write_termination_message(path: str, text: str) -> None:
         os.write(descriptor, safe(text, _MOST_TERMINATION_BYTES).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
     finally:
         os.close(descriptor)
-
-
-class Notifier:
-    """Tells systemd how we are (``sd_notify``); does nothing where there is no ``$NOTIFY_SOCKET``."""
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-        self._address = os.environ.get("NOTIFY_SOCKET", "")
-        #: Seconds between two signs of life that systemd asks for, or None.
-        self.watchdog_interval: float | None = None
-        if self._address[:1] not in ("/", "@"):
-            return
-        if self._address.startswith("@"):
-            self._address = "\0" + self._address[1:]
-        try:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        except OSError:
-            return
-        if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            with contextlib.suppress(KeyError, ValueError):
-                self.watchdog_interval = int(os.environ["WATCHDOG_USEC"]) / 2e6 or None
-
-    @property
-    def active(self) -> bool:
-        """Whether anybody listens."""
-        return self._socket is not None
-
-    def send(self, *assignments: str) -> None:
-        """Send assignments such as ``READY=1``; a listener that is gone or full is no error."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.sendto("\n".join(assignments).encode("utf-8", "replace"), self._address)

@@ -52,7 +52,7 @@ def _sweep(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
     try:
         _clean_up(path, supervisor, discovery_root, log)
     except Exception as error:
-        log.warning("Not cleaned up behind an earlier worker", run_dir=path, error=f"{type(error).__name__}: {error}")
+        log.warning("Cleaning up after an earlier worker failed", run_dir=path, error=f"{type(error).__name__}: {error}")
 
 
 def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
@@ -75,7 +75,7 @@ def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None
         directory, find=find, reap=_reap, wait=wait, log=log, patient=False, discovery_root=discovery_root
     ).run()
     log.info(
-        "Cleaned up behind an earlier worker",
+        "Cleaned up after an earlier worker",
         run_dir=path,
         processes=report["processes"],
         segments=report["segments"],
