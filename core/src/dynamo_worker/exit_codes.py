@@ -22,11 +22,3 @@ class ExitCode(enum.IntEnum):
 
 #: Base of the codes of processes that died by a signal: ``128 + signal number``, as shells report it.
 SIGNAL_BASE = 128
-
-
-def from_wait_status(status: int) -> int:
-    """Convert a ``waitpid`` status into an exit code: the code itself, or ``128 + n`` for a death by signal n."""
-    import os
-
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else SIGNAL_BASE - code

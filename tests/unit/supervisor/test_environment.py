@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 
@@ -11,12 +12,12 @@ from dynamo_worker.supervisor.run_directory import RunDirectory
 
 
 @pytest.fixture
-def run_directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    directory = RunDirectory.create()
-    yield directory
-    directory.remove(float("inf"))
-    directory.close()
+def run_directory(monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="dwt-") as place:  # pytest's own are too long for unix sockets
+        monkeypatch.setenv("TMPDIR", place)
+        directory = RunDirectory.create()
+        yield directory
+        directory.close()
 
 
 class TestWorkerEnvironment:

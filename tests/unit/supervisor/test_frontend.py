@@ -149,7 +149,7 @@ def test_whoever_waits_for_it_may_die(supervised, victim):
     wait_until(lambda: "is finishing its streams" in supervised.text)
     os.kill(guardian if victim == "guardian" else supervised.pid, signal.SIGKILL)
     if victim == "guardian":
-        wait_until(lambda: "The Guardian died" in supervised.text)
+        wait_until(lambda: "Guardian died" in supervised.text)
     else:
         assert supervised.wait() == -signal.SIGKILL
     assert lives(frontend)

@@ -74,6 +74,9 @@ def spawn(
             pid = fork()
             if pid == 0:
                 _become(command, environment, keep, mark_of_tree, output, report_child, parent)
+        except OSError:
+            os.close(report)
+            raise
         finally:
             os.close(report_child)
     except OSError as error:

@@ -52,7 +52,8 @@ def _sweep(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
     try:
         _clean_up(path, supervisor, discovery_root, log)
     except Exception as error:
-        log.warning("Cleaning up after an earlier worker failed", run_dir=path, error=f"{type(error).__name__}: {error}")
+        described = f"{type(error).__name__}: {error}"
+        log.warning("Cleaning up after an earlier worker failed", run_dir=path, error=described)
 
 
 def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
