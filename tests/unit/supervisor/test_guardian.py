@@ -125,6 +125,23 @@ class TestTheSupervisorIsKilled:
         supervised.gone()
 
 
+@pytest.fixture
+def guardian_hangs_while_cleaning(supervised, tmp_path):
+    """The first one that cleans up does nothing but wait; returns a file that exists from then on."""
+    begun = tmp_path / "begun"
+    supervised.patch(f"""
+        import dynamo_worker.supervisor.cleanup as m, os, time
+        run = m.Cleanup.run
+        def hang(self):
+            if not os.path.exists({str(begun)!r}):
+                open({str(begun)!r}, "w").close()
+                time.sleep(1000)
+            return run(self)
+        m.Cleanup.run = hang
+    """)
+    return begun
+
+
 class TestTheGuardianIsKilled:
     def test_everything_goes(self, supervised, hurt, measured):
         started = time.monotonic()
@@ -135,11 +152,23 @@ class TestTheGuardianIsKilled:
         assert not registered(hurt)
         supervised.gone(0.5)
 
-    def test_during_the_cleaning(self, supervised, hurt):
-        guardian = supervised.guardian
-        os.kill(supervised.worker, signal.SIGKILL)
+    def test_before_it_has_told_of_the_workers_end(self, supervised, hurt):
+        """Whoever killed the guardian may have killed the worker by that."""
+        guardian, worker = supervised.guardian, supervised.worker
+        os.kill(guardian, signal.SIGSTOP)
+        os.kill(worker, signal.SIGKILL)
         os.kill(guardian, signal.SIGKILL)
-        assert supervised.wait() in (1, 137)
+        assert supervised.wait() == 1
+        assert 'reason="the guardian process was killed, and the worker with it"' in supervised.text
+
+    def test_during_the_cleaning(self, supervised, guardian_hangs_while_cleaning, hurt):
+        """It has told how the worker ended, and that counts."""
+        os.kill(supervised.worker, signal.SIGKILL)
+        wait_until(guardian_hangs_while_cleaning.exists)
+        os.kill(supervised.guardian, signal.SIGKILL)
+        assert supervised.wait() == 137
+        assert "Guardian died" in supervised.text
+        assert 'reason="worker killed by SIGKILL' in supervised.text
 
     def test_stopped_when_the_worker_ends(self, supervised, hurt):
         os.kill(supervised.guardian, signal.SIGSTOP)

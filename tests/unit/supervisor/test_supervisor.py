@@ -259,9 +259,16 @@ class TestForcedStop:
         supervised.gone()
 
     def test_the_worker_is_told_to_hurry(self, supervised):
-        supervised.start(SERVING, "arrived", "obey-slowly=0:0", "hang")
+        """It gets both requests, and the second one says so; what it returns in time does not matter any more."""
+        supervised.start(SERVING, "arrived", "hear=2", "exit=0")
         supervised.signal(signal.SIGTERM)
-        assert supervised.wait() == 0
+        wait_until(lambda: supervised.text.count("told ") == 1)
+        time.sleep(0.11)
+        supervised.signal(signal.SIGINT)
+        assert supervised.wait() == 130
+        told = [json.loads(line.partition("told ")[2]) for line in supervised.text.splitlines() if "told {" in line]
+        assert [(stop["level"], stop["signal"]) for stop in told] == [(1, "SIGTERM"), (2, "SIGINT")]
+        assert told[0]["at"] < told[1]["at"]
 
     def test_sigquit_forces_and_dumps(self, supervised):
         supervised.start("dump-on-usr1", SERVING, "arrived", "hang")
