@@ -491,7 +491,7 @@ class TestNoMoreProcesses:
         no_more_processes()
         os.kill(supervised.worker, signal.SIGKILL)
         assert supervised.wait() == 137
-        assert 'Cannot fork a process to leave discovery next="done without"' in supervised.text
+        assert 'Cannot fork a process to leave discovery next="continuing without one"' in supervised.text
         assert "Guardian died" not in supervised.text
         assert 'withdrawn="file: 2 files removed"' in supervised.text
         supervised.gone(0.5)
@@ -556,7 +556,7 @@ class TestNoMoreProcesses:
         stale.rmdir()
         if who == "guardian":
             assert code == 3
-            assert "cannot make a process for the worker: Resource temporarily unavailable" in supervised.text
+            assert "cannot fork the worker process: Resource temporarily unavailable" in supervised.text
         else:
             assert code == 2
             assert "Cleaning up after an earlier worker failed" in supervised.text

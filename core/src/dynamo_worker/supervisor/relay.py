@@ -21,16 +21,16 @@ _F_SETPIPE_SZ = 1031  # in fcntl since Python 3.10 only where the C library's he
 
 
 class Relay:
-    """Carries what the worker's whole tree prints to our own stdout and stderr, where those are pipes or sockets.
+    """Carries what the worker's tree prints to our own stdout and stderr, if those are pipes or sockets.
 
-    So neither the worker nor the Dynamo runtime nor the engine's processes ever wait for, or die of, who reads the log.
-    Terminals and files they keep themselves.
+    A log reader that hangs or dies then affects neither the worker nor the Dynamo runtime nor the engine's processes.
+    Terminals and files are inherited directly.
 
-    :param stderr: where what is printed to stderr goes to.
+    :param stderr: the destination of what is printed to stderr.
     """
 
     def __init__(self, stderr: Output) -> None:
-        #: What is to be the worker's stdout and stderr instead of ours.
+        #: Descriptors that become the worker's stdout (1) and stderr (2).
         self.ends: dict[int, int] = {}
         self._sources: dict[int, Output] = {}
         places: dict[tuple[int, int], int] = {}
@@ -48,31 +48,31 @@ class Relay:
             self.ends[descriptor] = places[place]
 
     def close_ends(self) -> None:
-        """Leave the writing ends to the worker's tree alone."""
+        """Close our copies of the writing ends, so only the worker's tree has them."""
         for descriptor in set(self.ends.values()):
             os.close(descriptor)
         self.ends = {}
 
     def start(self, loop: Loop) -> None:
-        """Carry from now on."""
+        """Start carrying."""
         self._loop = loop
         for source, output in self._sources.items():
             loop.add(source, functools.partial(self._carry, source))
             loop.outputs.add(output)
 
     def finish(self) -> None:
-        """Carry what is left once the tree has ended, and give the readers a moment."""
+        """Carry what is left after the tree has ended, and give the readers a moment."""
         deadline = time.monotonic() + LAST_OUTPUT
         outputs = set(self._sources.values())
         for source in list(self._sources):
-            # Something may still write, a process that cannot be killed for example.
+            # Something may still be writing, such as a process that cannot be killed.
             while self._carry(source) and time.monotonic() < deadline:
                 pass
         for output in outputs:
             output.drain(deadline - time.monotonic())
 
     def _carry(self, source: int) -> bool:
-        """Carry one piece and return whether there may be more."""
+        """Carry one piece; return whether there may be more."""
         try:
             data = os.read(source, _PIECE)
         except BlockingIOError:

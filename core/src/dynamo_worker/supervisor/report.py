@@ -1,4 +1,4 @@
-"""How the supervisor speaks: log lines and the Kubernetes termination message."""
+"""The supervisor's log lines and the Kubernetes termination message."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
 from dynamo_worker.supervisor.text import continued, escaped, format_value, redacted, safe, without_secrets
 
-#: A pipe takes a write of this size at once or not at all.
+#: Bytes of a log line: a pipe takes that many at once or not at all.
 _MOST_BYTES = 4000
 
-#: Longer texts are cut, so that JSON stays JSON.
+#: Characters of a field: longer texts are cut, so JSON stays valid.
 _MOST_CHARACTERS = 700
 
-#: What the kubelet reads of a termination message.
+#: Bytes of a termination message that the kubelet reads.
 _MOST_TERMINATION_BYTES = 4096
 
 
@@ -26,8 +26,8 @@ class Log:
     """Writes log lines in the worker's format to stderr; never blocks and never raises.
 
     :param name: the logger's name, below ``dynamo_worker``.
-    :param as_json: one JSON object a line.
-    :param output: the one that another log of this process writes to; a new one if there is none.
+    :param as_json: write one JSON object per line.
+    :param output: shared with another log of this process; None: a new one.
     """
 
     def __init__(self, name: str, *, as_json: bool = False, output: Output | None = None) -> None:
@@ -37,19 +37,19 @@ class Log:
         self.output = Output(2, self._lost) if output is None else output
 
     def info(self, message: str, /, **fields: Any) -> None:
-        """Log what an operator wants to see in a normal life."""
+        """Log normal operation."""
         self._write("INFO", message, fields)
 
     def warning(self, message: str, /, **fields: Any) -> None:
-        """Log what is wrong but does not end the worker."""
+        """Log a problem that does not end the worker."""
         self._write("WARNING", message, fields)
 
     def error(self, message: str, /, **fields: Any) -> None:
-        """Log what ends the worker, or what could not be done."""
+        """Log what ends the worker or could not be done."""
         self._write("ERROR", message, fields)
 
     def drain(self) -> None:
-        """Give the reader a last moment to take what is waiting."""
+        """Give the reader a moment to take what is waiting."""
         self.output.drain(LAST_OUTPUT)
 
     def _lost(self, lines: int) -> bytes:
@@ -77,12 +77,12 @@ class Log:
 
 
 def write_termination_message(path: str, text: str) -> None:
-    """Tell Kubernetes why the container ends, if it has given us a file for that.
+    """Tell Kubernetes why the container ends, if there is a file for that.
 
     The file is a mount: it is overwritten in place, never created or replaced. A link in its place could lead to any
     file that we may write.
 
-    :raises OSError: it cannot be written, or something else is in its place.
+    :raises OSError: it cannot be written, or is not a regular file with one name.
     """
     try:
         descriptor = open_regular(path, os.O_WRONLY | os.O_NOFOLLOW)
@@ -90,7 +90,7 @@ def write_termination_message(path: str, text: str) -> None:
         return
     try:
         if os.fstat(descriptor).st_nlink != 1:
-            raise OSError(errno.EMLINK, "It has another name, too", path)
+            raise OSError(errno.EMLINK, "File has more than one name", path)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, safe(text, _MOST_TERMINATION_BYTES).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
     finally:

@@ -1,4 +1,4 @@
-"""Directories that nobody else can replace: how to check for that, and how to make one."""
+"""Checks that nobody else can replace a directory, and creates directories of that kind."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import stat
 
 from dynamo_worker.supervisor import linux
 
-#: Opens a directory only to look at it, or to work in it.
+#: Flags to open a directory for inspection, or as a base of relative paths.
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class UnsafePlaceError(PermissionError):
-    """Somebody else can put something else in the place of a directory.
+    """Another user can replace a directory.
 
-    :param advice: what the owner of the directory that is to blame can do, in words, or nothing.
+    :param words: why.
+    :param advice: what the owner of the offending directory can do; empty: nothing.
     """
 
     def __init__(self, words: str, advice: str = "") -> None:
@@ -26,19 +27,19 @@ class UnsafePlaceError(PermissionError):
 
 
 def make_safe(place: str, base: int) -> list[str]:
-    """Make sure that nobody else can put anything in the place of a directory that is made in ``place``.
+    """Make sure that nobody else can replace a directory that is created in ``place``.
 
-    Whoever may write in a directory, or in one above it, may rename what is in it, unless the sticky bit is set; its
-    owner may in any case. Such is TMPDIR in a pod of Kubernetes, where the volume ``emptyDir`` has mode 0777.
+    Whoever can write to a directory, or to one above it, can rename what is in it, unless the sticky bit is set; its
+    owner always can. TMPDIR in a Kubernetes pod is an example: an ``emptyDir`` volume has mode 0777.
 
     :param base: descriptor of ``place``.
-    :return: what was changed, in words.
+    :return: descriptions of what was changed.
     :raises OSError: somebody else can.
     """
     changed = []
     status = os.fstat(base)
     if status.st_uid == os.geteuid() and _may_be_renamed_in(status):
-        check_above(base)  # first: what is not used is not changed
+        check_above(base)  # first: do not change what will not be used
         os.chmod(f"/proc/self/fd/{base}", stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
         changed.append(f"{place}: others may write there; the sticky bit was set")
     check_place(base)
@@ -46,16 +47,16 @@ def make_safe(place: str, base: int) -> list[str]:
 
 
 def real_path(directory: int) -> str:
-    """Return where a directory lies, without any link: one on the way to it could lead elsewhere later."""
+    """Return a directory's path without links, which could lead elsewhere later."""
     return os.readlink(f"/proc/self/fd/{directory}")
 
 
 def make_directory(path: str) -> int:
-    """Open a directory. What is missing of its path is made, for this user alone and whatever the umask.
+    """Open a directory, creating missing ones with mode 0700 whatever the umask.
 
-    :return: a descriptor of it (``O_PATH``), to be checked with ``check_place``.
-    :raises UnsafePlaceError: it would have to be made where others could put something else in its place.
-    :raises OSError: it cannot be made.
+    :return: a descriptor (``O_PATH``), to be checked with ``check_place``.
+    :raises UnsafePlaceError: it would be created where others could replace it.
+    :raises OSError: it cannot be created.
     """
     missing: list[str] = []
     while True:
@@ -81,7 +82,7 @@ def make_directory(path: str) -> int:
 
 
 def check_above(directory: int) -> None:
-    """Check that nobody else can put another directory in the place of this one, whoever may write in itself.
+    """Check that nobody else can replace a directory, even if others can write in it.
 
     :param directory: its descriptor.
     :raises UnsafePlaceError: somebody can.
@@ -94,7 +95,7 @@ def check_above(directory: int) -> None:
 
 
 def check_place(directory: int) -> None:
-    """Check that nobody else can rename what is in a directory, or put another one in its place.
+    """Check that nobody else can rename what is in a directory, or replace the directory itself.
 
     :param directory: its descriptor.
     :raises UnsafePlaceError: somebody can.
@@ -120,5 +121,5 @@ def check_place(directory: int) -> None:
 
 
 def _may_be_renamed_in(status: os.stat_result) -> bool:
-    """Return whether users other than its owner may rename what is in a directory."""
+    """Return whether users other than its owner can rename what is in a directory."""
     return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not status.st_mode & stat.S_ISVTX
