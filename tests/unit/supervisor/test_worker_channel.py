@@ -36,13 +36,14 @@ def loop():
 
 @pytest.fixture
 def world(ends, loop):
-    it = SimpleNamespace(states=[], warnings=[], status=WorkerStatus(time.monotonic(), 30.0, ""))
+    it = SimpleNamespace(states=[], warnings=[], log=SimpleNamespace(), status=WorkerStatus(time.monotonic(), 30.0, ""))
+    it.log.warning = it.warnings.append
     it.control = WorkerChannel(
         ends[0],
         loop,
         it.status,
         lambda: it.states.append(it.status.state),
-        SimpleNamespace(warning=it.warnings.append),
+        it.log,
     )
     return it
 
@@ -67,6 +68,14 @@ def test_malformed_messages_are_reported_once(ends, loop, world):
     loop.pump(5)
     assert world.warnings == ["Ignoring malformed control message"]
     assert world.status.state is State.SERVING
+
+
+def test_the_log_has_the_format_that_the_worker_announces(ends, loop, world):
+    """The configuration file may set it where only a YAML parser finds it."""
+    for log_format in ("json", "text"):
+        say(ends[1], type="settings", log_format=log_format)
+        loop.pump(5)
+        assert world.log.as_json is (log_format == "json")
 
 
 def test_the_worker_is_told(ends, world):

@@ -58,6 +58,14 @@ def test_settings(status):
     assert (status.grace_period, status.termination_message_path) == (5.0, "/x")
 
 
+@pytest.mark.parametrize(
+    ("said", "log_format"), [("json", "json"), ("text", "text"), ("xml", None), (3, None), ([], None)]
+)
+def test_the_log_format(status, said, log_format):
+    status.take({"type": "settings", "log_format": said}, 101.0)
+    assert status.log_format == log_format
+
+
 def test_a_heartbeat(status):
     assert not status.take({"type": "heartbeat", "in_flight": 4}, 105.0)
     assert (status.in_flight, status.last_beat) == (4, 105.0)

@@ -25,6 +25,7 @@ class WorkerChannel:
 
     :param status: is updated from every message.
     :param on_state: called after the worker has announced a state.
+    :param log: gets the format that the worker announces.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class WorkerChannel:
         for message in self._channel.receive(most):
             if self._status.take(message, time.monotonic()):
                 self._on_state()
+        if self._status.log_format is not None:
+            self._log.as_json = self._status.log_format == "json"
         if self._channel.malformed and not malformed:
             self._log.warning("Ignoring malformed control message")
         if self._channel.closed:

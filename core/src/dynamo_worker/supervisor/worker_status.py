@@ -36,6 +36,8 @@ class WorkerStatus:
         self.has_served = False
         self.grace_period = grace_period
         self.termination_message_path = termination_message_path
+        #: ``text`` or ``json``; None until the worker has announced it.
+        self.log_format: str | None = None
         #: Seconds without a message after which the worker is unresponsive; 0: never.
         self.heartbeat_timeout = 0.0
         #: When the last message came (monotonic).
@@ -85,6 +87,8 @@ class WorkerStatus:
         path = message.get("termination_message_path")
         if isinstance(path, str) and path:
             self.termination_message_path = path
+        if message.get("log_format") in ("text", "json"):
+            self.log_format = message["log_format"]
 
     @property
     def never_served(self) -> bool:

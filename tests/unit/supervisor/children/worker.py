@@ -107,9 +107,7 @@ def do(step: str) -> None:
             b"[" * 5000,
         ):
             control.send(junk)
-        send(
-            type="settings", termination_grace_period=float("nan"), heartbeat_timeout="soon", termination_message_path=3
-        )
+        send(type="settings", termination_grace_period=float("nan"), heartbeat_timeout="soon", log_format=3)
         send(type="no such thing")
     elif name == "touch":
         Path(value).touch()
