@@ -1,4 +1,4 @@
-"""The exit codes of `dynamo-worker`: what Kubernetes, systemd and people learn from how a worker ended."""
+"""The exit codes of `dynamo-worker`, for Kubernetes, systemd and people."""
 
 from __future__ import annotations
 
@@ -8,25 +8,17 @@ import enum
 class ExitCode(enum.IntEnum):
     """Exit code of the `dynamo-worker` process. A worker killed by signal *n* exits with ``128 + n``."""
 
-    #: A stop was asked for (SIGTERM, SIGINT) and carried out; every request in flight finished or was handed off.
+    #: Stopped as requested (SIGTERM, SIGINT); every request in flight finished or was handed off.
     STOPPED = 0
-    #: The engine, the runtime or the worker itself failed after it had started. A restart is the right answer.
+    #: The engine, the runtime or the worker itself failed after the start. Restart it.
     FATAL = 1
-    #: The command line, the environment or the configuration file is wrong. A restart will not help.
+    #: The command line, the environment or the configuration file is wrong. A restart does not help.
     USAGE = 2
-    #: The worker could not start (missing package, no GPU, no memory, port in use …). See the message first.
+    #: The worker could not start (missing package, no GPU, no memory, port in use …). See the message.
     START_FAILED = 3
-    #: The shutdown did not end by its deadline and the worker was killed.
+    #: The worker did not stop by its deadline and was killed.
     DEADLINE = 6
 
 
-#: Base of the codes of processes that died by a signal: ``128 + signal number``, as shells report it.
+#: A process killed by signal *n* has exit code ``128 + n``, as in shells.
 SIGNAL_BASE = 128
-
-
-def from_wait_status(status: int) -> int:
-    """Convert a ``waitpid`` status into an exit code: the code itself, or ``128 + n`` for a death by signal n."""
-    import os
-
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else SIGNAL_BASE - code

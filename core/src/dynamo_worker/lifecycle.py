@@ -1,4 +1,4 @@
-"""The life of a worker as data: its states, the events that move it, and the table of all transitions."""
+"""The worker's life cycle as data: states, events, and the table of all transitions."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Final
 
 
 class State(str, enum.Enum):
-    """Where a worker is in its life. The value is what logs, metrics and the supervisor see."""
+    """A state of the worker. The value is what logs, metrics and the supervisor see."""
 
-    #: The runtime is up, the engine starts; not ready.
+    #: The runtime is up and the engine is starting; not ready.
     STARTING = "STARTING"
     #: The model is registered and requests are answered.
     SERVING = "SERVING"
-    #: A stop was asked for: every endpoint leaves discovery.
+    #: A stop was requested: every endpoint leaves discovery.
     UNREGISTERING = "UNREGISTERING"
-    #: Out of discovery, still serving what routers send.
+    #: Out of discovery, still serving requests that routers send.
     GRACE = "GRACE"
-    #: New requests are refused, those in flight finish or are handed off.
+    #: New requests are rejected; those in flight finish or are handed off.
     DRAINING = "DRAINING"
     #: The `cleanup` hooks run, one after another.
     CLEANUP = "CLEANUP"
-    #: Beyond repair: leave discovery, hand off, last words, clean up, exit.
+    #: A fatal error: leave discovery, hand off, call `on_fatal_error`, clean up, exit.
     FATAL = "FATAL"
-    #: Nothing runs any more; the process ends.
+    #: Everything has stopped; the process exits.
     STOPPED = "STOPPED"
 
     def __str__(self) -> str:
@@ -31,9 +31,9 @@ class State(str, enum.Enum):
 
 
 class Event(str, enum.Enum):
-    """What moves a worker from one state to the next."""
+    """What moves the worker from one state to the next."""
 
-    #: The engine is up and warm, and the model is registered.
+    #: The engine is warmed up and the model is registered.
     ENGINE_READY = "ENGINE_READY"
     #: The engine or the runtime could not start.
     START_FAILED = "START_FAILED"
@@ -43,13 +43,13 @@ class Event(str, enum.Enum):
     FORCE_STOP_REQUESTED = "FORCE_STOP_REQUESTED"
     #: The engine, the runtime or discovery is lost.
     FATAL_ERROR = "FATAL_ERROR"
-    #: Every endpoint has left discovery, or the time for it is up.
+    #: Every endpoint has left discovery, or did not in time.
     UNREGISTERED = "UNREGISTERED"
     #: The grace period is over.
     GRACE_OVER = "GRACE_OVER"
-    #: Nothing is in flight any more, or the drain budget is used up.
+    #: No request is in flight, or the drain timeout has passed.
     DRAINED = "DRAINED"
-    #: All `cleanup` hooks ended or ran out of time.
+    #: All `cleanup` hooks returned or timed out.
     CLEANED_UP = "CLEANED_UP"
 
     def __str__(self) -> str:
@@ -78,8 +78,8 @@ _MOVES: Final[dict[tuple[State, Event], State]] = {
     (State.FATAL, Event.CLEANED_UP): State.STOPPED,
 }
 
-#: The next state for every state and every event. A pair that means nothing keeps its state: a signal that arrives
-#: during the clean-up changes no state, an engine that dies while it is shut down is no news.
+#: The next state for every state and event. Pairs without a meaning keep the state: neither a signal during cleanup nor
+#: an engine that dies while it is shut down changes anything.
 TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (state, event): _MOVES.get((state, event), state) for state in State for event in Event
 }

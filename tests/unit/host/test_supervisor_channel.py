@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from aio import settle, until
@@ -96,10 +97,19 @@ def test_a_supervisor_that_is_gone_costs_nothing(sockets):
 
 
 def test_a_supervisor_that_does_not_read_blocks_nobody(sockets):
-    ours, _ = sockets
+    """Of what it has no room for, the latest message waits, and nothing else: memory is bounded, too."""
+    ours, theirs = sockets
     control = SupervisorChannel(ours)
-    for _ in range(5000):
-        control.send("heartbeat", in_flight=0)
+    started = time.monotonic()
+    for number in range(5000):
+        control.send("heartbeat", in_flight=number)
+    assert time.monotonic() - started < 10
+    supervisor = Channel(theirs)
+    received = [message["in_flight"] for message in supervisor.receive(5000)]
+    assert 0 < len(received) < 4999, "the socket was never full"
+    assert received == list(range(len(received)))
+    control.send("state", state="DRAINING")
+    assert supervisor.receive() == [{"type": "heartbeat", "in_flight": 4999}, {"type": "state", "state": "DRAINING"}]
 
 
 def test_a_reason_that_is_too_long_is_cut(sockets):

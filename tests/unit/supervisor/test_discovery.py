@@ -48,7 +48,7 @@ class TestFile:
     def test_an_id_that_would_match_anything(self, tmp_path, instance):
         (tmp_path / "abc-report-2026-7").touch()
         outcome = discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": instance}, soon())
-        assert "is no instance id" in outcome
+        assert "is not an instance id" in outcome
         assert (tmp_path / "abc-report-2026-7").exists()
 
     @pytest.mark.parametrize("name", [f"{INSTANCE}0", f"0{INSTANCE}", f"x%2FA{INSTANCE}", f"{INSTANCE}abcdef"])

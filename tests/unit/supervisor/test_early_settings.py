@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -78,6 +79,14 @@ def test_every_line_of_the_supervisor_is_json(supervised, tmp_path):
     supervised.start("state=SERVING", "arrived", "exit=0")
     supervised.wait()
     assert len(supervised.events()) == len(supervised.text.splitlines()) >= 2
+
+
+def test_a_format_that_only_the_worker_understands_comes_with_its_settings(supervised, tmp_path):
+    supervised.environment["DYN_WORKER_CONFIG"] = written(tmp_path, "{engine: echo, log_format: json}")
+    supervised.start('settings={"log_format":"json"}', "state=SERVING", "arrived", "obey=0")
+    supervised.signal(signal.SIGTERM)
+    assert supervised.wait() == 0
+    assert {"Received shutdown signal", "Worker stopped"} <= {event["message"] for event in supervised.events()}
 
 
 def test_the_guardian_speaks_json_too(supervised, tmp_path):

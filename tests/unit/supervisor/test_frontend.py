@@ -72,13 +72,13 @@ def test_everything_else_is_gone_at_once_and_the_frontend_when_its_streams_are_d
     code = end(supervised)
     wait_until(lambda: state_of(worker) is None, what="the worker is gone")
     wait_until(lambda: not any("children/stubborn" in name for name in names(supervised)), what="its children are gone")
-    wait_until(lambda: "The frontend finishes its streams" in supervised.text)
+    wait_until(lambda: "Frontend is finishing its streams" in supervised.text)
     assert lives(frontend), supervised.text
     assert supervised.run_directories, "its files stay with it"
     done(supervised).touch()
     assert supervised.wait() == code
     supervised.gone()
-    assert "its time is up" not in supervised.text
+    assert "open streams at its deadline" not in supervised.text
 
 
 def test_one_without_streams_delays_nothing(supervised, measured):
@@ -97,7 +97,7 @@ def test_its_time_ends_with_the_termination_grace_period(supervised, end):
     code = end(supervised)
     assert supervised.wait() == code
     assert 1.0 < time.monotonic() - since < 3.5
-    assert "its time is up" in supervised.text
+    assert "open streams at its deadline" in supervised.text
     supervised.gone()
 
 
@@ -113,7 +113,7 @@ def test_it_gets_no_more_than_the_worker_has_left_for_it(supervised):
 def test_a_second_signal_leaves_at_once(supervised):
     start(supervised)
     supervised.signal(signal.SIGTERM)
-    wait_until(lambda: "finishes its streams" in supervised.text)
+    wait_until(lambda: "is finishing its streams" in supervised.text)
     supervised.signal(signal.SIGTERM)
     assert supervised.wait(5) == 0
     supervised.gone()
@@ -122,13 +122,13 @@ def test_a_second_signal_leaves_at_once(supervised):
 def test_a_first_signal_cuts_nothing_after_a_crash(supervised):
     frontend = start(supervised)
     kill_worker(supervised)
-    wait_until(lambda: "finishes its streams" in supervised.text)
+    wait_until(lambda: "is finishing its streams" in supervised.text)
     supervised.signal(signal.SIGTERM)
     wait_until(lambda: "another one leaves at once" in supervised.text)
     assert lives(frontend)
     done(supervised).touch()
     assert supervised.wait() == 137
-    assert "its time is up" not in supervised.text
+    assert "open streams at its deadline" not in supervised.text
 
 
 def test_a_forced_stop_has_its_two_seconds_for_the_frontend_too(supervised):
@@ -146,17 +146,17 @@ def test_whoever_waits_for_it_may_die(supervised, victim):
     frontend = start(supervised)
     guardian = supervised.guardian
     kill_worker(supervised)
-    wait_until(lambda: "finishes its streams" in supervised.text)
+    wait_until(lambda: "is finishing its streams" in supervised.text)
     os.kill(guardian if victim == "guardian" else supervised.pid, signal.SIGKILL)
     if victim == "guardian":
-        wait_until(lambda: "The guardian is gone" in supervised.text)
+        wait_until(lambda: "Guardian died" in supervised.text)
     else:
         assert supervised.wait() == -signal.SIGKILL
     assert lives(frontend)
     done(supervised).touch()
     assert supervised.wait() == (137 if victim == "guardian" else -signal.SIGKILL)
     supervised.gone()
-    assert "its time is up" not in supervised.text
+    assert "open streams at its deadline" not in supervised.text
 
 
 @pytest.mark.parametrize("waiting", ["guardian", "supervisor"])
@@ -165,10 +165,10 @@ def test_one_that_is_killed_with_its_streams_is_a_failure(supervised, waiting):
     frontend = start(supervised)
     guardian = supervised.guardian
     supervised.signal(signal.SIGTERM)
-    wait_until(lambda: "finishes its streams" in supervised.text)
+    wait_until(lambda: "is finishing its streams" in supervised.text)
     if waiting == "supervisor":
         os.kill(guardian, signal.SIGKILL)
-        wait_until(lambda: supervised.text.count("finishes its streams") == 2)
+        wait_until(lambda: supervised.text.count("is finishing its streams") == 2)
     os.kill(frontend, signal.SIGKILL)
     assert supervised.wait() == 1
     assert f"WARNING dynamo_worker.{waiting}: The frontend ended before its streams did" in supervised.text
@@ -178,7 +178,7 @@ def test_one_that_is_killed_with_its_streams_is_a_failure(supervised, waiting):
 def test_the_cause_of_an_end_is_what_came_first(supervised):
     frontend = start(supervised)
     kill_worker(supervised)
-    wait_until(lambda: "finishes its streams" in supervised.text)
+    wait_until(lambda: "is finishing its streams" in supervised.text)
     os.kill(frontend, signal.SIGKILL)
     assert supervised.wait() == 137
     assert "The frontend ended before its streams did" in supervised.text

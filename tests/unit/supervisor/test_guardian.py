@@ -125,27 +125,56 @@ class TestTheSupervisorIsKilled:
         supervised.gone()
 
 
+@pytest.fixture
+def guardian_hangs_while_cleaning(supervised, tmp_path):
+    """The first one that cleans up does nothing but wait; returns a file that exists from then on."""
+    begun = tmp_path / "begun"
+    supervised.patch(f"""
+        import dynamo_worker.supervisor.cleanup as m, os, time
+        run = m.Cleanup.run
+        def hang(self):
+            if not os.path.exists({str(begun)!r}):
+                open({str(begun)!r}, "w").close()
+                time.sleep(1000)
+            return run(self)
+        m.Cleanup.run = hang
+    """)
+    return begun
+
+
 class TestTheGuardianIsKilled:
     def test_everything_goes(self, supervised, hurt, measured):
         started = time.monotonic()
         os.kill(supervised.guardian, signal.SIGKILL)
         assert supervised.wait() == 1
         measured("kill -9 of the guardian: exit", time.monotonic() - started, 1.0)
-        assert 'reason="the guardian process was killed, the worker with it"' in supervised.text
+        assert 'reason="the guardian process was killed, and the worker with it"' in supervised.text
         assert not registered(hurt)
         supervised.gone(0.5)
 
-    def test_during_the_cleaning(self, supervised, hurt):
-        guardian = supervised.guardian
-        os.kill(supervised.worker, signal.SIGKILL)
+    def test_before_it_has_told_of_the_workers_end(self, supervised, hurt):
+        """Whoever killed the guardian may have killed the worker by that."""
+        guardian, worker = supervised.guardian, supervised.worker
+        os.kill(guardian, signal.SIGSTOP)
+        os.kill(worker, signal.SIGKILL)
         os.kill(guardian, signal.SIGKILL)
-        assert supervised.wait() in (1, 137)
+        assert supervised.wait() == 1
+        assert 'reason="the guardian process was killed, and the worker with it"' in supervised.text
+
+    def test_during_the_cleaning(self, supervised, guardian_hangs_while_cleaning, hurt):
+        """It has told how the worker ended, and that counts."""
+        os.kill(supervised.worker, signal.SIGKILL)
+        wait_until(guardian_hangs_while_cleaning.exists)
+        os.kill(supervised.guardian, signal.SIGKILL)
+        assert supervised.wait() == 137
+        assert "Guardian died" in supervised.text
+        assert 'reason="worker killed by SIGKILL' in supervised.text
 
     def test_stopped_when_the_worker_ends(self, supervised, hurt):
         os.kill(supervised.guardian, signal.SIGSTOP)
         os.kill(supervised.worker, signal.SIGKILL)
         assert supervised.wait() == 137
-        assert "The guardian does not answer" in supervised.text
+        assert "Guardian is not responding" in supervised.text
 
     def test_hangs_while_cleaning(self, supervised, tmp_path):
         """Reading the memory map of a process that is stuck in a driver can block for ever. The supervisor does not."""
@@ -157,7 +186,7 @@ class TestTheGuardianIsKilled:
         started = time.monotonic()
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 6
-        assert "The guardian does not answer" in supervised.text
+        assert "Guardian is not responding" in supervised.text
         assert time.monotonic() - started < 5 * 3
 
     def test_stopped_before_it_has_started_the_worker(self, supervised, measured):
@@ -176,7 +205,7 @@ class TestTheGuardianIsKilled:
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
         measured("SIGTERM with a guardian that was stopped at its start", time.monotonic() - started, 4.0)
-        assert "The guardian does not answer" in supervised.text
+        assert "Guardian is not responding" in supervised.text
         assert 'reason="stopped during start"' in supervised.text
 
     def test_signals_for_everybody_do_not_reach_it(self, supervised):
@@ -231,7 +260,7 @@ class TestTheWorkerSurvivesTheKill:
     """Everybody else goes; what belongs to it is left for the next start."""
 
     def assert_left(self, supervised, thaw):
-        assert "Processes survive SIGKILL" in supervised.text
+        assert "Processes survived SIGKILL" in supervised.text
         (directory,) = supervised.run_directories
         thaw()
         supervised.start("exit-message=2:usage", "exit=2")
@@ -248,8 +277,8 @@ class TestTheWorkerSurvivesTheKill:
             time.sleep(2 * SIGNAL_DEBOUNCE)
         assert supervised.wait() == code
         measured(f"{signals} SIGTERM and a worker that survives SIGKILL: exit", time.monotonic() - started, bar)
-        assert "The worker survives SIGKILL; the supervisor takes over" in supervised.text
-        assert "The guardian does not answer" not in supervised.text
+        assert "Worker survived SIGKILL; supervisor takes over" in supervised.text
+        assert "Guardian is not responding" not in supervised.text
         assert supervised.tree() == {worker}
         self.assert_left(supervised, thaw)
 
@@ -305,7 +334,7 @@ class TestBothAreKilled:
         wait_until(lambda: not stale.exists(), what="sweep")
         wait_until(lambda: not supervised.segments(), what="segments removed by the sweep")
         assert not registered(hurt)
-        wait_until(lambda: "Cleaned up behind an earlier worker" in supervised.text)
+        wait_until(lambda: "Cleaned up after an earlier worker" in supervised.text)
         assert len(supervised.run_directories) == 1
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
@@ -336,7 +365,7 @@ class TestBothAreKilled:
                 assert len(alive()) == 2
             supervised.start(SERVING, "arrived", "obey=0")
             wait_until(lambda: not alive(), what="the sweep")
-            wait_until(lambda: "Cleaned up behind an earlier worker" in supervised.text)
+            wait_until(lambda: "Cleaned up after an earlier worker" in supervised.text)
             assert "processes=2" in supervised.text
         finally:
             for pid in alive():
@@ -369,7 +398,7 @@ class TestBothAreKilled:
         self.kill_both(supervised)
         supervised.environment["DYN_FILE_KV"] = str(supervised.base / "ours")
         supervised.start(SERVING, "arrived", "obey=0")
-        wait_until(lambda: "Cleaned up behind an earlier worker" in supervised.text)
+        wait_until(lambda: "Cleaned up after an earlier worker" in supervised.text)
         assert f"{root} is not the discovery directory of this worker" in supervised.text
         assert registered(root)
         supervised.signal(signal.SIGTERM)
@@ -417,7 +446,7 @@ class TestBothAreKilled:
             [sys.executable, "-c", code, stale], env=supervised.environment, stdout=subprocess.PIPE, text=True
         )
         (line,) = done.stdout.splitlines()
-        assert "Cleaned up behind an earlier worker" in line
+        assert "Cleaned up after an earlier worker" in line
 
     def test_the_sweep_leaves_the_living_alone(self, supervised, tmp_path):
         from .conftest import Supervised
@@ -462,8 +491,8 @@ class TestNoMoreProcesses:
         no_more_processes()
         os.kill(supervised.worker, signal.SIGKILL)
         assert supervised.wait() == 137
-        assert 'No process can be made to leave discovery next="done without"' in supervised.text
-        assert "guardian is gone" not in supervised.text
+        assert 'Cannot fork a process to leave discovery next="continuing without one"' in supervised.text
+        assert "Guardian died" not in supervised.text
         assert 'withdrawn="file: 2 files removed"' in supervised.text
         supervised.gone(0.5)
 
@@ -527,10 +556,10 @@ class TestNoMoreProcesses:
         stale.rmdir()
         if who == "guardian":
             assert code == 3
-            assert "cannot make a process for the worker: Resource temporarily unavailable" in supervised.text
+            assert "cannot fork the worker process: Resource temporarily unavailable" in supervised.text
         else:
             assert code == 2
-            assert "Not cleaned up behind" in supervised.text
+            assert "Cleaning up after an earlier worker failed" in supervised.text
 
 
 def test_no_more_descriptors_for_what_the_guardian_records(supervised, tmp_path):
@@ -558,7 +587,7 @@ def test_no_more_descriptors_for_what_the_guardian_records(supervised, tmp_path)
     full.unlink()
     os.kill(supervised.worker, signal.SIGKILL)
     assert supervised.wait() == 137
-    assert "guardian is gone" not in supervised.text
+    assert "Guardian died" not in supervised.text
 
 
 @pytest.fixture
@@ -640,7 +669,7 @@ class TestCleanEnd:
         wait_until(lambda: state_of(guardian) == "Z")
         supervised.signal(signal.SIGCONT)
         assert supervised.wait() == 0
-        assert "guardian is gone" not in supervised.text
+        assert "Guardian died" not in supervised.text
         assert "cleaned_in=" in supervised.text
 
     def test_zombies_are_reaped_while_it_runs(self, supervised):

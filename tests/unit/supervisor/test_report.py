@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_worker.supervisor import output, report, supervisor
+from dynamo_worker.supervisor import output, report
 
 
 @contextlib.contextmanager
@@ -152,35 +152,6 @@ class TestTerminationMessage:
     def test_is_never_created(self, tmp_path):
         report.write_termination_message(str(tmp_path / "log"), "x")
         assert not (tmp_path / "log").exists()
-
-
-class TestNotifier:
-    @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1"])
-    def test_without_a_socket_it_does_nothing(self, monkeypatch, address):
-        monkeypatch.setenv("NOTIFY_SOCKET", address)
-        notifier = report.Notifier()
-        notifier.send("READY=1")
-        assert not notifier.active
-        assert notifier.watchdog_interval is None
-
-    @pytest.mark.parametrize(
-        ("microseconds", "pid", "interval"),
-        [("3000000", None, 1.5), ("x", None, None), ("0", None, None), ("1", "1", None)],
-    )
-    def test_watchdog(self, monkeypatch, tmp_path, microseconds, pid, interval):
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-        monkeypatch.setenv("WATCHDOG_USEC", microseconds)
-        monkeypatch.setenv("WATCHDOG_PID", pid or str(os.getpid()))
-        notifier = report.Notifier()
-        assert notifier.watchdog_interval == interval
-        notifier.send("READY=1")
-        notifier._socket.close()
-
-
-class TestSettings:
-    @pytest.mark.parametrize(("text", "number"), [("5", 5.0), ("x", 30.0), ("", 30.0), ("-1", 30.0), ("nan", 30.0)])
-    def test_numbers_that_are_none(self, text, number):
-        assert supervisor._positive(text, 30.0) == number
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -22,7 +22,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses, etcd_endpoints
 from dynamo_worker.supervisor.protocol import DEFAULT_FILE_KV
-from dynamo_worker.supervisor.run_directory import UnsafePlaceError, check_above, make_directory, real_path
+from dynamo_worker.supervisor.safe_place import UnsafePlaceError, check_above, make_directory, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

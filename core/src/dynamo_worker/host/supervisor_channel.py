@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 
 class SupervisorChannel:
-    """Sends states, heartbeats and the reason of the end to the supervisor; receives stop requests from it.
+    """Sends states, heartbeats and the final reason to the supervisor, and receives stop requests.
 
-    Without a supervisor (``--no-supervise``) every send does nothing and nothing is received.
+    Without a supervisor (``--no-supervise``) it does nothing.
+
+    :param connection: the worker's end of the control socket, or None.
     """
 
     def __init__(self, connection: socket.socket | None) -> None:
@@ -27,7 +29,7 @@ class SupervisorChannel:
 
     @classmethod
     def from_environment(cls) -> SupervisorChannel:
-        """Take over the channel that the supervisor left in the environment, once: children must not inherit it."""
+        """Take over the socket named in the environment, once: children must not inherit it."""
         descriptor = os.environ.pop(CONTROL_FD, None)
         if descriptor is None:
             return cls(None)
@@ -37,11 +39,11 @@ class SupervisorChannel:
 
     @property
     def supervised(self) -> bool:
-        """Whether there is a supervisor at the other end."""
+        """Whether a supervisor started this worker."""
         return self._channel is not None
 
     def send(self, message_type: str, **fields: Any) -> None:
-        """Send one message, now or as soon as the supervisor reads; never blocks and never raises."""
+        """Send one message, now or as soon as the supervisor reads. Never blocks, never raises."""
         if self._channel is None:
             return
         self._channel.send(message_type, **fields)
@@ -61,12 +63,12 @@ class SupervisorChannel:
         for message in self._channel.receive():
             on_message(message)
         if self._channel.closed:
-            # The supervisor is gone. The guardian sees that too and ends this process; nothing to do here.
+            # The supervisor died. The guardian notices too and ends this process; there is nothing to do here.
             self._loop.remove_reader(self._channel.socket.fileno())
             self._watch_output()
 
     def _watch_output(self) -> None:
-        """Have what the supervisor does not take now sent as soon as it does."""
+        """Send pending messages as soon as the supervisor reads again."""
         assert self._channel is not None
         wanted = bool(self._channel.pending) and not self._channel.deaf
         if self._loop is None or wanted == self._waiting:

@@ -1,4 +1,4 @@
-"""The parent process of a worker: keeps the promises of a clean end, whatever the worker does. No dependencies."""
+"""The worker's parent process: guarantees a clean end, whatever the worker does. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> N
     :param argv: the command line of ``dynamo-worker``, without its name.
     :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
     """
-    # Imported here, because the worker imports this package as well, for its ledger.
+    # Imported late: the worker imports this package too, for its ledger.
     from dynamo_worker.supervisor.supervisor import supervise
 
     supervise(argv, command=command)

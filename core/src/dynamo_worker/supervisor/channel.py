@@ -8,43 +8,43 @@ from typing import Any
 
 _MOST_BYTES = 64 * 1024
 
-#: Texts and lists of a message are cut to this, which keeps it well within one packet: the reason of an end may hold a
-#: compiler's whole output, and a message that is too long for the socket would be lost as a whole.
+#: Texts and lists are cut to these lengths, which keeps a message well within one packet: a reason may contain a whole
+#: compiler log, and a message too long for the socket would be lost.
 _MOST_CHARACTERS, _MOST_ITEMS = 2000, 8
 _MOST_CHARACTERS_OF_AN_ITEM = 200
 
-#: Messages taken at once: who floods us must not keep us from our timers.
+#: Messages taken at once: a flood must not keep us from our timers.
 MOST_AT_ONCE = 200
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return two connected sockets that keep packets apart and report the end of the other side."""
+    """Return two connected sockets that preserve packets and report when the other end closes."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 class Channel:
-    """Sends and receives without ever blocking or raising."""
+    """Sends and receives; never blocks, never raises."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.socket = connection
-        #: Whether the other side is gone and everything that it had sent has been received.
+        #: Whether the other end is closed and everything it sent has been received.
         self.closed = False
-        #: Whether the other side takes no messages any more; what it had sent before may still wait to be received.
+        #: Whether the other end no longer takes messages; what it sent earlier may still be waiting.
         self.deaf = False
-        #: The latest message of each type that could not be sent yet, because the other side does not read.
+        #: The latest message of each type that could not be sent yet because the other side is not reading.
         self.pending: dict[str, bytes] = {}
         #: Packets that were not JSON objects.
         self.malformed = 0
 
     def send(self, message_type: str, **fields: Any) -> None:
-        """Send one message, now or with ``flush``; long texts and lists are cut."""
-        self.pending.pop(message_type, None)  # a later one supersedes it, and comes after the others
+        """Send one message, now or by a later ``flush``; long texts and lists are cut."""
+        self.pending.pop(message_type, None)  # replaces an earlier one, and goes to the end of the queue
         self.pending[message_type] = json.dumps({"type": message_type, **_cut(fields)}).encode()
         self.flush()
 
     def flush(self) -> None:
-        """Send what is pending, as far as it goes."""
+        """Send as much of what is pending as the socket takes."""
         while self.pending and not self.deaf:
             message_type = next(iter(self.pending))
             try:
@@ -57,7 +57,7 @@ class Channel:
             del self.pending[message_type]
 
     def receive(self, most: int = MOST_AT_ONCE) -> list[dict[str, Any]]:
-        """Return the messages that have arrived; notes when the other side is gone.
+        """Return the messages that have arrived, and notice when the other end is closed.
 
         :param most: packets to take at most.
         """
@@ -68,8 +68,8 @@ class Channel:
             except BlockingIOError:
                 break
             except ConnectionResetError:
-                # The other side has ended without reading all we had sent. Linux says so once, before it hands out
-                # what that side had sent itself.
+                # The other side ended without reading everything we sent. Linux reports that once, before it hands
+                # out what that side had sent itself.
                 continue
             except OSError:
                 packet = b""
@@ -93,7 +93,7 @@ class Channel:
 
 
 def _cut(value: Any, characters: int = _MOST_CHARACTERS) -> Any:
-    """Return a JSON value with its texts and lists cut to a bounded length."""
+    """Return a JSON value with texts and lists of bounded length."""
     if isinstance(value, str):
         return value if len(value) <= characters else value[:characters] + "…"
     if isinstance(value, dict):

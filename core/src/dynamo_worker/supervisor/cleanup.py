@@ -1,4 +1,4 @@
-"""The one routine that takes a tree down and cleans up behind it; guardian, supervisor and sweep all use it."""
+"""The one routine that kills a process tree and cleans up after it. Guardian, supervisor and sweep all use it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from dynamo_worker.supervisor.report import Log
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
-#: Longest time the whole routine may take when nobody sets a nearer deadline.
+#: Seconds the whole routine may take unless an earlier deadline is set.
 LIMIT = 15.0
 
-#: Time that the kernel gets for a frontend that is killed because its time is up.
+#: Seconds the kernel gets to end a frontend that is killed at its deadline.
 _FRONTEND_KILL_LIMIT = 1.0
 
-#: Time that the removal of the run directory gets in any case.
+#: Seconds that removing the run directory gets in any case.
 _REMOVAL_LIMIT = 0.3
 
-#: Longest time a withdrawal may take, and the time that one without a process of its own gets in any case.
+#: Most seconds a withdrawal may take, and what one without a process of its own gets in any case.
 _WITHDRAWAL_LIMIT = 4.0
 _SHORTEST_WITHDRAWAL = 0.3
 
-#: Pause before the next attempt to kill what is left.
+#: Seconds before the next attempt to kill what is left.
 _RETRY_PAUSE = 0.5
 
 
 class Withdrawal:
-    """Takes the recorded registrations back, in a process of its own, while the caller goes on.
+    """Withdraws the recorded registrations in a process of its own, while the caller goes on.
 
     :param registrations: entries of the ledger.
     :param discovery_root: see ``discovery.withdraw``.
@@ -52,30 +52,30 @@ class Withdrawal:
             try:
                 self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
             except OSError as error:
-                log.warning("No process can be made to leave discovery", next="again after the kill", reason=error)
+                log.warning("Cannot fork a process to leave discovery", next="retrying after the kill", reason=error)
 
     @property
     def process(self) -> Process | None:
-        """The process that does it, if one was needed."""
+        """The helper process, if there is one."""
         return self._helper.process if self._helper is not None else None
 
     def make_sure(self, *, here: bool, limit: float) -> None:
-        """Begin now if there could be no process for it before: what was killed since has made room.
+        """Start now if no process could be forked before: what has been killed since made room.
 
-        :param here: do it in this process if there is still no room.
-        :param limit: seconds that it may take in this process.
+        :param here: work in this process if there is still no room.
+        :param limit: seconds that may take in this process.
         """
         if self._helper is not None or not self._registrations:
             return
         try:
             self._helper = Helper(self._withdraw, _WITHDRAWAL_LIMIT)
         except OSError as error:
-            self._log.warning("No process can be made to leave discovery", next="done without", reason=error)
+            self._log.warning("Cannot fork a process to leave discovery", next="continuing without one", reason=error)
             if here:
                 self._outcomes = run_here(self._withdraw, min(limit, _WITHDRAWAL_LIMIT))
 
     def result(self, wait: Wait, deadline: Callable[[], float]) -> list[str]:
-        """Return what was done, in words, one for each registration."""
+        """Return one description of what was done for each registration."""
         if not self._registrations:
             return []
         text = self._helper.result(wait, deadline) if self._helper is not None else self._outcomes
@@ -93,16 +93,16 @@ class Withdrawal:
 class Cleanup:
     """Withdraws, kills, waits for the GPUs, and removes shared memory and the run directory.
 
-    :param find: returns the processes that are left of the tree.
+    :param find: returns the remaining processes of the tree.
     :param reap: reaps our own children; returns True when none is left.
-    :param wait: waits for the next thing to happen.
-    :param segments: the watch over shared memory, where there is one; else the record counts.
-    :param rough: look into no process, because that may hang: the kernel locks the memory map of a process that is
-        stuck in a driver. Then everything is killed alike, and shared memory is left to the next start.
+    :param wait: waits for the next event.
+    :param segments: the watch over shared memory; without one, the record on disk counts.
+    :param rough: do not look into processes, because that may hang: the kernel locks the memory map of a process that
+        is stuck in a driver. Everything is killed alike then, and shared memory is left to the next start.
     :param worker: pid of the worker if it was killed: it may have held GPU memory itself.
-    :param patient: whether the frontend beside the worker gets time for the streams that it carries.
-    :param discovery_root: of the directory of an earlier worker, which somebody may have forged: the one directory in
-        which registrations are taken back, see ``discovery.withdraw``.
+    :param patient: whether the frontend beside the worker gets time to finish its streams.
+    :param discovery_root: the only directory in which registrations are withdrawn, for records that may be forged; see
+        ``discovery.withdraw``.
     """
 
     def __init__(
@@ -134,25 +134,25 @@ class Cleanup:
         self._killing = process_tree.Killing(self._find_rest, reap, wait, spare_trackers=not rough)
         self._found: dict[str, int] = {}
         self._report: dict[str, Any] = {"processes": 0, "segments": 0, "withdrawn": []}
-        #: When to be done (monotonic); may be moved while it runs.
+        #: When to be done (monotonic); may change while it runs.
         self.deadline = time.monotonic() + LIMIT
-        #: When the frontend has to be gone, if anybody says so (monotonic); may be moved while it runs.
+        #: When the frontend has to be gone (monotonic), if that is limited; may change while it runs.
         self.frontend_deadline: float | None = None
-        #: The processes that could not be killed; None while that is not known.
+        #: Processes that could not be killed; None while that is unknown.
         self.stuck: list[Process] | None = None
 
     def has_killed(self, pid: int) -> bool:
-        """Return whether a process was killed here: how it ended is no news then."""
+        """Return whether a process was killed here, so that its exit code means nothing."""
         return any(process.pid == pid for process in self._killing.seen)
 
     def run(self) -> dict[str, Any]:
-        """Do it all, each step whatever became of the one before, and return what was done (JSON-compatible)."""
+        """Run every step, even if an earlier one failed, and return what was done (JSON-compatible)."""
         started = time.monotonic()
         self._do(self._begin_withdrawal)
         self._do(self._ask_frontend)
         self._do(self._look_for_segments)
         self._do(self._kill)
-        while self.stuck is None and time.monotonic() < self.deadline:  # no descriptor, no memory: a moment's shortage
+        while self.stuck is None and time.monotonic() < self.deadline:  # out of descriptors or memory, for a moment
             self._wait(_RETRY_PAUSE, None)
             self._do(self._kill)
         self._do(self._make_sure_of_withdrawal)
@@ -165,7 +165,7 @@ class Cleanup:
         return self._report
 
     def _do(self, step: Callable[[], None]) -> None:
-        """Do one step; what goes wrong in it must not keep the others from being done."""
+        """Run one step; a failure must not keep the others from running."""
         try:
             step()
         except Exception as error:
@@ -178,11 +178,11 @@ class Cleanup:
             self._withdrawal = Withdrawal(recorded, self._log, self._discovery_root)
 
     def _ask_frontend(self) -> None:
-        """Have the frontend end with its last stream, and leave it out of what is killed."""
+        """Ask the frontend to end with its last stream, and exclude it from the kill."""
         self._frontend = Frontend.of(self._run_directory.descriptor) if self._patient else None
 
     def _wait_for_frontend(self) -> None:
-        """Give the frontend its time, now that everything else is free again."""
+        """Give the frontend its time, now that everything else is released."""
         if self._frontend is None or self._frontend.wait(self._wait, lambda: self.frontend_deadline, self._log):
             return
         self._frontend = None
@@ -190,7 +190,7 @@ class Cleanup:
         self._kill()
 
     def _look_for_segments(self) -> None:
-        """Find out which shared memory the tree uses, while there is a tree."""
+        """Find out which shared memory the tree uses, while there still is a tree."""
         recorded = self._segments.recorded if self._segments is not None else None
         self._found.update(ledger.read_segments(self._run_directory.descriptor) if recorded is None else recorded)
         if not self._rough:
@@ -204,7 +204,7 @@ class Cleanup:
         if self.stuck:
             self._report["unkillable"] = [process_tree.describe(process) for process in self.stuck]
             self._log.error(
-                "Processes survive SIGKILL; the machine may have to be restarted", processes=self._report["unkillable"]
+                "Processes survived SIGKILL; the machine may need a restart", processes=self._report["unkillable"]
             )
 
     def _make_sure_of_withdrawal(self) -> None:
@@ -227,22 +227,22 @@ class Cleanup:
     def _remove_directory(self) -> None:
         path = self._run_directory.path
         if self.stuck is None or self.stuck:
-            problems = [f"{path}: left for the next start, because processes are left"]
+            problems = [f"{path}: left for the next start: processes are left"]
         elif self._rough and self._found:
-            problems = [f"{path}: left for the next start, because shared memory may be left"]
+            problems = [f"{path}: left for the next start: shared memory may be left"]
         else:
             problems = self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
         if problems:
             self._log.warning("Run directory not removed", path=path, reason="; ".join(problems[:3]))
 
     def _find_rest(self) -> Mapping[Process, Stat]:
-        """Return what is left of the tree, without our own helper and a frontend that has its time."""
+        """Return what is left of the tree, except our own helper and a frontend that may finish its streams."""
         helper = self._withdrawal.process if self._withdrawal is not None else None
         frontend = self._frontend.process if self._frontend is not None else None
         return {process: stat for process, stat in self._find().items() if process not in (helper, frontend)}
 
     def _wait_for_gpus(self) -> None:
-        """Wait until the driver has taken the killed processes' memory back."""
+        """Wait until the driver has released the memory of the killed processes."""
         killed = {process.pid for process in self._killing.seen}
         if self._worker is not None:
             killed.add(self._worker)
@@ -260,7 +260,7 @@ class Cleanup:
         try:
             helper = Helper(wait_released, limit + 0.2)
         except OSError as error:
-            self._log.warning("No process can be made to watch the GPUs", next="done without", reason=error)
+            self._log.warning("Cannot fork a process to watch the GPUs", next="continuing without one", reason=error)
             result = None if self._rough else run_here(wait_released, limit)
         else:
             result = helper.result(self._wait, lambda: min(deadline + 0.1, self.deadline))

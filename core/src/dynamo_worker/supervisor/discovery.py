@@ -1,4 +1,4 @@
-"""Takes the registration of a dead worker back, so that no router sends it another request."""
+"""Withdraws the registration of a dead worker, so no router sends it another request."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import re
 import time
 from typing import Any
 
-#: Longest wait for one etcd endpoint, in seconds.
+#: Seconds to wait for one etcd endpoint.
 _ETCD_TIMEOUT = 1.5
-#: Most bytes of one answer: a value of etcd's default limit (1.5 MiB), in base64, and more.
+#: Bytes read of one answer: a value of etcd's default limit (1.5 MiB) in base64 fits.
 _MOST_BYTES = 4 << 20
 
 #: Where the runtime looks when ``ETCD_ENDPOINTS`` is not set.
 DEFAULT_ETCD = "http://localhost:2379"
 
-#: 64 bits in hexadecimal digits, drawn at random: shorter ones could be part of other names.
+#: 64 random bits in hexadecimal digits. Shorter ones could be part of other names.
 _INSTANCE = re.compile(r"[0-9a-f]{8,16}")
 
 
 def etcd_endpoints() -> list[str]:
-    """Return etcd's addresses, as the environment has them: a password of ours goes to no others."""
+    """Return etcd's addresses from the environment. Our password goes to no others."""
     return addresses("ETCD_ENDPOINTS", DEFAULT_ETCD)
 
 
 def addresses(variable: str, default: str) -> list[str]:
-    """Return the addresses that a variable of the environment lists, separated by commas."""
+    """Return the comma-separated addresses of an environment variable."""
     text = os.environ.get(variable, "").strip(", ") or default
     return [address.strip() for address in text.split(",") if address.strip()]
 
 
 def withdraw(registration: dict[str, Any], deadline: float, root: str | None = None) -> str:
-    """Withdraw one recorded registration and say in words what was done. Blocks; raises nothing.
+    """Withdraw one recorded registration and describe what was done. Blocks; never raises.
 
     :param registration: an entry of the ledger.
     :param deadline: when to give up (monotonic).
-    :param root: the one directory of the ``file`` backend in which files may be removed; any if nobody but our own
-        worker can have recorded it.
+    :param root: the only directory of the ``file`` backend in which files may be removed; None: any, for records that
+        only our own worker can have written.
     """
     backend = registration.get("backend")
     try:
@@ -48,7 +48,7 @@ def withdraw(registration: dict[str, Any], deadline: float, root: str | None = N
             return _withdraw_file(recorded, _instance(registration))
         if backend == "etcd":
             return _withdraw_etcd(int(_instance(registration), 16), deadline)
-    except Exception as error:  # whatever it is, the other registrations and the rest of the cleaning go on
+    except Exception as error:  # the other registrations and the rest of the cleaning go on
         return f"{backend}: failed: {type(error).__name__}: {error}"
     return f"{backend}: nothing to withdraw from outside"
 
@@ -56,20 +56,20 @@ def withdraw(registration: dict[str, Any], deadline: float, root: str | None = N
 def _instance(registration: dict[str, Any]) -> str:
     """Return the recorded instance id.
 
-    :raises ValueError: it is none that the runtime gives.
+    :raises ValueError: the runtime gives no such id.
     """
     instance = str(registration["instance"])
     if not _INSTANCE.fullmatch(instance):
-        raise ValueError(f"{instance[:40]!r} is no instance id")
+        raise ValueError(f"{instance[:40]!r} is not an instance id")
     return instance
 
 
 def _withdraw_file(root: str, instance: str) -> str:
     """Unlink every file below ``root`` with the instance id in its name; routers notice within milliseconds."""
-    # As a whole: names have it after an escaped slash, `%2F`.
+    # As a whole word: in names it follows an escaped slash, `%2F`.
     named = re.compile(rf"(?:^|%[0-9A-Fa-f]{{2}}|[^0-9A-Fa-f]){instance}(?![0-9a-f])")
     removed = 0
-    with contextlib.suppress(FileNotFoundError):  # no such directory: nobody has registered there
+    with contextlib.suppress(FileNotFoundError):  # nobody has registered there
         for _, _, names, directory in os.fwalk(os.path.realpath(root)):
             for name in filter(named.search, names):
                 with contextlib.suppress(FileNotFoundError):
@@ -79,7 +79,7 @@ def _withdraw_file(root: str, instance: str) -> str:
 
 
 def _withdraw_etcd(lease: int, deadline: float) -> str:
-    """Revoke the lease, which removes all of the worker's keys at once; the first endpoint that answers decides."""
+    """Revoke the lease, which removes all of the worker's keys at once. The first endpoint that answers decides."""
     failures = []
     for endpoint in etcd_endpoints():
         timeout = min(_ETCD_TIMEOUT, deadline - time.monotonic())
@@ -94,9 +94,9 @@ def _withdraw_etcd(lease: int, deadline: float) -> str:
 
 
 def etcd_headers(endpoint: str, timeout: float) -> dict[str, str]:
-    """Return the headers of requests to etcd's gateway, logged in if there is a user.
+    """Return the headers for etcd's gateway, authenticated if a user is configured.
 
-    :raises OSError: it does not answer, or refuses the user.
+    :raises OSError: the gateway did not answer, or rejected the user.
     """
     headers = {"Content-Type": "application/json"}
     user = os.environ.get("ETCD_AUTH_USERNAME")

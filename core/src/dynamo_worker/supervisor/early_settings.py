@@ -1,4 +1,4 @@
-"""The few settings that are needed before the worker has read its own, or without it ever doing so."""
+"""The few settings that the supervisor needs before, or without, the worker reading its own."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from dynamo_worker.supervisor.files import open_regular
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: So much of a configuration file is looked at.
+#: Bytes of a configuration file that are read.
 _MOST_BYTES = 256 * 1024
 
 
 class EarlySettings:
-    """Reads settings where the worker will, in the same order: command line, environment, configuration file.
+    """Reads settings from the same places as the worker, in the same order: command line, environment, file.
 
-    There is no YAML parser here. Of the file it knows lines such as ``log_format: json`` at the left margin; where a
-    file is written in another way, the worker's own message comes a little later.
+    There is no YAML parser here: only lines such as ``log_format: json`` at the left margin are understood. The worker
+    announces what matters of any other file a little later.
 
     :param argv: the command line of ``dynamo-worker``, without its name.
     """
 
     def __init__(self, argv: Sequence[str]) -> None:
-        self._argv = argv[: argv.index("--")] if "--" in argv else argv  # what follows is the engine's
+        self._argv = argv[: argv.index("--")] if "--" in argv else argv  # what follows belongs to the engine
         self._file = ""
         self._file = _beginning_of(self.get("config", ""))
 
     def get(self, name: str, default: str, *, variable: str = "") -> str:
         """Return a setting as it was written.
 
-        :param variable: of the environment, if it is not named like all others.
+        :param variable: the environment variable, if it does not follow the usual pattern.
         """
         flag = "--" + name.replace("_", "-")
         line = re.search(rf"^{name}[ \t]*:[ \t]+(['\"]?)(.+?)\1[ \t]*(?:[ \t]#.*)?$", self._file, re.MULTILINE)
@@ -46,7 +46,7 @@ class EarlySettings:
 
 
 def _beginning_of(path: str) -> str:
-    """Return the text of a regular file; nothing of what can be read only once, or not at once."""
+    """Return the text of a regular file; nothing for a FIFO, which can be read only once."""
     if not path:
         return ""
     try:

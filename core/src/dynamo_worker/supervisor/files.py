@@ -1,4 +1,4 @@
-"""Opening files in whose place somebody may have put something else."""
+"""Opens files that somebody may have replaced with something else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import stat
 
 
 def open_regular(path: str | os.PathLike[str], flags: int, *, dir_fd: int | None = None) -> int:
-    """Open a regular file and return its descriptor. Never blocks: not for a FIFO without another end either.
+    """Open a regular file and return its descriptor. Never blocks, not even on a FIFO without a writer.
 
-    :param flags: as for ``os.open``; with ``O_NOFOLLOW`` a link is refused, too.
-    :param dir_fd: descriptor of the directory from which a relative path leads.
-    :raises OSError: there is none, or it is something else.
+    :param flags: as for ``os.open``; ``O_NOFOLLOW`` also refuses a symbolic link.
+    :param dir_fd: descriptor of the directory that a relative path starts from.
+    :raises OSError: there is no such file, or it is not a regular one.
     """
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

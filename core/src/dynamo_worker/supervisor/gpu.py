@@ -1,8 +1,8 @@
-"""Waits until the driver shows no GPU memory held by processes that were killed.
+"""Waits until the driver has released the GPU memory of processes that were killed.
 
-A killed process is gone from ``/proc`` before the driver has torn its context down; who starts the next worker in
-that moment finds no free memory. NVML numbers processes as the host does. Inside a container with a pid namespace
-of its own the killed pids cannot be found in its list; there, the wait is for the used memory to stop falling.
+A killed process leaves ``/proc`` before the driver has torn down its context; a worker started in that moment finds no
+free memory. NVML reports the pids of the host. In a container with its own pid namespace the killed pids are not in
+NVML's list, so the wait there is for the used memory to stop falling.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-#: Longest wait for the driver.
+#: Seconds to wait for the driver.
 LIMIT = 5.0
 
 _INTERVAL = 0.02
 
-#: In a container: memory counts as settled when it has not fallen for this long.
+#: Seconds without a decrease after which memory in a container counts as settled.
 _SETTLED = 0.2
 
-#: The inode of the machine's first pid namespace (``PROC_PID_INIT_INO`` of the kernel).
+#: Inode of the machine's initial pid namespace (``PROC_PID_INIT_INO`` in the kernel).
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 
 
@@ -40,7 +40,7 @@ class Driver(Protocol):
 class Nvml:
     """The NVIDIA driver, through ``libnvidia-ml.so.1``.
 
-    :raises OSError: there is no such library or driver.
+    :raises OSError: the library or the driver is missing.
     """
 
     class _Process(ctypes.Structure):
@@ -57,7 +57,7 @@ class Nvml:
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libnvidia-ml.so.1")
         if self._library.nvmlInit_v2() != 0:
-            raise OSError("NVML does not start")
+            raise OSError("NVML failed to initialize")
         count = ctypes.c_uint()
         self._library.nvmlDeviceGetCount_v2(ctypes.byref(count))
         self._devices = []
@@ -87,12 +87,12 @@ class Nvml:
 
 
 def present() -> bool:
-    """Return whether there may be an NVIDIA GPU here, without loading anything."""
+    """Return whether there may be an NVIDIA GPU, without loading a library."""
     return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")
 
 
 def pids_are_the_hosts() -> bool:
-    """Return whether our pids are the machine's, so that NVML's list can be searched for them."""
+    """Return whether our pids are the host's, so NVML's list can be searched for them."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
     except OSError:
@@ -100,9 +100,9 @@ def pids_are_the_hosts() -> bool:
 
 
 def wait_released(driver: Driver, killed: Collection[int], deadline: float, *, same_pids: bool) -> str:
-    """Wait until none of the killed processes holds GPU memory, and say in words how that ended.
+    """Wait until none of the killed processes holds GPU memory, and describe how that ended.
 
-    :param same_pids: whether NVML and we number processes alike.
+    :param same_pids: whether NVML reports the same pids as we see.
     :param deadline: when to give up (monotonic).
     """
     started = time.monotonic()

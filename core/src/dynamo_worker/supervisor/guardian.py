@@ -1,4 +1,4 @@
-"""The second process: parent of the worker, cleans up behind it, and outlives a supervisor that is killed."""
+"""The second process: the worker's parent. It cleans up after the worker, and outlives a supervisor that is killed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dynamo_worker.supervisor import frontend, ledger, linux, process_tree, shar
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import Cleanup, Withdrawal
 from dynamo_worker.supervisor.loop import Loop
+from dynamo_worker.supervisor.protocol import DEATH_LIMIT
 from dynamo_worker.supervisor.report import Log
 from dynamo_worker.supervisor.spawn import SpawnError, spawn
 
@@ -20,18 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_worker.supervisor.linux import Process, Stat
-    from dynamo_worker.supervisor.output import Relay
+    from dynamo_worker.supervisor.relay import Relay
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
 _NAME = "dw-guardian"
 
-#: How long the kernel may take to end a worker that was killed. One that hangs in a driver does not end at all.
-DEATH_LIMIT = 5.0
-
-#: Pause after this machine had no resources for what we record.
+#: Seconds to pause after the machine had no resources for recording.
 _SHORTAGE_PAUSE = 1.0
 
-#: Signals that are not for the guardian, whoever sends them to the whole group or container.
+#: Signals that may be sent to the whole group or container, but are not meant for the guardian.
 _IGNORED = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -48,9 +46,9 @@ _IGNORED = (
 
 
 class Guardian:
-    """Runs in the forked process, until the tree is gone.
+    """Runs in the forked process until the tree is gone.
 
-    :param supervisor: our end of the channel to the supervisor. Its end is the death pipe.
+    :param supervisor: our end of the channel to the supervisor; its closing means that the supervisor died.
     :param control: the worker's end of its control socket.
     """
 
@@ -83,11 +81,11 @@ class Guardian:
         self._deadline: float | None = None
         self._frontend_deadline: float | None = None
         self._orphaned = False
-        self._given_up_at = float("inf")  # the supervisor knows when; without one, we do
+        self._given_up_at = float("inf")  # the supervisor decides, as long as it lives
         self._frontend_failure: str | None = None
 
     def run(self) -> None:
-        """Start the worker, wait for its end or the supervisor's, and clean up."""
+        """Start the worker, wait until it or the supervisor ends, and clean up."""
         self._watch_segments()
         self._relay.start(self._loop)
         self._loop.add(self._channel.socket.fileno(), self._on_message)
@@ -108,7 +106,7 @@ class Guardian:
         while self._worker is not None and self._exit_code is None and time.monotonic() < self._given_up_at:
             self._pump(min(self._records_due(), self._given_up_at))
         if self._segments is not None:
-            with contextlib.suppress(OSError):  # no descriptors left? What is recorded goes all the same
+            with contextlib.suppress(OSError):  # out of descriptors: what is recorded is removed all the same
                 self._segments.claim()
         if self._exit_code is not None:
             self._channel.send("exited", code=self._exit_code)
@@ -133,7 +131,7 @@ class Guardian:
         report["frontend"] = self._frontend_failure
         self._relay.finish()
         if self._cleanup.stuck is None:
-            raise RuntimeError("the worker's processes could not be killed")  # the supervisor tries it, too
+            raise RuntimeError("the worker's processes could not be killed")  # the supervisor tries again
         self._channel.send("cleaned", report=report)
         if self._channel.deaf:
             self._log.info(
@@ -150,28 +148,28 @@ class Guardian:
                 self._run_directory.descriptor, lambda: (process.pid for process in self._tree())
             )
         except OSError as error:
-            self._log.warning("Shared memory is not watched; segments may be left", reason=error)
+            self._log.warning("Cannot watch shared memory; segments may be left behind", reason=error)
         else:
             self._loop.add(self._segments.descriptor, self._read_segments)
 
     def _read_segments(self) -> None:
         assert self._segments is not None
-        with contextlib.suppress(OSError):  # what is not seen now is found at the end, if somebody uses it then
+        with contextlib.suppress(OSError):  # what is missed now is found at the end, if it is still in use
             self._segments.read()
 
     def _tree(self) -> dict[Process, Stat]:
-        """Return all processes of the worker's tree: everything below us but our own helper."""
+        """Return all processes of the worker's tree: everything below us except our own helper."""
         helper = self._withdrawal.process if self._withdrawal is not None else None
         return process_tree.descendants(os.getpid(), () if helper is None else (helper,))
 
     def _pump(self, until: float | None, descriptor: int | None = None) -> None:
-        """Handle what happens until a point in time, at most once."""
+        """Handle one batch of events, waiting until ``until`` (monotonic) at most."""
         self._loop.pump(None if until is None else max(0.0, until - time.monotonic()), descriptor)
         if self._cleanup is None and self._records_due() <= time.monotonic():
             self._update_records()
 
     def _records_due(self) -> float:
-        """Return when to bring up to date what a cleaning will need (monotonic)."""
+        """Return when to update the records that cleaning needs (monotonic)."""
         due = self._segments.due() if self._segments is not None else None
         return max(self._record.due if due is None else min(due, self._record.due), self._records_rest_until)
 
@@ -183,14 +181,14 @@ class Guardian:
                 self._segments.look_up()
             if self._record.due <= now:
                 self._record.update()
-        except OSError:  # no descriptors, no memory: for a moment, and nothing to end a worker for that serves
+        except OSError:  # out of descriptors or memory for a moment: no reason to end a serving worker
             self._records_rest_until = now + _SHORTAGE_PAUSE
 
     def _wait(self, seconds: float, descriptor: int | None) -> None:
         self._pump(time.monotonic() + seconds, descriptor)
 
     def _on_signal(self, number: int) -> None:
-        """Do nothing: no signal is for us."""
+        """Do nothing: no signal is meant for us."""
 
     def _on_child(self, pid: int, code: int) -> None:
         if self._worker is not None and pid == self._worker.pid and self._exit_code is None:
@@ -212,7 +210,7 @@ class Guardian:
             self._orphaned = True
             self._loop.remove(self._channel.socket.fileno())
             if self._cleanup is None:
-                self._log.error("The supervisor is gone; the guardian takes the worker down")
+                self._log.error("Supervisor died; guardian is killing the worker")
                 if self._worker is not None:
                     linux.send_signal(self._worker, signal.SIGKILL)
                 self._given_up_at = time.monotonic() + DEATH_LIMIT
@@ -232,10 +230,10 @@ def become_guardian(
     log.output.forget()
     log = Log("dynamo_worker.guardian", as_json=log.as_json, output=log.output)
     try:
-        os.setsid()  # neither the terminal nor a kill of the supervisor's group reaches us
+        os.setsid()  # out of reach of the terminal and of a kill of the supervisor's group
         linux.set_name(_NAME)
         linux.become_subreaper()
-        # Should the supervisor be killed while we are stopped, we have to run to notice. Losing the race does no harm.
+        # If the supervisor is killed while we are stopped, we have to run to notice. Losing the race does no harm.
         linux.on_parent_death(signal.SIGCONT, os.getppid())
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
@@ -244,7 +242,7 @@ def become_guardian(
         guardian.run()
         code = 0
     except BaseException as error:
-        log.error("The guardian failed; the supervisor takes over", error=f"{type(error).__name__}: {error}")
+        log.error("Guardian failed; supervisor takes over", error=f"{type(error).__name__}: {error}")
     finally:
         log.drain()
         os._exit(code)

@@ -1,6 +1,6 @@
-"""A forked process for work that may block: networks, drivers, dead file systems. It cannot hold its parent up.
+"""A forked process for work that may block: networks, drivers, dead file systems. Its parent goes on.
 
-Where no process can be made (the pids limit is reached), ``run_here`` does the work without one.
+If no process can be forked (the pids limit is reached), ``run_here`` does the work without one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _PIECE = 64 * 1024
 
 
 class Helper:
-    """Runs a function in a child process; its text comes back through a pipe.
+    """Runs a function in a child process and returns its text through a pipe.
 
-    :param function: must not need anything but memory: all descriptors above 2 are closed.
-    :param limit: seconds after which the kernel ends the child, whatever becomes of us.
-    :raises OSError: there can be no more processes, or no more descriptors.
+    :param function: needs nothing but memory: all descriptors above 2 are closed.
+    :param limit: seconds after which the kernel ends the child, even if we are dead.
+    :raises OSError: out of processes or descriptors.
     """
 
     def __init__(self, function: Callable[[], str], limit: float) -> None:
@@ -40,13 +40,13 @@ class Helper:
             _run(function, child, limit)
         os.close(child)
         stat = linux.read_stat(pid)
-        #: The child, to leave it out of what is killed.
+        #: The child, so that it can be excluded from a kill.
         self.process = linux.Process(pid, stat.start if stat is not None else 0)
 
     def result(self, wait: Wait, deadline: Callable[[], float]) -> str | None:
-        """Return what the function returned, or None if it had not by the deadline (it is ended then).
+        """Return what the function returned, or None if it was killed at the deadline.
 
-        :param deadline: the current deadline on the monotonic clock; it may move while this waits.
+        :param deadline: returns the current deadline (monotonic); may change during the wait.
         """
         text = b""
         os.set_blocking(self._output, False)
@@ -69,14 +69,14 @@ class Helper:
 
 
 class _TimeIsUpError(BaseException):
-    """Ends work that is done in this process; nothing that handles errors stops it."""
+    """Ends work in this process. Not an ``Exception``, so no handler of errors swallows it."""
 
 
 def run_here(function: Callable[[], str], limit: float) -> str | None:
-    """Do the work in this process; return None if it was not done within ``limit`` seconds.
+    """Do the work in this process; return None if it took longer than ``limit`` seconds.
 
-    The limit ends whatever waits in Python: connections, answers. It cannot end a call that waits inside the C library
-    or the kernel, which is what helpers are for.
+    The limit interrupts whatever waits in Python: connections, answers. It cannot interrupt a call that waits inside
+    the C library or the kernel, which is what helpers are for.
     """
     armed = True
 
@@ -85,7 +85,7 @@ def run_here(function: Callable[[], str], limit: float) -> str | None:
             raise _TimeIsUpError
 
     previous = signal.signal(signal.SIGALRM, stop)
-    # Again and again: Python may drop the first, in a finalizer for one.
+    # Repeatedly: Python may drop the first exception, for example in a finalizer.
     remaining, _ = signal.setitimer(signal.ITIMER_REAL, max(0.01, limit), 0.05)
     try:
         return function()
@@ -98,7 +98,7 @@ def run_here(function: Callable[[], str], limit: float) -> str | None:
 
 
 def _run(function: Callable[[], str], output: int, limit: float) -> None:
-    """Be the child. Never returns."""
+    """Run in the child. Never returns."""
     try:
         spawn.reset_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""How we start Python: never with the current directory on its path, where anybody may have left a ``uvloop.py``.
+"""Starts Python without the current directory on its path, where anybody may have left a ``uvloop.py``.
 
-``python -m`` and ``python -c`` put it there first. From Python 3.11 on there is ``-P``, which ``multiprocessing``
-passes on, and ``PYTHONSAFEPATH`` for what others start; Python 3.10 has neither.
+``python -m`` and ``python -c`` put it first. Python 3.11 and later have ``-P``, which ``multiprocessing`` passes on,
+and ``PYTHONSAFEPATH`` for interpreters that others start; Python 3.10 has neither.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Removes what ``python -c`` has put on the path of Python 3.10; it has imported nothing from there yet.
+#: Removes what ``python -c`` put on the path of Python 3.10, before anything is imported from there.
 _WITHOUT_CURRENT_DIRECTORY = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]\n"
 
 _RUN_MODULE = "from runpy import run_module; del sys.argv[0]; run_module(sys.argv[0], None, '__main__', True)"
 
-#: The variable that keeps the current directory off the path of every interpreter; an empty one does not.
+#: Keeps the current directory off the path of every interpreter, unless it is empty.
 SAFE_PATH = "PYTHONSAFEPATH"
 
 
 def has_safe_path() -> bool:
-    """Return whether this Python knows ``-P``."""
+    """Return whether this Python supports ``-P``."""
     return sys.version_info >= (3, 11)
 
 
 def module_command(module: str) -> list[str]:
-    """Return the command that runs a module of ours in this interpreter."""
+    """Return the command that runs one of our modules with this interpreter."""
     if has_safe_path():
         return [sys.executable, "-P", "-m", module]
     return [sys.executable, "-c", _WITHOUT_CURRENT_DIRECTORY + _RUN_MODULE, module]
 
 
 def code_arguments(code: str) -> list[str]:
-    """Return the arguments with which an interpreter runs ``code``."""
+    """Return the arguments that make an interpreter run ``code``."""
     return ["-P", "-c", code] if has_safe_path() else ["-c", _WITHOUT_CURRENT_DIRECTORY + code]
 
 
 def own_code(argument: bytes) -> bytes:
-    """Return the code that an interpreter was given, without what we have put in front of it."""
+    """Return the code that an interpreter was given, without the line we prepended."""
     return argument.removeprefix(_WITHOUT_CURRENT_DIRECTORY.encode())
 
 
 def protect_multiprocessing() -> None:
-    """Have ``multiprocessing`` start its interpreters so, too, where there is no ``-P`` that it would pass on."""
+    """Make ``multiprocessing`` start its interpreters safely where there is no ``-P`` to pass on."""
     if has_safe_path():
         return
     from multiprocessing import util
@@ -64,14 +64,14 @@ def protect_multiprocessing() -> None:
 
 
 def leave_script_directory() -> None:
-    """Take what the interpreter has put first on its path off again, before anything is imported from there.
+    """Remove what the interpreter put first on its path, before anything is imported from there.
 
-    That is the current directory for ``python -m``, the directory of the script for a script.
+    That is the current directory for ``python -m``, and the script's directory for a script.
     """
     if getattr(sys.flags, "safe_path", False) or not sys.path:
         return
     expected = {"", os.path.dirname(os.path.abspath(sys.argv[0])), os.path.dirname(os.path.realpath(sys.argv[0]))}
-    with contextlib.suppress(FileNotFoundError):  # it is gone
+    with contextlib.suppress(FileNotFoundError):  # it was deleted
         expected.add(os.getcwd())
     if sys.path[0] in expected:
         del sys.path[0]

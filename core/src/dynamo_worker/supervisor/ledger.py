@@ -1,9 +1,9 @@
-"""What has to be taken back when the worker is gone: written before it is done, read by whoever cleans up.
+"""What has to be undone when the worker is gone. Written before it is done, read by whoever cleans up.
 
-``ledger.jsonl`` (registrations and the frontend, appended by the worker), ``segments.json`` (shared memory) and
-``processes.json`` (both rewritten by the guardian) in the run directory. The worker imports this module too.
+The run directory holds ``ledger.jsonl`` (registrations and the frontend, appended by the worker), ``segments.json``
+(shared memory) and ``processes.json`` (both rewritten by the guardian). The worker imports this module too.
 
-Who cleans up works through a descriptor of the directory, and believes only what nobody else may have written.
+Cleaning works through a descriptor of the directory, and trusts only files that nobody else can have written.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dynamo_worker.supervisor.linux import Process
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-#: The run directory: its path, ``$DYNAMO_WORKER_RUN_DIR``, or a descriptor of it.
+#: The run directory: its path (``$DYNAMO_WORKER_RUN_DIR``) or a descriptor of it.
 RunDir = Union[str, "os.PathLike[str]", int]
 
 _LEDGER = "ledger.jsonl"
 _SEGMENTS = "segments.json"
 _PROCESSES = "processes.json"
 
-#: A record is much shorter: this is room for tens of thousands of processes.
+#: Bytes of a record that are read: room for tens of thousands of processes.
 _MOST_BYTES = 4 << 20
 
-#: What comes of JSON that is none, or not as we write it: ``Infinity`` is no integer, and brackets may be too deep.
-_NONSENSE = (ValueError, TypeError, OverflowError, RecursionError)
+#: Errors of malformed records: not JSON, wrong types, ``Infinity`` for an integer, too many brackets.
+_MALFORMED = (ValueError, TypeError, OverflowError, RecursionError)
 
 
 def record_registration(
@@ -42,7 +42,7 @@ def record_registration(
     """Record a registration with a discovery service, *before* it is made.
 
     :param backend: ``file``, ``etcd``, ``kubernetes`` or ``mem``.
-    :param instance_id: the Dynamo instance id, as a number or in hexadecimal digits; with ``etcd`` the lease, too.
+    :param instance_id: the Dynamo instance id, as a number or in hexadecimal digits; with ``etcd`` also the lease.
     :param root: of the ``file`` backend.
     """
     where = {} if root is None else {"root": os.path.abspath(root)}
@@ -50,7 +50,7 @@ def record_registration(
 
 
 def registrations(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Return the recorded registrations. A torn or foreign line is skipped."""
+    """Return the recorded registrations, skipping malformed lines."""
     found: dict[str, dict[str, Any]] = {}
     for entry in _entries(run_dir, "registration"):
         if "instance" in entry:
@@ -61,24 +61,24 @@ def registrations(run_dir: RunDir) -> list[dict[str, Any]]:
 def record_frontend(run_dir: RunDir, process: Process, seconds: float) -> None:
     """Record the frontend beside the worker.
 
-    :param seconds: how long it may outlive the worker for the streams that it carries.
+    :param seconds: how long it may outlive the worker to finish its streams.
     """
     _append(run_dir, {"kind": "frontend", "pid": process.pid, "start": process.start, "seconds": seconds})
 
 
 def frontend(run_dir: RunDir) -> tuple[Process, float] | None:
-    """Return the recorded frontend and how long it may outlive the worker, or None if there was none."""
+    """Return the recorded frontend and the seconds it may outlive the worker, or None if there was none."""
     entries = _entries(run_dir, "frontend")
     try:
         entry = entries[-1]
         process, seconds = Process(int(entry["pid"]), int(entry["start"])), float(entry["seconds"])
-    except (IndexError, KeyError, *_NONSENSE):
+    except (IndexError, KeyError, *_MALFORMED):
         return None
     return (process, seconds) if process.pid > 0 and 0 <= seconds < math.inf else None
 
 
 def _entries(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
-    """Return what the ledger holds of one kind. A torn or foreign line is skipped."""
+    """Return the entries of one kind, skipping malformed lines."""
     try:
         lines = _read(run_dir, _LEDGER).split(b"\n")
     except OSError:
@@ -87,7 +87,7 @@ def _entries(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except _NONSENSE:
+        except _MALFORMED:
             continue
         if isinstance(entry, dict) and entry.get("kind") == kind:
             entries.append(entry)
@@ -100,10 +100,10 @@ def write_segments(run_dir: RunDir, segments: Iterable[tuple[str, int]]) -> None
 
 
 def read_segments(run_dir: RunDir) -> list[tuple[str, int]]:
-    """Return the recorded shared-memory segments; none if there is no legible record."""
+    """Return the recorded shared-memory segments; none if the record is missing or malformed."""
     try:
         return [(str(name), int(inode)) for name, inode in json.loads(_read(run_dir, _SEGMENTS))]
-    except (OSError, *_NONSENSE):
+    except (OSError, *_MALFORMED):
         return []
 
 
@@ -113,10 +113,10 @@ def write_processes(run_dir: RunDir, processes: Iterable[tuple[int, int]]) -> No
 
 
 def read_processes(run_dir: RunDir) -> list[tuple[int, int]]:
-    """Return the recorded processes; none if there is no legible record."""
+    """Return the recorded processes; none if the record is missing or malformed."""
     try:
         return [(int(pid), int(start)) for pid, start in json.loads(_read(run_dir, _PROCESSES))]
-    except (OSError, *_NONSENSE):
+    except (OSError, *_MALFORMED):
         return []
 
 
@@ -135,9 +135,9 @@ def _opened(run_dir: RunDir) -> Iterator[int]:
 
 
 def _read(run_dir: RunDir, name: str) -> bytes:
-    """Return what a file of the run directory holds.
+    """Return the content of a file in the run directory.
 
-    :raises OSError: there is none, it is no record of ours, or somebody else may have written it.
+    :raises OSError: it is missing, too long for a record, or somebody else may have written it.
     """
     with _opened(run_dir) as directory:
         descriptor = open_regular(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
@@ -145,10 +145,10 @@ def _read(run_dir: RunDir, name: str) -> bytes:
         status = os.fstat(descriptor)
         others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if status.st_uid != os.geteuid() or others or status.st_nlink != 1:
-            raise PermissionError(f"{name} is not a file that only this user may write")
+            raise PermissionError(f"{name} is not a file that only this user can write")
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
-        raise OSError(errno.EFBIG, "Longer than any record of ours", name)
+        raise OSError(errno.EFBIG, "Longer than any record", name)
     return content
 
 
@@ -166,11 +166,11 @@ def _hex(instance_id: int | str) -> str:
 
 
 def _append(run_dir: RunDir, entry: dict[str, Any]) -> None:
-    """Append one line with one write, so that lines of several processes never mix."""
+    """Append one line with one write, so lines of several processes never mix."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with _opened(run_dir) as directory:
         descriptor = os.open(_LEDGER, flags, 0o600, dir_fd=directory)
     try:
-        os.write(descriptor, b"\n" + json.dumps(entry).encode() + b"\n")  # a torn line before this one ends here
+        os.write(descriptor, b"\n" + json.dumps(entry).encode() + b"\n")  # terminates a torn line before this one
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The Linux calls that the standard library lacks (prctl, inotify), and the two of /proc that everybody needs."""
+"""Linux calls that the standard library lacks (prctl, inotify), and what /proc says about processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ IN_MOVED_FROM = 0x40
 IN_MOVED_TO = 0x80
 IN_Q_OVERFLOW = 0x4000
 
-#: Times that inotify is read at once: who floods us with events must keep us neither from our timers nor in memory. It
-#: is more than the kernel's queue holds (16384 events), unless names are very long.
+#: Reads of inotify at once: a flood of events must not keep us from our timers, nor fill our memory. This is more than
+#: the kernel's queue holds (16384 events), unless names are very long.
 _MOST_READS = 32
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +46,7 @@ class Stat(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        """Whether it only waits to be reaped. Beside a first thread that has ended others may still run, or hang."""
+        """Whether it only waits to be reaped. Other threads may still run, or hang, after the first one has ended."""
         return self.state in "ZX" and self.threads <= 1
 
 
@@ -58,14 +58,14 @@ def _check(result: int, call: str) -> int:
 
 
 def become_subreaper() -> None:
-    """Make orphans among our descendants our own children, so that none can escape by a double fork."""
+    """Adopt orphaned descendants, so none can escape by a double fork."""
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def on_parent_death(number: int, parent: int) -> bool:
-    """Have the kernel send this process a signal when the process that forked it ends.
+    """Have the kernel send us a signal when the process that forked us ends.
 
-    :returns: False if the parent has ended already, so that the signal will never come.
+    :return: False if the parent has already ended, so the signal will never come.
     """
     _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
     return os.getppid() == parent
@@ -88,7 +88,7 @@ def watch_directory(path: str, mask: int) -> int:
 
 
 def read_events(descriptor: int) -> list[tuple[int, str]]:
-    """Return pending inotify events of one descriptor as ``(mask, file name)``; what comes meanwhile may be left."""
+    """Return pending inotify events as ``(mask, file name)``; events that arrive meanwhile may be left for later."""
     events: list[tuple[int, str]] = []
     for _ in range(_MOST_READS):
         try:
@@ -106,20 +106,20 @@ def read_events(descriptor: int) -> list[tuple[int, str]]:
 
 
 def read_stat(pid: int) -> Stat | None:
-    """Return name, state, parent, threads and start time of a process, or None when it is gone."""
+    """Return what ``/proc/PID/stat`` says about a process, or None if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             text = file.read(1024)
     except OSError:
         return None
-    opening, closing = text.find(b"("), text.rfind(b")")  # the name may hold spaces and parentheses itself
+    opening, closing = text.find(b"("), text.rfind(b")")  # the name may contain spaces and parentheses
     fields = text[closing + 2 :].split()
     name = text[opening + 1 : closing].decode("utf-8", "replace")
     return Stat(name, chr(fields[0][0]), int(fields[1]), int(fields[2]), int(fields[17]), int(fields[19]))
 
 
 def is_alive(process: Process) -> bool:
-    """Return whether exactly this process still runs (a zombie does not)."""
+    """Return whether exactly this process still runs; a zombie does not."""
     stat = read_stat(process.pid)
     return stat is not None and stat.start == process.start and not stat.ended
 
@@ -130,7 +130,7 @@ def all_pids() -> list[int]:
 
 
 def pid_space() -> str:
-    """Return where and when a pid means what it means here: this boot, this pid namespace; empty if unknown."""
+    """Identify this boot and pid namespace, within which a pid has one meaning; empty if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -139,7 +139,7 @@ def pid_space() -> str:
 
 
 def unmapped_user() -> int | None:
-    """Return the uid under which a user namespace shows the users it does not know, root among them; None outside."""
+    """Return the uid by which a user namespace shows users it does not map, possibly root; None outside of one."""
     try:
         with open("/proc/self/uid_map", "rb", buffering=0) as file:
             if file.read(4096).split() == [b"0", b"0", b"4294967295"]:
@@ -151,12 +151,12 @@ def unmapped_user() -> int | None:
 
 
 def send_signal(process: Process, number: int) -> bool:
-    """Signal exactly this process and never a later one with the same pid; return whether it was there."""
+    """Signal exactly this process, never a later one with the same pid; return whether it was there."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return False
-    except OSError:  # no pidfd here (old kernel, seccomp): check and signal, a window of microseconds
+    except OSError:  # no pidfd (old kernel, seccomp): check, then signal; the race lasts microseconds
         stat = read_stat(process.pid)
         if stat is None or stat.start != process.start:
             return False
@@ -178,7 +178,7 @@ def send_signal(process: Process, number: int) -> bool:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Return whether a process has a handler of its own for a signal (else the signal might end it)."""
+    """Return whether a process has installed a handler for a signal, which might end it otherwise."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb", buffering=0) as file:
         for line in file.read(8192).splitlines():
             if line.startswith(b"SigCgt:"):
@@ -187,7 +187,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def memory_kills() -> int | None:
-    """Return how many processes of our memory cgroup the kernel has killed for lack of memory, or None if unknown."""
+    """Return how many processes of our memory cgroup the OOM killer has killed, or None if unknown."""
     paths = []
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as file:

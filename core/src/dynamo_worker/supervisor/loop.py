@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dynamo_worker.supervisor.output import Output
 
 
-#: Longest single wait, in seconds: epoll takes no more than 24.8 days. Who waits for longer is woken in between.
+#: Seconds of the longest single wait: epoll takes no more than 24.8 days. A longer wait is interrupted.
 _LONGEST_WAIT = 3600.0
 
 
@@ -24,8 +24,8 @@ class Loop:
     """Waits for signals and input, and reaps children.
 
     :param signals: signals to catch besides SIGCHLD.
-    :param on_signal: called with each of them, outside of any signal handler.
-    :param on_child: called with pid and exit code (negative: minus the signal) of every child that ended.
+    :param on_signal: called with each of them, outside any signal handler.
+    :param on_child: called with pid and exit code (negative: minus the signal) of every child that ends.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Loop:
     ) -> None:
         self._selector = selectors.DefaultSelector()
         self._signals = frozenset(signals)
-        #: What they could not write at once is written as soon as it can be.
+        #: Flushed as soon as their readers are ready.
         self.outputs: set[Output] = set()
         self._on_signal = on_signal
         self._on_child = on_child
@@ -54,19 +54,20 @@ class Loop:
         self._selector.register(descriptor, selectors.EVENT_READ, (on_input, None))
 
     def on_output(self, descriptor: int, on_input: Callable[[], None], on_output: Callable[[], None] | None) -> None:
-        """Also call ``on_output`` whenever the descriptor of ``add`` is writable; None ends that."""
+        """Also call ``on_output`` whenever a descriptor passed to ``add`` is writable; None ends that."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if on_output else 0)
         self._selector.modify(descriptor, events, (on_input, on_output))
 
     def remove(self, descriptor: int) -> None:
-        """Forget a descriptor, before it is closed."""
+        """Forget a descriptor. Call this before closing it."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(descriptor)
 
     def pump(self, timeout: float | None, descriptor: int | None = None) -> None:
-        """Wait once, at most so many seconds, and handle what has happened.
+        """Wait once and handle what has happened.
 
-        :param descriptor: end the wait when this is readable, too; it is left to the caller.
+        :param timeout: seconds to wait at most; None: without limit.
+        :param descriptor: also ends the wait when it is readable; the caller reads it.
         """
         if timeout is not None:
             timeout = min(timeout, _LONGEST_WAIT)
@@ -77,7 +78,7 @@ class Loop:
         for output in pending:
             self._selector.register(output.descriptor, selectors.EVENT_WRITE, (_nothing, output.flush))
         try:
-            # The wait of a process that was stopped meanwhile ends without a look at what has arrived: look again.
+            # The wait of a process that was stopped ends without reporting what has arrived: look again.
             for key, events in self._selector.select(timeout) or self._selector.select(0):
                 on_input, on_output = key.data
                 if events & selectors.EVENT_READ:
@@ -91,7 +92,7 @@ class Loop:
                 self.remove(output.descriptor)
 
     def reap(self) -> bool:
-        """Reap all children that have ended, adopted ones too; return whether there is no child left at all."""
+        """Reap all children that have ended, including adopted ones; return whether no child is left."""
         while True:
             try:
                 result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
@@ -103,7 +104,7 @@ class Loop:
             self._on_child(result.si_pid, result.si_status if exited else -result.si_status)
 
     def close(self) -> None:
-        """Stop listening; the signals stay caught, so that none ends the process in its last moments."""
+        """Stop listening. Signals stay caught, so none ends the process in its last moments."""
         signal.set_wakeup_fd(-1)
         self._selector.close()
         self._wakeup.close()
@@ -122,15 +123,15 @@ class Loop:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Do nothing: the wake-up descriptor has already passed the signal on."""
+    """Do nothing: the wake-up descriptor has already delivered the signal."""
 
 
 def _nothing() -> None:
-    """Leave the input to whoever waits for it."""
+    """Leave the input to the caller of ``pump``."""
 
 
 def readable(descriptor: int, timeout: float) -> bool:
-    """Return whether a descriptor becomes readable within so many seconds."""
+    """Return whether a descriptor becomes readable within a number of seconds."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout) * 1000))

@@ -1,9 +1,9 @@
-"""A mark that every process of the worker's tree inherits and none loses: a resource limit that limits nothing.
+"""A mark that every process of the worker's tree inherits and keeps: a resource limit without effect.
 
-The environment is not such a mark: ``setproctitle`` overwrites the memory that the kernel shows of it (vLLM and SGLang
-name their processes so), and some processes are started with a fresh one. Limits pass through fork, exec, new sessions
-and pid namespaces, and everybody may read them. ``RLIMIT_RTTIME`` bounds the CPU time of a real-time process that never
-blocks; our values begin at 73 000 years.
+The environment does not serve: ``setproctitle``, which vLLM and SGLang use, overwrites the memory in which the kernel
+finds it, and some processes are started with a fresh one. Limits survive fork, exec, new sessions and pid namespaces,
+and everybody can read them. ``RLIMIT_RTTIME`` bounds the CPU time of a real-time process that never blocks; our values
+start at 73 000 years.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import contextlib
 import os
 import resource
 
-_RLIMIT_RTTIME = 15  # the resource module does not name it
+_RLIMIT_RTTIME = 15  # not in the resource module
 _LEAST = 2**61
 _LINE = b"Max realtime timeout"
 
 
 def draw() -> int:
-    """Return a mark that nobody else has."""
+    """Return a new random mark."""
     return _LEAST + int.from_bytes(os.urandom(7), "big")
 
 
 def put_on_ourselves(mark: int) -> None:
-    """Mark this process, and everything it starts from now on; do nothing where somebody uses that limit already."""
+    """Mark this process and everything it starts from now on; do nothing if the limit is already in use."""
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(_RLIMIT_RTTIME)
         if hard == resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft >= _LEAST):

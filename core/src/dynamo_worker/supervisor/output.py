@@ -1,10 +1,7 @@
-"""Output that waits for nobody: a log collector that hangs must stop neither a worker nor its supervisor."""
+"""Output that never blocks: a log collector that hangs must stop neither a worker nor its supervisor."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import functools
 import os
 import select
 import socket
@@ -16,26 +13,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_worker.supervisor.loop import Loop
-
-#: So much waits for a reader, in bytes; what comes on top is dropped and counted.
+#: Bytes that wait for a reader; what exceeds them is dropped and counted.
 MOST_WAITING = 1 << 20
 
-#: A pipe takes so much at once or not at all, so that lines of several writers do not mix.
+#: Bytes that a pipe takes at once or not at all, so lines of several writers do not mix.
 _AT_ONCE = select.PIPE_BUF
 
-#: How much is read of the worker's output at a time, and may wait there while we do something else.
-_PIECE, _PIPE_SIZE = 64 * 1024, 1 << 20
-_F_SETPIPE_SZ = 1031  # in fcntl since Python 3.10 only where the C library's headers have it
-
-#: How long we look, at the end, for what the worker's tree has printed last, and wait for the reader to take it.
+#: Seconds at the end for reading what the worker's tree printed last, and for the reader to take it.
 LAST_OUTPUT = 0.2
 
 
 class Output:
-    """A descriptor that lines are written to; what it does not take now waits in a bounded buffer.
+    """Writes lines to a descriptor; what does not fit now waits in a bounded buffer.
 
-    :param lost: makes the line that says how many were dropped.
+    :param lost: makes the line that reports a number of dropped lines.
     """
 
     def __init__(self, descriptor: int, lost: Callable[[int], bytes]) -> None:
@@ -43,7 +34,7 @@ class Output:
         self.lost = lost
         self._waiting = bytearray()
         self._ends_line = True
-        # Losing lines: until there is room again, and the current line has come to its end.
+        # Lines are dropped until there is room again and the current line is complete.
         self._losing = False
         self._torn = False
         self._dropped = 0
@@ -51,11 +42,11 @@ class Output:
 
     @property
     def pending(self) -> bool:
-        """Whether something waits for the reader."""
+        """Whether output is waiting for the reader."""
         return bool(self._waiting)
 
     def write(self, data: bytes) -> None:
-        """Write what fits, keep the rest for :meth:`flush`, and drop what is too much. Never blocks, never raises."""
+        """Write what fits, keep the rest for :meth:`flush`, and drop the excess. Never blocks, never raises."""
         if self._torn:
             end = data.find(b"\n") + 1
             if not end:
@@ -74,7 +65,7 @@ class Output:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting, as far as the reader takes it."""
+        """Write as much of what is waiting as the reader takes."""
         self._resume()
         while self._waiting:
             piece = bytes(self._waiting[:_AT_ONCE])
@@ -84,7 +75,7 @@ class Output:
                 written = write_now(self.descriptor, piece)
             except BlockingIOError:
                 return
-            except OSError:  # the reader is gone, or the disk is full
+            except OSError:  # no reader, or the disk is full
                 self._dropped += self._waiting.count(b"\n") + max(0, self._reported - 1)
                 self._losing = True
                 self._reported = 0
@@ -96,12 +87,12 @@ class Output:
                 self._resume()
 
     def forget(self) -> None:
-        """Leave what is waiting to the process that we were just forked from."""
+        """Leave what is waiting to the process that forked us."""
         self._waiting.clear()
         self._dropped = self._reported = 0
 
     def drain(self, seconds: float) -> None:
-        """Give the reader so many seconds to take what is waiting."""
+        """Give the reader a number of seconds to take what is waiting."""
         deadline = time.monotonic() + seconds
         self.flush()
         while self._waiting and writable(self.descriptor, deadline - time.monotonic()):
@@ -120,7 +111,7 @@ class Output:
         self._torn = bool(data) and not data.endswith(b"\n")
 
     def _resume(self) -> None:
-        """Take lines again once half of the room is free, and say how many are missing here."""
+        """Accept lines again once half of the buffer is free, and report how many are missing here."""
         if self._losing and not self._torn and len(self._waiting) <= MOST_WAITING // 2:
             self._losing = False
             if self._dropped:
@@ -129,12 +120,13 @@ class Output:
 
 
 def write_now(descriptor: int, data: bytes) -> int:
-    """Write what a descriptor takes without waiting, and return how many bytes that were.
+    """Write what a descriptor takes without waiting, and return the number of bytes.
 
-    ``O_NONBLOCK`` is no way: it would hold for every process that shares the terminal or pipe with us. So it is opened
-    once more, each time, because whoever forks closes what he does not know.
+    Setting ``O_NONBLOCK`` would affect every process that shares the terminal or pipe with us. So it is opened again,
+    each time: a copy kept open would not survive a fork, which closes unknown descriptors.
 
-    :raises OSError: nothing was written; BlockingIOError: nothing fits now.
+    :raises BlockingIOError: nothing fits now.
+    :raises OSError: nothing could be written.
     """
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(mode):
@@ -142,12 +134,12 @@ def write_now(descriptor: int, data: bytes) -> int:
         try:
             return connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         finally:
-            connection.detach()  # without a descriptor of its own: there may be none left
+            connection.detach()  # no duplicate: there may be no descriptor left
     if not stat.S_ISFIFO(mode) and not os.isatty(descriptor):
         return os.write(descriptor, data)  # a file takes everything at once
     try:
         own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:  # it belongs to another user, nobody reads it any more, or no descriptor is left
+    except OSError:  # another user's, without a reader, or no descriptor left
         if not writable(descriptor, 0):
             raise BlockingIOError from None
         return os.write(descriptor, data[:_AT_ONCE])
@@ -158,88 +150,21 @@ def write_now(descriptor: int, data: bytes) -> int:
 
 
 def writable(descriptor: int, seconds: float) -> bool:
-    """Return whether a descriptor becomes writable within so many seconds."""
+    """Return whether a descriptor becomes writable within a number of seconds."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(max(0.0, seconds) * 1000))
 
 
 def open_standard_streams() -> None:
-    """Give every closed standard descriptor something harmless, or the next socket we open would become stderr."""
+    """Open closed standard descriptors on /dev/null, or the next socket we open would become stderr."""
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         os.set_inheritable(descriptor, True)
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
-    # The interpreter has none for a descriptor that was closed when it started.
+    # The interpreter creates no stream for a descriptor that was closed when it started.
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
-class Relay:
-    """Carries what the worker's whole tree prints to our own stdout and stderr, where those are pipes or sockets.
-
-    So neither the worker nor the Dynamo runtime nor the engine's processes ever wait for, or die of, who reads the log.
-    Terminals and files they keep themselves.
-
-    :param stderr: where what is printed to stderr goes to.
-    """
-
-    def __init__(self, stderr: Output) -> None:
-        #: What is to be the worker's stdout and stderr instead of ours.
-        self.ends: dict[int, int] = {}
-        self._sources: dict[int, Output] = {}
-        places: dict[tuple[int, int], int] = {}
-        for descriptor in (stderr.descriptor, 1):
-            status = os.fstat(descriptor)
-            if not stat.S_ISFIFO(status.st_mode) and not stat.S_ISSOCK(status.st_mode):
-                continue
-            place = (status.st_dev, status.st_ino)
-            if place not in places:
-                reading, places[place] = os.pipe()
-                os.set_blocking(reading, False)
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(reading, _F_SETPIPE_SZ, _PIPE_SIZE)
-                self._sources[reading] = stderr if descriptor == stderr.descriptor else Output(descriptor, stderr.lost)
-            self.ends[descriptor] = places[place]
-
-    def close_ends(self) -> None:
-        """Leave the writing ends to the worker's tree alone."""
-        for descriptor in set(self.ends.values()):
-            os.close(descriptor)
-        self.ends = {}
-
-    def start(self, loop: Loop) -> None:
-        """Carry from now on."""
-        self._loop = loop
-        for source, output in self._sources.items():
-            loop.add(source, functools.partial(self._carry, source))
-            loop.outputs.add(output)
-
-    def finish(self) -> None:
-        """Carry what is left once the tree has ended, and give the readers a moment."""
-        deadline = time.monotonic() + LAST_OUTPUT
-        outputs = set(self._sources.values())
-        for source in list(self._sources):
-            # Something may still write, a process that cannot be killed for example.
-            while self._carry(source) and time.monotonic() < deadline:
-                pass
-        for output in outputs:
-            output.drain(deadline - time.monotonic())
-
-    def _carry(self, source: int) -> bool:
-        """Carry one piece and return whether there may be more."""
-        try:
-            data = os.read(source, _PIECE)
-        except BlockingIOError:
-            return False
-        output = self._sources[source]
-        if not data:
-            self._loop.remove(source)
-            os.close(source)
-            del self._sources[source]
-            return False
-        output.write(data)
-        return True

@@ -1,4 +1,4 @@
-"""Finds every process below one of ours, and ends them all: leaders first, resource trackers last."""
+"""Finds every process below one of ours, and ends them all, resource trackers last."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from dynamo_worker.supervisor import interpreter, ledger, linux, mark
 from dynamo_worker.supervisor.linux import Process, Stat
 from dynamo_worker.supervisor.protocol import RUN_DIR
 
-#: How long the resource trackers of ``multiprocessing`` may take to unlink what their dead clients left.
+#: Seconds for the resource trackers of ``multiprocessing`` to unlink what their dead clients left.
 TRACKER_LIMIT = 1.0
 
-#: Longest pause between two scans while processes are dying (normally SIGCHLD ends it sooner).
+#: Seconds between two scans while processes are dying (SIGCHLD normally ends the pause sooner).
 _SCAN_INTERVAL = 0.05
 
-#: Scans in which everything should stand still.
+#: Scans within which everything should be stopped.
 _FREEZE_SCANS = 5
 
-#: Scans after which whole process groups are killed as well: what survives that many forks faster than we look.
+#: Scans after which whole process groups are killed too: survivors fork faster than we look.
 _PATIENT_SCANS = 10
 
-#: The tree is recorded again after so many seconds: soon while it changes, later when it does not. A look at it takes
-#: at most one part in ``_SHARE`` of the time.
+#: Seconds until the tree is recorded again: the least while it changes, the most when it does not. Scans take at most
+#: one part in ``_SHARE`` of the time.
 _PAUSE, _LONGEST_PAUSE = 1.0, 16.0
 _SHARE = 500.0
 
 _TRACKER = b"from multiprocessing.resource_tracker import main"
 
-#: Waits up to so many seconds for something to happen (a signal, a message, or input on a descriptor).
+#: Waits a number of seconds at most for an event: a signal, a message, or input on a descriptor.
 Wait = Callable[[float, int | None], None]
 
 
 def descendants(root: int, excluded: Collection[Process] = ()) -> dict[Process, Stat]:
-    """Return all processes below ``root``, parents before children, without the excluded ones and theirs."""
+    """Return all processes below ``root``, parents before children, except the excluded ones and theirs."""
     return _below([root], _children(), excluded)
 
 
 def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process], supervisor: int = 0) -> dict[Process, Stat]:
-    """Return all processes of a tree whose owners are dead, without us and our ancestors.
+    """Return all processes of a tree whose owners are dead, except us and our ancestors.
 
-    A process belongs to it if it bears the tree's mark, was started with its run directory in the environment, was
-    recorded, or descends from such a one.
+    A process belongs to the tree if it has the tree's mark, was started with the run directory in its environment, was
+    recorded, or descends from such a process.
 
     :param mark_of_tree: see ``mark``; 0 if unknown.
-    :param recorded: processes that the guardian has recorded; only if their pids are of our pid namespace.
-    :param supervisor: pid of the supervisor that wants to know. None of its own tree belongs to the dead one, even if
-        it was started from there and has inherited everything.
+    :param recorded: processes that the guardian recorded, if their pids belong to our pid namespace.
+    :param supervisor: pid of the supervisor that asks. Its own tree is excluded, even if it was started from the dead
+        tree and inherited everything.
     """
     entry = f"\0{RUN_DIR}=".encode() + os.fsencode(run_dir) + b"\0"
     children = _children()
@@ -67,7 +67,7 @@ def left_of(run_dir: str, mark_of_tree: int, recorded: Collection[Process], supe
         process: stat
         for process, stat in stats.items()
         if process.pid not in ourselves
-        and not stat.ended  # dead already, and for its new parent to reap
+        and not stat.ended  # already dead, for its new parent to reap
         and (
             process in known
             or (mark_of_tree and mark.of(process.pid) == mark_of_tree)
@@ -102,7 +102,7 @@ def _below(
 
 
 def _environment(pid: int) -> bytes:
-    """Return what the kernel shows of a process' environment; every entry is between two zeros."""
+    """Return a process' environment as the kernel shows it, each entry between two zero bytes."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return b"\0" + file.read()
@@ -113,7 +113,7 @@ def _environment(pid: int) -> bytes:
 def is_resource_tracker(pid: int) -> bool:
     """Return whether a process is a resource tracker of ``multiprocessing``.
 
-    It ends by itself when its last client is gone, and unlinks what they left: it must not be killed before.
+    A tracker ends when its last client is gone, and then unlinks what the clients left. It must not be killed earlier.
     """
     try:
         with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
@@ -124,7 +124,7 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def describe(process: Process) -> str:
-    """Return one process in words for the log, with what it hangs in when the kernel says so."""
+    """Describe a process for the log, including what it hangs in if the kernel says so."""
     stat = linux.read_stat(process.pid)
     if stat is None:
         return str(process.pid)
@@ -138,7 +138,7 @@ def describe(process: Process) -> str:
 
 
 class TreeRecord:
-    """Keeps the record of our tree's processes up to date, for the next start, should both owners be killed at once.
+    """Keeps the record of our tree's processes up to date, for a next start after both owners were killed at once.
 
     :param tree: returns the processes of our tree.
     """
@@ -148,14 +148,14 @@ class TreeRecord:
         self._tree = tree
         self._recorded: set[Process] = set()
         self._pause = _PAUSE
-        #: When ``update`` should be called next (monotonic).
+        #: When ``update`` is due (monotonic).
         self.due = time.monotonic() + _PAUSE
 
     def update(self) -> None:
-        """Record the tree as it is."""
+        """Record the current tree."""
         started = time.monotonic()
         changed = False
-        with contextlib.suppress(OSError):  # disk full, or no descriptor left? The marks of the processes have to do
+        with contextlib.suppress(OSError):  # disk full or out of descriptors: the marks have to do
             processes = set(self._tree())
             changed = processes != self._recorded
             if changed:
@@ -169,10 +169,10 @@ class TreeRecord:
 class Killing:
     """Ends a set of processes that may still be forking.
 
-    :param find: returns the processes that are left.
-    :param reap: reaps our own children; returns True when there is not one left, dead or alive.
-    :param wait: waits for the next thing to happen.
-    :param spare_trackers: whether resource trackers are left to end by themselves, for a while.
+    :param find: returns the remaining processes.
+    :param reap: reaps our own children; returns True when none is left, dead or alive.
+    :param wait: waits for the next event.
+    :param spare_trackers: whether resource trackers get a moment to end by themselves.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class Killing:
         self._spare_trackers = spare_trackers
         self._reap = reap
         self._wait = wait
-        #: Every process that was sent SIGKILL, and every tracker seen, by name.
+        #: Names of all processes that were sent SIGKILL, and of all trackers seen.
         self.seen: dict[Process, str] = {}
 
     def freeze(self) -> list[int]:
-        """Stop everything but the resource trackers, so that it holds still to be looked at; return the pids."""
+        """Stop everything except resource trackers, so it can be inspected; return the pids."""
         frozen: set[Process] = set()
         for _ in range(_FREEZE_SCANS):
             new = [process for process in self._find() if process not in frozen]
@@ -206,18 +206,18 @@ class Killing:
     def run(self, deadline: Callable[[], float]) -> list[Process]:
         """Kill until none is left or the deadline has passed.
 
-        :param deadline: the current deadline on the monotonic clock; it may move while this runs.
-        :returns: what could not be killed.
+        :param deadline: returns the current deadline (monotonic); may change while this runs.
+        :return: what could not be killed.
         """
         scans = 0
         empty_scans = 0
         trackers_until: float | None = None
         while not self._reap():
-            # Who has ended waits for a parent that does not reap it: because it hangs itself, or was left out.
+            # A process that has ended but is not reaped has a parent that hangs, or that was excluded.
             found = {process: stat for process, stat in self._find().items() if not stat.ended}
             scans += 1
             if not found:
-                # A parent that died during the scan hides its children from it, once. Look twice.
+                # A parent that dies during a scan hides its children from that scan. Look twice.
                 empty_scans += 1
                 if empty_scans == 2:
                     break
@@ -247,7 +247,7 @@ class Killing:
 
 
 def _kill_group(group: int) -> None:
-    """Kill a whole process group, atomically against forks. Never our own."""
+    """Kill a whole process group, which no fork escapes. Never our own."""
     if group > 1 and group != os.getpgrp():
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)

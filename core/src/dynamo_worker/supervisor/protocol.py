@@ -1,18 +1,20 @@
-"""What supervisor and worker have to agree on. Imports nothing: the supervisor must stay small."""
+"""What supervisor, guardian and worker have to agree on. Imports nothing: the worker reads it, too."""
 
 from __future__ import annotations
 
-#: Environment variable that names the worker's end of its socket to the supervisor.
+#: Environment variable: the descriptor of the worker's control socket.
 CONTROL_FD = "DYNAMO_WORKER_CONTROL_FD"
-#: Environment variable that names the worker's private directory, which the supervisor removes; it also marks every
-#: process that descends from the worker.
+#: Environment variable: the worker's private directory, which the supervisor removes. It also identifies descendants of
+#: the worker.
 RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
-#: Where Dynamo's ``file`` discovery backend keeps its files unless ``DYN_FILE_KV`` says otherwise.
+#: Where Dynamo's ``file`` discovery backend keeps its files unless ``DYN_FILE_KV`` is set.
 DEFAULT_FILE_KV = "/tmp/dynamo_store_kv"  # noqa: S108 - Dynamo's choice
-#: Seconds at the very end of the termination grace period that belong to the supervisor: kill, reap, clean up.
+#: Seconds at the end of the termination grace period that are reserved for the supervisor: kill, reap, clean up.
 KILL_RESERVE = 2.0
+#: Seconds the kernel may take to end a worker that was killed. One that hangs in a driver does not end at all.
+DEATH_LIMIT = 5.0
 #: Seconds for everything after a second signal.
 FORCED_STOP = 2.0
-#: Seconds within which several signals count as one: a terminal sends them to a whole group, systemd sends SIGTERM and
-#: SIGHUP. Only SIGQUIT still counts then: it asks for something else.
+#: Seconds within which signals count as one: a terminal signals a whole group, systemd sends SIGTERM and SIGHUP. Only
+#: SIGQUIT still counts, because it asks for something else.
 SIGNAL_DEBOUNCE = 0.1

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: Problems that are told one by one; the others are counted.
+#: Problems that are described; further ones are counted.
 _MOST_PROBLEMS = 3
 
-#: The clock counts from so many entries on: a few are removed even if the machine does not let us run for a while.
+#: Entries that are removed whatever the clock says: the machine may not have let us run for a while.
 _FREE_ENTRIES = 100
 
 
 class _Identity(NamedTuple):
-    """Which directory this is, whatever its name."""
+    """Identifies a directory, whatever its name."""
 
     device: int
     inode: int
@@ -29,7 +29,7 @@ class _Identity(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """One directory on the way down: where it was entered, and its subdirectories that are still to be removed."""
+    """One directory on the way down, with the subdirectories that are still to be removed."""
 
     name: str
     identity: _Identity
@@ -37,13 +37,13 @@ class _Level(NamedTuple):
 
 
 def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) -> list[str]:
-    """Remove everything in a directory; return what could not be removed and why, in few words.
+    """Remove everything in a directory; describe what could not be removed and why.
 
-    Never holds more than three descriptors: the way back up is ``..``, checked against where it came from.
+    Holds three descriptors at most: it goes back up by ``..``, and checks that this leads where it came from.
 
     :param directory: its descriptor.
-    :param deadline: when to leave the rest (monotonic).
-    :param keep: names in the directory itself that stay.
+    :param deadline: when to stop (monotonic).
+    :param keep: names in the directory itself to keep.
     """
     problems: list[str] = []
     unnamed = seen = 0
@@ -58,7 +58,7 @@ def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) 
             unnamed += 1
 
     def unlink_files(descriptor: int, keep: Container[str]) -> list[str]:
-        """Remove what is no directory; return the names of the directories."""
+        """Remove everything but directories; return the names of those."""
         nonlocal seen
         directories = []
         with os.scandir(descriptor) as entries:
@@ -97,14 +97,14 @@ def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) 
                     current = child
                     levels.append(_Level(name, identity, unlink_files(current, ())))
                     continue
-                os.close(child)  # what is mounted there belongs to somebody else: only try to remove the empty place
+                os.close(child)  # a mount belongs to somebody else: only try to remove the mount point
             elif len(levels) > 1:
                 name = levels.pop().name
                 parent = os.open("..", _FLAGS, dir_fd=current)
                 os.close(current)
                 current = parent
                 if _identity(current) != levels[-1].identity:
-                    problems.append(f"{name}: moved while it was removed")
+                    problems.append(f"{name}: moved during its removal")
                     break
             else:
                 break
@@ -122,7 +122,7 @@ def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) 
 
 
 def _open(name: str, parent: int) -> int:
-    """Open a directory for removal of what is in it, even if its mode forbids that."""
+    """Open a directory to empty it, even if its mode forbids that."""
     try:
         descriptor = os.open(name, _FLAGS, dir_fd=parent)
     except PermissionError:
@@ -134,7 +134,7 @@ def _open(name: str, parent: int) -> int:
             os.close(path)
     mode = os.fstat(descriptor).st_mode
     if mode & stat.S_IRWXU != stat.S_IRWXU:
-        with contextlib.suppress(OSError):  # then the removal of what is in it fails, and says why
+        with contextlib.suppress(OSError):  # removing its content fails then, and reports why
             os.fchmod(descriptor, 0o700)
     return descriptor
 

@@ -1,12 +1,10 @@
-"""How the supervisor speaks: log lines, the Kubernetes termination message, ``sd_notify``."""
+"""The supervisor's log lines and the Kubernetes termination message."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import socket
 import time
 from typing import Any
 
@@ -14,13 +12,13 @@ from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
 from dynamo_worker.supervisor.text import continued, escaped, format_value, redacted, safe, without_secrets
 
-#: A pipe takes a write of this size at once or not at all.
+#: Bytes of a log line: a pipe takes that many at once or not at all.
 _MOST_BYTES = 4000
 
-#: Longer texts are cut, so that JSON stays JSON.
+#: Characters of a field: longer texts are cut, so JSON stays valid.
 _MOST_CHARACTERS = 700
 
-#: What the kubelet reads of a termination message.
+#: Bytes of a termination message that the kubelet reads.
 _MOST_TERMINATION_BYTES = 4096
 
 
@@ -28,8 +26,8 @@ class Log:
     """Writes log lines in the worker's format to stderr; never blocks and never raises.
 
     :param name: the logger's name, below ``dynamo_worker``.
-    :param as_json: one JSON object a line.
-    :param output: the one that another log of this process writes to; a new one if there is none.
+    :param as_json: write one JSON object per line.
+    :param output: shared with another log of this process; None: a new one.
     """
 
     def __init__(self, name: str, *, as_json: bool = False, output: Output | None = None) -> None:
@@ -39,19 +37,19 @@ class Log:
         self.output = Output(2, self._lost) if output is None else output
 
     def info(self, message: str, /, **fields: Any) -> None:
-        """Log what an operator wants to see in a normal life."""
+        """Log normal operation."""
         self._write("INFO", message, fields)
 
     def warning(self, message: str, /, **fields: Any) -> None:
-        """Log what is wrong but does not end the worker."""
+        """Log a problem that does not end the worker."""
         self._write("WARNING", message, fields)
 
     def error(self, message: str, /, **fields: Any) -> None:
-        """Log what ends the worker, or what could not be done."""
+        """Log what ends the worker or could not be done."""
         self._write("ERROR", message, fields)
 
     def drain(self) -> None:
-        """Give the reader a last moment to take what is waiting."""
+        """Give the reader a moment to take what is waiting."""
         self.output.drain(LAST_OUTPUT)
 
     def _lost(self, lines: int) -> bytes:
@@ -79,12 +77,12 @@ class Log:
 
 
 def write_termination_message(path: str, text: str) -> None:
-    """Tell Kubernetes why the container ends, if it has given us a file for that.
+    """Tell Kubernetes why the container ends, if there is a file for that.
 
     The file is a mount: it is overwritten in place, never created or replaced. A link in its place could lead to any
     file that we may write.
 
-    :raises OSError: it cannot be written, or something else is in its place.
+    :raises OSError: it cannot be written, or is not a regular file with one name.
     """
     try:
         descriptor = open_regular(path, os.O_WRONLY | os.O_NOFOLLOW)
@@ -92,40 +90,8 @@ def write_termination_message(path: str, text: str) -> None:
         return
     try:
         if os.fstat(descriptor).st_nlink != 1:
-            raise OSError(errno.EMLINK, "It has another name, too", path)
+            raise OSError(errno.EMLINK, "File has more than one name", path)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, safe(text, _MOST_TERMINATION_BYTES).encode("utf-8", "replace")[:_MOST_TERMINATION_BYTES])
     finally:
         os.close(descriptor)
-
-
-class Notifier:
-    """Tells systemd how we are (``sd_notify``); does nothing where there is no ``$NOTIFY_SOCKET``."""
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-        self._address = os.environ.get("NOTIFY_SOCKET", "")
-        #: Seconds between two signs of life that systemd asks for, or None.
-        self.watchdog_interval: float | None = None
-        if self._address[:1] not in ("/", "@"):
-            return
-        if self._address.startswith("@"):
-            self._address = "\0" + self._address[1:]
-        try:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        except OSError:
-            return
-        if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            with contextlib.suppress(KeyError, ValueError):
-                self.watchdog_interval = int(os.environ["WATCHDOG_USEC"]) / 2e6 or None
-
-    @property
-    def active(self) -> bool:
-        """Whether anybody listens."""
-        return self._socket is not None
-
-    def send(self, *assignments: str) -> None:
-        """Send assignments such as ``READY=1``; a listener that is gone or full is no error."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.sendto("\n".join(assignments).encode("utf-8", "replace"), self._address)

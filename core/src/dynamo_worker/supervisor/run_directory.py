@@ -1,4 +1,4 @@
-"""The worker's private directory: created before it, removed after it, and found again if nobody could remove it."""
+"""The worker's private directory: created before the worker, removed after it, or found again by the next start."""
 
 from __future__ import annotations
 
@@ -16,56 +16,43 @@ from dynamo_worker.supervisor import linux, mark
 from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.removal import remove_contents
+from dynamo_worker.supervisor.safe_place import PLACE, make_safe, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _PREFIX = "dw-"
-#: Names that ``RunDirectory.create`` gives. Others that begin alike belong to somebody else.
+#: Names that ``RunDirectory.create`` gives. Others with the same prefix belong to somebody else.
 _NAME = re.compile(r"dw-\d+-[0-9a-f]{6}")
 _OWNER = "owner"
 _UNFINISHED = _OWNER + "~"
 
-#: Where temporary files go if the environment does not say.
+#: Where temporary files go by default.
 _USUAL_PLACES = ("/tmp", "/var/tmp", "/usr/tmp", ".")  # noqa: S108 -- mkdir with mode 0700 makes them safe
 
-#: Longest path of such a place in bytes. A unix socket has 107; below us there are ``/dw-4194304-123abc/tmp`` and the
-#: name of the socket: vLLM's have 36, those of ``multiprocessing`` 31.
+#: Bytes of the longest usable path. A unix socket's has 107, of which ``/dw-4194304-123abc/tmp`` and the socket's name
+#: take their part: 36 for vLLM, 31 for ``multiprocessing``.
 _LONGEST_PLACE = 107 - 22 - 37
 
-#: A place with less room than this is full: the worker could not even write down that it is registered.
+#: A place with less room counts as full: the worker could not even record its registration.
 _LEAST_BYTES, _LEAST_FILES = 1 << 20, 100
 
-#: A directory without a legible owner may be one that is just being made.
+#: Seconds during which a directory without a readable owner may still be under construction.
 _SETTLED = 60.0
 
-#: The record is as long from the start: overwriting it needs no space on a disk that is full by then.
+#: The record has its full length from the start: overwriting it takes no space if the disk is full later.
 _RECORD_BYTES = 4096
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: A directory that is only to be looked at, or to be worked in.
-_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-class UnsafePlaceError(PermissionError):
-    """Somebody else can put something else in the place of a directory.
-
-    :param advice: what the owner of the directory that is to blame can do, in words, or nothing.
-    """
-
-    def __init__(self, words: str, advice: str = "") -> None:
-        super().__init__(errno.EPERM, f"{words} ({advice})" if advice else words)
-        self.words = words
-        self.advice = advice
 
 
 class _Record(NamedTuple):
-    """What ``owner`` says."""
+    """The content of ``owner``."""
 
     owners: list[Process]
-    #: Where the pids mean something, see ``linux.pid_space``.
+    #: Where the pids are valid, see ``linux.pid_space``.
     pid_space: str
-    #: Whether locks hold on this file system: a process without one is dead then.
+    #: Whether locks work on this file system: an unlocked directory then has dead owners.
     locks_hold: bool
     #: The mark of the tree's processes.
     mark: int
@@ -76,14 +63,13 @@ class _Record(NamedTuple):
 class RunDirectory:
     """A directory that belongs to one supervisor and its guardian.
 
-    A lock on ``owner``, which both hold through the same open file, says that one of them lives. It holds across pid
-    namespaces, where a pid would say nothing. A second one, on the directory, keeps systemd-tmpfiles away.
+    Both hold a lock on ``owner`` through the same open file: one of them lives as long as it is locked. The lock works
+    across pid namespaces, where pids mean nothing. A second one, on the directory, keeps systemd-tmpfiles away.
 
-    It is worked with through its descriptor, never through its path: that would lead elsewhere if somebody could put a
-    link in its place.
+    All access is by descriptor, never by path, which would lead elsewhere if somebody put a link in its place.
 
-    :param base: descriptor of the directory it lies in.
-    :param directory: descriptor of itself.
+    :param base: descriptor of the parent directory.
+    :param directory: descriptor of the directory itself.
     :param lock: descriptor of ``owner``.
     """
 
@@ -93,25 +79,25 @@ class RunDirectory:
         self._directory = directory
         self._lock = lock
         self._record = record
-        #: Places that should have been used rather than this one, or not as they are, and why.
+        #: Places that could not be used, or only after a change, and why.
         self.trouble: list[str] = []
 
     @classmethod
     def create(cls) -> RunDirectory:
         """Create ``dw-PID-RANDOM`` with ``tmp`` in it, where the ``tempfile`` module would.
 
-        :raises OSError: there is no place to write; its text says what is wrong with each.
+        :raises OSError: no place is usable; the text says why for each.
         """
         problems: dict[str, OSError] = {}
         variables = map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))
         places = list(dict.fromkeys(place for place in (*variables, *_USUAL_PLACES) if place))
-        # Too long is better than none: not every engine uses sockets.
+        # A path that is too long is better than none: not every engine uses sockets.
         for place, length_counts in [(place, True) for place in places] + [(place, False) for place in places]:
             try:
                 created = cls._create_in(place, length_counts=length_counts)
                 created.trouble[:0] = _in_words(problems)
                 return created
-            except OSError as error:  # noqa: PERF203 - each place has its own trouble
+            except OSError as error:  # noqa: PERF203 - each place has its own problem
                 problems.setdefault(place, error)
         number = next(iter(problems.values())).errno
         raise OSError(number, f"{'; '.join(_in_words(problems))} (make room, or set TMPDIR to a place that has some)")
@@ -120,13 +106,13 @@ class RunDirectory:
     def _create_in(cls, place: str, *, length_counts: bool) -> RunDirectory:
         name = f"{_PREFIX}{os.getpid()}-{os.urandom(3).hex()}"
         with contextlib.ExitStack() as undo:
-            base = _opened(os.open(place, _PLACE), undo)
+            base = _opened(os.open(place, PLACE), undo)
             place = real_path(base)
             length = len(os.fsencode(place))
             if length_counts and length > _LONGEST_PLACE:
                 words = f"too long for unix sockets in it ({length} bytes; {_LONGEST_PLACE} at most)"
                 raise OSError(errno.ENAMETOOLONG, words)
-            trouble = _make_safe(place, base)
+            trouble = make_safe(place, base)
             os.mkdir(name, 0o700, dir_fd=base)
             undo.callback(_quietly, os.rmdir, name, base)
             directory = _opened(os.open(name, _FLAGS, dir_fd=base), undo)
@@ -135,7 +121,7 @@ class RunDirectory:
             _check_room(directory)
             os.mkdir("tmp", 0o700, dir_fd=directory)
             undo.callback(_quietly, os.rmdir, "tmp", directory)
-            # Nobody looks at `owner` before it is locked and written: it has another name until then.
+            # `owner` has another name until it is locked and written, so nobody looks at it earlier.
             lock = os.open(_UNFINISHED, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
             undo.callback(_quietly, os.unlink, _UNFINISHED, directory)
             _opened(lock, undo)
@@ -153,11 +139,11 @@ class RunDirectory:
 
     @classmethod
     def take_over(cls, path: str) -> RunDirectory | None:
-        """Return a run directory whose owners are dead, locked, or None if it is not such a one."""
+        """Lock and return a run directory whose owners are dead; None for any other directory."""
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-            base = _opened(os.open(os.path.dirname(path), _PLACE), undo)
+            base = _opened(os.open(os.path.dirname(path), PLACE), undo)
             directory = _opened(os.open(os.path.basename(path), _FLAGS, dir_fd=base), undo)
-            if not _is_private(directory):  # others may have written what it says
+            if not _is_private(directory):  # others may have forged its content
                 return None
             try:
                 lock = _opened(_open_owner(directory), undo)
@@ -174,27 +160,27 @@ class RunDirectory:
 
     @property
     def descriptor(self) -> int:
-        """The directory itself, wherever its path leads."""
+        """The descriptor of the directory."""
         return self._directory
 
     @property
     def base(self) -> str:
-        """The directory for temporary files in which this one lies."""
+        """The directory for temporary files that contains this one."""
         return os.path.dirname(self.path)
 
     @property
     def made_at(self) -> float:
         """When the directory was made, in seconds since the epoch."""
-        return self._record.made_at - 1.0  # the clock of file systems is a little late
+        return self._record.made_at - 1.0  # file systems use a slightly late clock
 
     @property
     def mark(self) -> int:
-        """What marks the processes of the worker's tree, see ``mark``."""
+        """The mark of the worker's tree, see ``mark``."""
         return self._record.mark
 
     @property
     def knows_its_pids(self) -> bool:
-        """Whether the pids recorded in it are those of this boot and pid namespace."""
+        """Whether the recorded pids are of this boot and pid namespace."""
         return self._record.pid_space == linux.pid_space() != ""
 
     @property
@@ -203,18 +189,18 @@ class RunDirectory:
         return os.path.join(self.path, "tmp")
 
     def record_owners(self, processes: Iterable[Process]) -> None:
-        """Write down who this directory belongs to."""
+        """Record whom this directory belongs to."""
         self._record = self._record._replace(owners=list(processes))
         with contextlib.suppress(OSError):  # the lock says the same
             _write_record(self._lock, self._record)
 
     def remove(self, deadline: float) -> list[str]:
-        """Remove everything; return what could not be removed and why.
+        """Remove everything; describe what could not be removed and why.
 
         :param deadline: when to leave the rest to the next start (monotonic).
         """
         problems: list[str] = []
-        for _ in range(2):  # a listing may leave out what was there while it was taken
+        for _ in range(2):  # a listing may miss entries that appear meanwhile
             problems = remove_contents(self._directory, deadline, keep=(_OWNER,))
             if not problems or time.monotonic() > deadline:
                 break
@@ -229,7 +215,7 @@ class RunDirectory:
         return [f"{self.path}: {problem}" for problem in problems]
 
     def close(self) -> None:
-        """Give the locks up."""
+        """Release the locks."""
         for descriptor in (self._lock, self._directory, self._base):
             os.close(descriptor)
 
@@ -247,7 +233,7 @@ def _in_words(problems: dict[str, OSError]) -> list[str]:
 
 
 def _opened(descriptor: int, undo: contextlib.ExitStack) -> int:
-    """Return a descriptor that ``undo`` closes."""
+    """Have ``undo`` close a descriptor, and return it."""
     undo.callback(os.close, descriptor)
     return descriptor
 
@@ -258,132 +244,33 @@ def _quietly(function: Callable[..., None], name: str, directory: int) -> None:
 
 
 def _remove_empty(name: str, base: int, directory: int) -> None:
-    """Remove a run directory without an ``owner``, if it is empty: who made or removed it was killed half-way."""
+    """Remove an empty run directory without ``owner``: whoever created or removed it was killed half-way."""
     settled = time.time() - os.fstat(directory).st_mtime >= _SETTLED
     if settled and set(os.listdir(directory)) <= {"tmp"}:
         _quietly(os.rmdir, "tmp", directory)
         _quietly(os.rmdir, name, base)
 
 
-def _make_safe(place: str, base: int) -> list[str]:
-    """Make sure that nobody else can put anything in the place of a directory that is made in ``place``.
-
-    Whoever may write in a directory, or in one above it, may rename what is in it, unless the sticky bit is set; its
-    owner may in any case. Such is TMPDIR in a pod of Kubernetes, where the volume ``emptyDir`` has mode 0777.
-
-    :param base: descriptor of ``place``.
-    :return: what was changed, in words.
-    :raises OSError: somebody else can.
-    """
-    changed = []
-    status = os.fstat(base)
-    if status.st_uid == os.geteuid() and _may_be_renamed_in(status):
-        check_above(base)  # first: what is not used is not changed
-        os.chmod(f"/proc/self/fd/{base}", stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
-        changed.append(f"{place}: others may write there; the sticky bit was set")
-    check_place(base)
-    return changed
-
-
-def real_path(directory: int) -> str:
-    """Return where a directory lies, without any link: one on the way to it could lead elsewhere later."""
-    return os.readlink(f"/proc/self/fd/{directory}")
-
-
-def make_directory(path: str) -> int:
-    """Open a directory. What is missing of its path is made, for this user alone and whatever the umask.
-
-    :return: a descriptor of it (``O_PATH``), to be checked with ``check_place``.
-    :raises UnsafePlaceError: it would have to be made where others could put something else in its place.
-    :raises OSError: it cannot be made.
-    """
-    missing: list[str] = []
-    while True:
-        try:
-            directory = os.open(path or ".", _PLACE)
-            break
-        except FileNotFoundError:
-            path, name = os.path.split(path)
-            missing.append(name)
-    try:
-        if missing:
-            check_place(directory)
-        for name in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=directory)
-            below = os.open(name, _PLACE | os.O_NOFOLLOW, dir_fd=directory)
-            os.close(directory)
-            directory = below
-    except OSError:
-        os.close(directory)
-        raise
-    return directory
-
-
-def check_above(directory: int) -> None:
-    """Check that nobody else can put another directory in the place of this one, whoever may write in itself.
-
-    :param directory: its descriptor.
-    :raises UnsafePlaceError: somebody can.
-    """
-    above = os.open("..", _PLACE, dir_fd=directory)
-    try:
-        check_place(above)
-    finally:
-        os.close(above)
-
-
-def check_place(directory: int) -> None:
-    """Check that nobody else can rename what is in a directory, or put another one in its place.
-
-    :param directory: its descriptor.
-    :raises UnsafePlaceError: somebody can.
-    """
-    status = os.fstat(directory)
-    above = os.open(f"/proc/self/fd/{directory}", _PLACE)
-    try:
-        while True:
-            if status.st_uid not in (0, os.geteuid(), linux.unmapped_user()):
-                raise UnsafePlaceError(f"{real_path(above)} belongs to another user ({status.st_uid})")
-            if _may_be_renamed_in(status):
-                path = real_path(above)
-                words = f"others may write in {path}, which has no sticky bit"
-                raise UnsafePlaceError(words, f"chmod go-w {path}, or +t")
-            parent = os.open("..", _PLACE, dir_fd=above)
-            os.close(above)
-            above = parent
-            last, status = status, os.fstat(above)
-            if os.path.samestat(last, status):
-                return
-    finally:
-        os.close(above)
-
-
-def _may_be_renamed_in(status: os.stat_result) -> bool:
-    """Return whether users other than its owner may rename what is in a directory."""
-    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not status.st_mode & stat.S_ISVTX
-
-
 def _is_private(descriptor: int) -> bool:
-    """Return whether a file or directory is this user's, and nobody else may write to it."""
+    """Return whether a file or directory belongs to this user and nobody else can write to it."""
     status = os.fstat(descriptor)
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _check_room(directory: int) -> None:
-    """Check that there is some room on the file system of a directory.
+    """Check that a directory's file system has some room.
 
-    :raises OSError: it is full, or nearly so.
+    :raises OSError: it is full, or nearly full.
     """
     room = os.fstatvfs(directory)
-    free = room.f_bfree if os.geteuid() == 0 else room.f_bavail  # file systems keep some for root
+    free = room.f_bfree if os.geteuid() == 0 else room.f_bavail  # file systems reserve some for root
     files = room.f_ffree if os.geteuid() == 0 else room.f_favail
     if (room.f_blocks and free * room.f_frsize < _LEAST_BYTES) or (room.f_files and files < _LEAST_FILES):
         raise OSError(errno.ENOSPC, f"full ({free * room.f_frsize} bytes free, {files} files)")
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock a file or directory for as long as it is open; return whether that worked."""
+    """Lock a file or directory while it is open; return whether that worked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -392,7 +279,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_locked(directory: int) -> bool:
-    """Return whether the lock that we have on ``owner`` keeps others out: on some file systems it does not."""
+    """Return whether our lock on ``owner`` excludes others, which it does not on some file systems."""
     other = os.open(_UNFINISHED, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
     try:
         return not _lock(other)
@@ -401,7 +288,7 @@ def _is_locked(directory: int) -> bool:
 
 
 def _open_owner(directory: int) -> int:
-    """Open the file that says whose directory this is.
+    """Open the file that records the owners.
 
     :raises OSError: there is none.
     """
@@ -410,7 +297,7 @@ def _open_owner(directory: int) -> int:
         descriptor = open_regular(_OWNER, flags, dir_fd=directory)
     except FileNotFoundError:
         status = os.stat(_UNFINISHED, dir_fd=directory, follow_symlinks=False)
-        if time.time() - status.st_mtime < _SETTLED:  # its maker is about to lock it
+        if time.time() - status.st_mtime < _SETTLED:  # its creator is about to lock it
             raise
         descriptor = open_regular(_UNFINISHED, flags, dir_fd=directory)
     if not _is_private(descriptor):
@@ -420,7 +307,7 @@ def _open_owner(directory: int) -> int:
 
 
 def _dead_record(descriptor: int) -> _Record | None:
-    """Lock ``owner`` and return what it says if its owners are dead, or None."""
+    """Lock ``owner`` and return its record if the owners are dead, else None."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -438,7 +325,7 @@ def _dead_record(descriptor: int) -> _Record | None:
         return _Record([], "", locked, 0, status.st_mtime) if locked and old else None
     if record.pid_space == linux.pid_space() != "":
         return record if not any(map(linux.is_alive, record.owners)) else None
-    return record if locked and record.locks_hold else None  # pids of elsewhere say nothing
+    return record if locked and record.locks_hold else None  # pids of another namespace mean nothing
 
 
 def _write_record(descriptor: int, record: _Record) -> None:

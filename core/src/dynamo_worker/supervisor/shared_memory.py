@@ -1,4 +1,4 @@
-"""Keeps track of which ``/dev/shm`` segments belong to our tree, and removes those that outlive it."""
+"""Tracks which ``/dev/shm`` segments belong to our tree, and removes those that outlive it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 #: Where POSIX shared memory lives on Linux.
 DIRECTORY = "/dev/shm"  # noqa: S108 -- this is the place itself
 
-#: A new segment is looked up at once, as long as lookups have taken less than one part in ``_SHARE`` of the time and
-#: ``_CREDIT`` seconds; then they wait until that is so again, but not longer than ``_LONGEST_PAUSE``.
+#: Lookups may take one part in ``_SHARE`` of the time, plus ``_CREDIT`` seconds. Within that budget a new segment is
+#: looked up at once, else when the budget allows it, but after ``_LONGEST_PAUSE`` seconds at most.
 _SHARE = 20.0
 _CREDIT = 0.2
 _LONGEST_PAUSE = 2.0
 
-#: A segment is looked up again so much later: its creator may not have mapped it yet the first time.
+#: Seconds until a second lookup: the creator may not have mapped the segment at the first one.
 _PAUSE = 0.1
 
-#: What the last process to use a segment lets go of so shortly before the worker is seen dead, it let go of by dying.
+#: A segment closed by its last user this many seconds before the worker is seen dead was closed by that death.
 _DYING = 0.25
 
 
 def segments_of(pid: int) -> set[int]:
     """Return the inodes of the shared-memory segments that a process maps or holds open.
 
-    Inodes, because a semaphore is mapped under the temporary name it was created with; of our own ``/dev/shm``, because
-    containers whose processes we see have others, with the same small numbers.
+    Inodes, because a semaphore is mapped under its temporary name. Only those of our own ``/dev/shm``: containers whose
+    processes we see have theirs, with the same small numbers.
     """
     inodes: set[int] = set()
     prefix = os.fsencode(DIRECTORY) + b"/"
@@ -64,9 +64,9 @@ def segments_of(pid: int) -> set[int]:
 
 
 def in_use(pids: Iterable[int], since: float) -> dict[str, int]:
-    """Return the segments that the given processes use and that were made since a point in time: inode by name.
+    """Return the segments that the given processes use, as inodes by name.
 
-    :param since: seconds since the epoch; older segments were made by somebody else.
+    :param since: seconds since the epoch; older segments belong to somebody else.
     """
     inodes: set[int] = set()
     for pid in pids:
@@ -83,9 +83,9 @@ def in_use(pids: Iterable[int], since: float) -> dict[str, int]:
 
 
 def remove_unused(segments: Iterable[tuple[str, int]]) -> list[str]:
-    """Unlink the given segments that no process on this machine uses any more; return their names.
+    """Unlink those of the given segments that no process on this machine uses; return their names.
 
-    A segment of the same name but another inode is not the one that was recorded, and stays.
+    A segment with a recorded name but another inode is a different one, and stays.
     """
     left = {name: inode for name, inode in segments if _inode(name) == inode}
     if not left:
@@ -124,10 +124,10 @@ class SegmentWatch:
         self.descriptor = linux.watch_directory(DIRECTORY, mask)
 
     def read(self) -> None:
-        """Take note of what was created, let go of and removed."""
+        """Process events: what was created, closed and removed."""
         for mask, name in linux.read_events(self.descriptor):
             if mask & linux.IN_Q_OVERFLOW:
-                with contextlib.suppress(OSError):  # no descriptor left: what is used at the end is found then
+                with contextlib.suppress(OSError):  # out of descriptors: what is used at the end is found then
                     self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded)))
             elif mask & linux.IN_CLOSE_WRITE:
                 if name in self._lookups:
@@ -139,19 +139,19 @@ class SegmentWatch:
                 self.recorded.pop(name, None)
 
     def due(self) -> float | None:
-        """Return when ``look_up`` should be called next (monotonic), or None."""
+        """Return when ``look_up`` is due (monotonic), or None."""
         if not self._lookups:
             return None
         rested = self._scanned + min(max(0.0, -self._credit * _SHARE), _LONGEST_PAUSE)
         return max(rested, min(0.0 if first is None else first + _PAUSE for first in self._lookups.values()))
 
     def look_up(self) -> None:
-        """Find out which of the new segments are used by our tree, and record those."""
+        """Record which of the new segments our tree uses."""
         started = time.monotonic()
         wanted: dict[int, str] = {}
         for name in list(self._lookups):
             inode = _inode(name)
-            if inode is None:  # gone again, or not ours
+            if inode is None:  # removed, or not ours
                 self._forget(name)
             else:
                 wanted[inode] = name
@@ -159,7 +159,7 @@ class SegmentWatch:
             found: set[int] = set()
             try:
                 pids = list(self._tree())
-            except OSError:  # no descriptor left: try again later
+            except OSError:  # out of descriptors: try again later
                 self._scanned, self._credit = time.monotonic(), -_LONGEST_PAUSE / _SHARE
                 return
             for pid in pids:
@@ -182,10 +182,10 @@ class SegmentWatch:
         self._credit = min(self._credit + earned, _CREDIT) - (self._scanned - started)
 
     def claim(self) -> None:
-        """Record what the worker made and held until it died, right after its death.
+        """Record what the worker created and held until it died, right after its death.
 
-        Nobody can look up any more who used that. It is what was made since the last lookups and what its last user let
-        go of at that moment. Libraries make it so that nobody else may open it: what others may is not taken for it.
+        The dead have no maps to look at. So this takes segments that were created since the last lookups and closed by
+        their last user at that moment, if only this user can open them, as libraries create them.
         """
         self.read()
         now, now_on_disk = time.monotonic(), time.time()
@@ -200,12 +200,12 @@ class SegmentWatch:
             self._write()
 
     def _forget(self, name: str) -> None:
-        """Look a segment up no more."""
+        """Stop looking up a segment."""
         self._lookups.pop(name, None)
         self._closed.pop(name, None)
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # disk full? The copy in memory still serves this process
+        with contextlib.suppress(OSError):  # disk full: the copy in memory still serves this process
             ledger.write_segments(self._run_dir, self.recorded.items())
 
     def close(self) -> None:
@@ -214,16 +214,16 @@ class SegmentWatch:
 
 
 def _inode(name: str, since: float = 0.0, *, private: bool = False) -> int | None:
-    """Return the inode of a segment that this user may own, or None.
+    """Return the inode of a segment that this user can own, or None.
 
-    :param since: seconds since the epoch; older ones do not count.
-    :param private: only those that are this user's and that nobody else may open.
+    :param since: seconds since the epoch; older segments do not count.
+    :param private: require that it belongs to this user and nobody else can open it.
     """
-    if "/" in name:  # no segment has such a name; a forged record must not lead elsewhere
+    if "/" in name:  # not a segment's name; a forged record must not lead elsewhere
         return None
     try:
         status = os.lstat(os.path.join(DIRECTORY, name))
-    except (OSError, ValueError):  # a forged name may have a zero in it
+    except (OSError, ValueError):  # a forged name may contain a zero byte
         return None
     if os.geteuid() not in (0, status.st_uid) or status.st_mode & 0o170000 != 0o100000 or status.st_ctime < since:
         return None

@@ -1,4 +1,4 @@
-"""Starts the worker: a session of its own, tied to its parent's life, with clean signals and descriptors."""
+"""Starts the worker in its own session, tied to its parent's life, with clean signals and descriptors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 class SpawnError(Exception):
-    """The worker could not be started: no such command, no more processes or descriptors."""
+    """The worker could not be started: no such command, or out of processes or descriptors."""
 
 
 def reset_signals() -> None:
-    """Give every signal its default action and unblock all: neither is what a new program should inherit from us."""
+    """Reset every signal to its default action and unblock all, as a new program expects."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):  # a real-time signal that the C library keeps for itself
+            with contextlib.suppress(OSError, ValueError):  # reserved by the C library
                 signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def fork() -> int:
-    """Fork with all signals blocked in the child, so that our handlers never run there.
+    """Fork with all signals blocked in the child, so our handlers never run there.
 
-    The child calls ``reset_signals`` or installs handlers of its own and unblocks. Only for a process without threads.
+    The child calls ``reset_signals``, or installs its own handlers and unblocks. Only for a process without threads.
     """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = -1
@@ -43,7 +43,7 @@ def fork() -> int:
 
 
 def close_descriptors(*kept: int) -> None:
-    """Close every descriptor above 2 but the given ones; for a child just forked."""
+    """Close every descriptor above 2 except the given ones. For a child just forked."""
     for name in os.listdir("/proc/self/fd"):
         descriptor = int(name)
         if descriptor > 2 and descriptor not in kept:
@@ -58,14 +58,14 @@ def spawn(
     mark_of_tree: int,
     output: Mapping[int, int],
 ) -> linux.Process:
-    """Start ``command`` as a child in a new session that dies by SIGKILL with this process.
+    """Start a command as a child in a new session, to be killed by the kernel when this process dies.
 
-    Only for a process without threads: between fork and exec the child runs Python.
+    Only for a process without threads: the child runs Python between fork and exec.
 
-    :param keep: the one descriptor above 2 that the child inherits.
-    :param mark_of_tree: the mark of the child and all that come from it.
-    :param output: what it gets as stdout (1) and stderr (2) instead of ours.
-    :raises SpawnError: there can be no process for it, or the command cannot be executed.
+    :param keep: the only descriptor above 2 that the child inherits.
+    :param mark_of_tree: the mark of the child and its descendants.
+    :param output: descriptors that become its stdout (1) and stderr (2).
+    :raises SpawnError: out of processes or descriptors, or the command cannot be executed.
     """
     parent = os.getpid()
     try:
@@ -74,10 +74,13 @@ def spawn(
             pid = fork()
             if pid == 0:
                 _become(command, environment, keep, mark_of_tree, output, report_child, parent)
+        except OSError:
+            os.close(report)
+            raise
         finally:
             os.close(report_child)
     except OSError as error:
-        raise SpawnError(f"cannot make a process for the worker: {error.strerror}") from error
+        raise SpawnError(f"cannot fork the worker process: {error.strerror}") from error
     stat = linux.read_stat(pid)
     with os.fdopen(report, "rb") as file:
         number = file.read()  # ends at once when exec succeeds: the pipe is close-on-exec
@@ -111,6 +114,6 @@ def _become(
     except OSError as error:
         os.write(report, str(error.errno).encode())
     except BaseException:
-        os.write(report, b"5")  # EIO: cannot happen, but a second copy of the guardian must not live on
+        os.write(report, b"5")  # EIO: should never happen, but a second guardian must not live on
     finally:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Cleans up behind earlier workers whose supervisor *and* guardian were killed, or whose machine went down."""
+"""Cleans up after earlier workers whose supervisor *and* guardian were killed, or whose machine went down."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from dynamo_worker.supervisor.linux import Stat
     from dynamo_worker.supervisor.report import Log
 
-#: Longest time a sweep may take, for all directories together.
+#: Seconds a sweep may take for all directories together.
 _LIMIT = 60
 
 
 def sweep_in_background(own: RunDirectory, discovery_root: str, log: Log) -> None:
-    """Sweep the place of our own directory, in a process of its own if need be; the caller only reaps it.
+    """Sweep the directory that contains our own, in a forked process if there is work; the caller only reaps it.
 
-    :param discovery_root: the one directory in which registrations are taken back.
-    :raises OSError: there can be no process for it.
+    :param discovery_root: the only directory in which registrations are withdrawn.
+    :raises OSError: out of processes.
     """
     stale = [path for path in run_directory.candidates(own.base) if path != own.path]
     supervisor = os.getpid()
@@ -48,11 +48,12 @@ def sweep_in_background(own: RunDirectory, discovery_root: str, log: Log) -> Non
 
 
 def _sweep(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
-    """Clean up behind one earlier worker, if it is dead; whatever happens, the others get their turn."""
+    """Clean up after one earlier worker if it is dead. A failure must not keep the others from their turn."""
     try:
         _clean_up(path, supervisor, discovery_root, log)
     except Exception as error:
-        log.warning("Not cleaned up behind an earlier worker", run_dir=path, error=f"{type(error).__name__}: {error}")
+        described = f"{type(error).__name__}: {error}"
+        log.warning("Cleaning up after an earlier worker failed", run_dir=path, error=described)
 
 
 def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None:
@@ -75,7 +76,7 @@ def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None
         directory, find=find, reap=_reap, wait=wait, log=log, patient=False, discovery_root=discovery_root
     ).run()
     log.info(
-        "Cleaned up behind an earlier worker",
+        "Cleaned up after an earlier worker",
         run_dir=path,
         processes=report["processes"],
         segments=report["segments"],
@@ -85,5 +86,5 @@ def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None
 
 
 def _reap() -> bool:
-    """Never say that none is left: what is left of another tree are not our children."""
+    """Return False: the remaining processes of another tree are not our children."""
     return False

@@ -1,4 +1,4 @@
-"""What goes into a log, however it got here: no control characters, no lines of its own, no secrets."""
+"""Makes any text safe for a log: no control characters, no forged lines, no secrets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import re
 from typing import Final
 
-#: What terminals and log viewers act on rather than show: control characters, line and paragraph separators, and what
-#: reorders a line. As in JSON, so that one replacement does for both formats.
+#: Characters that terminals and log viewers act on: control characters, line and paragraph separators, bidirectional
+#: controls. Escaped as in JSON, so one replacement serves both formats.
 _ESCAPES: Final = {
     code: f"\\u{code:04x}"
     for code in (
@@ -25,12 +25,12 @@ _ESCAPES: Final = {
 _INDENT: Final = "    "
 _REDACTED: Final = "***"
 
-#: What may hold an address: nothing in it that stands between two of them.
+#: A word that may contain an address: no separator of addresses in it.
 _WORD = re.compile(r"[^\s,]+")
 _SEPARATOR = re.compile(r"[\s,]")
 
-# Texts may be anybody's and of any length, and the event loop waits: no pattern may look at the same part of a text
-# again and again. So what repeats is bounded, or ends where the next attempt begins.
+# Texts come from anybody, of any length, and the event loop waits: no pattern may go over the same part again and
+# again. So repetitions are bounded, or end where the next attempt begins.
 
 #: Before a user, with or without a password.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://(?=[^/])")
@@ -39,7 +39,7 @@ _USER = re.compile(r"(?:^|[;\"'(=\[])(?P<user>[^/:;\"'(=\[]+:)(?!//)")
 _SECRET_NAME = re.compile(
     r"(?:^|.*[_-])(?:api[_-]?key|key|keys|token|password|passwd|passphrase|secret|credentials?)", re.IGNORECASE
 )
-#: A member of a JSON object whose name says that it is a secret; its value may be cut off.
+#: A member of a JSON object whose name marks it as a secret; its value may be cut off.
 _SECRET_MEMBER = re.compile(
     r"(?P<name>[\"'](?:[^\"']*[_-])?(?:api[_-]?key|key|token|password|passwd|passphrase|secret)[\"']\s*:\s*)"
     r"(?:\"[^\"\\]*(?:\\.[^\"\\]*)*(?:\"|\\?\Z)|'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z))",
@@ -48,12 +48,12 @@ _SECRET_MEMBER = re.compile(
 
 
 def redacted(text: str, most: int | None = None) -> str:
-    """Return a text without passwords: those of addresses, and those in what looks like JSON.
+    """Return a text without the passwords in its addresses and in what looks like JSON.
 
-    :param most: so many characters of the text at most; the rest is not looked at.
+    :param most: characters of the text to return at most; the rest is not examined.
     """
     if most is not None and len(text) > most:
-        # A password that is cut off is one, too, although its "@" is missing.
+        # A password that is cut off is still one, although its "@" is missing.
         at = text.find("@", most)
         goes_on = at >= 0 and not _SEPARATOR.search(text, most, at)
         return redacted(f"{text[:most]}@" if goes_on else text[:most]).removesuffix("@")[:most] + "…"
@@ -63,7 +63,7 @@ def redacted(text: str, most: int | None = None) -> str:
 
 
 def _without_user(word: str) -> str:
-    # A password may have any character in it: up to the last "@" all may belong to it.
+    # A password may contain any character: everything up to the last "@" may belong to it.
     before, at, host = word.rpartition("@")
     if not at:
         return word
@@ -75,10 +75,10 @@ def _without_user(word: str) -> str:
 
 
 def without_secrets(name: str, value: object, most: int | None = None) -> object:
-    """Return the value of a setting or a field as it may be shown; what JSON does not know becomes text.
+    """Return the value of a setting or field as it may be shown; what JSON does not know becomes text.
 
-    :param name: what it is called: tokens, keys and passwords are not shown at all.
-    :param most: so many characters of a text at most.
+    :param name: its name: tokens, keys and passwords are hidden.
+    :param most: characters of a text to return at most.
     """
     if isinstance(value, dict):
         return {key: without_secrets(str(key), inner, most) for key, inner in value.items()}
@@ -91,30 +91,30 @@ def without_secrets(name: str, value: object, most: int | None = None) -> object
 
 
 def escaped(text: str) -> str:
-    """Return a text without what terminals act on; its lines stay."""
+    """Return a text without what terminals act on; line breaks stay."""
     return text.translate(_ESCAPES)
 
 
 def safe(text: str, most: int | None = None) -> str:
-    """Return a text, or ``most`` characters of it, for a log or a terminal; its lines stay."""
+    """Return a text, or ``most`` characters of it, for a log or a terminal; line breaks stay."""
     return escaped(redacted(text, most))
 
 
 def continued(text: str, most: int | None = None) -> str:
-    """Return a text whose second and further lines are indented: none of them passes for an event of its own."""
+    """Return a text with all lines but the first indented, so none passes for a log line."""
     return escaped(redacted(text, most).replace("\r\n", "\n")).replace("\n", "\n" + _INDENT)
 
 
 def indented(text: str, most: int | None = None) -> str:
-    """Return a text with all of its lines indented."""
+    """Return a text with all lines indented."""
     return _INDENT + continued(text, most)
 
 
 def format_value(value: object, name: str = "", most: int | None = None) -> str:
     """Return a field's value as text, quoted where it would not read as one word.
 
-    :param name: the field's: tokens, keys and passwords are not shown at all.
-    :param most: so many characters of the value at most.
+    :param name: the field's name: tokens, keys and passwords are hidden.
+    :param most: characters of the value to return at most.
     """
     value = without_secrets(name, value, most)
     if value is None:

@@ -66,11 +66,11 @@ _STREAMS, _OWN_STREAMS = 4, 2
 #: What the log of a worker never says, whatever signals are sent.
 _TROUBLE = (
     "Shutdown stage failed",
-    "The guardian failed",
+    "Guardian failed",
     "this is a bug",
     "Monitor failed",
-    "Not cleaned up behind",
-    "nonsense",
+    "Cleaning up after an earlier worker failed",
+    "malformed control message",
     "Run directory not removed",
 )
 
@@ -369,7 +369,7 @@ class Round:
         if "Traceback" in log and not any(hit.number is signal.SIGINT for hit, _, _ in self._hits):
             self.problems.append("a traceback in the log")
         if "guardian" not in {hit.victim for hit, _, _ in self._hits}:
-            self.problems += re.findall(r"The guardian (?:is gone|does not answer).*", log)
+            self.problems += re.findall(r"Guardian (?:died|is not responding).*", log)
 
     def _check_leftovers(self) -> None:
         """Wait until nothing is left; what two dead owners leave is the next start's to remove."""

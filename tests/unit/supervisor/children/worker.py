@@ -3,7 +3,7 @@
 settings=JSON state=NAME[@SECONDS] beat=SECONDS:COUNT register-file=ROOT:HEX register-etcd=HEX
 child=SCRIPT (with the interpreter, waits until it is up) frontend=PATH:ALLOWED temp deep=LEVELS close-control garbage
 fill touch=PATH print=TEXT exit-message=CODE:REASON await=PATH obey=CODE (exit when told to stop)
-obey-slowly=CODE:SECONDS sleep=SECONDS segment hang exit=CODE die=SIGNAL
+obey-slowly=CODE:SECONDS hear=COUNT (requests to stop) sleep=SECONDS segment hang exit=CODE die=SIGNAL
 """
 
 from __future__ import annotations
@@ -138,6 +138,9 @@ def do(step: str) -> None:
         send(type="state", state="DRAINING", deadline=time.monotonic() + 60, in_flight=1)
         time.sleep(float(seconds))
         sys.exit(int(code))
+    elif name == "hear":
+        for _ in range(int(value)):
+            wait_for_stop()
     elif name == "sleep":
         time.sleep(float(value))
     elif name == "on-term":

@@ -1,0 +1,92 @@
+"""The supervisor's end of the worker's control socket: fills in the worker's status, passes requests to stop on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_worker.supervisor import channel
+from dynamo_worker.supervisor.channel import Channel
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from dynamo_worker.supervisor.loop import Loop
+    from dynamo_worker.supervisor.report import Log
+    from dynamo_worker.supervisor.worker_status import WorkerStatus
+
+#: More messages than a socket holds: the last one of a dead worker is among them.
+_MOST_AT_THE_END = 1000
+
+
+class WorkerChannel:
+    """Reads the worker's messages as they come.
+
+    :param status: is updated from every message.
+    :param on_state: called after the worker has announced a state.
+    :param log: gets the format that the worker announces.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        loop: Loop,
+        status: WorkerStatus,
+        on_state: Callable[[], None],
+        log: Log,
+    ) -> None:
+        self._channel = Channel(connection)
+        self._loop = loop
+        self._status = status
+        self._on_state = on_state
+        self._log = log
+        #: When the worker closed its end (monotonic).
+        self.closed_at: float | None = None
+        loop.add(connection.fileno(), self.receive)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the worker can send nothing any more."""
+        return self._channel.closed
+
+    def receive(self, most: int = channel.MOST_AT_ONCE) -> None:
+        """Take the messages that have arrived."""
+        malformed = self._channel.malformed
+        for message in self._channel.receive(most):
+            if self._status.take(message, time.monotonic()):
+                self._on_state()
+        if self._status.log_format is not None:
+            self._log.as_json = self._status.log_format == "json"
+        if self._channel.malformed and not malformed:
+            self._log.warning("Ignoring malformed control message")
+        if self._channel.closed:
+            self._loop.remove(self._channel.socket.fileno())
+            self.closed_at = time.monotonic()
+
+    def receive_rest(self) -> None:
+        """Take what a dead worker sent last."""
+        if not self.closed:
+            self.receive(_MOST_AT_THE_END)
+
+    def stop(self, level: int, signal_name: str, at: float) -> bool:
+        """Ask the worker to stop; return False if it does not listen and has not announced its end.
+
+        :param level: 1: gracefully, 2: within ``FORCED_STOP`` seconds.
+        :param at: when the signal came (monotonic).
+        """
+        self._channel.send("stop", level=level, signal=signal_name, at=at)
+        self._watch_output()
+        if self._channel.deaf and not self.closed:
+            self.receive()  # its farewell may be among what it sent last
+        return not self._channel.deaf or self._status.said_farewell
+
+    def _watch_output(self) -> None:
+        """Send what the worker does not take now as soon as it does."""
+        if not self.closed:  # a closed descriptor is not watched any more
+            flush = self._flush if self._channel.pending and not self._channel.deaf else None
+            self._loop.on_output(self._channel.socket.fileno(), self.receive, flush)
+
+    def _flush(self) -> None:
+        self._channel.flush()
+        self._watch_output()
