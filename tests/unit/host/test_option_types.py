@@ -14,7 +14,7 @@ def test_numbers(value, number):
 
 @pytest.mark.parametrize("value", ["-1", "0", "11", "nan", "inf", "ten", "", "1" * 5000, 10**400])
 def test_other_numbers_are_refused(value):
-    with pytest.raises(ValueError, match="^expected a number of seconds between 1 and 10$"):
+    with pytest.raises(ValueError, match=r"^expected a number of seconds between 1 and 10$"):
         Number(1, 10, "seconds").parse(value)
 
 
@@ -44,9 +44,9 @@ def test_choices():
     option = Option("mode", "Engine", "A mode.", choices=("fast", "slow"))
     assert option.parse("FAST") == "fast"
     assert option.parse(None) is None
-    with pytest.raises(ValueError, match="^expected one of fast, slow, did you mean slow\\?$"):
+    with pytest.raises(ValueError, match=r"^expected one of fast, slow, did you mean slow\?$"):
         option.parse("slwo")
-    with pytest.raises(ValueError, match="^expected one of fast, slow$"):
+    with pytest.raises(ValueError, match=r"^expected one of fast, slow$"):
         option.parse(3)
 
 

@@ -48,7 +48,7 @@ from dynamo_worker.host.control_routes import ControlAccess, read_token
 from dynamo_worker.host.drain_progress import DrainProgress
 from dynamo_worker.host.egress import Egress
 from dynamo_worker.host.engine_checks import AnswerCheck, EngineChecks
-from dynamo_worker.host.frontend import FRONTEND_ABORT_SECONDS, FrontendProcess
+from dynamo_worker.host.frontend_process import FRONTEND_ABORT_SECONDS, FrontendProcess
 from dynamo_worker.host.listening import listening_ports
 from dynamo_worker.host.metrics import WorkerMetrics
 from dynamo_worker.host.monitors import (

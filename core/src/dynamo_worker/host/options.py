@@ -203,8 +203,7 @@ OPTIONS: Final = (
     Option(
         "stall_timeout",
         HEALTH,
-        "End the worker if the engine hangs for this long: no progress and no answer to a canary request "
-        "(0: never).",
+        "End the worker if the engine hangs for this long: no progress and no answer to a canary request (0: never).",
         "DYN_WORKER_STALL_TIMEOUT",
         default=30.0,
         metavar="SECONDS",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.config_file import ConfigFile
 from dynamo_worker.host.option_types import plain
 from dynamo_worker.host.options import (
     BY_NAME,
@@ -26,7 +24,7 @@ from dynamo_worker.host.options import (
     RouterMode,
 )
 from dynamo_worker.host.origins import DEFAULT, Origin
-from dynamo_worker.host.setting_types import (
+from dynamo_worker.host.setting_types import (  # noqa: TC001 - pydantic evaluates the annotations
     EndpointTypes,
     FrontendAddress,
     InstalledPlugins,
@@ -36,6 +34,11 @@ from dynamo_worker.host.setting_types import (
     WriteRoots,
 )
 from dynamo_worker.host.shutdown_plan import ShutdownPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from dynamo_worker.host.config_file import ConfigFile
 
 #: Names the configuration file.
 CONFIG_VARIABLE: Final = BY_NAME["config"].env
@@ -190,8 +193,8 @@ class WorkerSettings(BaseSettings):
         if self.discovery_backend == "mem":
             other = f" conflicts with {named('frontend')}" if self.frontend else " isolates the worker"
             found.append(
-                f"{named('discovery_backend')}{other}: `mem` discovery does not reach beyond one process, so no frontend "
-                "can find the worker"
+                f"{named('discovery_backend')}{other}: `mem` discovery does not reach beyond one process, so no "
+                "frontend can find the worker"
             )
         # DYN_FILE_KV may be set for a whole cluster; a flag or a key in the file is meant for this worker.
         if self.discovery_backend != "file" and self.origin("discovery_path").kind in ("flag", "file"):
@@ -202,7 +205,9 @@ class WorkerSettings(BaseSettings):
         if self.frontend is not None and self.frontend.port == self.system_port != 0:
             found.append(f"{named('frontend')} conflicts with {named('system_port')}: they use the same port")
         if self.system_port < 0 and self.origin("control_token_file").kind in ("flag", "file"):
-            found.append(f"{named('control_token_file')} has no effect without --system-port, which serves the control routes")
+            found.append(
+                f"{named('control_token_file')} has no effect without --system-port, which serves the control routes"
+            )
         if self.frontend is None:
             found += [
                 f"{named(name)} has no effect without --frontend"
