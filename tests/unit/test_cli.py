@@ -399,8 +399,8 @@ def test_a_closed_pipe_is_no_crash(command):
 
 
 def parsed(site, rest, **engine_args):
-    from dynamo_worker.host.plugins import Plugins
     from dynamo_worker.host.config_file import ConfigFile
+    from dynamo_worker.host.plugins import Plugins
 
     site.install_engine()
     parser = arguments.engine_parser(Plugins.load("toy"))
@@ -445,7 +445,7 @@ def test_other_spellings_of_flags(site, rest, expected):
     [
         (
             ["--options", "{}", "--options.a", "1"],
-            r"--options is given both as a whole and by its keys \(--options.a\)",
+            r"is given both as a whole and by its keys \(--options.a\)",
         ),
         (["--options.a", "1", "--options.a.b", "2"], "a already has a value"),
         (["--optoins.a", "1"], "unknown flag --optoins.a"),

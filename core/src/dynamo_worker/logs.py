@@ -16,9 +16,9 @@ from dynamo_worker.supervisor.output import Output, writable
 from dynamo_worker.supervisor.text import continued, format_value, indented, redacted, without_secrets
 
 #: Default of ``DYN_LOG`` for the Dynamo runtime: warnings, except uninformative ones (for each client that disconnects,
-#: for text-only models, for endpoints that have already left discovery). The target ``request_span`` cannot be silenced:
-#: the runtime itself appends ``request_span=trace``. A directive with a field would take precedence, but directives with
-#: brackets take a lock on each span.
+#: for text-only models, for endpoints that have already left discovery). The target ``request_span`` cannot be
+#: silenced: the runtime itself appends ``request_span=trace``. A directive with a field would take precedence, but
+#: directives with brackets take a lock on each span.
 WORKER_RUNTIME_LOG: Final = (
     "warn,mm_routing=error,tower_http=off,dynamo_runtime::component::endpoint=error,"
     "dynamo_runtime::component::client=off,dynamo_runtime::pipeline::network::ingress::push_handler=off,"

@@ -75,8 +75,8 @@ def _meaning(stage: Stage, settings: WorkerSettings) -> str:
         "unregister": "every endpoint leaves discovery, at most",
         "grace": "keep serving routers that have not noticed yet",
         "drain": _DRAINS[settings.drain] + ", at most",
-        "cleanup": f"the plugins' cleanup hooks; one may take up to {settings.engine_shutdown_timeout:g} s if the drain "
-        "ends early",
+        "cleanup": f"the plugins' cleanup hooks; one may take up to {settings.engine_shutdown_timeout:g} s if the "
+        "drain ends early",
         "kill_reserve": "the supervisor kills remaining processes and cleans up",
     }[stage.name]
 
