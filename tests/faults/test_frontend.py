@@ -126,7 +126,7 @@ def test_a_name_that_does_not_resolve_is_one_mistake_of_the_usage(
 ) -> None:
     done = cluster.run(*arguments)
     assert done.returncode == 2
-    assert f"{said}: the host 'no.such.host.invalid' cannot be resolved" in done.stderr
+    assert f"{said}: cannot resolve host 'no.such.host.invalid'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -19,9 +19,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_nothing_is_allowed_unless_the_operator_says_so(root: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="--control-load-root DIR allows it"):
+    with pytest.raises(InvalidRequestError, match="--control-load-root DIR allows a directory"):
         AllowedPaths(write=[str(root)]).to_load(str(root))
-    with pytest.raises(InvalidRequestError, match="--control-write-root DIR allows it"):
+    with pytest.raises(InvalidRequestError, match="--control-write-root DIR allows a directory"):
         AllowedPaths(load=[str(root)]).to_write(str(root))
 
 
@@ -60,7 +60,7 @@ def test_outside_of_it(root: Path, wanted: str) -> None:
 def test_what_is_no_path_at_all(root: Path, wanted: str) -> None:
     paths = AllowedPaths([str(root), "s3://bucket"], [str(root)])
     for check in (paths.to_load, paths.to_write):
-        with pytest.raises(InvalidRequestError, match="is no path or URI"):
+        with pytest.raises(InvalidRequestError, match="is not a valid path or URI"):
             check(wanted.format(root))
 
 
@@ -106,6 +106,6 @@ def test_uris(wanted: str, allowed: bool) -> None:
 
 @pytest.mark.parametrize("wanted", ["../x", "a/b", "/x", "..", ".", "a\0b", 3, ["x"]])
 def test_a_name_is_no_path(wanted: object) -> None:
-    with pytest.raises(InvalidRequestError, match="must be a name"):
+    with pytest.raises(InvalidRequestError, match="expected a name"):
         AllowedPaths().name(wanted)
     assert AllowedPaths().name("run-1") == "run-1"

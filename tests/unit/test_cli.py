@@ -121,9 +121,9 @@ def test_what_stands_behind_two_dashes_is_the_engines():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--engine"], "--engine needs a value: NAME"),
-        (["--drain", "--engine", "toy"], "--drain needs a value: {complete,handoff,abort}"),
-        (["--drain", "--"], "--drain needs a value"),
+        (["--engine"], "--engine requires a value: NAME"),
+        (["--drain", "--engine", "toy"], "--drain requires a value: {complete,handoff,abort}"),
+        (["--drain", "--"], "--drain requires a value"),
         (["--no-warmup=1"], "--no-warmup takes no value"),
         (["--help=1"], "--help takes no value"),
     ],
@@ -223,7 +223,7 @@ def test_check_of_a_broken_engine(command, site):
 
 def test_check_refuses_what_is_not_there(command):
     refused(command("check", "nothing"), 2, "there is no engine, plugin or module 'nothing'")
-    refused(command("check"), 2, "check wants one name")
+    refused(command("check"), 2, "check: expected one name, got 0")
     refused(command("check", "echo", "--jsn"), 2, "did you mean --json?")
 
 
@@ -322,7 +322,7 @@ def test_unexpected_argument(command, site):
 
 
 def test_unknown_command(command):
-    refused(command("engine"), 2, "there is no command 'engine', did you mean engines?")
+    refused(command("engine"), 2, "unknown command 'engine', did you mean engines?")
     refused(command("echo"), 2, "dynamo-worker --engine echo")
 
 
@@ -333,7 +333,7 @@ def test_wrong_values_are_one_line_each(command):
 
 
 def test_contradiction(command):
-    refused(command("--engine", "echo", "--grace-period", "31", RUN), 2, "contradict each other")
+    refused(command("--engine", "echo", "--grace-period", "31", RUN), 2, "conflicts with")
 
 
 @pytest.mark.parametrize(
@@ -399,8 +399,8 @@ def test_a_closed_pipe_is_no_crash(command):
 
 
 def parsed(site, rest, **engine_args):
+    from dynamo_worker.host.config_file import ConfigFile
     from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.settings import ConfigFile
 
     site.install_engine()
     parser = arguments.engine_parser(Plugins.load("toy"))
@@ -443,8 +443,11 @@ def test_other_spellings_of_flags(site, rest, expected):
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        (["--options", "{}", "--options.a", "1"], r"--options is given as a whole and by its keys \(--options.a\)"),
-        (["--options.a", "1", "--options.a.b", "2"], "a has a value already"),
+        (
+            ["--options", "{}", "--options.a", "1"],
+            r"is given both as a whole and by its keys \(--options.a\)",
+        ),
+        (["--options.a", "1", "--options.a.b", "2"], "a already has a value"),
         (["--optoins.a", "1"], "unknown flag --optoins.a"),
         (["--pipe_line", "1"], "unknown flag --pipe_line"),
     ],
@@ -498,7 +501,7 @@ def test_a_limit_of_open_files_that_cannot_be_raised_stays(monkeypatch, error):
 
 
 def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys):
-    from dynamo_worker.cli import main
+    from dynamo_worker.cli.main import main
     from dynamo_worker.host.plugins import Plugins
 
     begun = []
@@ -513,7 +516,7 @@ def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys)
 
 
 def test_frontend_is_its_own_command(monkeypatch):
-    from dynamo_worker.cli import main
+    from dynamo_worker.cli.main import main
     from dynamo_worker.host import frontend
 
     monkeypatch.setattr(frontend, "main", lambda argv: len(argv))
@@ -521,7 +524,7 @@ def test_frontend_is_its_own_command(monkeypatch):
 
 
 def test_launcher_gets_settings_plugins_and_arguments(site, monkeypatch):
-    from dynamo_worker.cli import main
+    from dynamo_worker.cli.main import main
     from dynamo_worker.host import launcher
 
     site.install_engine()
@@ -576,7 +579,7 @@ def test_a_signal_at_its_end_does_not_change_a_workers_code(command):
 )
 def test_a_shortage_is_no_bug(command, error):
     script = (
-        "import errno, sys; from dynamo_worker import cli\n"
+        "import errno, sys; from dynamo_worker.cli import main as cli\n"
         f"def fail(argv):\n    raise {error}\n"
         "cli._dispatch = fail; sys.exit(cli.main([]))"
     )
@@ -585,7 +588,7 @@ def test_a_shortage_is_no_bug(command, error):
 
 def test_a_bug_is_one(command):
     script = (
-        "import errno, sys; from dynamo_worker import cli\n"
+        "import errno, sys; from dynamo_worker.cli import main as cli\n"
         "def fail(argv):\n    raise FileNotFoundError(errno.ENOENT, 'x')\n"
         "cli._dispatch = fail; sys.exit(cli.main([]))"
     )
@@ -622,7 +625,7 @@ def test_nobody_reads_or_the_disk_is_full(command, unread, argv, buffered):
         result = command.python(*argv, environment=environment, stdout=full)
     assert result.returncode == (0 if ignored else 1)
     if not ignored:
-        assert result.stderr == "dynamo-worker: error: the output cannot be written: No space left on device\n"
+        assert result.stderr == "dynamo-worker: error: cannot write output: No space left on device\n"
 
 
 @pytest.mark.parametrize("argv", [["plan"], ["engines"], ["--version"]])

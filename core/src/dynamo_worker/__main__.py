@@ -1,18 +1,18 @@
-"""Entry of `dynamo-worker`: under a supervisor when a worker is to run, in this process for everything else.
+"""Entry point of `dynamo-worker`: a worker runs under a supervisor, every other command in this process.
 
-The supervisor process must stay small: nothing but the standard library is imported here.
+The supervisor process must stay small: only the standard library is imported here.
 """
 
 from __future__ import annotations
 
 import sys
 
-#: Flags that are answered in this process.
+#: Flags handled in this process.
 _IN_PROCESS = frozenset({"-h", "--help", "--version", "--print-config", "--no-supervise"})
 
 
 def run() -> int:
-    """Run the command line of this process; nothing is imported from the current or the script's directory."""
+    """Run the command line of this process, without importing from the current or the script's directory."""
     from dynamo_worker.supervisor.interpreter import leave_script_directory
 
     leave_script_directory()
@@ -20,7 +20,7 @@ def run() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; a worker ends this process itself."""
+    """Run the command line and return the exit code; a worker exits the process itself."""
     from dynamo_worker.supervisor import output
 
     output.open_standard_streams()
@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         from dynamo_worker.supervisor import supervise
 
         supervise(argv)
-    from dynamo_worker.cli import finish_output
-    from dynamo_worker.cli import main as run_here
+    from dynamo_worker.cli.main import main as run_here
+    from dynamo_worker.cli.output import finish_output
 
     try:
         code = run_here(argv)
-    except SystemExit as error:  # argparse ends the program itself
+    except SystemExit as error:  # raised by argparse
         if not isinstance(error.code, int):
             raise
         code = error.code
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def runs_worker(argv: list[str]) -> bool:
     """Return whether this command line runs a worker under a supervisor.
 
-    A word in front is a subcommand. What stands behind a bare ``--`` belongs to the engine.
+    A leading word is a command. Everything after a bare ``--`` belongs to the engine.
     """
     if argv and not argv[0].startswith("-"):
         return False

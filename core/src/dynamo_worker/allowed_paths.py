@@ -1,4 +1,4 @@
-"""What operations may load and write: only below the directories that the operator has named."""
+"""The paths that control routes may load from and write to: only below the operator's directories."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AllowedPaths:
-    """The roots of what operations may load and write; without any they may do neither.
+    """The directories and URIs below which requests may load and write; empty means not at all.
 
-    Looking up a path may take long on a network file system: call these methods in a thread.
+    Resolving a path can take long on a network file system: call these methods in a thread.
 
     :param load: directories, and URIs such as ``s3://bucket/adapters``.
     :param write: directories.
@@ -27,49 +27,49 @@ class AllowedPaths:
     write: Sequence[str] = ()
 
     def to_load(self, wanted: str) -> str:
-        """Return the path, without links, or the URI from which a request may load.
+        """Return the resolved path, or the URI, from which a request may load.
 
-        :raises InvalidRequestError: it may not.
+        :raises InvalidRequestError: loading from there is not allowed.
         """
         return _below(self.load, wanted, "load", "--control-load-root")
 
     def to_write(self, wanted: str) -> str:
-        """Return the path, without links, to which a request may write.
+        """Return the resolved path to which a request may write.
 
-        :raises InvalidRequestError: it may not.
+        :raises InvalidRequestError: writing there is not allowed.
         """
         return _below(self.write, wanted, "write", "--control-write-root")
 
     @staticmethod
     def name(wanted: object) -> str:
-        """Return what becomes part of a file's name.
+        """Return a name that becomes part of a file name.
 
-        :raises InvalidRequestError: it is none, or leads to another directory.
+        :raises InvalidRequestError: it is not a string, or contains a directory.
         """
         if not isinstance(wanted, str) or "/" in wanted or "\0" in wanted or wanted in (".", ".."):
-            raise InvalidRequestError(f"{wanted!r:.80} must be a name, without directories")
+            raise InvalidRequestError(f"expected a name without directories, got {wanted!r:.80}")
         return wanted
 
 
 def check_load_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
     """Return the roots if each is an absolute path or a URI.
 
-    :raises ValueError: one is not.
+    :raises ValueError: one of them is neither.
     """
     for root in roots:
         if not os.path.isabs(root) and not _is_remote(root):
-            raise ValueError(f"{root!r} must be an absolute path, or a URI such as s3://bucket/adapters")
+            raise ValueError(f"expected an absolute path, or a URI such as s3://bucket/adapters, got {root!r}")
     return roots
 
 
 def check_write_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
     """Return the roots if each is an absolute path.
 
-    :raises ValueError: one is not.
+    :raises ValueError: one of them is not.
     """
     for root in roots:
         if not os.path.isabs(root):
-            raise ValueError(f"{root!r} must be an absolute path")
+            raise ValueError(f"expected an absolute path, got {root!r}")
     return roots
 
 
@@ -80,22 +80,20 @@ def _is_remote(uri: str) -> bool:
 
 def _below(roots: Sequence[str], wanted: str, what: str, flag: str) -> str:
     if not roots:
-        raise InvalidRequestError(
-            f"this worker may not {what} what requests name; {flag} DIR allows it for a directory"
-        )
+        raise InvalidRequestError(f"this worker does not {what} paths given in requests; {flag} DIR allows a directory")
     try:
         found = _found_below(roots, wanted)
-    except ValueError as error:  # a zero byte, half a surrogate, an address that is none
-        raise InvalidRequestError(f"{wanted!r:.200} is no path or URI: {error}") from error
+    except ValueError as error:  # a null byte, a lone surrogate, an invalid host
+        raise InvalidRequestError(f"{wanted!r:.200} is not a valid path or URI: {error}") from error
     if found is None:
-        raise InvalidRequestError(f"{wanted!r:.200} is not below a directory from {flag}")
+        raise InvalidRequestError(f"{wanted!r:.200} is not below a directory allowed by {flag}")
     return found
 
 
 def _found_below(roots: Sequence[str], wanted: str) -> str | None:
     if _is_remote(wanted):
         return wanted if any(_is_remote(root) and _uri_is_below(root, wanted) for root in roots) else None
-    # What a link leads to counts, and it is what the caller goes on with.
+    # The target of a link is checked, and the caller uses that same target.
     path = os.path.realpath(unquote(urlsplit(wanted).path) if wanted.startswith("file:") else wanted)
     return path if any(_path_is_below(os.path.realpath(root), path) for root in roots if not _is_remote(root)) else None
 
@@ -105,7 +103,7 @@ def _path_is_below(root: str, path: str) -> bool:
 
 
 def _uri_is_below(root: str, wanted: str) -> bool:
-    """Return whether one URI is below another, whatever a server or a cache makes of unusual ones."""
+    """Return whether one URI is below another, however a server or a cache normalizes it."""
     base, parts = urlsplit(root), urlsplit(wanted)
     segments = unquote(parts.path).split("/")
     return (

@@ -1,4 +1,4 @@
-"""The errors a person or a plugin can meet, each with the exit code it leads to."""
+"""The errors that users and plugins meet, each with its exit code."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sized
 
 from dynamo_worker.exit_codes import ExitCode
 
-#: What an ``OSError`` has run short of: memory, processes, files, disk.
+#: Error numbers for exhausted memory, processes, files or disk space.
 _SHORT_OF = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
 
-#: So much of a message reaches a client.
+#: Length limit for messages to clients.
 _MESSAGE_CHARACTERS = 1000
 
 
 class WorkerError(Exception):
-    """An expected failure: reported as one clear message without a traceback.
+    """An expected failure, reported as one message without a traceback.
 
-    :param message: what went wrong, why and where, in one sentence or two.
+    :param message: what went wrong, why and where, in one or two sentences.
     :param hint: what to do next, or None.
     """
 
@@ -33,7 +33,7 @@ class WorkerError(Exception):
 
 
 class UsageError(WorkerError):
-    """The command line, the environment or the configuration file is wrong (exit code 2)."""
+    """The command line, the environment or the configuration file is invalid (exit code 2)."""
 
     exit_code = ExitCode.USAGE
 
@@ -45,7 +45,7 @@ class StartError(WorkerError):
 
 
 class EngineDeadError(WorkerError):
-    """The engine is beyond repair (exit code 1). ``check_health`` and ``generate`` raise it."""
+    """The engine failed and cannot recover (exit code 1). ``check_health`` and ``generate`` raise it."""
 
 
 class EngineStalledError(EngineDeadError):
@@ -53,19 +53,19 @@ class EngineStalledError(EngineDeadError):
 
 
 class NoThreadsError(WorkerError):
-    """No thread can be started any more (exit code 1): the runtime would leave requests waiting."""
+    """The process cannot start another thread (exit code 1): the runtime would leave requests waiting."""
 
 
 class DiscoveryLostError(WorkerError):
-    """The worker is out of discovery and cannot come back: lease, connection or entries are lost (exit code 1)."""
+    """The worker lost its lease, connection or entries in discovery and cannot restore them (exit code 1)."""
 
 
 class InvalidRequestError(ValueError):
-    """One request is wrong. It ends in HTTP 400 with this message for its client and harms no other request."""
+    """One request is invalid. Its client gets HTTP 400 with this message; other requests are unaffected."""
 
 
 def shown(value: object) -> str:
-    """Return what a message says of a value that somebody else has made: short, however large the value is."""
+    """Return a short text for an untrusted value, however large it is."""
     if isinstance(value, (str, bytes)):
         return repr(value[:80])
     if isinstance(value, Sized):
@@ -74,7 +74,7 @@ def shown(value: object) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return what kind of error it is and what it says, in one line; never raises, whatever the error is made of."""
+    """Return the type and the message of an error in one line. Never raises, even if the error's own methods do."""
     kind = type(error).__name__
     try:
         text = " ".join(str(error).split())
@@ -84,12 +84,12 @@ def describe(error: BaseException) -> str:
 
 
 def for_client(message: str) -> str:
-    """Return as much of a message as a client gets: some errors quote what they refuse, whatever its length."""
+    """Return a message shortened for a client: some errors quote the value they refuse, at any length."""
     return message if len(message) <= _MESSAGE_CHARACTERS else f"{message[:_MESSAGE_CHARACTERS]}…"
 
 
 def shortage(error: BaseException) -> StartError | None:
-    """Return what to say about an error that says no more than that this machine or container has run short."""
+    """Return an actionable error if the cause is exhausted memory, processes, files or disk space, otherwise None."""
     text = f"{type(error).__name__}: {error}"
     if not (
         isinstance(error, MemoryError)

@@ -1,4 +1,4 @@
-"""Log set-up: events with fields, as text for people or as JSON for machines, always on stderr."""
+"""Logging: events with fields, written to stderr as text or as JSON."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import IO, Any, Final
 from dynamo_worker.supervisor.output import Output, writable
 from dynamo_worker.supervisor.text import continued, format_value, indented, redacted, without_secrets
 
-#: For plugins; the rest sets up the processes of the worker itself.
+#: The names for plugins. Everything else sets up the worker's own processes.
 __all__ = ["EventLogger", "get_logger"]
 
-#: What the Dynamo runtime logs unless ``DYN_LOG`` says otherwise: warnings, without those that say nothing here (one or
-#: two for every client that leaves, complaints about text-only models, about endpoints that have already left
-#: discovery). It has no way to silence its target ``request_span``: the runtime appends ``request_span=trace`` itself.
-#: A directive with a field would win over that one, but every directive with a bracket puts a lock on each span.
+#: Default of ``DYN_LOG`` for the Dynamo runtime: warnings, except uninformative ones (for each client that disconnects,
+#: for text-only models, for endpoints that have already left discovery). The target ``request_span`` cannot be
+#: silenced: the runtime itself appends ``request_span=trace``. A directive with a field would take precedence, but
+#: directives with brackets take a lock on each span.
 WORKER_RUNTIME_LOG: Final = (
     "warn,mm_routing=error,tower_http=off,dynamo_runtime::component::endpoint=error,"
     "dynamo_runtime::component::client=off,dynamo_runtime::pipeline::network::ingress::push_handler=off,"
     "dynamo_runtime::pipeline::network::tcp=error"
 )
-#: The same for a frontend, which also complains about the end of its own watches when it is stopped, and writes two
-#: errors for every request that its client got wrong. A request that failed here still costs its line.
+#: Default of ``DYN_LOG`` for a frontend, which also warns about its own watches when it stops, and logs two errors for
+#: each invalid request. A request that fails on the server is still logged.
 FRONTEND_RUNTIME_LOG: Final = (
     f"{WORKER_RUNTIME_LOG},dynamo_llm::discovery=error,dynamo_runtime::storage::kv=off,"
     "dynamo_runtime::pipeline::network::egress::push_router=error,dynamo_llm::http::service::disconnect=off,"
@@ -36,13 +36,13 @@ FRONTEND_RUNTIME_LOG: Final = (
     "tower_http::trace::on_failure=error"
 )
 
-#: So much of a message or a field is shown, and so much of a traceback: more than any that somebody would read.
+#: Length limits for a message or a field, and for a traceback, in characters.
 _MOST_CHARACTERS: Final = 8000
 _MOST_OF_TRACEBACK: Final = 64 * 1024
 
 
 class EventLogger:
-    """A logger for events: a constant message one can grep for, and what varies as fields.
+    """A logger for events: a constant message to search for, and variable data as fields.
 
     ``log.info("Received shutdown signal", signal="SIGTERM", level=1)``
     """
@@ -54,24 +54,24 @@ class EventLogger:
         self.logger = logging.getLogger(name)
 
     def debug(self, message: str, /, **fields: Any) -> None:
-        """Log what helps to understand the worker from inside."""
+        """Log internals for developers."""
         self._log(logging.DEBUG, message, None, fields)
 
     def info(self, message: str, /, **fields: Any) -> None:
-        """Log what an operator wants to see in a normal life."""
+        """Log normal operation for operators."""
         self._log(logging.INFO, message, None, fields)
 
     def warning(self, message: str, /, *, exc_info: BaseException | None = None, **fields: Any) -> None:
-        """Log what is wrong but does not end the worker."""
+        """Log a problem that does not end the worker."""
         self._log(logging.WARNING, message, exc_info, fields)
 
     def error(self, message: str, /, *, exc_info: BaseException | None = None, **fields: Any) -> None:
-        """Log what ends the worker, or what it could not do."""
+        """Log a failure."""
         self._log(logging.ERROR, message, exc_info, fields)
 
     def _log(self, level: int, message: str, exc_info: BaseException | None, fields: Mapping[str, Any]) -> None:
         if self.logger.isEnabledFor(level):
-            # "%s" keeps a percent sign in the message from being taken for a placeholder.
+            # With "%s", a percent sign in the message is not a placeholder.
             self.logger.log(level, "%s", message, exc_info=exc_info, stacklevel=3, extra={"fields": fields})
 
 
@@ -96,23 +96,24 @@ def setup(level: str = "info", log_format: str = "text", stream: IO[str] | Unblo
 
 
 def quiet_runtime(directives: str = WORKER_RUNTIME_LOG) -> None:
-    """Set the default of ``DYN_LOG``. The runtime reads it while ``dynamo`` is imported: call this before."""
+    """Set the default of ``DYN_LOG``. Call this before importing ``dynamo``, which reads it."""
     os.environ.setdefault("DYN_LOG", directives)
 
 
 class UnblockedStream:
-    """Stands in for a text stream such as ``sys.stderr``: whoever writes never waits for who reads.
+    """A non-blocking replacement for a text stream such as ``sys.stderr``.
 
-    What the descriptor does not take at once, a thread writes when it does. What is too much is dropped and counted.
+    A thread writes what the descriptor does not accept immediately. Lines beyond the buffer's limit are dropped and
+    counted.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._descriptor = stream.fileno()
-        #: Of the line that says how many lines were lost.
+        #: Formats the message about lost lines.
         self.formatter: logging.Formatter = TextFormatter()
         self._begin()
-        # A child of the engine's may be forked while another thread writes, or while something waits.
+        # The engine may fork while another thread writes or while output is pending.
         os.register_at_fork(after_in_child=self._begin)
 
     def _begin(self) -> None:
@@ -122,26 +123,26 @@ class UnblockedStream:
         self._writer: threading.Thread | None = None
 
     def write(self, text: str) -> int:
-        """Write ``text``, now or later."""
+        """Write ``text`` without blocking."""
         with self._lock:
             self._output.write(text.encode("utf-8", "backslashreplace"))
             if self._output.pending and self._writer is None:
                 writer = threading.Thread(target=self._write_rest, name="log writer", daemon=True)
-                with contextlib.suppress(RuntimeError):  # no more threads: the next line takes it along
+                with contextlib.suppress(RuntimeError):  # no thread available: the next write retries
                     writer.start()
                     self._writer = writer
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write all of them."""
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Do nothing: only what cannot be written waits."""
+        """Do nothing: only output that the descriptor does not accept is buffered."""
 
     def drain(self, seconds: float) -> None:
-        """Give the reader so many seconds to take what is waiting."""
+        """Wait up to ``seconds`` for buffered output to be written."""
         with self._lock:
             self._output.drain(seconds)
 
@@ -156,7 +157,7 @@ class UnblockedStream:
                 if not self._output.pending:
                     self._writer = None
                     return
-            time.sleep(0.01)  # what poll calls writable may still be too little for a line
+            time.sleep(0.01)  # poll reports writable even if a whole line does not fit
 
     def _lost(self, lines: int) -> bytes:
         message = "Log lines lost: nobody reads them"

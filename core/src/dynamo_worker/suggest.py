@@ -1,4 +1,4 @@
-"""The one way in which messages guess what was meant."""
+"""Suggestions for misspelled words in messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def suggestion(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``, did you mean X?`` for the closest known word, or nothing.
 
-    :param cutoff: how close it has to be, from 0 to 1.
+    :param cutoff: minimum similarity, from 0 to 1.
     """
     from difflib import get_close_matches
 

@@ -32,7 +32,7 @@ def operate(name: str, body: dict[str, Any], paths: AllowedPaths) -> tuple[dict[
 @pytest.mark.parametrize("prefix", ["../x", "/x", "a/b", 3])
 def test_the_prefix_of_a_profile_leads_nowhere_else(prefix: object) -> None:
     answer, calls = operate("start_profile", {"profile_prefix": prefix}, AllowedPaths())
-    assert "must be a name" in answer["message"]
+    assert "expected a name" in answer["message"]
     assert not calls
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from dynamo_worker.host.options import GROUPS, OPTIONS, markdown_table
+from dynamo_worker.host.option_types import GROUPS
+from dynamo_worker.host.options import FRONTEND_OPTIONS, OPTIONS, markdown_table
 
 
 def test_names_are_unique():
@@ -42,3 +43,17 @@ def test_markdown_has_a_row_for_every_option():
         assert option.flag in line
         assert option.env in line
         assert len(re.findall(r"(?<!\\)\|", line)) == 6
+
+
+def test_the_frontend_command_shares_names_and_limits_with_the_worker():
+    by_name = {option.name: option for option in OPTIONS}
+    for option in FRONTEND_OPTIONS:
+        if option.name != "http":
+            worker = by_name[option.name]
+            assert (option.env, option.choices, option.number) == (worker.env, worker.choices, worker.number)
+
+
+def test_defaults_are_accepted_values():
+    for option in (*OPTIONS, *FRONTEND_OPTIONS):
+        if option.default is not None:
+            assert option.parse(option.default) == option.default, option.name

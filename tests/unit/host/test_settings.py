@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from dynamo_worker.address import Address
 from dynamo_worker.errors import UsageError
+from dynamo_worker.host.config_file import ConfigFile, read_config
 from dynamo_worker.host.options import BY_NAME, OPTIONS
-from dynamo_worker.host.settings import Address, ConfigFile, WorkerSettings, load, read_config
+from dynamo_worker.host.settings import WorkerSettings, load
 
 
 def config(**values):
@@ -107,7 +109,7 @@ def test_stronger_source_overrides_a_part_of_the_path():
 
 
 def test_endpoint_path_contradicted_by_the_same_source():
-    with pytest.raises(UsageError, match=r"--endpoint a\.b\.c and --namespace z contradict"):
+    with pytest.raises(UsageError, match=r"--endpoint a\.b\.c conflicts with --namespace z"):
         load({"endpoint": "a.b.c", "namespace": "z"}, {})
 
 
@@ -125,26 +127,43 @@ def test_whole_port_range(port):
 @pytest.mark.parametrize(
     ("flags", "environ", "message"),
     [
-        ({"drain": "handof"}, {}, "--drain handof: must be one of complete, handoff, abort, did you mean handoff?"),
-        ({}, {"DYN_WORKER_DRAIN": "no"}, "DYN_WORKER_DRAIN=no: must be one of complete, handoff, abort"),
-        ({"grace_period": "soon"}, {}, "--grace-period soon: must be a valid number"),
-        ({"grace_period": "-1"}, {}, "--grace-period -1: must be greater than or equal to 0"),
-        ({"termination_grace_period": "0"}, {}, "--termination-grace-period 0: must be greater than or equal to 0.01"),
-        ({"termination_grace_period": "nan"}, {}, "--termination-grace-period nan: must be a finite number"),
-        ({"termination_grace_period": "3000000"}, {}, "must be less than or equal to 604800"),
-        ({"health_check_interval": "1e-9"}, {}, "--health-check-interval 1e-9: must be greater than or equal to 0.01"),
-        ({"stall_timeout": "inf"}, {}, "--stall-timeout inf: must be a finite number"),
-        ({"stall_timeout": "0.5"}, {}, "--stall-timeout 0.5: must be at least 1, or 0 for never"),
-        ({}, {"DYN_WORKER_HEARTBEAT_TIMEOUT": "3000000"}, "HEARTBEAT_TIMEOUT=3000000: must be less than or equal to"),
-        ({}, {"DYN_SYSTEM_PORT": "65536"}, "DYN_SYSTEM_PORT=65536: must be less than or equal to 65535"),
-        ({"system_port": "-2"}, {}, "--system-port -2"),
-        ({}, {"DYN_WORKER_WARMUP": "maybe"}, "DYN_WORKER_WARMUP=maybe: must be a valid boolean"),
-        ({"namespace": "a b"}, {}, "--namespace a b: must consist of letters, digits"),
-        ({"endpoint_types": "chat,complete"}, {}, "'complete' is none of chat, completions"),
-        ({"control_load_root": ["adapters"]}, {}, "--control-load-root adapters: 'adapters' must be an absolute path"),
+        ({"drain": "handof"}, {}, "--drain handof: expected one of complete, handoff, abort, did you mean handoff?"),
+        ({}, {"DYN_WORKER_DRAIN": "no"}, "DYN_WORKER_DRAIN=no: expected one of complete, handoff, abort"),
+        ({"grace_period": "soon"}, {}, "--grace-period soon: expected a number of seconds between 0 and 604800"),
+        ({"grace_period": "-1"}, {}, "--grace-period -1: expected a number of seconds between 0 and 604800"),
+        (
+            {"termination_grace_period": "0"},
+            {},
+            "-period 0: expected a number of seconds between 0.01 and",
+        ),
+        (
+            {"termination_grace_period": "nan"},
+            {},
+            "--termination-grace-period nan: expected a number of seconds",
+        ),
+        ({"termination_grace_period": "3000000"}, {}, "3000000: expected a number of seconds between 0.01 and 604800"),
+        (
+            {"health_check_interval": "1e-9"},
+            {},
+            "-interval 1e-9: expected a number of seconds between 0.01 and",
+        ),
+        ({"stall_timeout": "inf"}, {}, "--stall-timeout inf: expected a number of seconds between 1 and"),
+        ({"stall_timeout": "0.5"}, {}, "0.5: expected a number of seconds between 1 and 604800, or 0 for never"),
+        (
+            {},
+            {"DYN_WORKER_HEARTBEAT_TIMEOUT": "3000000"},
+            "TIMEOUT=3000000: expected a number of seconds",
+        ),
+        ({}, {"DYN_SYSTEM_PORT": "65536"}, "DYN_SYSTEM_PORT=65536: expected an integer between -1 and 65535"),
+        ({"system_port": "-2"}, {}, "--system-port -2: expected an integer between -1 and 65535"),
+        ({"system_port": "8.5"}, {}, "--system-port 8.5: expected an integer between -1 and 65535"),
+        ({}, {"DYN_WORKER_WARMUP": "maybe"}, "DYN_WORKER_WARMUP=maybe: expected true or false"),
+        ({"namespace": "a b"}, {}, "--namespace a b: expected letters, digits"),
+        ({"endpoint_types": "chat,complete"}, {}, "expected chat, completions, embedding"),
+        ({"control_load_root": ["adapters"]}, {}, "--control-load-root adapters: expected an absolute path"),
         ({"control_load_root": ["s3:bucket"]}, {}, "or a URI such as s3://bucket/adapters"),
-        ({"control_write_root": ["s3://bucket"]}, {}, "'s3://bucket' must be an absolute path"),
-        ({"log_level": "verbose"}, {}, "--log-level verbose: must be one of debug, info, warning, error"),
+        ({"control_write_root": ["s3://bucket"]}, {}, "expected an absolute path, got 's3://bucket'"),
+        ({"log_level": "verbose"}, {}, "--log-level verbose: expected one of debug, info, warning, error"),
     ],
 )
 def test_wrong_value_names_its_place(flags, environ, message):
@@ -162,7 +181,7 @@ def test_no_duration_is_nonsense(row, value):
 
 
 def test_wrong_value_in_the_file_names_key_and_file():
-    with pytest.raises(UsageError, match=re.escape("`drain: later` in w.yaml: must be one of")):
+    with pytest.raises(UsageError, match=re.escape("`drain: later` in w.yaml: expected one of")):
         load({}, {}, config(drain="later"))
 
 
@@ -182,16 +201,19 @@ def test_lists():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"grace_period": "30"}, "--termination-grace-period 30 (the default) and --grace-period 30 contradict"),
+        ({"grace_period": "30"}, "--termination-grace-period 30 (the default) conflicts with --grace-period 30"),
         ({"grace_period": "25"}, "3 s are missing"),
-        ({"discovery_backend": "mem"}, "--discovery-backend mem leaves the worker alone"),
-        ({"discovery_backend": "mem", "frontend": "8000"}, "and --frontend 127.0.0.1:8000 contradict"),
-        ({"discovery_path": "/x"}, "--discovery-path /x needs the `file` discovery backend, but it is etcd (default)"),
-        ({"frontend": "8000", "system_port": "8000"}, "both want one port"),
-        ({"control_token_file": "/t"}, "--control-token-file /t guards the control routes, but there is no --system-"),
-        ({"router_mode": "kv"}, "--router-mode kv concerns the embedded frontend"),
-        ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a and --no-plugin a contradict"),
-        ({"installed_plugins": "a,b", "no_plugin": ["a"]}, "--installed-plugins a b and --no-plugin a contradict"),
+        ({"discovery_backend": "mem"}, "--discovery-backend mem isolates the worker"),
+        ({"discovery_backend": "mem", "frontend": "8000"}, "conflicts with --frontend 127.0.0.1:8000"),
+        (
+            {"discovery_path": "/x"},
+            "--discovery-path /x requires the `file` discovery backend",
+        ),
+        ({"frontend": "8000", "system_port": "8000"}, "they use the same port"),
+        ({"control_token_file": "/t"}, "--control-token-file /t has no effect without --system-port"),
+        ({"router_mode": "kv"}, "--router-mode kv has no effect without --frontend"),
+        ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a conflicts with --no-plugin a"),
+        ({"installed_plugins": "a,b", "no_plugin": ["a"]}, "--installed-plugins a b conflicts with --no-plugin a"),
     ],
 )
 def test_contradictions(flags, message):
@@ -208,7 +230,7 @@ def test_which_installed_plugins_are_loaded(value, expected):
     assert load({}, environ).installed_plugins == expected
 
 
-@pytest.mark.parametrize(("value", "message"), [(",", "must be `all`"), ("all,a", "stand alone")])
+@pytest.mark.parametrize(("value", "message"), [(",", "expected `all`"), ("all,a", "cannot be combined")])
 def test_a_list_of_plugins_that_could_mean_anything(value, message):
     with pytest.raises(UsageError, match=message):
         load({"installed_plugins": value}, {})
@@ -244,44 +266,10 @@ def test_file(tmp_path):
     assert file.engine_args == {"size": 2}
 
 
-def test_empty_file(tmp_path):
-    assert read_config(write(tmp_path, "# nothing\n")).values == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("drain: [", r"w\.yaml, line 1, column \d+ is not valid YAML"),
-        ("- a\n- b\n", "must hold `key: value` pairs, not a list"),
-        ("grace-period: 3\n", r"unknown key 'grace-period', did you mean grace_period\?"),
-        ("1: 3\n", "unknown key 1"),
-        ("config: other.yaml\n", "unknown key 'config'"),
-        ("engine_args: --size 2\n", "engine_args must be a mapping"),
-        (
-            "drain: abort\nengine: echo\ndrain: handoff\n",
-            r"w\.yaml, line 3, .*the key 'drain' is already given in line 1",
-        ),
-        ("engine_args: {size: 1, size: 2}\n", r"line 1, .*the key 'size' is already given in line 1"),
-        ("engine_args:\n  a: {b: 1}\n  a:\n    b: 2\n", r"line 3, .*the key 'a' is already given in line 2"),
-    ],
-)
-def test_bad_file(tmp_path, text, message):
-    with pytest.raises(UsageError, match=message):
-        read_config(write(tmp_path, text))
-
-
-def test_a_key_may_come_back_elsewhere_and_in_a_merge(tmp_path):
-    text = "engine_args:\n  outer: {inner: &b {<<: &a {size: 1, rate: 2}, size: 3}}\n  other: {<<: [*a, *b], size: 4}\n"
-    assert read_config(write(tmp_path, text)).engine_args == {
-        "outer": {"inner": {"size": 3, "rate": 2}},
-        "other": {"size": 4, "rate": 2},
-    }
-
-
 @pytest.mark.parametrize("word", ["yes", "true", "on", "no"])
 @pytest.mark.parametrize("key", ["grace_period", "termination_grace_period", "system_port", "migration_limit"])
 def test_yes_is_no_number(tmp_path, key, word):
-    with pytest.raises(UsageError, match=f"`{key}: .*must be a number, not a yes or no"):
+    with pytest.raises(UsageError, match=f"`{key}: .*expected .*, got a boolean"):
         load({}, {}, read_config(write(tmp_path, f"{key}: {word}\n")))
 
 
@@ -339,25 +327,14 @@ def test_events_are_for_routers_elsewhere_and_for_one_that_reads_them():
 @pytest.mark.parametrize(
     ("flags", "environ", "said"),
     [
-        ({"frontend": "no.such.host.invalid"}, {}, "--frontend no.such.host.invalid:8000: the host"),
-        ({}, {"DYN_WORKER_FRONTEND": "256.1.1.1:80"}, "DYN_WORKER_FRONTEND=256.1.1.1:80: the host"),
-        ({"system_port": "0"}, {"DYN_SYSTEM_HOST": "a..b"}, "DYN_SYSTEM_HOST=a..b: the host"),
+        ({"frontend": "no.such.host.invalid"}, {}, "--frontend no.such.host.invalid:8000: cannot resolve host"),
+        ({}, {"DYN_WORKER_FRONTEND": "256.1.1.1:80"}, "DYN_WORKER_FRONTEND=256.1.1.1:80: cannot resolve host"),
+        ({"system_port": "0"}, {"DYN_SYSTEM_HOST": "a..b"}, "DYN_SYSTEM_HOST=a..b: cannot resolve host"),
     ],
 )
 def test_a_name_that_does_not_resolve_is_named_as_it_was_given(flags, environ, said):
-    with pytest.raises(UsageError, match=f"{re.escape(said)} .* cannot be resolved"):
+    with pytest.raises(UsageError, match=re.escape(said)):
         load(flags, environ).resolved()
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot read the configuration file .*: No such file or directory"):
-        read_config(tmp_path / "none.yaml")
-
-
-def test_binary_file(tmp_path):
-    (tmp_path / "w.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is not UTF-8"):
-        read_config(tmp_path / "w.yaml")
 
 
 def test_every_field_is_an_option_with_its_default():

@@ -1,4 +1,4 @@
-"""Taking a command line apart: the worker's own flags, the engine's flags, and what belongs to nobody."""
+"""Parsing a command line: the worker's own flags, the engine's flags, and unknown ones."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from dynamo_worker.host.options import ENGINE_ARGS_KEY, OPTIONS
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
+    from dynamo_worker.host.config_file import ConfigFile
     from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.settings import ConfigFile, WorkerSettings
+    from dynamo_worker.host.settings import WorkerSettings
 
-#: Flags of the command line itself; they are no settings.
+#: Flags that are not settings.
 SWITCHES: Final = {
-    "--help": "Show this text; with --engine NAME, the engine's own flags too.",
+    "--help": "Show this text; with --engine NAME, also the engine's own flags.",
     "-h": "",
     "--version": "Show the version.",
-    "--print-config": "Show the effective value of every setting and where it came from.",
-    "--no-supervise": "Run the worker without a supervisor process (debuggers, tests, other init systems).",
+    "--print-config": "Show the effective value of every setting and its origin.",
+    "--no-supervise": "Run the worker without a supervisor process (for debuggers, tests and other init systems).",
 }
 
 
 @dataclass
 class CommandLine:
-    """A command line, taken apart.
+    """A parsed command line.
 
-    :param values: the worker's settings by field name, as they were written.
-    :param switches: which of :data:`SWITCHES` were given.
+    :param values: the worker's settings by field name, as written.
+    :param switches: the :data:`SWITCHES` that were given.
     :param rest: everything else, for the engine's own parser.
     """
 
@@ -42,10 +43,10 @@ class CommandLine:
 
 
 def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLine:
-    """Pick the worker's own flags out of a command line.
+    """Separate the worker's own flags from the engine's.
 
-    Only exact names count, no abbreviations and no flags run together: ``-pp 2`` is the engine's. What stands
-    behind a bare ``--`` goes to the engine as it is, so that a flag both know can be given to the engine.
+    Only exact names match, without abbreviations or combined short flags: ``-pp 2`` is the engine's. Everything after
+    a bare ``--`` is the engine's, including flags that the worker defines too.
 
     :raises UsageError: a flag has no value, or a switch has one.
     """
@@ -61,7 +62,7 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
         flag, has_value, value = word.partition("=")
         if flag in own_switches:
             if has_value:
-                raise UsageError(f"{flag} takes no value (got {value!r})")
+                raise UsageError(f"{flag} takes no value, got {value!r}")
             line.switches.add(flag)
             continue
         row = rows.get(flag)
@@ -72,14 +73,14 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
             line.values[row.name] = flag == row.flag
             continue
         if flag != row.flag and row.kind == "switch":
-            raise UsageError(f"{flag} takes no value (got {value!r})")
+            raise UsageError(f"{flag} takes no value, got {value!r}")
         if not has_value:
             following = words[0] if words else None
             taken = following is None or following == "--" or following.partition("=")[0] in {*rows, *own_switches}
             if row.bare is not None and (taken or str(following).startswith("-")):
                 value = row.bare
             elif taken:
-                raise UsageError(f"{flag} needs a value: {row.placeholder}")
+                raise UsageError(f"{flag} requires a value: {row.placeholder}")
             else:
                 value = words.pop(0)
         if row.kind == "list":
@@ -91,15 +92,15 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
 
 def load_settings(line: CommandLine) -> tuple[WorkerSettings, ConfigFile | None]:
     """Return the settings for a command line, and the configuration file if there is one."""
-    from dynamo_worker.host import settings
+    from dynamo_worker.host import config_file, settings
 
     path = settings.config_path(line.values, os.environ)
-    config = settings.read_config(path) if path else None
+    config = config_file.read_config(path) if path else None
     return settings.load(line.values, os.environ, config), config
 
 
 class EngineParser(argparse.ArgumentParser):
-    """The parser that plugins add their flags to; its errors are ours."""
+    """The parser that plugins add their flags to; it raises :class:`UsageError`."""
 
     def __init__(self, engine: str) -> None:
         super().__init__(
@@ -110,16 +111,16 @@ class EngineParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing a usage text and leaving the process."""
+        """Raise instead of printing the usage and exiting."""
         raise UsageError(message, hint=f"`{self.prog} --help` shows the flags")
 
     @property
     def flags(self) -> list[str]:
-        """Return all flags, in the order in which they were added."""
+        """Return all flags in the order of their addition."""
         return list(self._option_string_actions)
 
     def action(self, name: str) -> argparse.Action | None:
-        """Return what is behind a flag, given with or without dashes or with underscores for dashes."""
+        """Return the action of a flag, whose name may lack its dashes or have underscores instead."""
         dashed = name if name.startswith("-") else f"--{name}"
         for flag in (dashed, dashed.replace("_", "-"), dashed.replace("-", "_").replace("__", "--", 1)):
             if flag in self._option_string_actions:
@@ -135,9 +136,9 @@ def engine_parser(plugins: Plugins) -> EngineParser:
 
 
 def parse_engine_args(parser: EngineParser, rest: Sequence[str], config: ConfigFile | None) -> argparse.Namespace:
-    """Parse what the worker does not know: first the configuration file's part, then the command line's.
+    """Parse the engine's flags; the command line takes precedence over the configuration file.
 
-    :raises UsageError: a flag that nobody knows, or a wrong value.
+    :raises UsageError: a flag is unknown, or a value is invalid.
     """
     words = _words(parser, config) if config is not None else []
     arguments, unknown = parser.parse_known_args([*words, *_respelled(rest, parser)])
@@ -148,12 +149,12 @@ def parse_engine_args(parser: EngineParser, rest: Sequence[str], config: ConfigF
 
 
 def _respelled(words: Sequence[str], parser: EngineParser) -> list[str]:
-    """Return the command line with every flag spelt as the engine has it.
+    """Return the command line with every flag in the engine's own spelling.
 
-    Engines' own command lines take ``--max_model_len`` for ``--max-model-len``, and ``--config.key 3`` for one key of a
-    flag whose value is a JSON object.
+    Engines' own command lines accept ``--max_model_len`` for ``--max-model-len``, and ``--config.key 3`` for one key of
+    a flag whose value is a JSON object.
 
-    :raises UsageError: a flag is given as a whole and by its keys.
+    :raises UsageError: a flag is given both as a whole and by its keys.
     """
     known = set(parser.flags)
     result: list[str] = []
@@ -177,19 +178,19 @@ def _respelled(words: Sequence[str], parser: EngineParser) -> list[str]:
             _put(parts.setdefault(dashed, {}), path.split("."), value)
     for flag, given in parts.items():
         if any(word.partition("=")[0] == flag for word in result):
-            raise UsageError(f"{flag} is given as a whole and by its keys ({flag}.{next(iter(given))})")
-    # Before a bare `--`, behind which nothing is a flag.
+            raise UsageError(f"{flag} is given both as a whole and by its keys ({flag}.{next(iter(given))})")
+    # Nothing after a bare `--` is a flag.
     at = result.index("--") if "--" in result else len(result)
     return [*result[:at], *(f"{flag}={json.dumps(given)}" for flag, given in parts.items()), *result[at:]]
 
 
 def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
-    """Set one key, however deep, of a JSON object; what is no JSON is a string."""
+    """Set one key, at any depth, of a JSON object; text that is not valid JSON becomes a string."""
     *above, last = path
     for key in above:
         inner = into.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"{'.'.join(path)}: {key} has a value already")
+            raise UsageError(f"{'.'.join(path)}: {key} already has a value")
         into = inner
     try:
         into[last] = json.loads(text)
@@ -198,9 +199,9 @@ def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
 
 
 def check_spelling(rest: Sequence[str]) -> None:
-    """Refuse a flag that looks like a misspelt one of the worker, where no engine is there to claim it.
+    """Refuse flags that look like misspelled flags of the worker, when there is no engine to claim them.
 
-    :raises UsageError: with the flag that was meant: ``--egine`` is a better message than "no engine was chosen".
+    :raises UsageError: the message suggests the right flag, which is clearer than "no engine was chosen".
     """
     own = [name for row in OPTIONS for name in row.flags]
     for word in rest:
@@ -211,7 +212,7 @@ def check_spelling(rest: Sequence[str]) -> None:
 
 
 def _unknown(word: str, parser: EngineParser) -> str:
-    """Return what to say about a word that neither the worker nor the engine knows."""
+    """Return the message for a word that neither the worker nor the engine accepts."""
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
     flag = word.partition("=")[0]
@@ -220,7 +221,7 @@ def _unknown(word: str, parser: EngineParser) -> str:
 
 
 def _words(parser: EngineParser, config: ConfigFile) -> list[str]:
-    """Return the engine's part of a configuration file as command-line words."""
+    """Return the engine's flags of a configuration file as command-line words."""
     if not isinstance(config.engine_args, Mapping):
         return [str(word) for word in config.engine_args]
     words: list[str] = []

@@ -1,4 +1,4 @@
-"""`dynamo-worker engines`: what is installed, read from package metadata without importing any of it."""
+"""`dynamo-worker engines`: list installed engines and plugins from package metadata, without importing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dynamo_worker.cli.report import only_flags, print_table
+from dynamo_worker.cli.commands import only_flags
+from dynamo_worker.cli.output import print_table
 from dynamo_worker.host.installed_plugins import discover
 from dynamo_worker.host.options import BY_NAME
 
@@ -18,7 +19,7 @@ USAGE = "dynamo-worker engines [--json]"
 
 
 def main(argv: Sequence[str]) -> int:
-    """List all engines and plugins; a broken one is a row like the others."""
+    """List all engines and plugins, including broken ones."""
     flags = only_flags(argv, ("--json", "-h", "--help"), USAGE)
     if flags & {"-h", "--help"}:
         print(f"usage: {USAGE}\n\nLists the installed engines and plugins without importing them.")
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps([{**asdict(record), "kind": record.kind} for record in records], indent=2))
         return 0
     if not records:
-        print("nothing is installed; `pip install dynamo-worker-NAME` adds an engine")
+        print("no engine or plugin is installed; to add an engine: pip install dynamo-worker-NAME")
         return 0
     print_table(
         ("NAME", "KIND", "PACKAGE", "VERSION", "STATUS", "ERROR"),

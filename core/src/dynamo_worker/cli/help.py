@@ -1,4 +1,4 @@
-"""The text of `dynamo-worker --help`: examples, every flag with its default and variable, exit codes."""
+"""The text of `dynamo-worker --help`: examples, every flag with its default and variable, and the exit codes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.cli import COMMANDS
 from dynamo_worker.cli.arguments import SWITCHES, EngineParser
+from dynamo_worker.cli.commands import COMMANDS
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.installed_plugins import ENGINE_GROUP, discover
-from dynamo_worker.host.options import GROUPS, OPTIONS, Option
+from dynamo_worker.host.option_types import GROUPS, Option
+from dynamo_worker.host.options import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,26 +21,26 @@ USAGE: Final = """\
 usage: dynamo-worker --engine NAME [flags] [engine flags]
        dynamo-worker COMMAND
 
-Makes an inference engine a worker of an NVIDIA Dynamo cluster."""
+Runs an inference engine as a worker of an NVIDIA Dynamo cluster."""
 
 EXAMPLES: Final = {
-    "dynamo-worker --engine echo --frontend": "A worker and an OpenAI frontend; no other server is needed.",
-    "dynamo-worker --engine vllm --model M": "A worker of the cluster whose etcd ETCD_ENDPOINTS names.",
-    "dynamo-worker --engine vllm --help": "This text with the engine's own flags.",
-    "dynamo-worker plan --termination-grace-period 60": "How a shutdown would use its 60 seconds.",
+    "dynamo-worker --engine echo --frontend": "Run a worker and an OpenAI frontend, without any other server.",
+    "dynamo-worker --engine vllm --model M": "Run a worker that joins the cluster of the etcd in ETCD_ENDPOINTS.",
+    "dynamo-worker --engine vllm --help": "Show this text with the engine's own flags.",
+    "dynamo-worker plan --termination-grace-period 60": "Show how a shutdown would use its 60 seconds.",
 }
 
 ENGINE_FLAGS: Final = (
-    "Everything the worker does not know goes to the engine, under the engine's own names. A flag that both know is "
-    "the worker's; what stands behind a bare `--` goes to the engine."
+    "Flags the worker does not define are passed to the engine under the engine's own names. If both define a flag, "
+    "the worker takes it; everything after a bare `--` is passed to the engine."
 )
 
 EXIT_CODES: Final = {
     ExitCode.STOPPED: "stopped on request; every request in flight finished or was handed off",
-    ExitCode.FATAL: "the engine, the runtime or the worker failed after the start; restart it",
-    ExitCode.USAGE: "the command line, the environment or the configuration file is wrong",
+    ExitCode.FATAL: "the engine, the runtime or the worker failed after starting; restart it",
+    ExitCode.USAGE: "the command line, the environment or the configuration file is invalid",
     ExitCode.START_FAILED: "the worker could not start; a restart will not help",
-    ExitCode.DEADLINE: "the shutdown did not end by its deadline and the worker was killed",
+    ExitCode.DEADLINE: "the shutdown missed its deadline and the worker was killed",
 }
 
 _COLUMN: Final = 30
@@ -48,7 +49,7 @@ _COLUMN: Final = 30
 def render(parser: EngineParser | None) -> str:
     """Return the help text.
 
-    :param parser: the parser of the chosen engine, or None if none was chosen.
+    :param parser: the parser of the chosen engine, or None without one.
     """
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     lines = [USAGE, "", "Examples:"]
@@ -66,7 +67,7 @@ def render(parser: EngineParser | None) -> str:
         lines += ["", f"{group}:"]
         for row in OPTIONS:
             if row.group == group:
-                lines += _entry(_heading(row), _text(row), width)
+                lines += _entry(_heading(row), row.summary, width)
     lines += ["", "Installed engines:"]
     lines += list(_engines(width))
     if parser is not None:
@@ -79,7 +80,7 @@ def render(parser: EngineParser | None) -> str:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """The layout of the engine's part, aligned with ours."""
+    """The layout of the engine's flags, aligned with the worker's."""
 
     def __init__(self, prog: str) -> None:
         width = max(60, min(shutil.get_terminal_size().columns, 120))
@@ -93,12 +94,8 @@ def _heading(row: Option) -> str:
     return f"{', '.join(row.flags)} {placeholder}"
 
 
-def _text(row: Option) -> str:
-    return f"{row.help} [default: {row.shown_default}] [env:\N{NO-BREAK SPACE}{row.env}]"
-
-
 def _entry(heading: str, text: str, width: int, column: int = _COLUMN) -> list[str]:
-    """Return one entry: the heading, and its text in a column of its own."""
+    """Return one entry: the heading, and its text in the second column."""
     body = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False)
     body = [line.replace("\N{NO-BREAK SPACE}", " ") for line in body]
     first = f"  {heading}"
@@ -110,7 +107,7 @@ def _entry(heading: str, text: str, width: int, column: int = _COLUMN) -> list[s
 def _engines(width: int) -> Iterator[str]:
     engines = [record for record in discover() if record.group == ENGINE_GROUP]
     if not engines:
-        yield "  none; `pip install dynamo-worker-NAME` adds one"
+        yield "  none; to add one: pip install dynamo-worker-NAME"
     for record in engines:
         state = f" ({record.status}: {record.error})" if record.error else ""
         yield from _entry(record.name, f"{record.dist} {record.version}{state}", width)

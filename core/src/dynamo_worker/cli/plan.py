@@ -1,4 +1,4 @@
-"""`dynamo-worker plan`: draw how a shutdown would use the termination grace period."""
+"""`dynamo-worker plan`: show how a shutdown would use the termination grace period."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.cli import arguments, report
+from dynamo_worker.cli import arguments, output
 from dynamo_worker.cli.arguments import EngineParser
 from dynamo_worker.host.plugins import Plugins
 from dynamo_worker.host.shutdown_plan import ShutdownPlan, Stage
@@ -35,12 +35,12 @@ _DRAINS: Final = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draw the timeline; the exit code is 0 even if it does not fit."""
+    """Print the timeline; the exit code is 0 even if it does not fit."""
     line = arguments.split(argv, ("--json", "-h", "--help"))
     if line.switches & {"-h", "--help"}:
         print(
-            f"usage: {USAGE}\n\nDraws how a shutdown would use the termination grace period, and warns when the stages "
-            "do not fit.\nTakes the flags, the environment and the --config file of a worker."
+            f"usage: {USAGE}\n\nShows how a shutdown would use the termination grace period, and warns if the stages "
+            "do not fit.\nReads the same flags, environment and --config file as a worker."
         )
         return 0
     settings, config = arguments.load_settings(line)
@@ -73,11 +73,11 @@ def _as_json(plan: ShutdownPlan, settings: WorkerSettings) -> dict[str, object]:
 def _meaning(stage: Stage, settings: WorkerSettings) -> str:
     return {
         "unregister": "every endpoint leaves discovery, at most",
-        "grace": "still serving what routers send that have not noticed yet",
+        "grace": "keep serving routers that have not noticed yet",
         "drain": _DRAINS[settings.drain] + ", at most",
-        "cleanup": f"cleanup hooks of the plugins; a single one may take up to {settings.engine_shutdown_timeout:g} s "
-        "if the drain left time over",
-        "kill_reserve": "the supervisor kills what is left and cleans up after it",
+        "cleanup": f"the plugins' cleanup hooks; one may take up to {settings.engine_shutdown_timeout:g} s if the "
+        "drain ends early",
+        "kill_reserve": "the supervisor kills remaining processes and cleans up",
     }[stage.name]
 
 
@@ -85,7 +85,7 @@ def _draw(plan: ShutdownPlan, settings: WorkerSettings) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = report.console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = output.console(highlight=False, width=None if sys.stdout.isatty() else 120)
     stages = plan.stages()
     span = max(plan.total, stages[-1].end)
     room = max(20, min(60, console.width - 60))
@@ -108,8 +108,8 @@ def _draw(plan: ShutdownPlan, settings: WorkerSettings) -> None:
     console.print()
     console.print(table)
     console.print()
-    console.print(f"A second signal ends all of it within {FORCED_STOP:g} s, a third one kills at once.")
-    console.print("In Kubernetes a preStop hook's time counts too: it starts the same clock before the signal comes.")
+    console.print(f"A second signal forces the end within {FORCED_STOP:g} s; a third one kills immediately.")
+    console.print("In Kubernetes, a preStop hook uses up part of this time: it runs before the first signal.")
     for warning in plan.warnings:
         console.print(f"[bold red]warning:[/] {escape(warning)}")
     if not plan.warnings:

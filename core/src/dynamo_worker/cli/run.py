@@ -1,4 +1,4 @@
-"""`dynamo-worker --engine NAME`: from the command line to a running worker, and the ways to look before leaping."""
+"""`dynamo-worker --engine NAME`: run a worker, or show its help, version or effective settings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if not print_only:
         logs.setup(values.log_level, values.log_format)
         plugins.log_deprecations()
-        open_files.raise_limit()  # before the first process is started, so that all have the same
+        open_files.raise_limit()  # before any child process starts, which inherits it
         plugins.prepare(line.rest)
     parser = arguments.engine_parser(plugins)
     engine_args = arguments.parse_engine_args(parser, line.rest, config)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def _show_help(line: CommandLine) -> int:
-    """Print the help; a broken engine or setting does not get in its way."""
+    """Print the help, even with a broken engine or setting."""
     from dynamo_worker.cli.help import render
 
     parser: EngineParser | None = None
@@ -86,7 +86,7 @@ def _show_help(line: CommandLine) -> int:
 
 
 def _print_config(values: WorkerSettings, parser: EngineParser | None, engine_args: argparse.Namespace | None) -> None:
-    """Print all settings as YAML, with the origin of each value behind it."""
+    """Print all settings as YAML, with the origin of each value in a comment."""
     import yaml
 
     def scalar(value: object) -> str:
@@ -97,14 +97,14 @@ def _print_config(values: WorkerSettings, parser: EngineParser | None, engine_ar
     lines = [
         (f"{row.name}: {scalar(without_secrets(row.name, dumped[row.name]))}", str(values.origin(row.name)))
         for row in OPTIONS
-        if row.name != "config"  # the file is no setting inside itself
+        if row.name != "config"  # not a key of the file
     ]
     if parser is not None and engine_args is not None:
         changed = {k: v for k, v in vars(engine_args).items() if v != parser.get_default(k)}
         for key, value in changed.items():
             shown = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
             if not any("engine_args:" in text for text, _ in lines):
-                lines.append(("engine_args:", "only what differs from the engine's own defaults"))
+                lines.append(("engine_args:", "only values that differ from the engine's defaults"))
             lines.append((f"  {key}: {scalar(without_secrets(key, shown))}", "command line or file"))
     print(f"# dynamo-worker {__version__}: effective settings" + (f", with {values.config}" if values.config else ""))
     width = min(max(len(text) for text, _ in lines), 48)

@@ -23,7 +23,6 @@ import uvloop
 from dynamo_worker import __version__, logs
 from dynamo_worker.address import Address
 from dynamo_worker.allowed_paths import AllowedPaths
-from dynamo_worker.cli.report import print_crash
 from dynamo_worker.containment import contained
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import (
@@ -45,10 +44,11 @@ from dynamo_worker.errors import DiscoveryLostError, StartError, WorkerError, de
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.host import native_output
 from dynamo_worker.host.control_routes import ControlAccess, read_token
+from dynamo_worker.host.crash_report import print_crash
 from dynamo_worker.host.drain_progress import DrainProgress
 from dynamo_worker.host.egress import Egress
 from dynamo_worker.host.engine_checks import AnswerCheck, EngineChecks
-from dynamo_worker.host.frontend import FRONTEND_ABORT_SECONDS, FrontendProcess
+from dynamo_worker.host.frontend_process import FRONTEND_ABORT_SECONDS, FrontendProcess
 from dynamo_worker.host.listening import listening_ports
 from dynamo_worker.host.metrics import WorkerMetrics
 from dynamo_worker.host.monitors import (

@@ -1,13 +1,28 @@
-"""Every setting of the worker under all its names: the one place for flags, variables, YAML keys and their meaning.
+"""All options of the worker and of `dynamo-worker frontend`: the one place that declares names, defaults and help.
 
-Standard library only: `--help` and the documentation are made from this table without importing pydantic.
+Standard library only: `--help` and the documentation are built from this table without importing pydantic.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
+
+from dynamo_worker.host.option_types import (
+    CONTROL,
+    DISCOVERY,
+    ENGINE,
+    FRONTEND,
+    GROUPS,
+    HEALTH,
+    LOGGING,
+    MODEL,
+    PLUGINS,
+    SHUTDOWN,
+    Number,
+    Option,
+)
 
 DiscoveryBackend = Literal["file", "etcd", "kubernetes", "mem"]
 RequestPlane = Literal["tcp", "nats"]
@@ -17,105 +32,42 @@ RouterMode = Literal["round-robin", "random", "kv", "least-loaded"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 
-#: Where ``--frontend`` without a value listens.
+#: The address for ``--frontend`` without a value.
 DEFAULT_FRONTEND: Final = "127.0.0.1:8000"
 
-#: The largest number of migrations that the runtime takes.
-MOST_MIGRATIONS: Final = 2**32 - 1
+#: More than a week is a wrong unit, or meant as "never".
+_WEEK: Final = 7 * 24 * 3600
+_SECONDS: Final = Number(0, _WEEK, "seconds")
+#: Nothing can happen in less than a hundredth of a second.
+_POSITIVE_SECONDS: Final = Number(0.01, _WEEK, "seconds")
+#: A healthy worker may well be silent for less than a second.
+_PATIENCE: Final = Number(1, _WEEK, "seconds", never=True)
 
-#: The key of the configuration file that holds the engine's own flags; it is no setting of the worker.
+#: The key of the configuration file that holds the engine's own flags.
 ENGINE_ARGS_KEY: Final = "engine_args"
 
-ENGINE: Final = "Engine"
-DISCOVERY: Final = "Discovery and request plane"
-SHUTDOWN: Final = "Shutdown"
-HEALTH: Final = "Health"
-CONTROL: Final = "Control routes"
-FRONTEND: Final = "Frontend"
-MODEL: Final = "Model registration"
-PLUGINS: Final = "Plugins"
-LOGGING: Final = "Logging"
-
-#: The headings in the order in which ``--help`` shows them.
-GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, CONTROL, FRONTEND, MODEL, PLUGINS, LOGGING)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One setting: a field of ``WorkerSettings``, and what it is called from outside.
-
-    :param name: name of the field, which is the YAML key too.
-    :param group: heading under which ``--help`` and the documentation show it.
-    :param help: what it does, in one sentence; the only description there is.
-    :param env: its environment variable.
-    :param default: its value when nobody gives one.
-    :param default_text: the default in words, where the value alone does not say it.
-    :param metavar: placeholder for the value.
-    :param choices: all values that it can have, if they are words.
-    :param kind: a ``value``, a ``list`` (repeatable flag) or a ``switch``.
-    :param short: its one-letter flag.
-    :param bare: the value of the flag when it stands alone; None if it needs a value.
-    """
-
-    name: str
-    group: str
-    help: str
-    env: str
-    default: Any = None
-    default_text: str | None = None
-    metavar: str = ""
-    choices: tuple[str, ...] = ()
-    kind: Literal["value", "list", "switch"] = "value"
-    short: str | None = None
-    bare: str | None = None
-
-    @property
-    def flag(self) -> str:
-        """Return the flag, ``--termination-grace-period``."""
-        return flag_name(self.name)
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Return all spellings of the flag, including the one that turns a switch off."""
-        if self.kind == "switch":
-            return (self.flag, f"--no-{self.flag[2:]}")
-        return (f"-{self.short}", self.flag) if self.short else (self.flag,)
-
-    @property
-    def placeholder(self) -> str:
-        """Return what stands for the value in ``--help``; empty for a switch."""
-        return "{" + ",".join(self.choices) + "}" if self.choices else self.metavar
-
-    @property
-    def shown_default(self) -> str:
-        """Return the default in words."""
-        if self.default_text is not None:
-            return self.default_text
-        return "none" if self.default is None else str(plain(self.default))
-
-
-#: All settings, in the order in which they are documented.
+#: All settings of the worker, in the order in which they are documented.
 OPTIONS: Final = (
     Option(
         "engine",
         ENGINE,
-        "The engine to run; `dynamo-worker engines` lists what is installed.",
+        "Engine to run; `dynamo-worker engines` lists the installed ones.",
         "DYN_WORKER_ENGINE",
         default="",
-        default_text="none, required",
+        default_text="none; required",
         metavar="NAME",
     ),
     Option(
         "config",
         ENGINE,
-        "YAML file with settings; its keys are the flags with underscores, `engine_args:` holds the engine's own.",
+        "YAML file with settings. Keys are flag names with underscores; `engine_args:` holds the engine's own flags.",
         "DYN_WORKER_CONFIG",
         metavar="FILE",
     ),
     Option(
         "warmup",
         ENGINE,
-        "Run one small request before the model is registered.",
+        "Run one small request before registering the model.",
         "DYN_WORKER_WARMUP",
         default=True,
         kind="switch",
@@ -123,10 +75,11 @@ OPTIONS: Final = (
     Option(
         "warmup_timeout",
         ENGINE,
-        "Give up the start when the warm-up takes longer.",
+        "Fail the start if the warm-up takes longer than this.",
         "DYN_WORKER_WARMUP_TIMEOUT",
         default=600.0,
         metavar="SECONDS",
+        number=_POSITIVE_SECONDS,
     ),
     Option(
         "namespace", DISCOVERY, "Dynamo namespace of the worker.", "DYN_NAMESPACE", default="dynamo", metavar="NAME"
@@ -137,7 +90,7 @@ OPTIONS: Final = (
     Option(
         "endpoint",
         DISCOVERY,
-        "Dynamo endpoint that serves the model; `dyn://namespace.component.endpoint` sets all three.",
+        "Dynamo endpoint that serves the model; `dyn://namespace.component.endpoint` sets all three names.",
         "DYN_ENDPOINT",
         default="generate",
         metavar="NAME",
@@ -145,32 +98,33 @@ OPTIONS: Final = (
     Option(
         "discovery_backend",
         DISCOVERY,
-        "How workers and frontends find each other.",
+        "How workers and frontends discover each other.",
         "DYN_DISCOVERY_BACKEND",
-        default_text="file with --frontend, else etcd",
+        default_text="file with --frontend, otherwise etcd",
         choices=get_args(DiscoveryBackend),
     ),
     Option(
         "discovery_path",
         DISCOVERY,
-        "Directory of the `file` discovery backend.",
+        "Directory for the `file` discovery backend.",
         "DYN_FILE_KV",
-        default_text="a private directory with --frontend, else Dynamo's own",
+        default_text="a private directory with --frontend, otherwise Dynamo's own",
         metavar="DIR",
     ),
     Option(
         "discovery_timeout",
         DISCOVERY,
-        "How long the start waits for an unreachable discovery or NATS server, and a worker that fell out of "
-        "discovery tries to come back.",
+        "How long to wait at the start for an unreachable discovery or NATS server, and how long a worker that lost "
+        "its registration tries to restore it.",
         "DYN_WORKER_DISCOVERY_TIMEOUT",
         default=30.0,
         metavar="SECONDS",
+        number=_POSITIVE_SECONDS,
     ),
     Option(
         "request_plane",
         DISCOVERY,
-        "How requests reach the worker.",
+        "Transport for requests to the worker.",
         "DYN_REQUEST_PLANE",
         default="tcp",
         choices=get_args(RequestPlane),
@@ -178,7 +132,7 @@ OPTIONS: Final = (
     Option(
         "event_plane",
         DISCOVERY,
-        "How KV-cache events reach the routers.",
+        "Transport for KV-cache events to the routers.",
         "DYN_EVENT_PLANE",
         default_text="Dynamo's choice",
         choices=get_args(EventPlane),
@@ -186,8 +140,8 @@ OPTIONS: Final = (
     Option(
         "drain",
         SHUTDOWN,
-        "What a stop does with requests in flight: wait for them and hand off what is left at the end; hand all "
-        "of them to other workers at once; end them.",
+        "What a shutdown does with requests in flight: let them finish, and hand off those that do not; hand them all "
+        "off to other workers at once; or abort them.",
         "DYN_WORKER_DRAIN",
         default="complete",
         choices=get_args(DrainMode),
@@ -195,32 +149,35 @@ OPTIONS: Final = (
     Option(
         "termination_grace_period",
         SHUTDOWN,
-        "Seconds from the first signal to the platform's SIGKILL: Kubernetes' terminationGracePeriodSeconds "
+        "Time from the first signal to the platform's SIGKILL; set it to Kubernetes' terminationGracePeriodSeconds "
         "(`dynamo-worker plan` shows how it is used).",
         "DYN_WORKER_TERMINATION_GRACE_PERIOD",
         default=30.0,
         metavar="SECONDS",
+        number=_POSITIVE_SECONDS,
     ),
     Option(
         "grace_period",
         SHUTDOWN,
-        "Seconds to go on serving after leaving discovery, for routers that have not noticed yet.",
+        "How long to keep serving after leaving discovery, for routers that have not noticed yet.",
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",
-        default_text="5 with --drain complete, else 0",
+        default_text="5 with --drain complete, otherwise 0",
         metavar="SECONDS",
+        number=_SECONDS,
     ),
     Option(
         "engine_shutdown_timeout",
         SHUTDOWN,
-        "Longest time for one plugin's cleanup hook.",
+        "Time limit for each plugin's cleanup hook.",
         "ENGINE_SHUTDOWN_TIMEOUT",
         default=30.0,
         metavar="SECONDS",
+        number=_POSITIVE_SECONDS,
     ),
     Option(
         "termination_message_path",
         SHUTDOWN,
-        "File that receives one line of cause at the end, if it exists.",
+        "Existing file to which the cause is written, in one line, when the worker ends.",
         "DYN_WORKER_TERMINATION_MESSAGE_PATH",
         default=Path("/dev/termination-log"),
         metavar="FILE",
@@ -228,64 +185,69 @@ OPTIONS: Final = (
     Option(
         "health_check_interval",
         HEALTH,
-        "Seconds between two health checks of the engine.",
+        "Interval between health checks of the engine.",
         "DYN_ENGINE_HEALTH_CHECK_INTERVAL",
         default=2.0,
         metavar="SECONDS",
+        number=_POSITIVE_SECONDS,
     ),
     Option(
         "health_check_timeout",
         HEALTH,
-        "Longest time for one health check.",
+        "Time limit for one health check.",
         "DYN_ENGINE_HEALTH_CHECK_TIMEOUT",
         default=30.0,
         metavar="SECONDS",
+        number=_POSITIVE_SECONDS,
     ),
     Option(
         "stall_timeout",
         HEALTH,
-        "End the worker when the engine hangs this long: no progress of any kind and no answer to a canary "
-        "request (0: never).",
+        "End the worker if the engine hangs for this long: no progress and no answer to a canary request (0: never).",
         "DYN_WORKER_STALL_TIMEOUT",
         default=30.0,
         metavar="SECONDS",
+        number=_PATIENCE,
     ),
     Option(
         "heartbeat_timeout",
         HEALTH,
-        "Kill the worker when its event loop is stuck this long while it serves (0: never).",
+        "Kill the worker if its event loop is blocked for this long while serving (0: never).",
         "DYN_WORKER_HEARTBEAT_TIMEOUT",
         default=25.0,
         metavar="SECONDS",
+        number=_PATIENCE,
     ),
     Option(
         "slow_client_timeout",
         HEALTH,
-        "Cancel a request whose client has not read for this long while megabytes wait for it (0: never).",
+        "Cancel a request if its client reads nothing for this long while megabytes are buffered for it (0: never).",
         "DYN_WORKER_SLOW_CLIENT_TIMEOUT",
         default=60.0,
         metavar="SECONDS",
+        number=_PATIENCE,
     ),
     Option(
         "system_host",
         HEALTH,
-        "Address of the server for /health, /live and /metrics.",
+        "Address of the status server (/health, /live and /metrics).",
         "DYN_SYSTEM_HOST",
-        default_text="127.0.0.1 with a --frontend on loopback (not in Kubernetes), else 0.0.0.0",
+        default_text="127.0.0.1 with a --frontend on loopback (not in Kubernetes), otherwise 0.0.0.0",
         metavar="HOST",
     ),
     Option(
         "system_port",
         HEALTH,
-        "Port of that server (-1: no server, 0: any free port).",
+        "Port of the status server (-1: no server, 0: any free port).",
         "DYN_SYSTEM_PORT",
         default=-1,
         metavar="PORT",
+        number=Number(-1, 65535),
     ),
     Option(
         "control_token_file",
         CONTROL,
-        "File with a token that every call of a control route has to carry; `DYN_WORKER_CONTROL_TOKEN` can hold the "
+        "File with the token that every request to a control route must carry; `DYN_WORKER_CONTROL_TOKEN` can hold the "
         "token itself.",
         "DYN_WORKER_CONTROL_TOKEN_FILE",
         metavar="FILE",
@@ -293,8 +255,8 @@ OPTIONS: Final = (
     Option(
         "control_load_root",
         CONTROL,
-        "Directory, or URI such as `s3://bucket/adapters`, below which operations may load LoRA adapters and weights; "
-        "without one they may not (repeatable).",
+        "Directory, or URI such as `s3://bucket/adapters`, from which control routes may load LoRA adapters and "
+        "weights; without one, loading is disabled (repeatable).",
         "DYN_WORKER_CONTROL_LOAD_ROOT",
         default=(),
         default_text="none",
@@ -304,7 +266,7 @@ OPTIONS: Final = (
     Option(
         "control_write_root",
         CONTROL,
-        "Directory below which operations may write what they are told to, profiles for one; without one they may not "
+        "Directory in which control routes may write files, such as profiles; without one, writing is disabled "
         "(repeatable).",
         "DYN_WORKER_CONTROL_WRITE_ROOT",
         default=(),
@@ -315,7 +277,7 @@ OPTIONS: Final = (
     Option(
         "frontend",
         FRONTEND,
-        f"Run an OpenAI HTTP frontend beside the worker; alone it listens on {DEFAULT_FRONTEND}.",
+        f"Run an OpenAI HTTP frontend beside the worker; without a value, on {DEFAULT_FRONTEND}.",
         "DYN_WORKER_FRONTEND",
         default_text="no frontend",
         metavar="[HOST:PORT]",
@@ -324,15 +286,16 @@ OPTIONS: Final = (
     Option(
         "migration_limit",
         FRONTEND,
-        "How often the embedded frontend moves one request to another worker.",
+        "How many times the frontend may migrate one request to another worker.",
         "DYN_MIGRATION_LIMIT",
         default=3,
         metavar="N",
+        number=Number(0, 2**32 - 1),  # the range of the runtime's own type
     ),
     Option(
         "router_mode",
         FRONTEND,
-        "How the embedded frontend picks a worker.",
+        "How the frontend picks a worker.",
         "DYN_ROUTER_MODE",
         default="round-robin",
         choices=get_args(RouterMode),
@@ -340,14 +303,14 @@ OPTIONS: Final = (
     Option(
         "tool_call_parser",
         MODEL,
-        "Parser of the frontend for tool calls in the output.",
+        "Frontend parser for tool calls in the output.",
         "DYN_TOOL_CALL_PARSER",
         metavar="NAME",
     ),
     Option(
         "reasoning_parser",
         MODEL,
-        "Parser of the frontend for reasoning in the output.",
+        "Frontend parser for reasoning in the output.",
         "DYN_REASONING_PARSER",
         metavar="NAME",
     ),
@@ -362,16 +325,16 @@ OPTIONS: Final = (
     Option(
         "endpoint_types",
         MODEL,
-        "OpenAI surfaces to register the model for, separated by commas (chat, completions, embedding, …).",
+        "OpenAI APIs to register the model for, separated by commas (chat, completions, embedding, …).",
         "DYN_ENDPOINT_TYPES",
         default=(),
-        default_text="what the engine offers",
+        default_text="those the engine supports",
         metavar="LIST",
     ),
     Option(
         "plugin",
         PLUGINS,
-        "Load a plugin from a module that needs no packaging; the current directory is searched first (repeatable).",
+        "Load a plugin from a plain module; the current directory is searched first (repeatable).",
         "DYN_WORKER_PLUGIN",
         default=(),
         default_text="none",
@@ -382,8 +345,8 @@ OPTIONS: Final = (
     Option(
         "installed_plugins",
         PLUGINS,
-        "Which installed plugins are loaded: `all`, `none`, or names separated by commas. Others are not even "
-        "imported; the engine always is.",
+        "Installed plugins to load: `all`, `none`, or names separated by commas. Others are not imported; the engine "
+        "always is.",
         "DYN_WORKER_INSTALLED_PLUGINS",
         default=("all",),
         default_text="all",
@@ -392,7 +355,7 @@ OPTIONS: Final = (
     Option(
         "no_plugin",
         PLUGINS,
-        "Leave out an installed plugin (repeatable).",
+        "Do not load this installed plugin (repeatable).",
         "DYN_WORKER_NO_PLUGIN",
         default=(),
         default_text="none",
@@ -402,7 +365,7 @@ OPTIONS: Final = (
     Option(
         "log_level",
         LOGGING,
-        "Least severity that is logged.",
+        "Lowest severity to log.",
         "DYN_WORKER_LOG_LEVEL",
         default="info",
         choices=get_args(LogLevel),
@@ -410,7 +373,7 @@ OPTIONS: Final = (
     Option(
         "log_format",
         LOGGING,
-        "Lines for people, or one JSON object a line.",
+        "Plain text lines, or one JSON object per line.",
         "DYN_WORKER_LOG_FORMAT",
         default="text",
         choices=get_args(LogFormat),
@@ -419,23 +382,22 @@ OPTIONS: Final = (
 
 BY_NAME: Final = {option.name: option for option in OPTIONS}
 
-
-def flag_name(field_name: str) -> str:
-    """Return the flag of a field."""
-    return "--" + field_name.replace("_", "-")
-
-
-def plain(value: object) -> object:
-    """Return a value as a person would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+#: All options of ``dynamo-worker frontend``. It has no worker beside it from which a default could follow.
+FRONTEND_OPTIONS: Final = (
+    Option("http", FRONTEND, "Address to listen on.", default=DEFAULT_FRONTEND, metavar="HOST:PORT"),
+    replace(BY_NAME["discovery_backend"], default="file", default_text=None),
+    replace(BY_NAME["discovery_path"], default_text="Dynamo's own"),
+    BY_NAME["request_plane"],
+    BY_NAME["event_plane"],
+    BY_NAME["migration_limit"],
+    BY_NAME["router_mode"],
+    BY_NAME["log_level"],
+    BY_NAME["log_format"],
+)
 
 
 def markdown_table() -> str:
-    """Return the documentation of all settings as Markdown, one table for each group."""
+    """Return the documentation of all settings in Markdown, with one table per group."""
     lines = []
     for group in GROUPS:
         lines += [
