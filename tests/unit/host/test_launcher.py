@@ -29,8 +29,8 @@ from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
 from dynamo_worker.exit_codes import ExitCode
+from dynamo_worker.host import embedded_frontend, startup, stop_requests, threads
 from dynamo_worker.host import launcher as module
-from dynamo_worker.host import monitors
 from dynamo_worker.host.calling import HookOutcome
 from dynamo_worker.host.launcher import Launcher
 from dynamo_worker.host.settings import WorkerSettings
@@ -226,7 +226,7 @@ class World:
             self.runtime.settings = settings
             return self.runtime
 
-        self.monkeypatch.setattr(module.Runtime, "create", create)
+        self.monkeypatch.setattr(startup.Runtime, "create", create)
         theirs, ours = pair()
         with ours:
             self.supervisor = Channel(theirs)
@@ -282,7 +282,7 @@ class World:
         await self.serving()
         self.engine.hold = asyncio.Event()
         running = self.request()
-        await until(lambda: len(self.launcher._registry) == 1)
+        await until(lambda: len(self.launcher._requests) == 1)
         return running
 
 
@@ -442,7 +442,7 @@ def test_endpoints_without_a_graceful_shutdown_are_handed_off_when_the_drain_sta
     async def scenario(world):
         running = await world.busy()
         hasty = world.request("hasty", endpoint="hasty")
-        await until(lambda: len(world.launcher._registry) == 2)
+        await until(lambda: len(world.launcher._requests) == 2)
         world.stop()
         with pytest.raises(EngineShutdown):
             await hasty
@@ -456,18 +456,18 @@ def test_endpoints_without_a_graceful_shutdown_are_handed_off_when_the_drain_sta
 @pytest.mark.parametrize("stops", [False, True])
 def test_without_threads_a_worker_gives_requests_away_unless_it_stops_anyway(world, monkeypatch, stops):
     """Nobody else may be there to take them, and those that run need no further thread."""
-    threads = [True]
-    monkeypatch.setattr(monitors, "can_start_thread", lambda: threads[-1])
+    available = [True]
+    monkeypatch.setattr(threads, "can_start_thread", lambda: available[-1])
 
     async def scenario(world):
         world.engine.hold = asyncio.Event()
         await world.serving()
         request = world.request()
-        await until(lambda: len(world.launcher._registry) == 1)
+        await until(lambda: len(world.launcher._requests) == 1)
         if stops:
             world.stop()
             await until(lambda: world.launcher._state.value == "DRAINING")
-        threads.append(False)
+        available.append(False)
         await asyncio.sleep(0.2)
         assert request.done() == (not stops)
         world.engine.hold.set()
@@ -633,7 +633,7 @@ def test_the_loop_goes_on_when_a_task_wants_to_end_the_interpreter(new_event_loo
 
     with contextlib.closing(new_event_loop()) as loop:
         launcher = FakeLauncher(work)
-        assert module._live(loop, launcher) == 7
+        assert module._run_until_stopped(loop, launcher) == 7
         assert [type(escaped) for escaped in launcher.escaped] == [error]
 
 
@@ -645,7 +645,7 @@ def test_a_bug_of_ours_has_an_exit_code_and_a_reason(error, capsys):
 
     with contextlib.closing(uvloop.new_event_loop()) as loop:
         launcher = Broken()
-        assert module._live(loop, launcher) == ExitCode.FATAL
+        assert module._run_until_stopped(loop, launcher) == ExitCode.FATAL
     assert launcher.reason.startswith(f"bug in dynamo-worker: {error.__name__}")
     assert "please report it" in capsys.readouterr().err
 
@@ -687,14 +687,46 @@ def test_a_runtime_that_ends_by_itself_is_the_loss_of_discovery(world):
     assert "mem discovery" in world.reason
 
 
-def test_an_endpoint_that_cannot_be_served_is_named(world):
+def test_an_endpoint_that_fails_while_serving_is_no_failed_start(world):
+    """Exit code 3 would keep systemd from restarting a worker that has served well until now."""
+
     async def scenario(world):
         await world.serving()
         world.runtime.serve_error = RuntimeError("address in use")
         world.runtime.closed.set()
 
-    assert world.run(scenario) != ExitCode.STOPPED
-    assert "address in use" in world.reason
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.states == FATAL
+    assert world.reason == "the endpoint 'generate' failed: address in use"
+    assert world.order("on_fatal_error", "runtime shut down", "cleanup")
+
+
+def test_an_endpoint_that_cannot_be_served_is_a_failed_start(world, monkeypatch):
+    async def register(runtime, info, *, endpoint):
+        runtime.serve_error = RuntimeError("address in use")
+        runtime.closed.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(FakeRuntime, "register", register)
+    assert world.run(nothing) == ExitCode.START_FAILED
+    assert world.states == ["STARTING", "FATAL", "STOPPED"]
+    assert world.reason == "the endpoint 'generate' failed: address in use"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_an_endpoint_that_ends_during_the_grace_period(world, failed):
+    world.settings["grace_period"] = 5
+
+    async def scenario(world):
+        await world.serving()
+        world.stop()
+        await until(lambda: world.launcher._state.value == "GRACE")
+        world.runtime.serve_error = RuntimeError("address in use") if failed else None
+        world.runtime.closed.set()
+
+    assert world.run(scenario) == ExitCode.FATAL
+    assert world.states == [*GRACEFUL[:4], "FATAL", "STOPPED"]
+    assert ("address in use" if failed else "mem discovery") in world.reason
 
 
 # ------------------------------------------------------------------------------------------------------------- start
@@ -736,7 +768,7 @@ def test_a_start_that_fails(world, error, code, reason):
 
 
 def test_a_start_without_a_thread_to_spare(world, monkeypatch):
-    monkeypatch.setattr(module, "can_start_thread", lambda: False)
+    monkeypatch.setattr(threads, "can_start_thread", lambda: False)
     assert world.run(nothing) == ExitCode.START_FAILED
     assert "no thread can be started" in world.reason
     assert "served generate" not in world.happened
@@ -862,7 +894,7 @@ def test_a_stop_during_the_start_has_little_time(world):
 
 
 def test_a_stop_during_a_start_that_ignores_its_cancellation(world, monkeypatch):
-    monkeypatch.setattr(module, "_CANCEL_START", 0.1)
+    monkeypatch.setattr(module, "_CANCEL_SECONDS", 0.1)
     go_on = []
 
     async def stubborn(worker_id):
@@ -1089,7 +1121,7 @@ def test_an_engine_that_dies_during_a_stop_is_not_silent(world, monkeypatch, sta
             await world.serving()
             world.runtime.unregister_seconds = 0.3
             running = world.request()
-            await until(lambda: len(world.launcher._registry) == 1)
+            await until(lambda: len(world.launcher._requests) == 1)
             world.stop()
             await until(lambda: world.launcher._state.value == state)
             broken.set()
@@ -1218,7 +1250,7 @@ def test_without_a_supervisor_signals_go_to_the_worker_itself(world, caplog):
     assert world.reason == "stopped by SIGTERM"
     assert not world.context.private_dir.exists(), "it removes what nobody else would"
     (record,) = [record for record in caplog.records if record.getMessage() == "Received shutdown signal"]
-    assert "again to stop within 2 s" in record.fields["effect"]
+    assert "again to stop within 2 s" in record.fields["next"]
 
 
 def test_with_a_supervisor_the_private_directory_is_the_supervisors(world):
@@ -1236,7 +1268,7 @@ def test_without_a_supervisor_a_forced_stop_ends_even_if_nothing_answers(world, 
     world.supervised = False
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(module, "FORCED_STOP", 0.1)
+    monkeypatch.setattr(stop_requests, "FORCED_STOP", 0.1)
 
     async def scenario(world):
         await world.serving()
@@ -1522,7 +1554,7 @@ def frontend(world, monkeypatch):
             world.frontend = FakeFrontend(world, process)
             return world.frontend
 
-        monkeypatch.setattr(module.FrontendProcess, "start", start)
+        monkeypatch.setattr(startup.FrontendProcess, "start", start)
         for name in HOSTS:
             monkeypatch.setenv(name, "")  # which is as good as none
         world.settings |= {"frontend": "127.0.0.1:8000", "discovery_backend": "file"}
@@ -1543,7 +1575,7 @@ def test_without_a_supervisor_the_worker_waits_for_its_frontend(world, frontend,
 
     async def scenario(world):
         await world.serving()
-        world.launcher._on_signal(signal.SIGTERM)
+        world.launcher._stop._on_signal(signal.SIGTERM)
 
     world.run(scenario)
     (note,) = [note for note in world.happened if note.startswith("frontend has")]
@@ -1573,7 +1605,7 @@ def test_a_frontend_that_hangs_ends_the_worker_and_is_given_no_time(world, front
 )
 def test_a_frontend_is_asked_only_for_what_it_lists_with_this_worker_alone(change, offered):
     info = EngineInfo(model_name="model", model_path="/model")
-    assert module._offered(replace(info, **change)) == offered
+    assert embedded_frontend.listed_model(replace(info, **change)) == offered
 
 
 def test_frontend_and_worker_meet_in_the_private_directory(world, frontend):
@@ -1620,7 +1652,7 @@ def test_a_cluster_is_told_that_only_this_machine_reaches_the_worker(world, fron
     monkeypatch.setenv(HOSTS[0], host)
     world.settings["discovery_backend"] = "etcd"
     assert world.run(stop_when_serving) == ExitCode.STOPPED
-    assert ("Only frontends of this machine can reach this worker" in caplog.text) == said
+    assert ("only those on this machine can reach it" in caplog.text) == said
 
 
 @pytest.mark.parametrize(("router", "wanted"), [("round-robin", False), ("least-loaded", True), ("kv", True)])
@@ -1706,7 +1738,7 @@ def test_no_place_for_the_private_directory(world, monkeypatch):
         raise OSError(errno.ENOSPC, "/tmp: No space left on device (make room, or set TMPDIR)")
 
     world.supervised = False
-    monkeypatch.setattr(module.RunDirectory, "create", create)
+    monkeypatch.setattr(startup.RunDirectory, "create", create)
     assert world.run(nothing) == ExitCode.START_FAILED
     assert "private directory" in world.reason
     assert "No space left on device" in world.reason

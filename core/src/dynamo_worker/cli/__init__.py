@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         if missing is not None:
             print_error(missing)
             return _end(missing.exit_code, str(missing.args[0]))
-        from dynamo_worker.cli.report import print_crash
+        from dynamo_worker.host.crash_report import print_crash
 
         with contextlib.suppress(OSError):
             print_crash(error)

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import sys
-import traceback
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import __version__
 from dynamo_worker.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
-
-
-def print_crash(error: BaseException) -> None:
-    """Print what a bug report needs: the traceback, the versions and the plugins."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    traceback.print_exception(type(error), error, error.__traceback__)
-    try:
-        runtime = version("ai-dynamo-runtime")
-    except PackageNotFoundError:
-        runtime = "not installed"
-    print(
-        f"\ndynamo-worker: this is a bug ({type(error).__name__}); please report it with the lines above and these:\n"
-        f"  dynamo-worker {__version__}, ai-dynamo-runtime {runtime}, "
-        f"Python {platform.python_version()}, {platform.platform()}\n"
-        f"  plugins: {_installed()}",
-        file=sys.stderr,
-    )
-
-
-def _installed() -> str:
-    try:
-        from dynamo_worker.host.installed_plugins import describe_records, discover
-
-        return describe_records(discover())
-    except Exception as error:  # the crash report must not crash
-        return f"cannot be listed: {error}"
 
 
 def unknown_command(word: str) -> UsageError:

@@ -22,6 +22,8 @@ from dynamo_worker.address import Address
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.host import native_output
+from dynamo_worker.host.discovery_directory import writable_directory
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.listening import listening_sockets
 from dynamo_worker.host.options import DEFAULT_FRONTEND, MOST_MIGRATIONS, LogFormat, LogLevel
 from dynamo_worker.logs import get_logger
@@ -102,7 +104,7 @@ class FrontendProcess:
             command += ["--event-plane", settings.event_plane]
         if discovery_path is not None:
             command += ["--discovery-path", str(discovery_path)]
-        seconds = FRONTEND_ABORT_SECONDS if settings.drain == "abort" else settings.termination_grace_period
+        seconds = FRONTEND_ABORT_SECONDS if settings.drain is DrainMode.ABORT else settings.termination_grace_period
         # What the worker has set as its own default is not what the frontend should log.
         inherited = {name: value for name, value in os.environ.items() if value != logs.WORKER_RUNTIME_LOG}
         inherited[_WORKER] = str(os.getpid())
@@ -320,10 +322,6 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     _check_free(address)
     if args.discovery_backend == "file":
-        from dynamo_worker.host.runtime import (
-            writable_directory,  # only now: it imports the runtime, which reads DYN_LOG
-        )
-
         path = writable_directory(Path(args.discovery_path) if args.discovery_path else None)
         os.environ["DYN_FILE_KV"] = str(path)
     # The runtime's own status server would want the worker's port.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
-import os
-import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.containment import contained
 from dynamo_worker.engine import Engine, MayPause, ReportsProgress
-from dynamo_worker.errors import EngineDeadError, EngineStalledError, NoThreadsError, WorkerError, describe
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError, describe
 from dynamo_worker.host.calling import report
 from dynamo_worker.logs import get_logger
 
@@ -28,69 +25,6 @@ OnFatal = Callable[[WorkerError], None]
 
 #: How much too early a timer of the event loop may fire, in seconds (uvloop's count whole milliseconds).
 _TIMER_SLACK = 0.005
-
-
-class ProcessWatch:
-    """Reports the death of a process within a millisecond: the kernel makes its pidfd readable, nothing polls."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_fatal: OnFatal) -> None:
-        self._loop = loop
-        self._on_fatal = on_fatal
-        self._watched: set[int] = set()
-
-    def watch(self, pids: Iterable[int], what: str, error: type[WorkerError] = EngineDeadError) -> None:
-        """Watch ``pids``; the death of one is fatal.
-
-        :param what: what the processes are, for the message ("engine process").
-        :param error: what their death is reported as.
-        """
-        for pid in pids:
-            try:
-                pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                self._on_fatal(error(f"{what} {pid} is dead"))
-                continue
-            self._watched.add(pidfd)
-            self._loop.add_reader(pidfd, self._died, pidfd, f"{what} {pid} ({_command_name(pid)})", error)
-
-    def close(self) -> None:
-        """Stop watching: the processes are about to be ended on purpose."""
-        for pidfd in list(self._watched):
-            self._forget(pidfd)
-
-    def _forget(self, pidfd: int) -> None:
-        self._watched.discard(pidfd)
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
-
-    def _died(self, pidfd: int, what: str, error: type[WorkerError]) -> None:
-        how = _how_it_died(pidfd)
-        self._forget(pidfd)
-        self._on_fatal(error(f"{what} died{how}"))
-
-
-def _command_name(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return "already gone"
-
-
-def _how_it_died(pidfd: int) -> str:
-    """Describe the death, if the process is a child of ours; it is left to be reaped by its owner."""
-    try:
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return ""
-    if result is None:
-        return ""
-    if result.si_code == os.CLD_EXITED:
-        return f": exit code {result.si_status}"
-    try:
-        return f": killed by {signal.Signals(result.si_status).name}"
-    except ValueError:  # most real-time signals have no name
-        return f": killed by signal {result.si_status}"
 
 
 def _paused(engine: Engine) -> bool:
@@ -292,48 +226,6 @@ class FrontendMonitor:
                     log.warning("Frontend check failed", error=error)
             finally:
                 check.cancel()
-
-
-def can_start_thread() -> bool:
-    """Return whether one more thread can be had: no where a pids limit is reached, or the address space is full."""
-    try:
-        # Not `threading.Thread`: its start waits without end for a thread that dies for want of memory.
-        _thread.start_new_thread(_nothing, ())
-    except (RuntimeError, MemoryError):
-        return False
-    return True
-
-
-def _nothing() -> None:
-    """Be the work of a thread that only shows that it can be had."""
-
-
-class ThreadMonitor:
-    """Notices that no thread can be started any more.
-
-    The runtime takes a thread for each request that it has none for. If it gets none the request waits without end,
-    never reaches the engine, and the worker looks well (measured on 1.6.1).
-    """
-
-    #: Failures in a row that are fatal: a limit may be reached for a moment.
-    FAILURES = 3
-
-    def __init__(self, on_fatal: OnFatal, *, interval: float) -> None:
-        self._on_fatal = on_fatal
-        self._interval = interval
-
-    async def run(self) -> None:
-        """Try until cancelled, or until there has been none for a while."""
-        failures = 0
-        while failures < self.FAILURES:
-            await asyncio.sleep(self._interval)
-            failures = 0 if can_start_thread() else failures + 1
-        self._on_fatal(NoThreadsError(NO_THREADS, hint=NO_THREADS_HINT))
-
-
-#: Why a worker that gets no threads must not serve, and what to do about it.
-NO_THREADS = "no thread can be started any more, so that requests would wait without end"
-NO_THREADS_HINT = "raise the pids limit (pids.max, ulimit -u) or the limit of memory (ulimit -v); what uses it up?"
 
 
 class Heartbeat:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from dynamo_worker.host.drain_mode import DrainMode
+
 DiscoveryBackend = Literal["file", "etcd", "kubernetes", "mem"]
 RequestPlane = Literal["tcp", "nats"]
 EventPlane = Literal["nats", "zmq"]
-DrainMode = Literal["complete", "handoff", "abort"]
 RouterMode = Literal["round-robin", "random", "kv", "least-loaded"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -189,8 +190,8 @@ OPTIONS: Final = (
         "What a stop does with requests in flight: wait for them and hand off what is left at the end; hand all "
         "of them to other workers at once; end them.",
         "DYN_WORKER_DRAIN",
-        default="complete",
-        choices=get_args(DrainMode),
+        default=DrainMode.COMPLETE,
+        choices=tuple(mode.value for mode in DrainMode),
     ),
     Option(
         "termination_grace_period",

@@ -20,6 +20,7 @@ from dynamo.llm.exceptions import (
 
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, Send
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client, shown
+from dynamo_worker.host.drain_mode import Cut
 from dynamo_worker.host.egress import Egress, SlowClientError, Stream
 from dynamo_worker.logs import get_logger
 
@@ -68,17 +69,6 @@ _UNFINISHED = frozenset(
         RequestOutcome.SLOW_CLIENT,
     }
 )
-
-
-class Cut(enum.Enum):
-    """How requests in flight are ended before they are done."""
-
-    #: With an error on which the frontend migrates: it goes on elsewhere with the tokens already sent.
-    HANDOFF = "handoff"
-    #: With an error on which it does not.
-    ABORT = "abort"
-    #: The same, because its client does not read.
-    SLOW_CLIENT = "slow_client"
 
 
 class _InFlight:

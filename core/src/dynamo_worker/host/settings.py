@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.allowed_paths import check_load_roots, check_write_roots
 from dynamo_worker.errors import UsageError
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.options import (
     BY_NAME,
     DEFAULT_FRONTEND,
@@ -22,7 +23,6 @@ from dynamo_worker.host.options import (
     MOST_MIGRATIONS,
     OPTIONS,
     DiscoveryBackend,
-    DrainMode,
     EventPlane,
     LogFormat,
     LogLevel,
@@ -136,6 +136,12 @@ def _check_installed_plugins(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _drain_mode(data: Mapping[str, Any]) -> DrainMode:
+    """Return the drain mode among validated values; any, if the given one was refused."""
+    mode: DrainMode = data.get("drain", DrainMode.COMPLETE)
+    return mode
+
+
 def _option(name: str, default_factory: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Return the field for an option.
 
@@ -186,7 +192,7 @@ class WorkerSettings(BaseSettings):
     # --- Shutdown
     drain: DrainMode = _option("drain")
     termination_grace_period: PositiveSeconds = _option("termination_grace_period")
-    grace_period: Seconds = _option("grace_period", lambda data: 5.0 if data.get("drain") == "complete" else 0.0)
+    grace_period: Seconds = _option("grace_period", lambda data: _drain_mode(data).default_grace_period)
     engine_shutdown_timeout: PositiveSeconds = _option("engine_shutdown_timeout")
     termination_message_path: Path = _option("termination_message_path")
 
@@ -246,6 +252,16 @@ class WorkerSettings(BaseSettings):
         """Whether a router may read KV events and load: one elsewhere, or that of this worker's own frontend."""
         return not self.on_loopback or self.router_mode in ("kv", "least-loaded")
 
+    @property
+    def shutdown_plan(self) -> ShutdownPlan:
+        """The stages of a shutdown with these settings."""
+        return ShutdownPlan.divide(
+            total=self.termination_grace_period,
+            grace=self.grace_period,
+            cleanup_limit=self.engine_shutdown_timeout,
+            mode=self.drain,
+        )
+
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot be meant together, one sentence each."""
         found = []
@@ -255,7 +271,7 @@ class WorkerSettings(BaseSettings):
             shown = getattr(self, name) if value is None else value
             return self.origin(name).describe(name, _shown(shown))
 
-        plan = ShutdownPlan.from_settings(self)
+        plan = self.shutdown_plan
         if not plan.fits:
             found.append(
                 f"{named('termination_grace_period')} and {named('grace_period')} contradict each other: "
