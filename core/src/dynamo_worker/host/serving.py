@@ -21,11 +21,13 @@ from dynamo.llm.exceptions import (
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, Send
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client, shown
 from dynamo_worker.host.drain_mode import Cut
-from dynamo_worker.host.egress import Egress, SlowClientError, Stream
+from dynamo_worker.host.streams import SlowClientError, Stream
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from dynamo.runtime import Context
+
+    from dynamo_worker.host.egress import Egress
 
 log = get_logger(__name__)
 

@@ -76,7 +76,7 @@ class ShutdownPlan:
             )
         elif drain < 0:
             warnings.append(
-                f"the stages need {total - drain:g} s without a drain, but the termination grace period is {total:g} s: "
+                f"without a drain the stages need {total - drain:g} s; the termination grace period is {total:g} s: "
                 f"{-drain:g} s are missing"
             )
         elif mode.waits and drain < SHORT_DRAIN:
