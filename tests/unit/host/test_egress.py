@@ -7,13 +7,10 @@ import contextlib
 import math
 import threading
 import time
-from collections import deque
 from pathlib import Path
 
 import pytest
 from aio import until
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dynamo_worker.errors import StartError, WorkerError
 from dynamo_worker.host import egress as module
@@ -93,37 +90,6 @@ class Sending:
 
 def run(coroutine):
     asyncio.run(asyncio.wait_for(coroutine, 30))
-
-
-# ----------------------------------------------------------------------------------------------------------- joining
-
-
-VALUES = st.none() | st.integers() | st.text(max_size=2)
-#: What an engine of somebody else's may say, right or wrong.
-LISTS = VALUES | st.lists(VALUES | st.floats() | st.lists(st.dictionaries(st.text(max_size=2), VALUES), max_size=2))
-ANY_CHUNK = st.dictionaries(
-    st.sampled_from(["token_ids", "log_probs", "top_logprobs", "index", "finish_reason", "text"]), LISTS
-)
-
-
-@given(chunks=st.lists(ANY_CHUNK | ANY_CHUNK.map(lambda chunk: {**chunk, "token_ids": [1]}), min_size=1))
-def test_whatever_an_engine_says_is_passed_on(chunks):
-    """A chunk that the runtime cannot encode is its request's affair; nothing of it may end the thread that sends."""
-    waiting, taken = deque(chunks), 0
-    while waiting:
-        frame, count = joined(waiting)
-        assert weight(frame) > 0
-        if count == 1:
-            assert frame == chunks[taken]
-        taken += count
-    assert taken == len(chunks)
-
-
-def test_values_that_are_not_given_may_be_left_out_or_none():
-    chunks = [token(1), token(2, log_probs=None), token(3, top_logprobs=None, finish_reason="stop")]
-    frame, count = joined(deque(chunks))
-    assert frame["token_ids"][:2] == [1, 2]
-    assert count >= 2
 
 
 @pytest.mark.parametrize("waits", ["behind the send that blocks", "for a slow stream"])

@@ -49,7 +49,7 @@ def writable_directory(path: Path | None) -> Path:
             return real
     except UnsafePlaceError as error:
         raise UsageError(
-            f"the discovery directory {directory} is not safe: another user could replace it: {error.words}",
+            f"the discovery directory {directory} is not safe, another user could replace it: {error.words}",
             hint=f"{error.advice}; or " * bool(error.advice) + "set --discovery-path to a directory of your own",
         ) from error
     except OSError as error:
