@@ -228,7 +228,7 @@ def test_the_runtimes_own_status_server_is_on_loopback_unless_frontends_read_fro
 def test_a_status_server_that_does_not_come_is_a_failed_start(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime_module, "DistributedRuntime", lambda *args, **options: FakeDistributedRuntime())
     values = worker_settings(discovery_backend="file", discovery_path=tmp_path, system_port=0)
-    with pytest.raises(StartError, match="does not listen"):
+    with pytest.raises(StartError, match="is not listening on 0"):
         asyncio.run(Runtime.create(values))
 
 
