@@ -104,8 +104,6 @@ class Egress:
         self._waiting = 0
         self._stopped = False
 
-    # ------------------------------------------------------------------------------------------- on the event loop
-
     def start(self) -> None:
         """Start the carrier and a spare thread.
 
@@ -116,11 +114,11 @@ class Egress:
             self._add_spare()
             self._add_spare()
         except (RuntimeError, MemoryError) as error:
-            raise StartError(f"{_NO_THREADS}: {error}", hint="raise the pids limit, or the limit of memory") from error
+            raise StartError(f"{_NO_THREADS}: {error}", hint="raise the pids limit or the memory limit") from error
         deadline = time.monotonic() + _BIRTH_SECONDS
         while self._spares < 2:
             if time.monotonic() > deadline:
-                raise StartError(_NO_THREADS, hint="raise the limit of memory (ulimit -v)")
+                raise StartError(_NO_THREADS, hint="raise the memory limit (ulimit -v)")
             time.sleep(0.001)
         with self._lock:
             self._appoint()
@@ -176,9 +174,9 @@ class Egress:
         self._handed_over += 1
         self._batches.put(batch)
         if not self._attentive:
-            self._look_after(_TICK)
+            self._check_after(_TICK)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         """Check whether the carrier is blocked, and whether a slow stream has waited for too long."""
         self._attentive = False
         sending = self._sending
@@ -190,19 +188,19 @@ class Egress:
         now = time.monotonic()
         if self._slow and now >= self._slow_due:
             self._slow_due = now + _SLOW_TICK
-            self._look_at_slow(now)
+            self._check_slow(now)
         busy = self._sending is not None or self._settled != self._handed_over
         if busy or self._slow:
-            self._look_after(_TICK if busy else _SLOW_TICK)
+            self._check_after(_TICK if busy else _SLOW_TICK)
         else:
             self._stranded = 0.0
 
-    def _look_after(self, seconds: float) -> None:
+    def _check_after(self, seconds: float) -> None:
         self._attentive = seconds == _TICK
         if self._timer is not None:
             self._timer.cancel()
         if not self._stopped:
-            self._timer = self.loop.call_later(seconds, self._look)
+            self._timer = self.loop.call_later(seconds, self._check)
 
     def _replace_carrier(self, stream: Stream) -> None:
         """Leave a stream to the thread that it blocks, and make a spare thread the carrier."""
@@ -251,7 +249,7 @@ class Egress:
         self._carrier = token = object()
         self._calls.put(token)
 
-    def _look_at_slow(self, now: float) -> None:
+    def _check_slow(self, now: float) -> None:
         with self._lock:
             blocked = [
                 (stream.blocked_since, stream.waiting, stream)
@@ -270,8 +268,6 @@ class Egress:
         if stream.error is None:
             self.fail(stream, SlowClientError(why))
             stream.on_slow()
-
-    # ----------------------------------------------------------------------------------------------- in the threads
 
     def _work(self) -> None:
         """Run a thread: spare, then the carrier, then the keeper of the stream that blocked it, then spare again."""
