@@ -466,7 +466,7 @@ def test_everything_that_is_too_much_goes_at_once(monkeypatch):
                 for _ in range(10):
                     stream.send(token(1))
             await until(lambda: sending.egress._waiting >= 5 * 10 * 9)
-            sending.egress._look_at_slow(time.monotonic())
+            sending.egress._check_slow(time.monotonic())
             assert len(sending.slow) == 4
             assert sending.egress._waiting <= 100
 

@@ -1347,8 +1347,8 @@ async def stop_itself(world):
 
 BROKEN = {
     "generate is a coroutine": "generate is a coroutine function",
-    "start returns None": "start returned None instead of an EngineInfo",
-    "processes returns an int": "processes returned 7 instead of pids",
+    "start returns None": "start: expected an EngineInfo, got None",
+    "processes returns an int": "processes: expected pids, got 7",
     "no token_ids": "its first answer has a chunk without a list of token_ids",
     "a float": "has the token 1.5",
     "beyond the vocabulary": "has the token 100, which is not in its vocabulary of 100 tokens",

@@ -1,4 +1,4 @@
-"""What watches a serving worker: the engine's processes, its health, its progress, and the event loop itself."""
+"""Monitors of a serving worker: the engine's health, its progress, the frontend, and the event loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = get_logger(__name__)
 
 OnFatal = Callable[[WorkerError], None]
 
-#: How much too early a timer of the event loop may fire, in seconds (uvloop's count whole milliseconds).
+#: Seconds that a timer of the event loop may fire early (uvloop counts whole milliseconds).
 _TIMER_SLACK = 0.005
 
 
@@ -34,8 +34,8 @@ def _paused(engine: Engine) -> bool:
 class HealthMonitor:
     """Calls every plugin's ``check_health`` at an interval.
 
-    Fatal are an EngineDeadError and a check that does not return in time, unless the engine is paused. Any other error
-    is logged and counted: a check that is broken itself must not end a healthy engine.
+    An EngineDeadError is fatal, and so is a check that does not return in time, unless the engine is paused. Other
+    errors are logged and counted: a broken check must not end a healthy engine.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class HealthMonitor:
         self._timeout = timeout
 
     async def run(self) -> None:
-        """Check until cancelled or until a check was fatal."""
+        """Check until cancelled or until a check is fatal."""
         while True:
             await asyncio.sleep(self._interval)
             started = time.monotonic()
@@ -86,15 +86,15 @@ class HealthMonitor:
 
 
 class StallMonitor:
-    """Notices an engine that is alive but does nothing.
+    """Notices an engine that is alive but makes no progress.
 
-    Any progress at all vouches for the engine: a chunk of any request, a step that the engine itself reports. Without
-    any, busy or idle, one canary request is sent; only if that does not produce a chunk either, and nothing else has
-    moved meanwhile, the engine is held to be stalled. One that is paused is not expected to do anything.
+    A chunk of any request is progress, and so is a step that the engine reports. Without progress, busy or idle, the
+    monitor sends one canary request. The engine is stalled only if that produces no chunk either and nothing else has
+    moved meanwhile. A paused engine need not make progress.
     """
 
-    #: Share of the stall timeout after which a quiet engine is asked, and share that the canary gets to answer. The
-    #: rest is for the granularity of the clock, so that the whole detection ends within the timeout.
+    #: Share of the timeout after which a quiet engine gets a canary, and share for its answer. The rest allows for the
+    #: granularity of the clock: the whole detection ends within the timeout.
     QUIET_SHARE = 0.6
     CANARY_SHARE = 0.3
     TICK_SHARE = 0.02
@@ -110,8 +110,8 @@ class StallMonitor:
     ) -> None:
         """Watch ``engine``.
 
-        :param canary: sends one small request and returns at its first chunk.
-        :param timeout: seconds from the last progress to the report, at most.
+        :param canary: sends one small request and returns when it is answered.
+        :param timeout: most seconds from the last progress to the report.
         """
         self._engine = engine
         self._registry = registry
@@ -131,8 +131,8 @@ class StallMonitor:
         since = now = time.monotonic()
         while True:
             await asyncio.sleep(tick)
-            # When this process itself was held up (stopped, a blocked loop), nothing could arrive: not the engine's
-            # fault, so that time does not count.
+            # While this process itself was held up (stopped, or its loop blocked), nothing could arrive. That is not
+            # the engine's fault, so the time does not count.
             late = time.monotonic() - now - tick
             now = time.monotonic()
             if late > tick:
@@ -154,7 +154,7 @@ class StallMonitor:
             while left > 0:
                 started = time.monotonic()
                 await asyncio.wait({canary}, timeout=tick)
-                # Here too, time in which this process itself was held up does not count.
+                # Time in which this process was held up does not count here either.
                 left -= min(time.monotonic() - started, 2 * tick)
                 if self._progress() != seen or _paused(self._engine):
                     return True
@@ -177,13 +177,13 @@ class StallMonitor:
             self._on_fatal(error)
             return False
         if error is not None:
-            # It answered, if only with an error: alive.
+            # An error is an answer, too: the engine is alive.
             log.warning("Canary request failed", error=describe(error))
         return True
 
 
 class FrontendMonitor:
-    """Notices a frontend beside the worker that is alive but does not answer."""
+    """Notices a frontend that is alive but does not answer."""
 
     TICK_SHARE = 0.02
 
@@ -197,8 +197,8 @@ class FrontendMonitor:
     ) -> None:
         """Watch a frontend.
 
-        :param check: returns as soon as the frontend answers anything.
-        :param timeout: seconds without an answer after which it is held to hang.
+        :param check: returns as soon as the frontend gives any answer.
+        :param timeout: seconds without an answer after which it counts as hung.
         """
         self._check = check
         self._on_fatal = on_fatal
@@ -216,25 +216,25 @@ class FrontendMonitor:
                 while left > 0 and not check.done():
                     started = time.monotonic()
                     await asyncio.wait({check}, timeout=tick)
-                    # Time in which this process itself was held up does not count.
+                    # Time in which this process was held up does not count.
                     left -= min(time.monotonic() - started, 2 * tick)
                 if not check.done():
                     self._on_fatal(WorkerError(f"the frontend has not answered for {self._timeout:g} s"))
                     return
                 error = check.exception()
-                if error is not None:  # it refuses connections: if it is dead, the watch over its process says so
+                if error is not None:  # it refuses connections; if it is dead, the watch of its process reports that
                     log.warning("Frontend check failed", error=error)
             finally:
                 check.cancel()
 
 
 class Heartbeat:
-    """Tells the supervisor that the event loop runs, and measures how late it runs."""
+    """Tells the supervisor that the event loop runs, and measures its lag."""
 
     def __init__(
         self, control: SupervisorChannel, registry: RequestRegistry, metrics: WorkerMetrics, *, timeout: float
     ) -> None:
-        """Beat five times within ``timeout`` seconds, at least every 5 s."""
+        """Beat five times within ``timeout`` seconds, and at least every 5 s."""
         self._control = control
         self._registry = registry
         self._metrics = metrics
