@@ -250,17 +250,17 @@ async def _copy(data: bytes, source: asyncio.StreamReader, target: asyncio.Strea
     with contextlib.suppress(ConnectionError):
         while data and not target.is_closing():
             target.write(data)
-            await asyncio.wait_for(_unless_lost(target.drain()), _IDLE_TIMEOUT)
+            await asyncio.wait_for(_unless_lost(target.drain), _IDLE_TIMEOUT)
             data = await asyncio.wait_for(source.read(_COPY_CHUNK), _IDLE_TIMEOUT)
 
 
-async def _unless_lost(step: Awaitable[None]) -> None:
+async def _unless_lost(step: Callable[[], Awaitable[None]]) -> None:
     """Await a step, and take the loss of the connection for its end.
 
     Up to Python 3.11 ``wait_for`` loses an error if it is cancelled at the same time, and asyncio logs a traceback.
     """
     with contextlib.suppress(ConnectionError):
-        await step
+        await step()
 
 
 async def _end(writer: asyncio.StreamWriter) -> None:
@@ -268,6 +268,6 @@ async def _end(writer: asyncio.StreamWriter) -> None:
     try:
         with contextlib.suppress(OSError):
             writer.close()
-            await asyncio.wait_for(_unless_lost(writer.wait_closed()), _IDLE_TIMEOUT)
+            await asyncio.wait_for(_unless_lost(writer.wait_closed), _IDLE_TIMEOUT)
     except (asyncio.CancelledError, asyncio.TimeoutError, TimeoutError):
         writer.transport.abort()
