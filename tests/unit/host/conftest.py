@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from worker_world import World
+
+from dynamo_worker.supervisor.protocol import RUN_DIR
 
 
 @pytest.fixture
@@ -16,3 +19,9 @@ def environment(monkeypatch):
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.delenv(RUN_DIR, raising=False)
+    return World(tmp_path, monkeypatch)
