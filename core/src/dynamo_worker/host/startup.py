@@ -105,6 +105,7 @@ class Startup:
         await self._warm_up(engine, info)
         require_thread()
         _freeze_garbage()
+        self._parts.egress.start()
         earlier_ports = listening_ports()
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(self._settings.endpoint), runtime.completed(info))
@@ -207,7 +208,6 @@ class Startup:
 
     async def _serve_endpoints(self, engine: Engine, runtime: Runtime, info: EngineInfo) -> Registration | None:
         """Serve the endpoints, register the model, and return what keeps both in discovery."""
-        self._parts.egress.start()
         handler = RequestHandler(
             engine,
             self._parts.requests,
