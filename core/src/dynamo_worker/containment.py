@@ -1,4 +1,4 @@
-"""Calls into an engine or a plugin whose SystemExit and KeyboardInterrupt must not end the event loop."""
+"""Calls into engines and plugins, whose SystemExit and KeyboardInterrupt must not end the event loop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 async def contained(call: Callable[[], Awaitable[T]]) -> T:
-    """Call something of an engine or a plugin and await it, in a task of its own.
+    """Await a call into an engine or a plugin, for use in a separate task.
 
-    SystemExit and KeyboardInterrupt end the event loop when they leave a task, whoever waits for it. From here they
-    leave as what they are to us: an error of the one who raised them.
+    SystemExit and KeyboardInterrupt end the event loop when they leave a task, even if another task awaits it. This
+    turns them into what they are here: errors of the code that raised them.
 
-    :raises RuntimeError: it raised one of these.
+    :raises RuntimeError: the call raised one of the two.
     """
     try:
         return await call()

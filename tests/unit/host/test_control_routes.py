@@ -224,13 +224,13 @@ def test_the_body_is_the_operations_argument(body: bytes, got: Any) -> None:
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     status, answer = call(echo, body)
     assert status == 400
-    assert "no JSON" in answer["message"]
+    assert "is not JSON" in answer["message"]
 
 
 def test_an_unknown_route_says_which_there_are() -> None:
     assert call(echo, name="nap") == (
         404,
-        {"status": "error", "message": "there is no control route 'nap'; there are: sleep"},
+        {"status": "error", "message": "unknown control route 'nap'; expected one of: sleep"},
     )
 
 
@@ -272,7 +272,7 @@ def test_an_operation_goes_on_when_its_client_leaves_and_there_is_a_limit() -> N
         for client in clients:
             client.cancel()
         await asyncio.wait(clients)
-        with pytest.raises(HttpError, match="16 operations run already"):
+        with pytest.raises(HttpError, match="16 operations are already running"):
             await routes.call("sleep", head(), b"{}")
         go_on.set()
         await until(lambda: len(ended) == 16)

@@ -12,6 +12,7 @@ from aio import until
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.host import drain_progress
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.drain_progress import DrainProgress
 from dynamo_worker.host.serving import RequestRegistry
 
@@ -45,7 +46,7 @@ def test_a_log_says_now_and_then_how_much_is_left(in_a_log, caplog):
     caplog.set_level("INFO")
 
     async def main():
-        with DrainProgress(registry_with(3), Deadline.after(20)):
+        with DrainProgress(registry_with(3), Deadline.after(20), DrainMode.COMPLETE):
             await until(lambda: len(caplog.records) >= 2)
 
     asyncio.run(main())
@@ -59,7 +60,7 @@ def test_nothing_is_said_when_nothing_is_in_flight(in_a_log, caplog):
     caplog.set_level("INFO")
 
     async def main():
-        with DrainProgress(RequestRegistry(), Deadline.after(20)):
+        with DrainProgress(RequestRegistry(), Deadline.after(20), DrainMode.COMPLETE):
             await asyncio.sleep(0.1)
 
     asyncio.run(main())
@@ -70,7 +71,7 @@ def test_nothing_is_said_after_the_drain(in_a_log, caplog):
     caplog.set_level("INFO")
 
     async def main():
-        with DrainProgress(registry_with(1), Deadline.after(20)):
+        with DrainProgress(registry_with(1), Deadline.after(20), DrainMode.COMPLETE):
             await asyncio.sleep(0)
         await asyncio.sleep(0.1)
 
@@ -81,7 +82,7 @@ def test_nothing_is_said_after_the_drain(in_a_log, caplog):
 @pytest.mark.parametrize(("count", "words"), [(1, "1 request left"), (12, "12 requests left")])
 def test_a_terminal_shows_a_line_that_says_what_the_next_signal_does(terminal, count, words):
     async def main():
-        with DrainProgress(registry_with(count), Deadline.after(20)):
+        with DrainProgress(registry_with(count), Deadline.after(20), DrainMode.COMPLETE):
             await until(lambda: words in terminal.getvalue())
 
     with contextlib.redirect_stderr(terminal):
@@ -91,10 +92,27 @@ def test_a_terminal_shows_a_line_that_says_what_the_next_signal_does(terminal, c
     assert "Ctrl-C again to stop within 2 s" in shown
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        (DrainMode.COMPLETE, "20 s until the rest is handed off."),
+        (DrainMode.HANDOFF, "20 s until the rest is handed off."),
+        (DrainMode.ABORT, "20 s until the rest is aborted."),
+    ],
+)
+def test_a_terminal_says_what_becomes_of_the_rest(terminal, mode, words):
+    async def main():
+        with DrainProgress(registry_with(2), Deadline.after(20), mode):
+            await until(lambda: words in terminal.getvalue())
+
+    with contextlib.redirect_stderr(terminal):
+        asyncio.run(main())
+
+
 def test_a_terminal_is_left_as_it_was(terminal):
     async def main():
         started = time.monotonic()
-        with DrainProgress(registry_with(1), Deadline.after(20)):
+        with DrainProgress(registry_with(1), Deadline.after(20), DrainMode.COMPLETE):
             await until(lambda: "Draining" in terminal.getvalue())
         shown = terminal.getvalue()
         await asyncio.sleep(0.05)
@@ -110,7 +128,7 @@ def test_a_terminal_is_left_as_it_was(terminal):
 
 def test_an_error_inside_the_drain_passes(terminal):
     async def main():
-        with DrainProgress(registry_with(1), Deadline.after(20)):
+        with DrainProgress(registry_with(1), Deadline.after(20), DrainMode.COMPLETE):
             await asyncio.sleep(0.03)
             raise KeyError("bug")
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.settings import WorkerSettings
 from dynamo_worker.host.shutdown_plan import ShutdownPlan
 from dynamo_worker.supervisor.protocol import FORCED_STOP, KILL_RESERVE
@@ -16,14 +17,14 @@ def slices(plan):
 
 
 def test_defaults():
-    plan = ShutdownPlan.from_settings(WorkerSettings())
+    plan = WorkerSettings().shutdown_plan
     assert (plan.unregister, plan.grace, plan.drain, plan.cleanup, plan.kill_reserve) == (1, 5, 17, 5, 2)
     assert plan.fits
     assert plan.warnings == ()
 
 
 def test_handoff_has_no_grace_period_by_default():
-    plan = ShutdownPlan.from_settings(WorkerSettings(drain="handoff"))
+    plan = WorkerSettings(drain="handoff").shutdown_plan
     assert (plan.grace, plan.drain) == (0, 22)
 
 
@@ -70,9 +71,9 @@ def test_forced():
     ],
 )
 def test_warnings(total, grace, mode, words):
-    (warning,) = ShutdownPlan.divide(total, grace, cleanup_limit=30, drain_mode=mode).warnings
+    (warning,) = ShutdownPlan.divide(total, grace, cleanup_limit=30, mode=DrainMode(mode)).warnings
     assert words in warning
 
 
 def test_handoff_needs_no_time_to_drain():
-    assert ShutdownPlan.divide(total=30, grace=22, cleanup_limit=30, drain_mode="handoff").warnings == ()
+    assert ShutdownPlan.divide(total=30, grace=22, cleanup_limit=30, mode=DrainMode.HANDOFF).warnings == ()

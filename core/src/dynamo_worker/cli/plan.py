@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final
 from dynamo_worker.cli import arguments, output
 from dynamo_worker.cli.arguments import EngineParser
 from dynamo_worker.host.plugins import Plugins
-from dynamo_worker.host.shutdown_plan import ShutdownPlan, Stage
 from dynamo_worker.supervisor.protocol import FORCED_STOP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.shutdown_plan import ShutdownPlan, Stage
 
 USAGE = "dynamo-worker plan [settings flags] [--json]"
 
@@ -25,12 +25,6 @@ _COLOURS: Final = {
     "drain": "green",
     "cleanup": "yellow",
     "kill_reserve": "red",
-}
-
-_DRAINS: Final = {
-    "complete": "requests in flight finish; what is left at the end is handed off",
-    "handoff": "requests in flight move to other workers at once",
-    "abort": "requests in flight are ended at once",
 }
 
 
@@ -51,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
                 Plugins.load(settings.engine, settings.plugin, settings.installed_plugins, settings.no_plugin)
             )
         arguments.parse_engine_args(parser, line.rest, config)
-    plan = ShutdownPlan.from_settings(settings)
+    plan = settings.shutdown_plan
     if "--json" in line.switches:
         print(json.dumps(_as_json(plan, settings), indent=2))
     else:
@@ -74,7 +68,7 @@ def _meaning(stage: Stage, settings: WorkerSettings) -> str:
     return {
         "unregister": "every endpoint leaves discovery, at most",
         "grace": "keep serving routers that have not noticed yet",
-        "drain": _DRAINS[settings.drain] + ", at most",
+        "drain": f"{settings.drain.summary}, at most",
         "cleanup": f"the plugins' cleanup hooks; one may take up to {settings.engine_shutdown_timeout:g} s if the "
         "drain ends early",
         "kill_reserve": "the supervisor kills remaining processes and cleans up",

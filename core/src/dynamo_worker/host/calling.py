@@ -1,4 +1,4 @@
-"""Calling the hooks of several plugins so that none of them can harm another or hang the host."""
+"""Calling the hooks of several plugins: none of them can harm another or hang the host."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds a cancelled hook has to end before it is abandoned.
+#: Seconds for a cancelled hook to end before it is abandoned.
 CANCEL_GRACE: Final = 0.1
 
-#: Hooks that did not end when they were cancelled. The reference keeps them from being collected while they run.
+#: Hooks that ignored their cancellation. The reference keeps them from being collected while they run.
 _abandoned: Final[set[asyncio.Task[None]]] = set()
 
 
 @dataclass(frozen=True)
 class HookOutcome:
-    """How the hook of one plugin went.
+    """The outcome of one plugin's hook.
 
     :param hook: name of the hook.
     :param plugin: name of the plugin.
-    :param duration: how long it took in seconds.
-    :param error: what it raised; ``TimeoutError`` if it ran out of time; None if it went well.
+    :param duration: its duration in seconds.
+    :param error: the exception that it raised; ``TimeoutError`` if it ran out of time; None if it succeeded.
     """
 
     hook: str
@@ -54,12 +54,13 @@ async def call_concurrently(
     stop: Callable[[HookOutcome], bool] | None = None,
     quiet: bool = False,
 ) -> list[HookOutcome]:
-    """Call all plugins at once and return their outcomes, in the order of ``calls``.
+    """Call all plugins concurrently and return their outcomes, in the order of ``calls``.
 
-    Never takes longer than ``timeout`` and a moment for cancelling, even if a hook swallows its cancellation. Only a
-    plain function that blocks can hold it up.
+    Never takes longer than ``timeout`` and a moment for cancelling, even if a hook ignores its cancellation. Only a
+    plain function that blocks can delay it.
 
-    :param calls: for each plugin a function whose result is awaited if it is awaitable.
+    :param calls: for each plugin a function, whose result is awaited if it is awaitable.
+    :param timeout: seconds for all of them.
     :param stop: called with every outcome; True ends the wait for the others, which then have no outcome.
     :param quiet: leave the logging of failures to the caller.
     """
@@ -92,7 +93,7 @@ async def call_concurrently(
         for task in late:
             _abandon(task, hook, tasks[task])
     finally:
-        # Only when this call itself was cancelled: nothing may be left running unseen.
+        # Only if this call itself was cancelled: leave nothing running unnoticed.
         for task in pending:
             task.cancel()
             _abandoned.add(task)
@@ -112,9 +113,9 @@ async def call_in_order(
 ) -> list[HookOutcome]:
     """Call the plugins one after another and return their outcomes.
 
-    :param call: called with the plugin and the deadline that is its own.
-    :param deadline: when all of them have to be done. Each gets an equal share of what is left when its turn comes.
-    :param limit: the longest time for one of them.
+    :param call: called with the plugin and its deadline.
+    :param deadline: when all of them must be done. Each gets an equal share of the time left at its turn.
+    :param limit: most seconds for one of them.
     """
     outcomes = []
     for position, plugin in enumerate(plugins):
@@ -125,7 +126,7 @@ async def call_in_order(
 
 
 def report(outcome: HookOutcome) -> None:
-    """Log how a hook went: a failure as a warning, with the plugin's name."""
+    """Log the outcome of a hook: a failure as a warning."""
     duration = round(outcome.duration, 3)
     if outcome.error is None:
         log.debug("Plugin hook finished", hook=outcome.hook, plugin=outcome.plugin, duration_s=duration)
@@ -139,7 +140,7 @@ def _bind(call: Callable[[str, Deadline], Any], plugin: str, deadline: Deadline)
 
 
 async def _call(hook: str, plugin: str, call: Callable[[], Any], outcomes: dict[str, HookOutcome]) -> None:
-    """Call one plugin and note its outcome, unless the caller has already given up on it."""
+    """Call one plugin and record its outcome, unless the caller has already given up on it."""
     started = time.monotonic()
     error: BaseException | None = None
     try:
@@ -147,8 +148,8 @@ async def _call(hook: str, plugin: str, call: Callable[[], Any], outcomes: dict[
         if inspect.isawaitable(result):
             await result
     except BaseException as raised:
-        # A plugin that raises CancelledError, SystemExit or KeyboardInterrupt must not cancel or end the host, and a
-        # panic in Rust code is no Exception either.
+        # CancelledError, SystemExit or KeyboardInterrupt of a plugin must not cancel or end the host, and a panic in
+        # Rust code is not an Exception either.
         error = raised
     outcomes.setdefault(plugin, HookOutcome(hook, plugin, time.monotonic() - started, error))
 

@@ -1,7 +1,7 @@
-"""The control routes ``/engine/NAME`` of the status server: who may call them, and calling them.
+"""The control routes ``/engine/NAME`` of the status server: access to them, and the calls.
 
-They put a worker to sleep, load weights and write profiles, and nothing but the network stands in front of them. So a
-web page must not reach them through somebody's browser, and an operator can ask for a token.
+They put a worker to sleep, load weights and write profiles, and nothing but the network protects them. So a web page
+must not reach them through a visitor's browser, and an operator can require a token.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: The variable that can hold the token itself.
+#: The environment variable that can hold the token.
 TOKEN_ENV: Final = "DYN_WORKER_CONTROL_TOKEN"  # noqa: S105 - its name
-#: Operations at once, those counted whose clients have left.
+#: Most operations at once, including those whose clients have left.
 _MOST_OPERATIONS = 16
-#: Longest token file: a header has not room for more.
+#: Longest token file in bytes: a header has no room for more.
 _MOST_TOKEN_BYTES = 4096
 
 
 class ControlAccess:
-    """Who may call the control routes."""
+    """Decides who may call the control routes."""
 
     def __init__(self, token: str | None = None) -> None:
-        """Let those in who know the token; without one, everybody who is no web page."""
+        """Admit clients that know the token; without a token, all but web pages."""
         self._token = None if token is None else token.encode()
         self._names = {"localhost", socket.gethostname().lower()}
 
     def check(self, head: RequestHead) -> None:
-        """Return if this request may be carried out.
+        """Check that a request may be executed.
 
         :raises HttpError: it may not.
         """
-        # What a page may send to a stranger without asking it first is GET, and POST with one of three other types.
+        # Without a preflight a page may only send GET to another origin, or POST with one of three other types.
         if head.method != "POST":
             raise HttpError("405 Method Not Allowed", "control routes are called with POST", "allow: POST")
         content_type = (head.header("content-type") or "").split(";", 1)[0].strip().lower()
@@ -67,7 +67,7 @@ class ControlAccess:
         if self._token is not None:
             self._check_token(head.header("authorization") or "")
         elif not self._is_ours(host):
-            # A page whose own name resolves to us calls what is its own host to the browser. It knows no token.
+            # A page whose own name resolves to this machine (DNS rebinding) calls its own host. It knows no token.
             raise HttpError(
                 "403 Forbidden",
                 f"{host!r:.80} is not a name of this machine; call it by its address, or set a control token",
@@ -81,12 +81,12 @@ class ControlAccess:
         if scheme.lower() != "bearer" or not known:
             raise HttpError(
                 "401 Unauthorized",
-                "the control token is needed: `Authorization: Bearer TOKEN`",
+                "control routes require the control token: `Authorization: Bearer TOKEN`",
                 "www-authenticate: Bearer",
             )
 
     def _is_ours(self, host: str) -> bool:
-        """Return whether a Host header names this machine in a way that nobody else's name server can make up."""
+        """Return whether a Host header names this machine in a way that no other name server can forge."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -99,9 +99,9 @@ class ControlAccess:
 
 
 def read_token(path: Path | None) -> str | None:
-    """Return the control token from its file or its variable, None if there is neither.
+    """Return the control token from its file or its variable, or None without either.
 
-    :raises UsageError: there are both, the file cannot be read, or the token cannot be sent in a header.
+    :raises UsageError: both are set, the file cannot be read, or the token cannot be sent in a header.
     """
     given = os.environ.get(TOKEN_ENV)
     if path is None:
@@ -115,25 +115,25 @@ def read_token(path: Path | None) -> str | None:
         try:
             token = _token_in(path)
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UsageError(f"{where}: the token cannot be read: {reason}") from error
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError(
             f"{where}: the token must be one word of printable ASCII characters",
-            hint="make one with `openssl rand -hex 32`",
+            hint="create one with `openssl rand -hex 32`",
         )
     return token
 
 
 def _token_in(path: Path) -> str:
-    """Return what a token file holds. Links are followed: volumes of Kubernetes have them.
+    """Return the content of a token file. Links are followed: volumes of Kubernetes have them.
 
-    :raises OSError: it cannot be read, is no token file, or others may write it.
+    :raises OSError: it cannot be read, is not a regular file, is too long, or all users may write to it.
     """
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
         if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
-            raise PermissionError(errno.EPERM, "Everybody may write it (chmod o-w)")
+            raise PermissionError(errno.EPERM, "All users may write to it (chmod o-w)")
         content = file.read(_MOST_TOKEN_BYTES + 1)
     if len(content) > _MOST_TOKEN_BYTES:
         raise OSError(errno.EFBIG, f"It is longer than {_MOST_TOKEN_BYTES} bytes")
@@ -149,7 +149,7 @@ class ControlRoutes:
         self._running: set[asyncio.Task[dict[str, Any]]] = set()
 
     async def call(self, name: str, head: RequestHead, body: bytes) -> bytes:
-        """Call a route and return the answer. An operation goes on when its client leaves.
+        """Call a route and return the answer. An operation continues if its client leaves.
 
         :raises HttpError: the request is refused.
         """
@@ -157,13 +157,15 @@ class ControlRoutes:
         operation = self._routes.get(name)
         if operation is None:
             known = ", ".join(sorted(self._routes)) or "none"
-            raise HttpError("404 Not Found", f"there is no control route {name!r:.80}; there are: {known}")
+            raise HttpError("404 Not Found", f"unknown control route {name!r:.80}; expected one of: {known}")
         try:
             arguments = json.loads(body) if body else {}
         except (ValueError, RecursionError) as error:
-            raise HttpError("400 Bad Request", f"the body is no JSON: {error}") from error
+            raise HttpError("400 Bad Request", f"the body is not JSON: {error}") from error
         if len(self._running) >= _MOST_OPERATIONS:
-            raise HttpError("503 Service Unavailable", f"{len(self._running)} operations run already", "retry-after: 5")
+            raise HttpError(
+                "503 Service Unavailable", f"{len(self._running)} operations are already running", "retry-after: 5"
+            )
         task = asyncio.ensure_future(contained(lambda: operation(arguments)))
         self._running.add(task)
         task.add_done_callback(self._ended)

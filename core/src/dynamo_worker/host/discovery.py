@@ -1,4 +1,4 @@
-"""The worker's entries in Dynamo's discovery, as far as its engine may change them while it serves."""
+"""The entries of a worker in Dynamo's discovery that its engine may change while it serves."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class WorkerDiscovery:
     """Implements :class:`~dynamo_worker.engine.Discovery` for one worker.
 
-    :ivar model: what is registered; None until then.
-    :ivar registration: watches the entries and has to know of every change; None where nothing watches.
+    :ivar model: the registered model; None until it is registered.
+    :ivar registration: keeps the entries in discovery and must know of every change; None if nothing does.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -32,11 +32,11 @@ class WorkerDiscovery:
         self._closed = False
 
     def close(self) -> None:
-        """Change nothing any more: the worker leaves discovery for good."""
+        """Ignore further changes: the worker is about to leave discovery for good."""
         self._closed = True
 
     async def withdraw(self) -> None:
-        """Take the worker's endpoint out of discovery: routers send no new requests."""
+        """Remove the worker's endpoint from discovery: routers send no new requests."""
         async with self._changing() as model:
             if model is not None:
                 await self._endpoint.unregister_endpoint_instance()
@@ -48,20 +48,20 @@ class WorkerDiscovery:
                 await self._endpoint.register_endpoint_instance()
 
     async def register_adapter(self, name: str) -> None:
-        """Register a LoRA adapter as a model of its own."""
+        """Register a LoRA adapter as a separate model."""
         async with self._changing() as model:
             if model is not None:
                 await register_adapter(self._endpoint, model, name)
 
     async def unregister_adapter(self, name: str) -> None:
-        """Take the model of a LoRA adapter out of discovery."""
+        """Remove the model of a LoRA adapter from discovery."""
         async with self._changing() as model:
             if model is not None:
                 await unregister_model(endpoint=self._endpoint, lora_name=name)
 
     @contextlib.asynccontextmanager
     async def _changing(self) -> AsyncIterator[EngineInfo | None]:
-        """Change entries in this block, if the model is registered and the worker does not stop."""
+        """Change entries inside this block, unless it yields None: not registered yet, or leaving for good."""
         watched = contextlib.nullcontext() if self.registration is None else self.registration.changing()
         async with watched:
             yield None if self._closed else self.model

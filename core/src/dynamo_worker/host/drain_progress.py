@@ -1,4 +1,4 @@
-"""What a person sees while requests in flight finish: a live line on a terminal, a log line now and then elsewhere."""
+"""Progress of a drain for people: a live line on a terminal, otherwise a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dynamo_worker.deadline import Deadline
+    from dynamo_worker.host.drain_mode import DrainMode
     from dynamo_worker.host.serving import RequestRegistry
 
 log = get_logger(__name__)
 
-#: Seconds between two updates of the live line, and between two log lines.
+#: Seconds between updates of the live line, and between log lines.
 _LIVE_INTERVAL = 0.2
 _LOG_INTERVAL = 5.0
 
 
 class DrainProgress:
-    """Shows requests left, time left, and what a second signal does, for as long as the ``with`` block runs."""
+    """Shows requests left, time left, and what a second signal does, while the ``with`` block runs."""
 
-    def __init__(self, registry: RequestRegistry, deadline: Deadline) -> None:
+    def __init__(self, registry: RequestRegistry, deadline: Deadline, mode: DrainMode) -> None:
         self._registry = registry
         self._deadline = deadline
+        self._mode = mode
         self._task: asyncio.Task[None] | None = None
         self._live: Live | None = None
 
@@ -64,7 +66,7 @@ class DrainProgress:
                     Text.assemble(
                         ("Draining ", "bold"),
                         f"{left} request{'s' if left != 1 else ''} left, {self._deadline.remaining():.0f} s until "
-                        "the rest is handed off. ",
+                        f"the rest is {self._mode.remainder}. ",
                         (f"Ctrl-C again to stop within {FORCED_STOP:g} s.", "dim"),
                     ),
                     refresh=True,

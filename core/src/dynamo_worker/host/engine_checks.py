@@ -1,4 +1,4 @@
-"""What an engine must be and return, checked during its start: a bug found here is not found by clients later."""
+"""Checks of an engine's interface and answers during its start: clients must not be the first to find its bugs."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from dynamo_worker.host.serving import validated
 if TYPE_CHECKING:
     from dynamo_worker.engine import Engine, Request
 
-#: How an answer can end (``FinishReason`` of Dynamo 1.6.1); beside these ``error: MESSAGE`` and ``{"error": MESSAGE}``.
+#: Finish reasons (``FinishReason`` of Dynamo 1.6.1), besides ``error: MESSAGE`` and ``{"error": MESSAGE}``.
 FINISH_REASONS: Final = frozenset({"eos", "length", "stop", "cancelled", "content_filter"})
 #: Token ids are unsigned 32-bit integers in Dynamo.
 _TOKEN_LIMIT: Final = 2**32
 
 
 class EngineChecks:
-    """The checks of one engine, in the order in which they are made.
+    """The checks of one engine, in the order in which the start makes them.
 
-    :param engine: how messages name it.
+    :param engine: the engine's name in messages.
     """
 
     def __init__(self, engine: object) -> None:
         self._engine = engine
 
     def problem(self, what: str) -> StartError:
-        """Return the error for something that the engine must not do."""
+        """Return the error for a violation of the engine's interface."""
         return StartError(f"{self._engine}: {what}", hint="report this to the engine's author")
 
     def methods(self, engine: Engine) -> None:
-        """Check what can be known of an engine before it is started.
+        """Check the methods of an engine before its start.
 
-        :raises StartError: a method is missing, or is a function of the wrong kind.
+        :raises StartError: a method is missing or of the wrong kind.
         """
         for name in ("start", "generate", "abort", "processes"):
             if not callable(getattr(engine, name, None)):
@@ -55,14 +55,14 @@ class EngineChecks:
                 )
 
     async def started(self, start: object) -> EngineInfo:
-        """Wait for the start and return what it returned.
+        """Await the start and return its result.
 
-        :param start: what ``Engine.start`` returned.
-        :raises StartError: it cannot be awaited, returns anything but an :class:`EngineInfo`, or imports a name that
-            has moved.
+        :param start: the return value of ``Engine.start``.
+        :raises StartError: it cannot be awaited, its result is not a valid :class:`EngineInfo`, or it imports a name
+            that has moved.
         """
         if not isinstance(start, Awaitable):
-            raise self.problem(f"start returned {start!r:.80}, which cannot be awaited; it must be `async`")
+            raise self.problem(f"start returned {start!r:.80}, which cannot be awaited; make it `async`")
         try:
             info = await start
         except (ImportError, AttributeError) as error:
@@ -74,67 +74,71 @@ class EngineChecks:
                 hint="upgrade its package, or import what docs/plugins.md lists",
             ) from error
         if not isinstance(info, EngineInfo):
-            raise self.problem(f"start returned {info!r:.80} instead of an EngineInfo")
+            raise self.problem(f"start: expected an EngineInfo, got {info!r:.80}")
         for field in dataclasses.fields(info):
             value, kind = getattr(info, field.name), str(field.type)
             expected = _KINDS.get(kind.removesuffix(" | None"))
             if expected and type(value) is not expected and not (value is None and kind.endswith("None")):
-                raise self.problem(f"start returned an EngineInfo with {field.name} = {value!r:.80}; {kind} is needed")
+                raise self.problem(
+                    f"start returned an EngineInfo with {field.name}: expected {kind}, got {value!r:.80}"
+                )
         for spec in info.endpoints:
             if not isinstance(spec, EndpointSpec):
-                raise self.problem(f"start returned an EngineInfo with the endpoint {spec!r:.80}, no EndpointSpec")
+                raise self.problem(
+                    f"start returned an EngineInfo with endpoints: expected an EndpointSpec, got {spec!r:.80}"
+                )
         return info
 
     def pids(self, processes: object) -> list[int]:
         """Return the pids of the engine's processes.
 
-        :param processes: what ``Engine.processes`` returned.
-        :raises StartError: they are none.
+        :param processes: the return value of ``Engine.processes``.
+        :raises StartError: it does not consist of pids.
         """
         pids = list(processes) if isinstance(processes, Iterable) else None
         if pids is None or not all(type(pid) is int and pid > 0 for pid in pids):
-            raise self.problem(f"processes returned {processes!r:.80} instead of pids")
+            raise self.problem(f"processes: expected pids, got {processes!r:.80}")
         return pids
 
     def canary(self, request: object, vocab_size: int | None) -> Request:
-        """Return the engine's own request.
+        """Return the engine's canary request.
 
-        :raises StartError: no client could make it.
+        :raises StartError: it is not a valid request.
         """
         try:
             return validated(request, vocab_size)
         except InvalidRequestError as error:
-            raise self.problem(f"canary_request returned a request that cannot be served: {error}") from None
+            raise self.problem(f"canary_request returned an invalid request: {error}") from None
 
     def stream(self, stream: object) -> AsyncIterator[Any]:
-        """Return the answer to a request.
+        """Return the stream of an answer.
 
-        :param stream: what ``Engine.generate`` returned.
-        :raises StartError: it is none.
+        :param stream: the return value of ``Engine.generate``.
+        :raises StartError: it is not an asynchronous iterator.
         """
         if inspect.iscoroutine(stream):
             stream.close()
         if not isinstance(stream, AsyncIterator):
-            raise self.problem(f"generate returned {stream!r:.80} instead of an asynchronous iterator")
+            raise self.problem(f"generate: expected an asynchronous iterator, got {stream!r:.80}")
         return stream
 
     def mapping(self, method: str, value: object) -> Mapping[str, Any]:
-        """Return what a method returned.
+        """Return the functions by name that a method returned.
 
-        :raises StartError: it is no mapping of names to functions.
+        :raises StartError: it is not a mapping of names to functions.
         """
         if not isinstance(value, Mapping) or not all(
             isinstance(name, str) and callable(function) for name, function in value.items()
         ):
-            raise self.problem(f"{method} returned {value!r:.80} instead of functions by name")
+            raise self.problem(f"{method}: expected a mapping of names to functions, got {value!r:.80}")
         return value
 
 
 class AnswerCheck:
-    """Checks the chunks of one answer, up to its end.
+    """Checks the chunks of one answer.
 
-    :param checks: of the engine that answers.
-    :param vocab_size: the first token id that there is not; None if it is not known.
+    :param checks: the checks of the engine that answers.
+    :param vocab_size: number of token ids of the model; None if it is unknown.
     """
 
     def __init__(self, checks: EngineChecks, vocab_size: int | None) -> None:
@@ -145,7 +149,7 @@ class AnswerCheck:
     def take(self, chunk: object) -> None:
         """Check the next chunk.
 
-        :raises StartError: no frontend could make anything of it.
+        :raises StartError: no frontend could use it.
         """
         wrong = self._wrong(chunk)
         if wrong is not None:
@@ -161,7 +165,7 @@ class AnswerCheck:
 
     def _wrong(self, chunk: object) -> str | None:
         if not isinstance(chunk, dict):
-            return f"is made of {type(chunk).__name__}, not of dicts"
+            return f"consists of {type(chunk).__name__}, expected dicts"
         if self._finished:
             return "continues after its finish_reason"
         tokens = chunk.get("token_ids")
@@ -169,7 +173,7 @@ class AnswerCheck:
             return "has a chunk without a list of token_ids (which may be empty)"
         for token in tokens:
             if type(token) is not int:
-                return f"has the token {token!r:.80}, which is {type(token).__name__}, not int"
+                return f"has the token {token!r:.80}: expected an int, got {type(token).__name__}"
             if not 0 <= token < self._limit:
                 unknown = self._limit == _TOKEN_LIMIT
                 where = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
@@ -185,17 +189,17 @@ class AnswerCheck:
         if error is not None or str(reason).startswith("error"):
             return f"ended with an error: {error or reason}"
         if not isinstance(reason, str) or reason not in FINISH_REASONS:
-            return f"has the finish_reason {reason!r:.80}; known are {', '.join(sorted(FINISH_REASONS))}"
+            return f"has the finish_reason {reason!r:.80}; expected one of {', '.join(sorted(FINISH_REASONS))}"
         return None
 
 
 def _not_encodable(chunk: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a chunk that cannot be sent: it has to be JSON, and may have bytes."""
+    """Return why a chunk cannot be sent, or None: it must be JSON, in which bytes are allowed."""
 
     def unknown(value: object) -> str:
         if isinstance(value, bytes):
             return ""
-        raise TypeError(f"{type(value).__name__} is no type of JSON")
+        raise TypeError(f"{type(value).__name__} is not a JSON type")
 
     try:
         json.dumps(chunk, default=unknown)
@@ -204,5 +208,5 @@ def _not_encodable(chunk: Mapping[str, Any]) -> str | None:
     return None
 
 
-#: What stands in the annotations of :class:`EngineInfo`, as far as it is checked.
+#: The annotations of :class:`EngineInfo` that are checked.
 _KINDS: Final[Mapping[str, type]] = {"str": str, "int": int}

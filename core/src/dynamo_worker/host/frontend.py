@@ -19,6 +19,7 @@ from dynamo_worker.address import Address
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import UsageError
 from dynamo_worker.host import native_output
+from dynamo_worker.host.discovery_directory import writable_directory
 from dynamo_worker.host.frontend_process import DRAIN_VARIABLE, WORKER_VARIABLE, check_free
 from dynamo_worker.host.listening import listening_sockets
 from dynamo_worker.host.options import DEFAULT_FRONTEND, FRONTEND_OPTIONS
@@ -138,10 +139,6 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     check_free(address)
     if args.discovery_backend == "file":
-        from dynamo_worker.host.runtime import (
-            writable_directory,  # only now: it imports the runtime, which reads DYN_LOG
-        )
-
         path = writable_directory(Path(args.discovery_path) if args.discovery_path else None)
         os.environ["DYN_FILE_KV"] = str(path)
     # The runtime's own status server would take the worker's port.

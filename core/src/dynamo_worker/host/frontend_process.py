@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from dynamo_worker import logs
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import StartError
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.options import FRONTEND_OPTIONS
 from dynamo_worker.supervisor import ledger, linux
 from dynamo_worker.supervisor.frontend import failure
@@ -71,7 +72,7 @@ class FrontendProcess:
             value = values[option.name]
             if value is not None:
                 command += [option.flag, str(value)]
-        seconds = FRONTEND_ABORT_SECONDS if settings.drain == "abort" else settings.termination_grace_period
+        seconds = FRONTEND_ABORT_SECONDS if settings.drain is DrainMode.ABORT else settings.termination_grace_period
         # The worker's own default for DYN_LOG does not suit the frontend.
         inherited = {name: value for name, value in os.environ.items() if value != logs.WORKER_RUNTIME_LOG}
         inherited[WORKER_VARIABLE] = str(os.getpid())

@@ -1,4 +1,4 @@
-"""As much of HTTP/1.1 as the status server needs: the head of a request, and answers that are JSON objects."""
+"""The part of HTTP/1.1 that the status server needs: request heads, and answers that are JSON objects."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class HttpError(Exception):
     """A request that is answered with an error.
 
     :param status: such as ``404 Not Found``.
-    :param message: what the client is told.
-    :param headers: further lines of the answer's head.
+    :param message: the message for the client.
+    :param headers: additional header lines.
     """
 
     def __init__(self, status: str, message: str, *headers: str) -> None:
@@ -32,7 +32,7 @@ class HttpError(Exception):
 class RequestHead:
     """The head of a request.
 
-    :ivar method: as it was sent; methods are case-sensitive.
+    :ivar method: as sent; methods are case-sensitive.
     :ivar path: without the query.
     :ivar headers: the values of each header, by its name in lower case.
     """
@@ -43,17 +43,17 @@ class RequestHead:
 
     @classmethod
     def parse(cls, head: bytes) -> RequestHead:
-        """Return the head that these bytes are.
+        """Parse the head of a request.
 
-        :raises HttpError: they are none.
+        :raises HttpError: it is malformed.
         """
         request_line, *lines = head.decode("latin-1").split("\r\n")
         if any(character in line for line in (request_line, *lines) for character in "\r\n\0"):
-            # Whoever else reads these bytes may take a single LF for the end of a line, or of the head.
+            # Another reader of these bytes, such as a proxy, may take a single LF for the end of a line or of the head.
             raise HttpError("400 Bad Request", "lines must end with CRLF")
         words = request_line.split(" ", 2)
         if len(words) < 2:
-            raise HttpError("400 Bad Request", "this is no HTTP request")
+            raise HttpError("400 Bad Request", "malformed request line")
         headers: dict[str, list[str]] = {}
         for line in lines:
             name, colon, value = line.partition(":")
@@ -62,9 +62,9 @@ class RequestHead:
         return cls(words[0], words[1].split("?", 1)[0], headers)
 
     def header(self, name: str) -> str | None:
-        """Return the value of a header, None if there is no such header.
+        """Return the value of a header, or None if it is missing.
 
-        :raises HttpError: there are several: whoever else reads this request may believe another one than we do.
+        :raises HttpError: there are several: a proxy may have used another one.
         """
         values = self.headers.get(name, ())
         if len(values) > 1:
@@ -75,7 +75,7 @@ class RequestHead:
     def body_length(self) -> int:
         """The length of the body in bytes.
 
-        :raises HttpError: it is not known, or no number.
+        :raises HttpError: it is unknown, or not a number.
         """
         if "transfer-encoding" in self.headers:
             raise HttpError("411 Length Required", "send the body in one piece, with a content-length")
@@ -88,10 +88,10 @@ class RequestHead:
 
 
 def answer(status: str, body: Mapping[str, Any], *headers: str) -> bytes:
-    """Return a whole answer, after which the connection ends.
+    """Return a complete answer that closes the connection.
 
-    :raises TypeError: the body is not made of what JSON knows.
-    :raises ValueError: the same, or it contains itself.
+    :raises TypeError: the body is not JSON.
+    :raises ValueError: the body is not JSON, or contains itself.
     """
     content = json.dumps(body).encode()
     lines = [

@@ -1,4 +1,4 @@
-"""The TCP sockets this process listens on: the runtime opens some and has no call for any of them."""
+"""The TCP sockets that this process listens on: the runtime opens some and offers no access to them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def listening_sockets() -> Iterator[tuple[int, socket.socket]]:
-    """Yield each with its descriptor, as an object of our own that is closed when the next one is asked for."""
+    """Yield the descriptor and a duplicate of each; the duplicate is closed before the next one is yielded."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
             own = os.dup(int(name))
-        except OSError:  # closed meanwhile, as the descriptor of the listing itself
+        except OSError:  # closed meanwhile, like the descriptor of the listing itself
             continue
         with socket.socket(fileno=own) as candidate:
             tcp = candidate.type == socket.SOCK_STREAM and candidate.family in (socket.AF_INET, socket.AF_INET6)
@@ -26,17 +26,17 @@ def listening_sockets() -> Iterator[tuple[int, socket.socket]]:
 
 
 def listening_ports() -> set[int]:
-    """Return their ports."""
+    """Return the ports that this process listens on."""
     return {int(listener.getsockname()[1]) for _, listener in listening_sockets()}
 
 
 def keep_on_loopback(before: set[int]) -> set[int]:
-    """Have those that listen on all interfaces take connections of this machine only; return their ports.
+    """Restrict sockets that listen on all interfaces to connections from this machine; return their ports.
 
-    The address that a socket is bound to cannot be changed any more, but its interface can.
+    The address of a bound socket cannot be changed, but its interface can.
 
-    :param before: ports that are left as they are.
-    :raises OSError: the kernel does not allow it: Linux before 5.7 wants CAP_NET_RAW.
+    :param before: ports to leave alone.
+    :raises OSError: the kernel does not allow it: Linux before 5.7 requires CAP_NET_RAW.
     """
     changed = set()
     for _, listener in listening_sockets():

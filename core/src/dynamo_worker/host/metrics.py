@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _RegistryCollector(Collector):
-    """Reads the request registry when it is scraped, so that counting costs nothing per token."""
+    """Reads the request registry on every scrape: counting costs nothing per token."""
 
     def __init__(self, requests: RequestRegistry) -> None:
         self._requests = requests
@@ -66,7 +66,7 @@ class WorkerMetrics:
         )  # fmt: skip
         self.slow_clients = Gauge(
             "dynamo_worker_slow_clients",
-            "Streams whose clients do not keep up with what is sent, cancelled ones too until their frontend lets go",
+            "Streams whose clients do not keep up, including cancelled ones until their frontend releases them",
             registry=registry,
         )
         self.start_seconds = Gauge(

@@ -1,4 +1,4 @@
-"""What frontends and routers are told of a model: how an ``EngineInfo`` becomes Dynamo's registration."""
+"""What frontends and routers are told about a model: turns an ``EngineInfo`` into Dynamo's registration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import EngineInfo
     from dynamo_worker.host.settings import WorkerSettings
 
-#: Longest chat template; those of models have up to some ten thousand bytes.
+#: Longest chat template in bytes; those of models have up to some tens of thousands.
 _MOST_TEMPLATE_BYTES = 1 << 20
 
 
 def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
-    """Return what is registered: the engine's information, and what the worker's flags add to it."""
+    """Return what is registered: the engine's information, completed by the worker's flags."""
     parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
     return replace(
         info,
@@ -36,7 +36,7 @@ def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
 
 
 async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSettings) -> int:
-    """Make a model known to frontends, and its LoRA adapters; return how many entries that makes.
+    """Register a model and its LoRA adapters; return how many entries in discovery that makes.
 
     :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
         or discovery refuses it.
@@ -64,13 +64,13 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
     except Exception as error:
         raise StartError(
             f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
-            hint="the directory needs config.json and a tokenizer",
+            hint="check that the directory has config.json and a tokenizer",
         ) from error
     return 1 + len(info.adapters)
 
 
 async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:
-    """Make a LoRA adapter of a registered model known to frontends, as a model of its own."""
+    """Register a LoRA adapter of a registered model as a separate model."""
     await register_model(
         ModelInput.Tokens,
         model_type(info.endpoint_types),
@@ -88,9 +88,9 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> N
 
 
 def _check_template(path: Path, named: str) -> None:
-    """Refuse what is no chat template before the runtime reads it: a FIFO would have no end.
+    """Check a chat template before the runtime reads it, which would never finish reading a FIFO.
 
-    :raises StartError: it is no regular file, or too long.
+    :raises StartError: it is not a regular file, or too long.
     """
     try:
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
@@ -98,22 +98,22 @@ def _check_template(path: Path, named: str) -> None:
     except OSError as error:
         raise StartError(f"{named} cannot be read: {error.strerror}") from error
     if size > _MOST_TEMPLATE_BYTES:
-        raise StartError(f"{named} is no chat template: it has {size} bytes, more than {_MOST_TEMPLATE_BYTES}")
+        raise StartError(f"{named} has {size} bytes; a chat template has at most {_MOST_TEMPLATE_BYTES}")
 
 
 def model_type(names: Sequence[str]) -> ModelType:
     """Return the union of the OpenAI surfaces with these names.
 
-    :raises UsageError: there is no such surface.
+    :raises UsageError: a name is unknown, or there is none.
     """
     known = {name.lower(): getattr(ModelType, name) for name in dir(ModelType) if name[0].isupper()}
     union: ModelType | None = None
     for name in names:
         if name not in known:
-            raise UsageError(f"--endpoint-types: {name!r} is unknown; known: {', '.join(sorted(known))}")
+            raise UsageError(f"--endpoint-types: {name!r} is unknown; expected some of {', '.join(sorted(known))}")
         union = known[name] if union is None else union | known[name]
     if union is None:
-        raise UsageError("--endpoint-types: at least one is needed")
+        raise UsageError("--endpoint-types: expected at least one")
     return union
 
 
@@ -144,5 +144,5 @@ def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
     if info.bootstrap is not None:
         config.set_disaggregated_endpoint(*info.bootstrap)
     for key, value in info.runtime_data.items():
-        config.set_engine_specific(key, json.dumps(value))  # it takes JSON text only, whatever its stub says
+        config.set_engine_specific(key, json.dumps(value))  # accepts only JSON text, whatever its stub says
     return config

@@ -1,18 +1,15 @@
-"""What watches a serving worker: the engine's processes, its health, its progress, and the event loop itself."""
+"""Monitors of a serving worker: the engine's health, its progress, the frontend, and the event loop."""
 
 from __future__ import annotations
 
-import _thread
 import asyncio
-import os
-import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.containment import contained
 from dynamo_worker.engine import Engine, MayPause, ReportsProgress
-from dynamo_worker.errors import EngineDeadError, EngineStalledError, NoThreadsError, WorkerError, describe
+from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError, describe
 from dynamo_worker.host.calling import report
 from dynamo_worker.logs import get_logger
 
@@ -26,71 +23,8 @@ log = get_logger(__name__)
 
 OnFatal = Callable[[WorkerError], None]
 
-#: How much too early a timer of the event loop may fire, in seconds (uvloop's count whole milliseconds).
+#: Seconds that a timer of the event loop may fire early (uvloop counts whole milliseconds).
 _TIMER_SLACK = 0.005
-
-
-class ProcessWatch:
-    """Reports the death of a process within a millisecond: the kernel makes its pidfd readable, nothing polls."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_fatal: OnFatal) -> None:
-        self._loop = loop
-        self._on_fatal = on_fatal
-        self._watched: set[int] = set()
-
-    def watch(self, pids: Iterable[int], what: str, error: type[WorkerError] = EngineDeadError) -> None:
-        """Watch ``pids``; the death of one is fatal.
-
-        :param what: what the processes are, for the message ("engine process").
-        :param error: what their death is reported as.
-        """
-        for pid in pids:
-            try:
-                pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                self._on_fatal(error(f"{what} {pid} is dead"))
-                continue
-            self._watched.add(pidfd)
-            self._loop.add_reader(pidfd, self._died, pidfd, f"{what} {pid} ({_command_name(pid)})", error)
-
-    def close(self) -> None:
-        """Stop watching: the processes are about to be ended on purpose."""
-        for pidfd in list(self._watched):
-            self._forget(pidfd)
-
-    def _forget(self, pidfd: int) -> None:
-        self._watched.discard(pidfd)
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
-
-    def _died(self, pidfd: int, what: str, error: type[WorkerError]) -> None:
-        how = _how_it_died(pidfd)
-        self._forget(pidfd)
-        self._on_fatal(error(f"{what} died{how}"))
-
-
-def _command_name(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return "already gone"
-
-
-def _how_it_died(pidfd: int) -> str:
-    """Describe the death, if the process is a child of ours; it is left to be reaped by its owner."""
-    try:
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return ""
-    if result is None:
-        return ""
-    if result.si_code == os.CLD_EXITED:
-        return f": exit code {result.si_status}"
-    try:
-        return f": killed by {signal.Signals(result.si_status).name}"
-    except ValueError:  # most real-time signals have no name
-        return f": killed by signal {result.si_status}"
 
 
 def _paused(engine: Engine) -> bool:
@@ -100,8 +34,8 @@ def _paused(engine: Engine) -> bool:
 class HealthMonitor:
     """Calls every plugin's ``check_health`` at an interval.
 
-    Fatal are an EngineDeadError and a check that does not return in time, unless the engine is paused. Any other error
-    is logged and counted: a check that is broken itself must not end a healthy engine.
+    An EngineDeadError is fatal, and so is a check that does not return in time, unless the engine is paused. Other
+    errors are logged and counted: a broken check must not end a healthy engine.
     """
 
     def __init__(
@@ -122,7 +56,7 @@ class HealthMonitor:
         self._timeout = timeout
 
     async def run(self) -> None:
-        """Check until cancelled or until a check was fatal."""
+        """Check until cancelled or until a check is fatal."""
         while True:
             await asyncio.sleep(self._interval)
             started = time.monotonic()
@@ -152,15 +86,15 @@ class HealthMonitor:
 
 
 class StallMonitor:
-    """Notices an engine that is alive but does nothing.
+    """Notices an engine that is alive but makes no progress.
 
-    Any progress at all vouches for the engine: a chunk of any request, a step that the engine itself reports. Without
-    any, busy or idle, one canary request is sent; only if that does not produce a chunk either, and nothing else has
-    moved meanwhile, the engine is held to be stalled. One that is paused is not expected to do anything.
+    A chunk of any request is progress, and so is a step that the engine reports. Without progress, busy or idle, the
+    monitor sends one canary request. The engine is stalled only if that produces no chunk either and nothing else has
+    moved meanwhile. A paused engine need not make progress.
     """
 
-    #: Share of the stall timeout after which a quiet engine is asked, and share that the canary gets to answer. The
-    #: rest is for the granularity of the clock, so that the whole detection ends within the timeout.
+    #: Share of the timeout after which a quiet engine gets a canary, and share for its answer. The rest allows for the
+    #: granularity of the clock: the whole detection ends within the timeout.
     QUIET_SHARE = 0.6
     CANARY_SHARE = 0.3
     TICK_SHARE = 0.02
@@ -176,8 +110,8 @@ class StallMonitor:
     ) -> None:
         """Watch ``engine``.
 
-        :param canary: sends one small request and returns at its first chunk.
-        :param timeout: seconds from the last progress to the report, at most.
+        :param canary: sends one small request and returns when it is answered.
+        :param timeout: most seconds from the last progress to the report.
         """
         self._engine = engine
         self._registry = registry
@@ -197,8 +131,8 @@ class StallMonitor:
         since = now = time.monotonic()
         while True:
             await asyncio.sleep(tick)
-            # When this process itself was held up (stopped, a blocked loop), nothing could arrive: not the engine's
-            # fault, so that time does not count.
+            # While this process itself was held up (stopped, or its loop blocked), nothing could arrive. That is not
+            # the engine's fault, so the time does not count.
             late = time.monotonic() - now - tick
             now = time.monotonic()
             if late > tick:
@@ -220,7 +154,7 @@ class StallMonitor:
             while left > 0:
                 started = time.monotonic()
                 await asyncio.wait({canary}, timeout=tick)
-                # Here too, time in which this process itself was held up does not count.
+                # Time in which this process was held up does not count here either.
                 left -= min(time.monotonic() - started, 2 * tick)
                 if self._progress() != seen or _paused(self._engine):
                     return True
@@ -243,13 +177,13 @@ class StallMonitor:
             self._on_fatal(error)
             return False
         if error is not None:
-            # It answered, if only with an error: alive.
+            # An error is an answer, too: the engine is alive.
             log.warning("Canary request failed", error=describe(error))
         return True
 
 
 class FrontendMonitor:
-    """Notices a frontend beside the worker that is alive but does not answer."""
+    """Notices a frontend that is alive but does not answer."""
 
     TICK_SHARE = 0.02
 
@@ -263,8 +197,8 @@ class FrontendMonitor:
     ) -> None:
         """Watch a frontend.
 
-        :param check: returns as soon as the frontend answers anything.
-        :param timeout: seconds without an answer after which it is held to hang.
+        :param check: returns as soon as the frontend gives any answer.
+        :param timeout: seconds without an answer after which it counts as hung.
         """
         self._check = check
         self._on_fatal = on_fatal
@@ -282,67 +216,25 @@ class FrontendMonitor:
                 while left > 0 and not check.done():
                     started = time.monotonic()
                     await asyncio.wait({check}, timeout=tick)
-                    # Time in which this process itself was held up does not count.
+                    # Time in which this process was held up does not count.
                     left -= min(time.monotonic() - started, 2 * tick)
                 if not check.done():
                     self._on_fatal(WorkerError(f"the frontend has not answered for {self._timeout:g} s"))
                     return
                 error = check.exception()
-                if error is not None:  # it refuses connections: if it is dead, the watch over its process says so
+                if error is not None:  # it refuses connections; if it is dead, the watch of its process reports that
                     log.warning("Frontend check failed", error=error)
             finally:
                 check.cancel()
 
 
-def can_start_thread() -> bool:
-    """Return whether one more thread can be had: no where a pids limit is reached, or the address space is full."""
-    try:
-        # Not `threading.Thread`: its start waits without end for a thread that dies for want of memory.
-        _thread.start_new_thread(_nothing, ())
-    except (RuntimeError, MemoryError):
-        return False
-    return True
-
-
-def _nothing() -> None:
-    """Be the work of a thread that only shows that it can be had."""
-
-
-class ThreadMonitor:
-    """Notices that no thread can be started any more.
-
-    The runtime takes a thread for each request that it has none for. If it gets none the request waits without end,
-    never reaches the engine, and the worker looks well (measured on 1.6.1).
-    """
-
-    #: Failures in a row that are fatal: a limit may be reached for a moment.
-    FAILURES = 3
-
-    def __init__(self, on_fatal: OnFatal, *, interval: float) -> None:
-        self._on_fatal = on_fatal
-        self._interval = interval
-
-    async def run(self) -> None:
-        """Try until cancelled, or until there has been none for a while."""
-        failures = 0
-        while failures < self.FAILURES:
-            await asyncio.sleep(self._interval)
-            failures = 0 if can_start_thread() else failures + 1
-        self._on_fatal(NoThreadsError(NO_THREADS, hint=NO_THREADS_HINT))
-
-
-#: Why a worker that gets no threads must not serve, and what to do about it.
-NO_THREADS = "no thread can be started any more, so that requests would wait without end"
-NO_THREADS_HINT = "raise the pids limit (pids.max, ulimit -u) or the limit of memory (ulimit -v); what uses it up?"
-
-
 class Heartbeat:
-    """Tells the supervisor that the event loop runs, and measures how late it runs."""
+    """Tells the supervisor that the event loop runs, and measures its lag."""
 
     def __init__(
         self, control: SupervisorChannel, registry: RequestRegistry, metrics: WorkerMetrics, *, timeout: float
     ) -> None:
-        """Beat five times within ``timeout`` seconds, at least every 5 s."""
+        """Beat five times within ``timeout`` seconds, and at least every 5 s."""
         self._control = control
         self._registry = registry
         self._metrics = metrics

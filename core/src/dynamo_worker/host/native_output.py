@@ -1,9 +1,9 @@
-"""Keeps out of the log what the Dynamo runtime prints and has no switch for: tracebacks, a line for every request.
+"""Filters output of the Dynamo runtime that cannot be switched off: tracebacks, and a line for every request.
 
-It prints a traceback to ``sys.stderr`` for everything that a handler raises (measured on 1.6.1), also for what is
-raised on purpose: one for every request that is handed off or was wrong. The request path has logged all of them
-already, in one line or with the traceback of the real error. There is no switch for it, and no hook: the text is
-written by native code from a thread of its own.
+The runtime prints a traceback to ``sys.stderr`` for every exception of a handler (measured on 1.6.1), also for those
+raised on purpose: one for every request that was handed off or invalid. The request path has logged all of them
+already, in one line or with the traceback of the real error. There is no switch and no hook: native code writes the
+text from another thread.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ log = get_logger(__name__)
 
 
 class NativeOutputFilter:
-    """Stands in for ``sys.stderr``: what native code writes goes to the log at level debug, all else passes."""
+    """Replaces ``sys.stderr``: output of native code goes to the log at level debug, everything else passes."""
 
     def __init__(self, stream: IO[str] | UnblockedStream) -> None:
         self._stream = stream
         self._held = ""
 
     def write(self, text: str) -> int:
-        """Write ``text``, unless no Python code but the printing of tracebacks has asked for it."""
-        frame: FrameType | None = sys._getframe().f_back  # noqa: SLF001 - the only way to see who calls
+        """Write ``text``, unless the only Python code on the stack is the ``traceback`` module."""
+        frame: FrameType | None = sys._getframe().f_back  # noqa: SLF001 - the only way to find the caller
         while frame is not None and frame.f_code.co_filename == traceback.__file__:
             frame = frame.f_back
         if frame is not None:
@@ -52,46 +52,46 @@ class NativeOutputFilter:
 
 
 def redirect(stream: UnblockedStream) -> None:
-    """Put the filter, in front of ``stream``, in the place of ``sys.stderr``; log handlers keep the stream itself."""
+    """Replace ``sys.stderr`` with the filter in front of ``stream``; log handlers keep the stream itself."""
     sys.stderr = NativeOutputFilter(stream)
 
 
 class RequestLineFilter:
-    """Takes the line that the runtime logs for every request, whatever ``DYN_LOG`` says, out of what goes to stderr.
+    """Removes from stderr the line that the runtime logs for every request, whatever ``DYN_LOG`` says.
 
-    For a frontend only: its interpreter is idle. In a worker, native code that holds the interpreter and writes more
-    than the pipe takes would wait for itself, and what it writes in its last moment, before an abort, would be lost.
+    For a frontend only, whose interpreter is idle. In a worker, native code that holds the interpreter and fills the
+    pipe would block itself, and its last output before an abort would be lost.
     """
 
-    #: Its target is ``request_span``. Warnings with that target pass. Two spaces: it fills levels up to five letters.
+    #: Lines with the target ``request_span``; warnings pass. Two spaces: levels are padded to five letters.
     _LINE: Final = re.compile(rb'\S+  INFO (?:\S+: )?request_span: |\{(?=.*"level":"INFO").*"target":"request_span"')
     _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
-    #: How long a reader of our log may keep us waiting, in milliseconds. Then what it should read is dropped, and more
-    #: without waiting until it reads again.
+    #: Milliseconds to wait for a reader of stderr. After that its output is dropped, without further waiting, until it
+    #: reads again.
     _PATIENCE: Final = 50
-    #: Bytes that native code may be ahead of us: more than it writes while it holds the interpreter.
+    #: Size of the pipe in bytes: more than native code writes while it holds the interpreter.
     _PIPE_BYTES: Final = 1 << 20
-    #: Read at once, and the longest part of a line that is held until the rest of it comes.
+    #: Bytes read at once, and the longest part of a line that is held until the rest arrives.
     _MOST_BYTES: Final = 64 * 1024
-    #: Seconds for what is still in the pipe at the end.
+    #: Seconds to empty the pipe at the end.
     _END: Final = 0.5
 
     def __init__(self) -> None:
-        """Put a pipe in the place of stderr, of which a thread copies all other lines to the real one."""
+        """Replace stderr with a pipe, and copy all other lines from it to the real one in a thread."""
         self._stderr = os.dup(2)
         self._output, end = os.pipe()
-        with contextlib.suppress(OSError):  # the user has too many pipes: then it has the usual size
+        with contextlib.suppress(OSError):  # the user has too many pipes; it keeps the default size
             fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, self._PIPE_BYTES)
         self._stuck = False
         self._writable = select.poll()
         self._writable.register(self._stderr, select.POLLOUT)
         self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
-        self._thread.start()  # before stderr is gone: where there are no more threads the error has to be seen
+        self._thread.start()  # before stderr is replaced: an error of no more threads must be visible
         os.dup2(end, 2)
         os.close(end)
 
     def close(self) -> None:
-        """Give stderr back and wait until everything has arrived there."""
+        """Restore stderr and wait until everything has arrived there."""
         os.dup2(self._stderr, 2)
         self._thread.join(self._END)
 
@@ -109,7 +109,7 @@ class RequestLineFilter:
         return b"request_span" in line and self._LINE.match(self._COLOUR.sub(b"", line)) is not None
 
     def _write(self, data: bytes) -> None:
-        for start in range(0, len(data), select.PIPE_BUF):  # so much a pipe takes at once if it takes anything
+        for start in range(0, len(data), select.PIPE_BUF):  # a writable pipe takes at least this much
             self._stuck = not self._writable.poll(0 if self._stuck else self._PATIENCE)
             if self._stuck:
                 return

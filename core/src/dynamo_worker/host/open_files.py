@@ -1,25 +1,24 @@
-"""The limit of open files, which counts connections too."""
+"""The limit on open files, which counts connections too."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 
-#: More than this nobody needs, and programs that close every number up to the limit, as old ones do before they start
-#: another, would take long. It is also what Linux allows by default (fs.nr_open).
+#: Enough for any worker, and the default maximum of Linux (fs.nr_open). With a higher limit, old programs that close
+#: every possible descriptor before they start another program would take long.
 _MOST = 1 << 20
 
 
 def raise_limit() -> None:
-    """Raise the soft limit of this process, and of those it starts, to the hard one.
+    """Raise the soft limit of this process and its future children to the hard limit.
 
-    The usual soft limit of 1024 is kept low for programs that use ``select()``, which takes no larger descriptor. The
-    runtime, the event loop and ZeroMQ do not, nor do the engines' own processes: vLLM's server and SGLang raise it
-    for theirs.
+    The usual soft limit of 1024 protects programs that use ``select()``, which accepts no larger descriptor. The
+    runtime, the event loop and ZeroMQ do not use it, nor do the engines: vLLM's server and SGLang raise the limit, too.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # Refused where the hard limit is above fs.nr_open, which was lowered later.
+        # Refused if fs.nr_open was lowered below the hard limit.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.option_types import (
     CONTROL,
     DISCOVERY,
@@ -27,7 +28,6 @@ from dynamo_worker.host.option_types import (
 DiscoveryBackend = Literal["file", "etcd", "kubernetes", "mem"]
 RequestPlane = Literal["tcp", "nats"]
 EventPlane = Literal["nats", "zmq"]
-DrainMode = Literal["complete", "handoff", "abort"]
 RouterMode = Literal["round-robin", "random", "kv", "least-loaded"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -143,8 +143,8 @@ OPTIONS: Final = (
         "What a shutdown does with requests in flight: let them finish, and hand off those that do not; hand them all "
         "off to other workers at once; or abort them.",
         "DYN_WORKER_DRAIN",
-        default="complete",
-        choices=get_args(DrainMode),
+        default=DrainMode.COMPLETE,
+        choices=tuple(mode.value for mode in DrainMode),
     ),
     Option(
         "termination_grace_period",

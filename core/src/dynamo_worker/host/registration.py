@@ -1,7 +1,7 @@
-"""Watches what this worker has in discovery, and puts it back when it vanishes without the worker's doing.
+"""Keeps this worker's entries in discovery: restores those that vanish without the worker having removed them.
 
-The runtime refreshes its entries by itself, but never makes one again (measured on 1.6.1): a worker that was stopped
-for 14 s, or had no descriptor left to refresh a file with, would be healthy and without requests for ever.
+The runtime refreshes its entries, but never creates one again (measured on 1.6.1): a worker that was stopped for 14 s,
+or had no descriptor left to refresh a file, would stay healthy and get no requests forever.
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ log = get_logger(__name__)
 
 _T = TypeVar("_T")
 
-#: Seconds between two looks at files, and at etcd.
+#: Seconds between checks of files, and of etcd.
 _FILE_INTERVAL = 1.0
 _ETCD_INTERVAL = 5.0
-#: Seconds before a lost entry is put back. The supervisor withdraws a worker whose loop hangs, and kills it 1 s later:
-#: one that comes to itself in between must not register again.
+#: Seconds before a lost entry is restored. The supervisor withdraws a worker whose loop hangs and kills it 1 s later:
+#: one that recovers in between must not register again.
 _CONFIRM = 1.5
-#: Seconds that discovery may take to answer. Entries expire after ten without a refresh, with every backend.
+#: Seconds for discovery to answer. With every backend, entries expire ten seconds after their last refresh.
 _PATIENCE = 10.0
-#: Seconds that one endpoint of etcd may take.
+#: Seconds for one endpoint of etcd to answer.
 _ETCD_TIMEOUT = 2.0
-#: The runtime refreshes files every 3.3 s (measured on 1.6.1). One that is older than this is refreshed here.
+#: Age in seconds at which files are refreshed here. The runtime does so every 3.3 s (measured on 1.6.1).
 _OVERDUE = 5.0
-#: Seconds that leaving discovery waits for a look that is under way.
+#: Seconds that leaving discovery waits for a check in progress.
 _CLOSE = 0.3
-#: Seconds that the worker's own entries may take until they are there, and between two looks at that.
+#: Seconds for the worker's entries to appear, and between checks of that.
 _ENTER = 5.0
 _ENTER_INTERVAL = 0.02
-#: Longest file that is taken for an entry; models' cards have some kilobytes.
+#: Longest file in bytes that counts as an entry; model cards have some kilobytes.
 _MOST_BYTES = 4 << 20
-#: A draft is a new file, whatever lies in the way.
+#: A draft is always a new file.
 _DRAFT_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Store(Protocol):
-    """Where the entries are. Every method may block and raise OSError; never two at a time.
+    """A discovery backend's storage. Every method may block and raise OSError, and only one runs at a time.
 
-    :ivar interval: seconds between two looks.
+    :ivar interval: seconds between checks.
     """
 
     interval: float
 
     @property
     def count(self) -> int:
-        """How many entries should be there."""
+        """The number of expected entries."""
 
     def adopt(self, lost: Collection[str]) -> None:
-        """Take what is there, and what was ``lost``, for what should be there."""
+        """Expect the entries that exist now, and those that were ``lost``."""
 
     def missing(self) -> list[str]:
-        """Return the entries that should be there and are not."""
+        """Return the expected entries that do not exist."""
 
     def restore(self, names: Collection[str]) -> None:
-        """Put entries back as they were."""
+        """Write entries again as they were."""
 
     def close(self) -> None:
-        """Restore nothing any more, not even when a call that hangs goes on."""
+        """Restore nothing from now on, not even when a hanging call continues."""
 
 
 class _File(NamedTuple):
@@ -99,27 +99,27 @@ class FileStore:
 
     @property
     def count(self) -> int:
-        """How many entries should be there."""
+        """The number of expected entries."""
         return len(self._files)
 
     def adopt(self, lost: Collection[str]) -> None:
-        """Take what is there, and what was ``lost``, for what should be there."""
+        """Expect the entries that exist now, and those that were ``lost``."""
         self._learn()
         self._files = {path: file for path, file in self._files.items() if path in lost or os.path.exists(path)}
 
     def missing(self) -> list[str]:
-        """Return the entries that should be there and are not; refresh those that the runtime does not."""
-        # Without a descriptor left there is nothing to learn, but the files can be looked after.
+        """Return the expected entries that do not exist; refresh those that the runtime neglects."""
+        # Without a free descriptor nothing can be read, but files can still be refreshed.
         with contextlib.suppress(OSError):
             self._learn_new()
         return [path for path in self._files if not self._alive(path)]
 
     def restore(self, names: Collection[str]) -> None:
-        """Put entries back as they were, the instance (``v1/instances``) before the models (``v1/mdc``)."""
+        """Write entries again as they were, the instance (``v1/instances``) before the models (``v1/mdc``)."""
         for path in sorted(names):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            # Written outside of the directories that routers watch: they must not see half a file. The instance id in
-            # the name has it removed with the rest if we die here.
+            # Written outside the directories that routers watch: they must not see half a file. Its name contains the
+            # instance id, so it is removed with the other files if this process dies here.
             draft = os.path.join(self._root, f".tmp_{self._instance}")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(draft)
@@ -132,7 +132,7 @@ class FileStore:
         self._learn()
 
     def close(self) -> None:
-        """Restore nothing any more, not even when a call that hangs goes on."""
+        """Restore nothing from now on, not even when a hanging call continues."""
         self._closed = True
 
     def _alive(self, path: str) -> bool:
@@ -142,11 +142,11 @@ class FileStore:
             return False
         if time.time() - modified > _OVERDUE:
             with contextlib.suppress(OSError):
-                os.utime(path)  # needs no descriptor, which is what the runtime may be short of
+                os.utime(path)  # needs no descriptor; the runtime may have none left
         return True
 
     def _learn_new(self) -> None:
-        """Look for new files where a directory has changed, and once more: its clock is coarse."""
+        """Look for new files when a directory has changed, and once more later: its timestamps are coarse."""
         modified = {}
         for directory in self._directories:
             with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ class FileStore:
             self._learn()
 
     def _learn(self) -> None:
-        """Read every file of ours that is new or was replaced."""
+        """Read every file of this worker that is new or was replaced."""
         directories = []
         for directory, _, names in os.walk(self._root, onerror=_raise):
             directories.append(directory)
@@ -170,7 +170,7 @@ class FileStore:
                     status = os.lstat(path)
                     if known is not None and known.inode == status.st_ino:
                         continue
-                    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:  # not of the runtime
+                    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:  # not the runtime's
                         continue
                     with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
                         self._files[path] = _File(os.fstat(file.fileno()).st_ino, file.read(_MOST_BYTES))
@@ -184,9 +184,9 @@ def _raise(error: OSError) -> None:
 
 
 class EtcdStore:
-    """The entries of the ``etcd`` backend: all keys of the worker's lease, seen through etcd's HTTP gateway.
+    """The entries of the ``etcd`` backend: all keys of the worker's lease, read through etcd's HTTP gateway.
 
-    An etcd that does not answer is no reason to worry: the runtime keeps the lease, and gives up when that is lost.
+    An etcd that does not answer is ignored: the runtime keeps the lease, and shuts down when it is lost.
     """
 
     interval = _ETCD_INTERVAL
@@ -200,18 +200,18 @@ class EtcdStore:
 
     @property
     def count(self) -> int:
-        """How many keys should be there."""
+        """The number of expected keys."""
         return len(self._values)
 
     def adopt(self, lost: Collection[str]) -> None:
-        """Take what is there, and what was ``lost``, for what should be there."""
+        """Expect the entries that exist now, and those that were ``lost``."""
         there = self._keys()
         if there is not None:
             kept = {key: self._values[key] for key in lost if key not in there}
             self._values = {**kept, **{key: self._value(key) for key in there}}
 
     def missing(self) -> list[str]:
-        """Return the keys that should be there and are not, while the lease itself is."""
+        """Return the expected keys that do not exist although the lease does."""
         try:
             there = self._keys()
             if there is None:
@@ -219,18 +219,18 @@ class EtcdStore:
             for key in there.difference(self._values):
                 self._values[key] = self._value(key)
         except OSError as error:
-            log.debug("Registration not looked at", error=error)
+            log.debug("Cannot check registration", error=error)
             return []
         return [key for key in self._values if key not in there]
 
     def restore(self, names: Collection[str]) -> None:
-        """Put keys back as they were, the instance (``v1/instances``) before the models (``v1/mdc``)."""
+        """Write keys again as they were, the instance (``v1/instances``) before the models (``v1/mdc``)."""
         for key in sorted(names, key=base64.b64decode):
             if not self._closed:
                 self._call("/v3/kv/put", {"key": key, "value": self._values[key], "lease": self._lease})
 
     def close(self) -> None:
-        """Restore nothing any more, not even when a call that hangs goes on."""
+        """Restore nothing from now on, not even when a hanging call continues."""
         self._closed = True
 
     def _keys(self) -> set[str] | None:
@@ -240,12 +240,12 @@ class EtcdStore:
 
     def _value(self, key: str) -> str:
         found = self._call("/v3/kv/range", {"key": key}).get("kvs", ())
-        if not found:  # removed meanwhile; nothing must be put back that was never read
+        if not found:  # removed meanwhile; never restore what was not read
             raise OSError(f"etcd: the key {base64.b64decode(key).decode(errors='replace')} cannot be read")
         return str(found[0].get("value", ""))
 
     def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask the endpoint that answered last, then the others, once each; a token that has ended is renewed."""
+        """Ask the endpoint that answered last, then each of the others once; renew an expired token."""
         failures = []
         for endpoint in list(self._endpoints):
             try:
@@ -263,13 +263,13 @@ class EtcdStore:
 
 
 class Registration:
-    """What one worker has in discovery.
+    """Keeps one worker's entries in discovery.
 
-    :ivar problem: why it is out of discovery without having left it; None while it is in.
+    :ivar problem: why the worker fell out of discovery; None while it is in.
     """
 
     def __init__(self, store: Store, on_fatal: Callable[[WorkerError], None], *, timeout: float) -> None:
-        """Watch ``store`` as soon as :meth:`run` runs.
+        """Watch ``store`` once :meth:`run` is called.
 
         :param on_fatal: called when the worker has been out of discovery for ``timeout`` seconds.
         """
@@ -278,29 +278,29 @@ class Registration:
         self._on_fatal = on_fatal
         self._timeout = timeout
         self._out_for = 0.0
-        #: What was lost before the entries are taken for what should be there; None once they are.
+        #: Entries lost before the existing ones become the expected ones; None once they are.
         self._unadopted: list[str] | None = []
         self._lock = asyncio.Lock()
         self._closed = False
-        # A thread of its own: discovery may hang, in a dead network file system for example.
+        # A separate thread: discovery may hang, for example in a dead network file system.
         self._executor = ThreadPoolExecutor(1, "registration")
         self._call: asyncio.Future[Any] | None = None
 
     async def run(self) -> None:
-        """Watch until closed or cancelled, or until coming back was given up."""
+        """Watch until closed or cancelled, or until restoring the entries has failed for too long."""
         looked = time.monotonic()
         while not self._closed:
             out = self.problem is not None
             async with self._lock:
                 try:
                     await self._adopt()
-                    await self._look()
+                    await self._check()
                 except OSError as error:
                     if self._unadopted is None:  # otherwise nothing is known to be lost
                         self._out(_reason(error))
-            # Time in which this process itself did not run does not count.
+            # Time in which this process did not run does not count.
             passed, looked = min(time.monotonic() - looked, _PATIENCE + _CONFIRM), time.monotonic()
-            if out:  # so it has tried to come back
+            if out:  # it has tried to restore its entries
                 self._out_for += passed
             if self.problem is None:
                 if out:
@@ -317,9 +317,9 @@ class Registration:
             await asyncio.sleep(self._store.interval if self.problem is None else _CONFIRM)
 
     async def entered(self, count: int) -> bool:
-        """Wait until ``count`` entries are there and known, for some seconds; return whether they are.
+        """Wait some seconds for ``count`` entries to exist and be known; return whether they are.
 
-        The runtime does not say when: it registers endpoints on its own, after the call that serves them has begun.
+        The runtime does not report it: it registers endpoints some time after the call that serves them.
         """
         give_up = time.monotonic() + _ENTER
         while True:
@@ -335,7 +335,7 @@ class Registration:
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """While this block runs, the worker takes entries out of discovery, or puts them there, itself."""
+        """Allow the worker itself to add and remove entries inside this block."""
         async with self._lock:
             lost: list[str] = []
             with contextlib.suppress(OSError):
@@ -344,7 +344,7 @@ class Registration:
                 yield
             finally:
                 self._unadopted = lost
-                with contextlib.suppress(OSError):  # tried again before the next look
+                with contextlib.suppress(OSError):  # tried again before the next check
                     await self._adopt()
 
     async def close(self) -> None:
@@ -356,13 +356,13 @@ class Registration:
         self._executor.shutdown(wait=False)
 
     async def _adopt(self) -> None:
-        """Take what is there, and what was lost unasked, for what should be there."""
+        """Expect the entries that exist now, and those that vanished before the worker changed any."""
         lost = self._unadopted
         if lost is not None:
             await self._ask(lambda: self._store.adopt(lost))
             self._unadopted = None
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         missing = await self._ask(self._store.missing)
         if missing and self.problem is None:
             self._out(f"{len(missing)} of its entries have vanished")
@@ -379,19 +379,19 @@ class Registration:
         self.problem = problem
 
     async def _ask(self, function: Callable[[], _T]) -> _T:
-        """Call a method of the store in its thread.
+        """Call a method of the store in the thread.
 
         :raises OSError: it failed, or discovery does not answer.
         """
         if self._closed:
-            raise ConnectionAbortedError("the worker leaves discovery")
+            raise ConnectionAbortedError("the worker is leaving discovery")
         if self._call is not None and not self._call.done():
             await self._wait(self._call)  # an earlier call that hung
         try:
             future = asyncio.get_running_loop().run_in_executor(self._executor, function)
         except RuntimeError as error:  # no thread can be started
             raise OSError(str(error)) from error
-        future.add_done_callback(lambda call: call.cancelled() or call.exception())  # nobody may be left to ask
+        future.add_done_callback(lambda call: call.cancelled() or call.exception())  # it may not be awaited any more
         self._call = future
         await self._wait(future)
         return future.result()

@@ -1,4 +1,4 @@
-"""The request path: from the Dynamo runtime to the engine and back, and the registry of what is in flight."""
+"""The request path: from the Dynamo runtime to the engine and back, and the registry of requests in flight."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from dynamo.llm.exceptions import (
 
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, Send
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client, shown
-from dynamo_worker.host.egress import Egress, SlowClientError, Stream
+from dynamo_worker.host.drain_mode import Cut
+from dynamo_worker.host.streams import SlowClientError, Stream
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from dynamo.runtime import Context
 
+    from dynamo_worker.host.egress import Egress
+
 log = get_logger(__name__)
 
 
 class ResponseSender(Protocol):
-    """The Rust object that takes chunks without the event loop in between (push egress of Dynamo 1.6)."""
+    """The Rust object that takes chunks directly, not through the event loop (push egress of Dynamo 1.6)."""
 
     def send(self, chunk: Chunk, /) -> None:
         """Encode one chunk and queue it for the client. Raises RuntimeError once the stream is closed."""
@@ -52,13 +55,13 @@ class RequestOutcome(str, enum.Enum):
     SLOW_CLIENT = "slow_client"
 
 
-#: The first number that is no token id, for a model whose vocabulary is not known.
+#: Upper limit of token ids for a model whose vocabulary is unknown.
 _TOKEN_LIMIT = 2**31
-#: Bytes of a packed token.
+#: Size of a packed token in bytes.
 _PACKED_BYTES = 4
-#: Seconds that an engine has to abort a request.
+#: Seconds for an engine to abort a request.
 _ABORT_SECONDS = 10.0
-#: After these the engine may still be at work on the request.
+#: Outcomes after which the engine may still be working on the request.
 _UNFINISHED = frozenset(
     {
         RequestOutcome.CANCELLED,
@@ -68,17 +71,6 @@ _UNFINISHED = frozenset(
         RequestOutcome.SLOW_CLIENT,
     }
 )
-
-
-class Cut(enum.Enum):
-    """How requests in flight are ended before they are done."""
-
-    #: With an error on which the frontend migrates: it goes on elsewhere with the tokens already sent.
-    HANDOFF = "handoff"
-    #: With an error on which it does not.
-    ABORT = "abort"
-    #: The same, because its client does not read.
-    SLOW_CLIENT = "slow_client"
 
 
 class _InFlight:
@@ -91,14 +83,14 @@ class _InFlight:
         self.graceful = graceful
         self.task = task
         self.cut: Cut | None = None
-        #: Whether the client has gone away.
+        #: Whether the client has disconnected.
         self.gone = False
 
 
 class RequestRegistry:
-    """Everything in flight, for all endpoints of the worker.
+    """The requests in flight, for all endpoints of the worker.
 
-    Adding, removing and counting a chunk take constant time, however many requests there are.
+    Adding a request, removing one and counting a chunk take constant time.
     """
 
     def __init__(self) -> None:
@@ -106,7 +98,7 @@ class RequestRegistry:
         self._refusal: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        #: Chunks sent since the start, over all requests: the cheapest proof that the engine works.
+        #: Chunks sent since the start, for all requests: the cheapest sign of the engine's progress.
         self.chunks = 0
         #: Ended requests by outcome.
         self.outcomes: dict[RequestOutcome, int] = dict.fromkeys(RequestOutcome, 0)
@@ -120,14 +112,15 @@ class RequestRegistry:
         return self._refusal is not None
 
     def refuse(self, reason: str) -> None:
-        """Refuse new requests from now on with an error on which the frontend tries another worker."""
+        """Refuse new requests from now on, with an error that makes the frontend try another worker."""
         self._refusal = reason
 
     def admit(self, request_id: str, *, graceful: bool, refusal: str | None = None) -> _InFlight:
-        """Register a request of the running task.
+        """Register a request that the current task serves.
 
-        :param refusal: why this worker takes no new requests for now.
-        :raises WorkerUnavailable: this worker takes no new requests, for now or any more.
+        :param graceful: the ``graceful_shutdown`` of its endpoint.
+        :param refusal: why this worker takes no requests at the moment; None if it does.
+        :raises WorkerUnavailable: this worker takes no requests.
         """
         refusal = self._refusal or refusal
         if refusal is not None:
@@ -139,24 +132,24 @@ class RequestRegistry:
         return entry
 
     def release(self, entry: _InFlight, outcome: RequestOutcome) -> None:
-        """Take a request out of the registry and count how it ended."""
+        """Remove a request from the registry and count its outcome."""
         self.outcomes[outcome] += 1
         self._entries.discard(entry)
-        entry.task = None  # a cancellation that comes now would meet what the task does next
+        entry.task = None  # a later cancellation would hit what the task does next
         if not self._entries:
             self._idle.set()
 
     def cut(self, how: Cut, *, graceful: bool | None = None) -> int:
-        """End requests in flight and return how many.
+        """End requests in flight and return their number.
 
-        :param how: with a migratable error or not.
-        :param graceful: only those of endpoints with this ``graceful_shutdown``; all of them when None.
+        :param how: the error that they end with.
+        :param graceful: end only those of endpoints with this ``graceful_shutdown``; None ends all.
         """
         return sum(self.cut_one(entry, how) for entry in self._entries if graceful in (None, entry.graceful))
 
     @staticmethod
     def cut_one(entry: _InFlight, how: Cut) -> bool:
-        """End one request; return False if it is being ended already."""
+        """End one request; return False if it is already ending."""
         if entry.cut is not None or entry.task is None:
             return False
         entry.cut = how
@@ -164,7 +157,7 @@ class RequestRegistry:
         return True
 
     def counted(self, send: Send) -> Send:
-        """Return ``send`` with every chunk counted."""
+        """Return a ``send`` that counts every chunk."""
 
         def count_and_send(chunk: Chunk) -> None:
             self.chunks += 1
@@ -178,7 +171,7 @@ class RequestRegistry:
 
 
 class RequestHandler:
-    """Makes the handlers that the Dynamo runtime calls, one for each endpoint."""
+    """Creates the handlers that the Dynamo runtime calls, one for each endpoint."""
 
     def __init__(
         self,
@@ -191,9 +184,9 @@ class RequestHandler:
     ) -> None:
         """Serve ``engine``.
 
-        :param egress: sends the chunks; has been started.
-        :param on_dead: called when a request shows that the engine is beyond repair; must only take note.
-        :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
+        :param egress: sends the chunks; already started.
+        :param on_dead: called when a request finds the engine dead; must only record the error.
+        :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
         :param context_length: longest sequence in tokens; None if only the engine can tell.
         """
         self._vocab_size = vocab_size
@@ -207,10 +200,10 @@ class RequestHandler:
     def handler(self, endpoint: EndpointSpec) -> Handler:
         """Return the function for ``Endpoint.serve_endpoint``.
 
-        Its parameter ``response_sender`` makes the runtime use push egress: chunks go straight into the Rust
-        encoder, 5–6 µs a token instead of 30–50 (measured, see docs/design.md), from a thread of ``egress.py``. It is
-        an asynchronous generator all the same, because the runtime advances whatever it gets, and yields the chunks
-        itself when it is called without a sender (canary, warm-up, in-process clients).
+        Its parameter ``response_sender`` makes the runtime use push egress: a thread of ``egress.py`` passes chunks
+        straight to the Rust encoder, for 5–6 µs a token instead of 30–50 (measured, see docs/design.md). It still is an
+        asynchronous generator, because the runtime iterates over whatever it gets, and it yields the chunks itself
+        when called without a sender (by in-process clients).
         """
         generate: Generate = endpoint.generate or self._engine.generate
         push = self._engine.push if endpoint.generate is None and isinstance(self._engine, PushesChunks) else None
@@ -248,9 +241,9 @@ class RequestHandler:
                     await out.flush()
                 outcome = RequestOutcome.COMPLETED
             except BaseException as error:
-                # Also what is no Exception: a panic in Rust code, or SystemExit, which would end the event loop.
+                # Not only Exception: a panic in Rust code, or SystemExit, which would end the event loop.
                 outcome, answer = self._ended(error, entry, context, out)
-                # Without its cause: a CancelledError among the causes keeps the frontend from migrating.
+                # Without its cause: with a CancelledError among the causes the frontend does not migrate.
                 raise answer from None
             finally:
                 gone.cancel()
@@ -271,9 +264,9 @@ class RequestHandler:
     def _ended(
         self, error: BaseException, entry: _InFlight, context: Context, out: Stream | None
     ) -> tuple[RequestOutcome, BaseException]:
-        """Judge how a request ended that did not complete; return its outcome and what the runtime is told.
+        """Classify the end of a request that did not complete; return its outcome and the error for the runtime.
 
-        :param out: the way to its client; None if the caller iterates over the chunks, and may have stopped to.
+        :param out: the stream to its client; None if the caller iterates over the chunks, and may have stopped.
         """
         request_id = entry.request_id
         if isinstance(error, EngineDeadError):
@@ -290,30 +283,30 @@ class RequestHandler:
         if isinstance(error, EngineDeadError):
             return RequestOutcome.HANDED_OFF, EngineShutdown(str(error))
         if isinstance(error, InvalidRequestError):
-            # Of all the ways to an HTTP 400 only InvalidArgument brings its message to the client (measured on 1.6.1);
-            # ValueError and HttpError arrive as "Invalid request".
+            # Of all errors that become HTTP 400, only InvalidArgument keeps its message (measured on 1.6.1); ValueError
+            # and HttpError arrive as "Invalid request".
             message = for_client(str(error))
             log.warning("Request refused", request_id=request_id, error=message)
             return RequestOutcome.INVALID, InvalidArgument(message)
         if entry.gone or context.is_stopped():
-            # The cancellation of its task, or what became of it; or the sender of a closed stream, which raises
-            # RuntimeError.
-            return RequestOutcome.CANCELLED, Cancelled("the client is gone")
+            # The cancellation of its task, or an error that followed from it; or the RuntimeError that the sender of a
+            # closed stream raises.
+            return RequestOutcome.CANCELLED, Cancelled("the client has disconnected")
         if isinstance(error, DynamoException):
             log.warning("Request failed", request_id=request_id, error=error)
             return RequestOutcome.FAILED, error
         log.error("Request failed", request_id=request_id, exc_info=error)
         if isinstance(error, asyncio.CancelledError):
-            # Neither the client nor we have cancelled it: the engine has, and another one may go on. Of the errors on
-            # which a frontend migrates, EngineShutdown takes the whole worker out of its rotation for 5 s (measured).
+            # Neither the client nor the worker cancelled it: the engine did, and another one may continue. Of the
+            # errors that make a frontend migrate, EngineShutdown would exclude the whole worker for 5 s (measured).
             return RequestOutcome.FAILED, Disconnected("the engine cancelled the request")
         if isinstance(error, (OSError, asyncio.TimeoutError)):
-            # A connection that broke or timed out: the runtime knows what these mean, the request migrates.
+            # A connection broke or timed out: the runtime understands these errors, and the request migrates.
             return RequestOutcome.FAILED, error
         return RequestOutcome.FAILED, Unknown(for_client(describe(error)))
 
     def _abandon(self, request_id: str, stream: AsyncIterator[Chunk] | None) -> None:
-        """Stop the engine's work for a request that ended early, beside the event loop's other work."""
+        """Stop the engine's work for a request that ended early, in a separate task."""
         given_up = False
 
         async def abandon() -> None:
@@ -330,7 +323,7 @@ class RequestHandler:
         def give_up() -> None:
             nonlocal given_up
             given_up = True
-            log.warning("Abort failed", request_id=request_id, error=f"not done within {_ABORT_SECONDS:g} s")
+            log.warning("Abort failed", request_id=request_id, error=f"timed out after {_ABORT_SECONDS:g} s")
             task.cancel()
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -344,16 +337,16 @@ class RequestHandler:
 
 
 def validated(request: Any, vocab_size: int | None = None, context_length: int | None = None) -> Request:
-    """Return the request if an engine can be asked to serve it, ``token_ids`` unpacked into a list of ints.
+    """Return the request with ``token_ids`` unpacked into a list of ints, if an engine can serve it.
 
     Frontends may send ``token_ids`` as packed little-endian int32 (``DYN_TOKEN_IDS_AS_BYTES``).
 
-    :param vocab_size: the first token id that the engine does not know; None if only the engine can tell.
-    :param context_length: longest sequence in tokens: no token of a prompt that is longer is looked at.
-    :raises InvalidRequestError: it is no object, or its tokens are missing, empty, too many or no token ids.
+    :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
+    :param context_length: longest sequence in tokens; the tokens of a longer prompt are not even read.
+    :raises InvalidRequestError: it is not an object, or its tokens are missing, empty, too many or not token ids.
     """
     if not isinstance(request, dict):
-        raise InvalidRequestError(f"a request must be an object, not {type(request).__name__}")
+        raise InvalidRequestError(f"expected a request object, got {type(request).__name__}")
     tokens = request.get("token_ids")
     if context_length is not None and isinstance(tokens, (list, bytes, bytearray, memoryview)):
         length = len(tokens) if isinstance(tokens, list) else len(tokens) // _PACKED_BYTES
@@ -365,14 +358,14 @@ def validated(request: Any, vocab_size: int | None = None, context_length: int |
             packed.frombytes(tokens)
         except ValueError:
             raise InvalidRequestError(
-                f"token_ids: {len(tokens)} bytes are not packed 32-bit integers (not a multiple of 4)"
+                f"token_ids: expected packed 32-bit integers, got {len(tokens)} bytes, which is not a multiple of 4"
             ) from None
         request["token_ids"] = tokens = packed.tolist()
     elif not isinstance(tokens, list):
-        raise InvalidRequestError(f"token_ids: a list of integers is needed, not {type(tokens).__name__}")
-    elif not set(map(type, tokens)) <= {int}:  # a boolean is an int to everything but its type
+        raise InvalidRequestError(f"token_ids: expected a list of integers, got {type(tokens).__name__}")
+    elif not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans
         wrong = next(token for token in tokens if type(token) is not int)
-        raise InvalidRequestError(f"token_ids: every token must be an integer, not {shown(wrong)}")
+        raise InvalidRequestError(f"token_ids: expected integers, got {shown(wrong)}")
     if not tokens:
         raise InvalidRequestError("token_ids: the prompt is empty")
     if (lowest := min(tokens)) < 0:

@@ -11,12 +11,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.errors import UsageError
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.host.option_types import plain
 from dynamo_worker.host.options import (
     BY_NAME,
     OPTIONS,
     DiscoveryBackend,
-    DrainMode,
     EventPlane,
     LogFormat,
     LogLevel,
@@ -61,6 +61,12 @@ def _status_host(frontend: Address | None) -> str:
     """
     local = frontend is not None and frontend.local and "KUBERNETES_SERVICE_HOST" not in os.environ
     return LOOPBACK if local else "0.0.0.0"  # noqa: S104 - as in Dynamo
+
+
+def _drain_mode(data: Mapping[str, Any]) -> DrainMode:
+    """Return the drain mode among validated values; any, if the given one was refused."""
+    mode: DrainMode = data.get("drain", DrainMode.COMPLETE)
+    return mode
 
 
 def _option(name: str, default_factory: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -109,7 +115,7 @@ class WorkerSettings(BaseSettings):
     # --- Shutdown
     drain: DrainMode = _option("drain")
     termination_grace_period: float = _option("termination_grace_period")
-    grace_period: float = _option("grace_period", lambda data: 5.0 if data.get("drain") == "complete" else 0.0)
+    grace_period: float = _option("grace_period", lambda data: _drain_mode(data).default_grace_period)
     engine_shutdown_timeout: float = _option("engine_shutdown_timeout")
     termination_message_path: Path = _option("termination_message_path")
 
@@ -176,6 +182,16 @@ class WorkerSettings(BaseSettings):
         """Whether a router may read KV events and load: a remote one, or that of this worker's own frontend."""
         return not self.on_loopback or self.router_mode in ("kv", "least-loaded")
 
+    @property
+    def shutdown_plan(self) -> ShutdownPlan:
+        """The stages of a shutdown with these settings."""
+        return ShutdownPlan.divide(
+            total=self.termination_grace_period,
+            grace=self.grace_period,
+            cleanup_limit=self.engine_shutdown_timeout,
+            mode=self.drain,
+        )
+
     def contradictions(self) -> list[str]:
         """Return the conflicts between settings, one sentence each."""
         found = []
@@ -185,7 +201,7 @@ class WorkerSettings(BaseSettings):
             shown = getattr(self, name) if value is None else value
             return self.origin(name).describe(name, _shown(shown))
 
-        plan = ShutdownPlan.from_settings(self)
+        plan = self.shutdown_plan
         if not plan.fits:
             found.append(
                 f"{named('termination_grace_period')} conflicts with {named('grace_period')}: {plan.warnings[0]}"

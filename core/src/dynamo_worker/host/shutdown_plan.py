@@ -1,4 +1,4 @@
-"""How the termination grace period is divided between the stages of a shutdown (pure arithmetic, no clock)."""
+"""Divide the termination grace period between the stages of a shutdown (pure arithmetic, no clock)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dynamo_worker.deadline import Deadline
+from dynamo_worker.host.drain_mode import DrainMode
 from dynamo_worker.supervisor.protocol import FORCED_STOP, KILL_RESERVE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_worker.host.settings import WorkerSettings
-
-#: Seconds the endpoints have at most to leave discovery.
+#: Most seconds the endpoints get to leave discovery.
 UNREGISTER_LIMIT: Final = 1.0
-#: Seconds kept for the `cleanup` hooks: what engines really need. The cap of one hook (`engine_shutdown_timeout`) may
-#: be longer; it then lives on what the drain left over.
+#: Seconds reserved for the `cleanup` hooks, which is what engines need in practice. The limit of one hook
+#: (`engine_shutdown_timeout`) may be longer; it then uses time that the drain left over.
 CLEANUP_RESERVE: Final = 5.0
-#: A drain shorter than this is reported as too short.
+#: Warn about a drain shorter than this, in seconds.
 SHORT_DRAIN: Final = 1.0
 
 
 class Stage(NamedTuple):
-    """One slice of the timeline, in seconds after the stop was asked for."""
+    """One stage of the timeline, in seconds after the stop was requested."""
 
     name: str
     start: float
@@ -31,20 +30,20 @@ class Stage(NamedTuple):
 
     @property
     def duration(self) -> float:
-        """Return the length of the slice in seconds."""
+        """Return the length of the stage in seconds."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class ShutdownPlan:
-    """The slices of the termination grace period, in seconds; they add up to ``total`` when they fit.
+    """The stages of a shutdown, in seconds; they add up to ``total`` when they fit.
 
-    :param total: the termination grace period: after it the platform kills the process.
-    :param unregister: most time for leaving discovery.
-    :param grace: time in which requests of routers that have not noticed yet are still served.
-    :param drain: time for the requests in flight; what is left over goes to the clean-up.
+    :param total: the termination grace period, after which the platform kills the process.
+    :param unregister: most time to leave discovery.
+    :param grace: time to keep serving, for routers that have not noticed yet.
+    :param drain: time for requests in flight; time left over goes to the clean-up.
     :param cleanup: time reserved for the `cleanup` hooks.
-    :param kill_reserve: the supervisor's time at the end.
+    :param kill_reserve: time for the supervisor at the end.
     :param warnings: what does not fit, in words; empty when everything does.
     """
 
@@ -57,23 +56,15 @@ class ShutdownPlan:
     warnings: Sequence[str] = ()
 
     @classmethod
-    def from_settings(cls, settings: WorkerSettings) -> ShutdownPlan:
-        """Return the plan for these settings."""
-        return cls.divide(
-            total=settings.termination_grace_period,
-            grace=settings.grace_period,
-            cleanup_limit=settings.engine_shutdown_timeout,
-            drain_mode=settings.drain,
-        )
-
-    @classmethod
-    def divide(cls, total: float, grace: float, cleanup_limit: float, drain_mode: str = "complete") -> ShutdownPlan:
-        """Divide ``total`` seconds: the fixed slices are reserved from the end, the drain gets what is left.
+    def divide(
+        cls, total: float, grace: float, cleanup_limit: float, mode: DrainMode = DrainMode.COMPLETE
+    ) -> ShutdownPlan:
+        """Divide ``total`` seconds: reserve the fixed stages, give the rest to the drain.
 
         :param total: the termination grace period.
-        :param grace: the wanted grace period.
+        :param grace: the requested grace period.
         :param cleanup_limit: most time one `cleanup` hook may take.
-        :param drain_mode: ``complete``, ``handoff`` or ``abort``; only ``complete`` needs time for the drain.
+        :param mode: whether the drain needs time at all.
         """
         cleanup = min(cleanup_limit, CLEANUP_RESERVE)
         drain = total - KILL_RESERVE - cleanup - UNREGISTER_LIMIT - grace
@@ -85,10 +76,10 @@ class ShutdownPlan:
             )
         elif drain < 0:
             warnings.append(
-                f"the stages need {total - drain:g} s without any drain, the termination grace period is {total:g} s: "
+                f"without a drain the stages need {total - drain:g} s; the termination grace period is {total:g} s: "
                 f"{-drain:g} s are missing"
             )
-        elif drain_mode == "complete" and drain < SHORT_DRAIN:
+        elif mode.waits and drain < SHORT_DRAIN:
             warnings.append(
                 f"only {drain:g} s are left for requests in flight; what does not finish is handed off to other workers"
             )
@@ -107,7 +98,7 @@ class ShutdownPlan:
         return self.stages()[-1].end <= self.total + 1e-9
 
     def stages(self) -> tuple[Stage, ...]:
-        """Return the slices in order; their end says when each one has to be over."""
+        """Return the stages in order; each must be over at its end."""
         stages = []
         start = 0.0
         for name in ("unregister", "grace", "drain", "cleanup", "kill_reserve"):
@@ -117,25 +108,25 @@ class ShutdownPlan:
         return tuple(stages)
 
     def worker_deadline(self, received_at: float) -> Deadline:
-        """Return when the worker has to be gone by itself.
+        """Return when the worker process must have ended by itself.
 
-        :param received_at: ``time.monotonic()`` of the moment the stop was asked for.
+        :param received_at: ``time.monotonic()`` when the stop was requested.
         """
         return Deadline(received_at + self.total - self.kill_reserve)
 
     def drain_deadline(self, received_at: float) -> Deadline:
-        """Return when the drain has to be over so that the clean-up still has its reserve."""
+        """Return when the drain must be over to leave the clean-up its reserve."""
         return self.worker_deadline(received_at).reserve(self.cleanup)
 
     def unregister_deadline(self, received_at: float) -> Deadline:
-        """Return when the endpoints have to be out of discovery."""
+        """Return when the endpoints must be out of discovery."""
         return Deadline(min(received_at + self.unregister, self.drain_deadline(received_at).at))
 
     def grace_deadline(self, unregistered_at: float, received_at: float) -> Deadline:
-        """Return when the grace period ends: counted from leaving discovery, never at the clean-up's cost."""
+        """Return when the grace period ends: it starts on leaving discovery and never takes time from the clean-up."""
         return Deadline(min(unregistered_at + self.grace, self.drain_deadline(received_at).at))
 
     @staticmethod
     def forced_deadline(received_at: float) -> Deadline:
-        """Return when everything has to be over after a second signal."""
+        """Return when everything must be over after a second signal."""
         return Deadline(received_at + FORCED_STOP)

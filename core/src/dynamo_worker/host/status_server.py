@@ -1,10 +1,10 @@
-"""The worker's status server: probes, control routes, and a way through to the runtime's status server.
+"""The worker's status server: probes, control routes, and a proxy for the runtime's status server.
 
 The runtime answers ``/live`` and ``/health`` with one handler (measured on 1.6.1), so the kubelet would restart a
-worker that is only not ready, and it closes its server when its shutdown starts. This server owns the configured port,
-answers ``/live`` for as long as the worker lives and ``/health`` for as long as it does not serve or is out of
-discovery. The control routes are its own, too: the runtime would serve them to whoever asks, with any method. Other
-requests it hands through to the runtime's server on a port of its own.
+worker that is merely not ready, and it closes its server at the start of its shutdown. This server owns the configured
+port. It answers ``/live`` as long as the worker lives, ``/health`` while the worker does not serve or is out of
+discovery, and the control routes, which the runtime would serve to anybody with any method. It forwards all other
+requests to the runtime's server on another port.
 """
 
 from __future__ import annotations
@@ -29,35 +29,34 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Where the control routes are.
+#: Prefix of the control routes.
 _CONTROL = "/engine/"
-#: Largest request head that is read, in bytes.
+#: Largest request head in bytes.
 _MAX_HEAD = 16 * 1024
-#: Largest body of a control route, in bytes. They hold a few names and numbers.
+#: Largest body of a control request in bytes; they hold a few names and numbers.
 _MAX_BODY = 64 * 1024
-#: How long a client may take to send its request head, in seconds.
+#: Seconds for a client to send its request head.
 _HEAD_TIMEOUT = 10.0
-#: How long it may take to send the body.
+#: Seconds for a client to send the body.
 _BODY_TIMEOUT = 10.0
-#: How long the runtime may be silent, and a client may not read.
+#: Seconds that the runtime may be silent, or a client may not read.
 _IDLE_TIMEOUT = 20.0
-#: How long the runtime's answer may take to go through.
+#: Seconds to forward a whole answer of the runtime.
 _TOTAL_TIMEOUT = 60.0
-#: Connections at once. One more ends the oldest of those that have not asked for anything yet, or of those that are
-#: being answered, whichever are more: clients that never finish must not use up the descriptors that requests need, nor
+#: Most connections at once. One more closes the oldest connection among those without a request yet, or among those
+#: being answered, whichever are more: clients that never finish must not exhaust the descriptors that requests need, or
 #: keep a probe from its answer.
 _MOST_CONNECTIONS = 64
-#: For how many turns of the event loop nobody has to make room: who has connected at the same time may have asked
-#: already, and is answered first, even if the loop has had no core for a while and finds hundreds of them.
+#: Turns of the event loop before a connection has to make room: those accepted together may have sent their requests
+#: already and are answered first, even if the loop had no processor for a while and finds hundreds of them.
 _TURNS_TO_ASK = 3
-#: Connections that wait until the event loop accepts them. The kernel drops those beyond, and their clients try again
-#: after a second.
+#: Connections waiting to be accepted. The kernel drops those beyond, and their clients retry after a second.
 _BACKLOG = 256
 _COPY_CHUNK = 64 * 1024
 
 
 class StatusServer:
-    """The probes, the control routes, and a way through to the runtime's status server for everything else."""
+    """Serves the probes and the control routes, and forwards everything else to the runtime's status server."""
 
     def __init__(
         self,
@@ -68,12 +67,12 @@ class StatusServer:
         problem: Callable[[], str | None] = lambda: None,
         access: ControlAccess | None = None,
     ) -> None:
-        """Answer with ``state()``.
+        """Answer probes from ``state()``.
 
-        :param problem: says why a worker that serves is not ready, None if it is.
+        :param problem: returns why a serving worker is not ready; None if it is.
         :param live_path: path of the liveness probe (``DYN_SYSTEM_LIVE_PATH``).
         :param health_path: path of the readiness probe (``DYN_SYSTEM_HEALTH_PATH``).
-        :param access: who may call the control routes.
+        :param access: decides who may call the control routes.
         """
         self._state = state
         self._problem = problem
@@ -83,7 +82,7 @@ class StatusServer:
         self._server: asyncio.Server | None = None
         self._upstream: tuple[str, int] | None = None
         self._control: ControlRoutes | None = None
-        # Dictionaries that remember the order: who has yet to ask, or to send the whole body; who is being answered.
+        # In order of arrival: connections that have not sent a whole request yet, and those being answered.
         self._silent: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._answered: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
@@ -93,7 +92,7 @@ class StatusServer:
         :raises StartError: the address cannot be used.
         """
         try:
-            # The host is a number. uvloop would look it up all the same, in threads, and abort where it gets none.
+            # uvloop would look up even a numeric host, in threads, and abort if it gets none: create the socket here.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, port), family=family)
             self._server = await asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD, backlog=_BACKLOG)
@@ -107,7 +106,7 @@ class StatusServer:
         return actual
 
     def forward_to(self, host: str, port: int) -> None:
-        """Hand requests through to the runtime's status server from now on."""
+        """Forward requests to the runtime's status server from now on."""
         anywhere = host in ("0.0.0.0", "::", "")  # noqa: S104 - compared, not bound
         self._upstream = ("127.0.0.1" if anywhere else host, port)
 
@@ -116,7 +115,7 @@ class StatusServer:
         self._control = ControlRoutes(routes, self._access)
 
     def stop_routes(self) -> None:
-        """Serve no control routes any more: the engine is about to go. Operations that run go on."""
+        """Stop serving control routes: the engine is about to end. Running operations continue."""
         self._control = None
 
     def close(self) -> None:
@@ -131,7 +130,7 @@ class StatusServer:
         try:
             await self._make_room()
             await self._converse(task, reader, writer)
-        except asyncio.CancelledError:  # others need its place; nobody waits for this task
+        except asyncio.CancelledError:  # its place was needed; nothing awaits this task
             pass
         except OSError as error:
             log.debug("Status connection lost", error=error)
@@ -141,14 +140,14 @@ class StatusServer:
             self._answered.pop(task, None)
 
     async def _make_room(self) -> None:
-        """End a connection if there are too many."""
+        """Close a connection if there are too many."""
         if len(self._silent) + len(self._answered) <= _MOST_CONNECTIONS:
             return
         for _ in range(_TURNS_TO_ASK):
             await asyncio.sleep(0)
         if len(self._silent) + len(self._answered) > _MOST_CONNECTIONS:
-            # The larger crowd: otherwise a probe that has just connected would be all that there is to end, as soon as
-            # the others have asked for something that takes long.
+            # From the larger group: otherwise the only candidate could be a probe that has just connected, once the
+            # others have requested something slow.
             crowd = max(self._silent, self._answered, key=len)
             oldest = next(iter(crowd))
             crowd.pop(oldest).transport.abort()
@@ -170,11 +169,11 @@ class StatusServer:
             answer = self._report("400 Bad Request")
         except HttpError as error:
             answer = error.encode()
-        if not writer.is_closing():  # the client has reset it; uvloop would raise a RuntimeError
+        if not writer.is_closing():  # the client reset the connection; uvloop would raise a RuntimeError
             writer.write(answer)
 
     async def _answer(self, head: RequestHead, data: bytes, body: bytes, writer: asyncio.StreamWriter) -> bytes:
-        """Return what the client has yet to be told.
+        """Return the answer, or the part of it that was not sent yet.
 
         :raises HttpError: the request is refused.
         """
@@ -187,16 +186,16 @@ class StatusServer:
                 return self._report("503 Service Unavailable")
             return await self._control.call(head.path.removeprefix(_CONTROL), head, body)
         if head.method not in ("GET", "HEAD"):
-            raise HttpError("405 Method Not Allowed", "this path can only be read", "allow: GET, HEAD")
+            raise HttpError("405 Method Not Allowed", "this path is read-only", "allow: GET, HEAD")
         if head.body_length:
             raise HttpError("400 Bad Request", "this path takes no body")
         if self._upstream is None or not await _forward(data, writer, *self._upstream):
-            # No runtime yet, or none any more.
+            # The runtime has not started yet, or has shut down.
             return self._report("503 Service Unavailable")
         return b""
 
     def _report(self, status: str) -> bytes:
-        """Return an answer that says how the worker is."""
+        """Return an answer with the worker's state."""
         body = {"status": "live" if status.startswith("200") else "notready", "state": self._state().value}
         problem = self._problem()
         if problem is not None:
@@ -213,23 +212,23 @@ async def _body(head: RequestHead, reader: asyncio.StreamReader) -> bytes:
     """
     length = head.body_length
     if length > _MAX_BODY:
-        raise HttpError("413 Content Too Large", f"the body may have {_MAX_BODY} bytes")
+        raise HttpError("413 Content Too Large", f"the body may have at most {_MAX_BODY} bytes")
     return await asyncio.wait_for(reader.readexactly(length), _BODY_TIMEOUT)
 
 
 async def _forward(data: bytes, writer: asyncio.StreamWriter, host: str, port: int) -> bool:
-    """Hand one request without a body through; return False if there is nobody to hand it to.
+    """Forward one request without a body; return False if the runtime's server is not listening.
 
     :raises HttpError: the runtime does not answer.
     """
     try:
         upstream_reader, upstream_writer = await asyncio.wait_for(asyncio.open_connection(host, port), _IDLE_TIMEOUT)
     except (asyncio.TimeoutError, TimeoutError):
-        raise HttpError("504 Gateway Timeout", "the runtime's status server takes no connections") from None
+        raise HttpError("504 Gateway Timeout", "the runtime's status server accepts no connections") from None
     except OSError:
         return False
     try:
-        # One request a connection: the next one may be for /live again.
+        # One request per connection: the next one may be for /live.
         request_line, _, headers = data.partition(b"\r\n")
         kept = [line for line in headers.split(b"\r\n") if line and not line.lower().startswith(b"connection:")]
         upstream_writer.write(b"\r\n".join([request_line, *kept, b"connection: close", b"", b""]))
@@ -240,35 +239,35 @@ async def _forward(data: bytes, writer: asyncio.StreamWriter, host: str, port: i
         try:
             await asyncio.wait_for(_copy(first, upstream_reader, writer), _TOTAL_TIMEOUT)
         except (asyncio.TimeoutError, TimeoutError):
-            writer.transport.abort()  # so that the client sees that its answer is torn
+            writer.transport.abort()  # the client must see that the answer is incomplete
     finally:
         upstream_writer.transport.abort()
     return True
 
 
 async def _copy(data: bytes, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    """Write an answer until its end, or until one of the two has left."""
+    """Copy an answer until its end, or until one of the two sides has left."""
     with contextlib.suppress(ConnectionError):
         while data and not target.is_closing():
             target.write(data)
-            await asyncio.wait_for(_unless_lost(target.drain()), _IDLE_TIMEOUT)
+            await asyncio.wait_for(_unless_lost(target.drain), _IDLE_TIMEOUT)
             data = await asyncio.wait_for(source.read(_COPY_CHUNK), _IDLE_TIMEOUT)
 
 
-async def _unless_lost(step: Awaitable[None]) -> None:
-    """Wait for something, or until the connection is lost.
+async def _unless_lost(step: Callable[[], Awaitable[None]]) -> None:
+    """Await a step, and take the loss of the connection for its end.
 
     Up to Python 3.11 ``wait_for`` loses an error if it is cancelled at the same time, and asyncio logs a traceback.
     """
     with contextlib.suppress(ConnectionError):
-        await step
+        await step()
 
 
 async def _end(writer: asyncio.StreamWriter) -> None:
-    """Close a connection once what was written has left; a client that does not read has a limited time for it."""
+    """Close a connection once everything written was sent; a client that does not read gets limited time."""
     try:
         with contextlib.suppress(OSError):
             writer.close()
-            await asyncio.wait_for(_unless_lost(writer.wait_closed()), _IDLE_TIMEOUT)
+            await asyncio.wait_for(_unless_lost(writer.wait_closed), _IDLE_TIMEOUT)
     except (asyncio.CancelledError, asyncio.TimeoutError, TimeoutError):
         writer.transport.abort()

@@ -1,0 +1,53 @@
+"""The set of monitors that a serving worker runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_worker.engine import HasCanary
+from dynamo_worker.host.canary import Canary
+from dynamo_worker.host.monitors import HealthMonitor, Heartbeat, StallMonitor
+from dynamo_worker.host.threads import ThreadMonitor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_worker.errors import WorkerError
+    from dynamo_worker.host.parts import ReadyWorker, WorkerParts
+    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.supervisor_channel import SupervisorChannel
+
+
+def start_monitors(
+    parts: WorkerParts,
+    worker: ReadyWorker,
+    settings: WorkerSettings,
+    plugins: Plugins,
+    control: SupervisorChannel,
+    *,
+    on_fatal: Callable[[WorkerError], None],
+    on_no_threads: Callable[[WorkerError], None],
+) -> None:
+    """Start everything that watches a serving worker, and tell the plugins that it is ready.
+
+    :param on_fatal: called by a monitor that finds the worker beyond repair.
+    :param on_no_threads: called when no more threads can be started.
+    """
+    engine, requests, metrics, monitors = worker.engine, parts.requests, parts.metrics, parts.monitors
+    interval, timeout = settings.health_check_interval, settings.health_check_timeout
+    monitors.start(Heartbeat(control, requests, metrics, timeout=settings.heartbeat_timeout).run())
+    monitors.start(HealthMonitor(plugins, engine, metrics, on_fatal, interval=interval, timeout=timeout).run())
+    monitors.start(ThreadMonitor(on_no_threads, interval=interval).run())
+    if settings.stall_timeout and isinstance(engine, HasCanary):
+        canary = Canary(engine, engine.canary_request, requests)
+        monitors.start(StallMonitor(engine, requests, canary.send, on_fatal, timeout=settings.stall_timeout).run())
+    if worker.registration is not None:
+        monitors.start(worker.registration.run())
+    monitors.start(_call_on_ready(plugins, worker, timeout))
+    if parts.frontend is not None:
+        parts.frontend.start_monitor(interval=interval, timeout=timeout)
+
+
+async def _call_on_ready(plugins: Plugins, worker: ReadyWorker, timeout: float) -> None:
+    await plugins.on_ready(worker.engine, worker.info, timeout)

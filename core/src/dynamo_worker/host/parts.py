@@ -1,0 +1,59 @@
+"""The parts of a worker: the start builds them, the shutdown releases those that exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynamo_worker.engine import Engine, EngineInfo
+    from dynamo_worker.host.egress import Egress
+    from dynamo_worker.host.embedded_frontend import EmbeddedFrontend
+    from dynamo_worker.host.metrics import WorkerMetrics
+    from dynamo_worker.host.monitor_tasks import MonitorTasks
+    from dynamo_worker.host.process_watch import ProcessWatch
+    from dynamo_worker.host.registration import Registration
+    from dynamo_worker.host.runtime import Runtime
+    from dynamo_worker.host.serving import RequestRegistry
+    from dynamo_worker.host.status_server import StatusServer
+    from dynamo_worker.supervisor.run_directory import RunDirectory
+
+
+@dataclass
+class WorkerParts:
+    """Everything that exists of a worker at one moment.
+
+    :ivar requests: the requests in flight.
+    :ivar egress: sends chunks to clients.
+    :ivar processes: watches the engine's processes.
+    :ivar monitors: the monitors that run while the worker serves.
+    :ivar status: answers probes and control routes.
+    :ivar own_directory: the private directory, if this process created it and must remove it.
+    :ivar frontend: the frontend process beside the worker.
+    :ivar runtime: the connection to discovery and the request plane.
+    :ivar engine: the engine, started or not.
+    """
+
+    requests: RequestRegistry
+    egress: Egress
+    metrics: WorkerMetrics
+    processes: ProcessWatch
+    monitors: MonitorTasks
+    status: StatusServer | None = None
+    own_directory: RunDirectory | None = None
+    frontend: EmbeddedFrontend | None = None
+    runtime: Runtime | None = None
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True)
+class ReadyWorker:
+    """What a successful start returns.
+
+    :param info: what is registered: the engine's information, completed by the worker's flags.
+    :param registration: keeps the worker's entries in discovery; None if this kind of discovery needs no watching.
+    """
+
+    engine: Engine
+    info: EngineInfo
+    registration: Registration | None

@@ -1,0 +1,165 @@
+"""Taking a worker down: leave discovery, end the requests in flight, release every part."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from dynamo_worker.containment import contained
+from dynamo_worker.host.drain_mode import Cut, DrainMode
+from dynamo_worker.host.drain_progress import DrainProgress
+from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from dynamo_worker.deadline import Deadline
+    from dynamo_worker.engine import Engine
+    from dynamo_worker.host.parts import WorkerParts
+    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.lifecycle import State
+
+log = get_logger(__name__)
+
+#: Seconds for requests that were cut to send their last message.
+CUT_SECONDS: Final = 1.0
+#: Seconds for the runtime to close its connections once nothing is in flight.
+RUNTIME_SECONDS: Final = 3.0
+#: Seconds between the end of the hooks' time and the end of their stage: to cancel them, log and go on.
+_HOOK_MARGIN: Final = 0.3
+
+
+class Shutdown:
+    """The steps of a shutdown, for whatever parts exist.
+
+    A step that fails is logged and does not keep the next one from being taken.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        plugins: Plugins,
+        parts: WorkerParts,
+        state: Callable[[], State],
+        *,
+        supervised: bool,
+    ) -> None:
+        """Take down ``parts`` when asked to.
+
+        :param state: returns the worker's state: a step of a state that the worker has left was cancelled.
+        :param supervised: whether a supervisor cleans up after this process.
+        """
+        self._settings = settings
+        self._plugins = plugins
+        self._parts = parts
+        self._state = state
+        self._supervised = supervised
+        self._unregistered = False
+
+    async def unregister(self, deadline: Deadline) -> None:
+        """Leave discovery by the deadline; the supervisor withdraws entries that could not be removed."""
+        runtime = self._parts.runtime
+        if runtime is None or self._unregistered:
+            return
+        runtime.set_ready(False)
+        try:
+            self._unregistered = await asyncio.wait_for(contained(runtime.unregister), deadline.remaining())
+        except (asyncio.TimeoutError, TimeoutError):
+            log.warning("Discovery did not answer", next="the supervisor withdraws the registration at the end")
+
+    async def try_to_unregister(self, deadline: Deadline) -> None:
+        """Leave discovery as :meth:`unregister` does, and log a failure."""
+        await self._attempt("leave discovery", self.unregister(deadline))
+
+    async def drain(self, engine: Engine, deadline: Deadline) -> None:
+        """Refuse new requests and, until the deadline, wait for those in flight or end them, as the mode says."""
+        requests, mode = self._parts.requests, self._settings.drain
+        self._drain_frontend()
+        requests.refuse("the worker is shutting down")
+        requests.cut(Cut.HANDOFF, graceful=False)
+        if not mode.waits:
+            requests.cut(mode.cut)
+        hooks = asyncio.ensure_future(self._plugins.drain(engine, deadline.reserve(_HOOK_MARGIN)))
+        idle = asyncio.ensure_future(requests.wait_idle())
+        with DrainProgress(requests, deadline, mode):
+            await asyncio.wait({hooks, idle}, timeout=deadline.remaining())
+        for task in (hooks, idle):
+            task.cancel()
+
+    async def end_requests(self, how: Cut, reason: str) -> None:
+        """Refuse new requests, end those in flight, and give their last messages a moment to leave."""
+        requests = self._parts.requests
+        requests.refuse(reason)
+        cut = requests.cut(how)
+        if cut:
+            log.info("Handing off requests" if how is Cut.HANDOFF else "Aborting requests", requests=cut)
+        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(requests.wait_idle(), CUT_SECONDS)
+
+    async def release(self, deadline: Deadline) -> str | None:
+        """Release all parts, in order: connections, engine, frontend, files.
+
+        :returns: how the frontend failed while it drained, or None.
+        """
+        parts = self._parts
+        parts.processes.close()
+        if parts.status is not None:
+            parts.status.stop_routes()
+        await self._shut_down_runtime(deadline)
+        await self._clean_up_engine(deadline)
+        frontend_failure = await self._stop_frontend(deadline)
+        if parts.status is not None:
+            parts.status.close()
+        self._remove_own_directory(deadline)
+        return frontend_failure
+
+    async def _shut_down_runtime(self, deadline: Deadline) -> None:
+        if self._parts.runtime is not None:
+            shutdown = self._parts.runtime.shutdown(deadline.within(RUNTIME_SECONDS).remaining())
+            if await self._attempt("shut down the runtime", shutdown):
+                log.info("DistributedRuntime shutdown complete")
+
+    async def _clean_up_engine(self, deadline: Deadline) -> None:
+        if self._parts.engine is not None:
+            limit = self._settings.engine_shutdown_timeout
+            hooks = self._plugins.cleanup(self._parts.engine, deadline.reserve(_HOOK_MARGIN), limit=limit)
+            await self._attempt("clean up", hooks)
+
+    def _drain_frontend(self) -> None:
+        if self._parts.frontend is not None:
+            self._parts.frontend.drain()
+
+    async def _stop_frontend(self, deadline: Deadline) -> str | None:
+        frontend = self._parts.frontend
+        if frontend is None:
+            return None
+        frontend.drain()
+        failure = frontend.failure
+        if not self._supervised:  # otherwise the supervisor waits for it
+            stop = frontend.stop(deadline, abort=self._settings.drain is DrainMode.ABORT)
+            await self._attempt("stop the frontend", stop)
+        return failure
+
+    def _remove_own_directory(self, deadline: Deadline) -> None:
+        directory = self._parts.own_directory
+        if directory is None:
+            return
+        problems = directory.remove(time.monotonic() + deadline.remaining())
+        directory.close()
+        if problems:
+            log.warning("Run directory not removed", path=directory.path, reason="; ".join(problems[:3]))
+
+    async def _attempt(self, what: str, step: Awaitable[Any]) -> bool:
+        """Take one step, log its failure, and return whether it succeeded."""
+        state = self._state()
+        try:
+            await step
+        except BaseException as error:
+            if self._state() is not state:  # cancelled: the worker has moved on
+                raise
+            log.error("Shutdown step failed", step=what, state=state, exc_info=error)
+            return False
+        return True

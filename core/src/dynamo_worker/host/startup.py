@@ -1,0 +1,270 @@
+"""Starting a worker, step by step: from nothing to the first request that it answers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.address import Address
+from dynamo_worker.allowed_paths import AllowedPaths
+from dynamo_worker.engine import (
+    EndpointSpec,
+    Engine,
+    EngineContext,
+    EngineInfo,
+    HasCanary,
+    HasControlRoutes,
+    HasMetrics,
+    PublishesEvents,
+)
+from dynamo_worker.errors import StartError
+from dynamo_worker.host.canary import Canary
+from dynamo_worker.host.control_routes import ControlAccess, read_token
+from dynamo_worker.host.discovery_directory import writable_directory
+from dynamo_worker.host.embedded_frontend import EmbeddedFrontend
+from dynamo_worker.host.engine_checks import EngineChecks
+from dynamo_worker.host.frontend_process import FrontendProcess
+from dynamo_worker.host.listening import listening_ports
+from dynamo_worker.host.parts import ReadyWorker
+from dynamo_worker.host.runtime import Runtime, stay_on_loopback
+from dynamo_worker.host.serving import RequestHandler
+from dynamo_worker.host.status_server import StatusServer
+from dynamo_worker.host.threads import require_thread
+from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.protocol import RUN_DIR
+from dynamo_worker.supervisor.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from dynamo_worker.host.parts import WorkerParts
+    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.registration import Registration
+    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.lifecycle import State
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the parts of a worker tell its state machine.
+
+    :param state: returns the current state.
+    :param on_fatal: called with an error that ends the worker.
+    :param on_found_dead: called when a request finds the engine dead.
+    :param on_endpoint_closed: called when an endpoint has ended, with its name and its task.
+    """
+
+    state: Callable[[], State]
+    on_fatal: Callable[[BaseException], None]
+    on_found_dead: Callable[[BaseException], None]
+    on_endpoint_closed: Callable[[str, asyncio.Task[None]], None]
+
+
+class Startup:
+    """Starts one worker; every part enters :class:`WorkerParts` as soon as it exists and needs to be released."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        plugins: Plugins,
+        engine_args: Any,
+        parts: WorkerParts,
+        callbacks: Callbacks,
+        *,
+        supervised: bool,
+    ) -> None:
+        self._settings = settings
+        self._plugins = plugins
+        self._engine_args = engine_args
+        self._parts = parts
+        self._callbacks = callbacks
+        self._supervised = supervised
+        self._checks = EngineChecks(plugins.engine)
+        self._created = time.monotonic()
+
+    async def run(self) -> ReadyWorker:
+        """Start everything, and return once the worker is ready.
+
+        :raises StartError: a part cannot be started on this machine.
+        :raises UsageError: the settings or the engine's arguments are wrong.
+        """
+        await self._start_status_server()
+        private_dir = self._private_directory()
+        self._start_frontend(private_dir)
+        runtime = await self._start_runtime()
+        engine = self._create_engine(runtime, private_dir)
+        info = await self._start_engine(engine, runtime)
+        await self._warm_up(engine, info)
+        require_thread()
+        _freeze_garbage()
+        self._parts.egress.start()
+        earlier_ports = listening_ports()
+        if isinstance(engine, PublishesEvents):
+            await engine.attach(runtime.endpoint(self._settings.endpoint), runtime.completed(info))
+        runtime.record_registration(private_dir)
+        registration = await self._serve_endpoints(engine, runtime, info)
+        self._offer_metrics_and_control_routes(engine, runtime)
+        await self._wait_for_frontend(runtime.completed(info))
+        # Not earlier: the runtime opens the port of a publisher some time after the publisher was created.
+        runtime.close_to_others(earlier_ports)
+        runtime.set_ready(True)
+        self._report_ready(runtime, info)
+        return ReadyWorker(engine, runtime.completed(info), registration)
+
+    async def _start_status_server(self) -> None:
+        """Answer probes from the first moment on."""
+        settings, parts = self._settings, self._parts
+        if settings.system_port < 0:
+            return
+        status = parts.status = StatusServer(
+            self._callbacks.state,
+            live_path=os.environ.get("DYN_SYSTEM_LIVE_PATH", "/live"),
+            health_path=os.environ.get("DYN_SYSTEM_HEALTH_PATH", "/health"),
+            problem=lambda: None if parts.runtime is None else parts.runtime.problem,
+            access=ControlAccess(read_token(settings.control_token_file)),
+        )
+        port = await status.start(settings.system_host, settings.system_port)
+        log.info("Status server listening", url=f"http://{Address(settings.system_host, port)}")
+
+    def _private_directory(self) -> Path:
+        """Return the supervisor's private directory or, without a supervisor, create one.
+
+        :raises StartError: there is no safe place for it.
+        """
+        given = os.environ.get(RUN_DIR)
+        if given and self._supervised:  # without a supervisor it may be inherited from another worker
+            return Path(given)
+        try:
+            directory = self._parts.own_directory = RunDirectory.create()
+        except OSError as error:
+            raise StartError(f"cannot create the worker's private directory: {error.strerror}") from error
+        if directory.trouble:
+            log.warning("TMPDIR cannot be used as it is", used=directory.base, reason="; ".join(directory.trouble))
+        return Path(directory.path)
+
+    def _start_frontend(self, private_dir: Path) -> None:
+        """Start the frontend beside the worker; with file discovery both meet in the private directory."""
+        settings = self._settings
+        if settings.frontend is None:
+            return
+        if settings.on_loopback and stay_on_loopback() and settings.discovery_backend != "file":
+            log.warning(
+                "All frontends will discover this worker, but only those on this machine can reach it",
+                discovery=settings.discovery_backend,
+                next="set DYN_TCP_RPC_HOST, or give --frontend an address that other machines can reach",
+            )
+        path = settings.discovery_path
+        if path is None and settings.discovery_backend == "file":
+            path = private_dir / "discovery"
+        if path is not None:
+            path = writable_directory(path)
+            self._settings = settings = settings.model_copy(update={"discovery_path": path})
+        process = FrontendProcess.start(settings, path, private_dir)
+        self._parts.frontend = EmbeddedFrontend(process, self._parts.monitors, self._callbacks.on_fatal)
+
+    async def _start_runtime(self) -> Runtime:
+        runtime = self._parts.runtime = await Runtime.create(self._settings)
+        if self._parts.status is not None and runtime.status_port is not None:
+            self._parts.status.forward_to(runtime.status_host, runtime.status_port)
+        return runtime
+
+    def _create_engine(self, runtime: Runtime, private_dir: Path) -> Engine:
+        settings = self._settings
+        context = EngineContext(
+            component=f"{settings.namespace}.{settings.component}",
+            private_dir=private_dir,
+            supervised=self._supervised,
+            allowed_paths=AllowedPaths(settings.control_load_root, settings.control_write_root),
+            events_wanted=settings.events_wanted,
+            discovery=runtime.discovery,
+        )
+        engine = self._plugins.create_engine(self._engine_args, context)
+        self._checks.methods(engine)
+        self._parts.engine = engine
+        return engine
+
+    async def _start_engine(self, engine: Engine, runtime: Runtime) -> EngineInfo:
+        info = await self._checks.started(engine.start(runtime.worker_id))
+        self._parts.processes.watch(self._checks.pids(engine.processes()), "engine process")
+        return info
+
+    async def _warm_up(self, engine: Engine, info: EngineInfo) -> None:
+        settings = self._settings
+        if not settings.warmup or info.model_path is None:
+            return
+        if not isinstance(engine, HasCanary):
+            log.warning("No warm-up and no stall detection: the engine has no canary request")
+            return
+        canary = Canary(engine, engine.canary_request, self._parts.requests)
+        await canary.warm_up(self._checks, info.vocab_size, settings.warmup_timeout)
+
+    async def _serve_endpoints(self, engine: Engine, runtime: Runtime, info: EngineInfo) -> Registration | None:
+        """Serve the endpoints, register the model, and return what keeps both in discovery."""
+        handler = RequestHandler(
+            engine,
+            self._parts.requests,
+            self._parts.egress,
+            self._callbacks.on_found_dead,
+            info.vocab_size,
+            info.context_length,
+        )
+        endpoints = self._endpoints(info)
+        for spec in endpoints:
+            task = runtime.serve(spec, handler.handler(spec))
+            task.add_done_callback(partial(self._callbacks.on_endpoint_closed, spec.name))
+        for spec in endpoints:
+            if spec.registers_model:
+                await runtime.register(info, endpoint=spec.name)
+        return await runtime.watch_registration(self._callbacks.on_fatal)
+
+    def _endpoints(self, info: EngineInfo) -> list[EndpointSpec]:
+        """Return the endpoints to serve; one without a model (a headless rank) serves only what the engine adds."""
+        if info.model_path is None:
+            return list(info.endpoints)
+        labels = (("model", info.model_name),)
+        return [EndpointSpec(self._settings.endpoint, metrics_labels=labels, registers_model=True), *info.endpoints]
+
+    def _offer_metrics_and_control_routes(self, engine: Engine, runtime: Runtime) -> None:
+        parts = self._parts
+        if isinstance(engine, HasMetrics):
+            parts.metrics.add_registry(engine.metrics_registry())
+        if parts.status is not None:
+            routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
+            parts.status.serve_routes(self._checks.mapping("control_routes", routes))
+        runtime.expose_metrics(parts.metrics.exposition, endpoint=self._settings.endpoint)
+
+    async def _wait_for_frontend(self, info: EngineInfo) -> None:
+        if self._parts.frontend is not None:
+            await self._parts.frontend.wait_ready(info)
+
+    def _report_ready(self, runtime: Runtime, info: EngineInfo) -> None:
+        settings, frontend = self._settings, self._parts.frontend
+        seconds = time.monotonic() - self._created
+        self._parts.metrics.start_seconds.set(seconds)
+        log.info(
+            "Worker ready",
+            model=info.model_name,
+            endpoint=f"{settings.namespace}.{settings.component}.{settings.endpoint}",
+            instance=f"{runtime.worker_id:x}",
+            start_s=seconds,
+        )
+        if frontend is not None:
+            # Part of the message, not a field: a field would be quoted, and this line is there to be copied.
+            body = f'{{"model": "{info.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+            header = "-H 'content-type: application/json'"
+            hint = f"Try it: curl {frontend.url}/v1/chat/completions {header} -d '{body}'"
+            log.info(hint)
+
+
+def _freeze_garbage() -> None:
+    """Exempt everything created so far from garbage collection: it lives as long as the worker."""
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,122 @@
+"""What frontends and routers are told about a model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from dynamo.llm import ModelType
+
+from dynamo_worker.engine import EngineInfo
+from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.host import model_card
+from dynamo_worker.host.model_card import model_type
+from dynamo_worker.host.settings import WorkerSettings
+
+
+def test_model_types_are_those_of_dynamo():
+    assert str(model_type(["chat"])) == str(ModelType.Chat)
+    assert str(model_type(["chat", "completions"])) == str(ModelType.Chat | ModelType.Completions)
+    assert str(model_type(["completions", "chat", "chat"])) == str(ModelType.Chat | ModelType.Completions)
+
+
+def test_an_unknown_surface_is_named_with_the_known_ones():
+    with pytest.raises(UsageError, match="'chatt' is unknown") as raised:
+        model_type(["chat", "chatt"])
+    assert "completions" in str(raised.value)
+
+
+def test_no_surface_at_all():
+    with pytest.raises(UsageError, match="expected at least one"):
+        model_type([])
+
+
+def test_every_engines_default_is_known():
+    model_type(EngineInfo("m", "/m").endpoint_types)
+
+
+def register(monkeypatch, info, **values):
+    calls = []
+
+    async def record(*args, **options):
+        calls.append((args, options))
+
+    monkeypatch.setattr(model_card, "register_model", record)
+
+    settings = WorkerSettings(engine="echo", **values)
+    asyncio.run(model_card.register("the endpoint", model_card.completed(info, settings), settings))
+    return calls
+
+
+def test_a_model_is_registered_with_what_the_engine_knows(monkeypatch):
+    info = EngineInfo(
+        "llama",
+        "/models/llama",
+        model_aliases=("l",),
+        worker_type="prefill",
+        needs=(("decode",),),
+        kv_block_size=16,
+        context_length=4096,
+        total_kv_blocks=1000,
+        max_num_seqs=64,
+        bootstrap=("10.0.0.1", 8998),
+        runtime_data={"flavour": "sour", "ranks": [0, 1]},
+    )
+    ((args, options),) = register(monkeypatch, info, tool_call_parser="hermes")
+    assert args[3:5] == ("/models/llama", "llama")
+    assert str(args[1]) == str(ModelType.Chat | ModelType.Completions)
+    assert str(options["worker_type"]).lower().endswith("prefill")
+    assert [[str(peer).lower().rpartition(".")[2] for peer in peers] for peers in options["needs"]] == [["decode"]]
+    assert options["kv_cache_block_size"] == 16
+    assert options["model_aliases"] == ["l"]
+    config = options["runtime_config"]
+    assert (config.context_length, config.total_kv_blocks, config.max_num_seqs) == (4096, 1000, 64)
+    assert config.tool_call_parser == "hermes"
+    assert config.reasoning_parser is None
+    assert config.get_engine_specific("flavour") == "sour"
+
+
+def test_the_settings_overrule_the_engines_surfaces(monkeypatch):
+    ((args, _),) = register(monkeypatch, EngineInfo("m", "/m"), endpoint_types=("embedding",))
+    assert str(args[1]) == str(ModelType.Embedding)
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [("nothing", "No such file"), ("directory", "Not a regular file"), ("fifo", "Not a regular file")],
+)
+def test_a_chat_template_that_is_none_is_named(monkeypatch, tmp_path, planted, reason):
+    """The runtime would read a FIFO without end."""
+    path = tmp_path / "chat.jinja"
+    if planted == "directory":
+        path.mkdir()
+    elif planted == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(StartError, match=rf"--custom-jinja-template {path} .*cannot be read: {reason}"):
+        register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=path)
+
+
+def test_a_chat_template_without_end_is_none(monkeypatch, tmp_path):
+    path = tmp_path / "chat.jinja"
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(StartError, match=rf"--custom-jinja-template {path} .*has 1073741824 bytes"):
+        register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=path)
+
+
+def test_a_chat_template_is_handed_over(monkeypatch, tmp_path):
+    (tmp_path / "data").write_text("{{ messages }}")
+    (tmp_path / "chat.jinja").symlink_to("data")
+    ((_, options),) = register(monkeypatch, EngineInfo("m", "/m"), custom_jinja_template=tmp_path / "chat.jinja")
+    assert options["custom_template_path"] == str(tmp_path / "chat.jinja")
+
+
+def test_a_model_that_cannot_be_registered_is_named(monkeypatch):
+    async def fail(*args, **options):
+        raise RuntimeError("no tokenizer.json")
+
+    monkeypatch.setattr(model_card, "register_model", fail)
+
+    with pytest.raises(StartError, match=r"'llama' at /models/llama cannot be registered: no tokenizer\.json"):
+        asyncio.run(model_card.register("the endpoint", EngineInfo("llama", "/models/llama"), WorkerSettings()))
