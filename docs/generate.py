@@ -26,10 +26,10 @@ import dynamo_worker
 from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host import options
-from dynamo_worker.host.metrics import WorkerMetrics
-from dynamo_worker.host.plugin_validation import hook_signatures
-from dynamo_worker.host.serving import RequestRegistry
+from dynamo_worker.host.config import options
+from dynamo_worker.host.plugins.plugin_validation import hook_signatures
+from dynamo_worker.host.requests.serving import RequestRegistry
+from dynamo_worker.host.status.metrics import WorkerMetrics
 from dynamo_worker.kit import request_limits as limits
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import dynamo_worker
 from dynamo_worker import hookspecs
-from dynamo_worker.host.plugin_imports import PUBLIC_MODULES
-from dynamo_worker.host.plugin_validation import hook_signatures
+from dynamo_worker.host.plugins.plugin_imports import PUBLIC_MODULES
+from dynamo_worker.host.plugins.plugin_validation import hook_signatures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_worker.host.plugin_imports import PUBLIC_MODULES
+from dynamo_worker.host.plugins.plugin_imports import PUBLIC_MODULES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "core" / "src" / "dynamo_worker"

@@ -20,7 +20,7 @@ from dynamo_worker import __version__
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import UsageError
 from dynamo_worker.host import open_files
-from dynamo_worker.host.options import OPTIONS
+from dynamo_worker.host.config.options import OPTIONS
 
 RUN = "--no-supervise"
 
@@ -399,8 +399,8 @@ def test_a_closed_pipe_is_no_crash(command):
 
 
 def parsed(site, rest, **engine_args):
-    from dynamo_worker.host.config_file import ConfigFile
-    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.config.config_file import ConfigFile
+    from dynamo_worker.host.plugins.facade import Plugins
 
     site.install_engine()
     parser = arguments.engine_parser(Plugins.load("toy"))
@@ -502,7 +502,7 @@ def test_a_limit_of_open_files_that_cannot_be_raised_stays(monkeypatch, error):
 
 def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys):
     from dynamo_worker.cli.main import main
-    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.plugins.facade import Plugins
 
     begun = []
     monkeypatch.setattr(Plugins, "prepare", lambda self, rest: begun.append(list(rest)))
@@ -517,7 +517,7 @@ def test_nothing_is_prepared_where_nothing_is_started(site, monkeypatch, capsys)
 
 def test_frontend_is_its_own_command(monkeypatch):
     from dynamo_worker.cli.main import main
-    from dynamo_worker.host import frontend
+    from dynamo_worker.host.frontend import main as frontend
 
     monkeypatch.setattr(frontend, "main", lambda argv: len(argv))
     assert main(["frontend", "--http", "1"]) == 2

@@ -18,9 +18,9 @@ import pytest
 import dynamo_worker
 from dynamo_worker import Chunk, InvalidRequestError, Request, engine, hookspecs, requests, responses
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.engine_checks import AnswerCheck, EngineChecks
-from dynamo_worker.host.options import OPTIONS
-from dynamo_worker.host.plugin_validation import hook_signatures
+from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.plugins.plugin_validation import hook_signatures
+from dynamo_worker.host.requests.engine_checks import AnswerCheck, EngineChecks
 from dynamo_worker.kit import translation
 from dynamo_worker.kit.chunks import top_logprob
 

@@ -6,8 +6,8 @@ import pytest
 
 from dynamo_worker import errors
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.installed_plugins import PluginRecord
-from dynamo_worker.host.plugin_errors import PluginError, UnknownPluginError
+from dynamo_worker.host.plugins.installed_plugins import PluginRecord
+from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginError
 
 
 @pytest.mark.parametrize(

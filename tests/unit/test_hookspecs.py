@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 
 from dynamo_worker import hookspecs
-from dynamo_worker.host.plugin_validation import hook_signatures
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.host.plugins.plugin_validation import hook_signatures
 
 
 def test_hooks_in_lifecycle_order():

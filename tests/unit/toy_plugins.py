@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_worker.host.plugin_errors import PluginError
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.host.plugins.plugin_errors import PluginError
 
 HOOKIMPL = "from dynamo_worker.hookspecs import hookimpl\n"
 

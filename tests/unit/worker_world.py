@@ -16,9 +16,9 @@ from fakes import FakeDiscovery
 
 from dynamo_worker.engine import EngineInfo
 from dynamo_worker.host import startup
-from dynamo_worker.host.calling import HookOutcome
+from dynamo_worker.host.config.settings import WorkerSettings
 from dynamo_worker.host.launcher import Launcher
-from dynamo_worker.host.settings import WorkerSettings
+from dynamo_worker.host.plugins.calling import HookOutcome
 from dynamo_worker.host.supervisor_channel import SupervisorChannel
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.channel import Channel, pair

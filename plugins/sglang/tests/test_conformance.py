@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import Engine, LocalContext, PushesChunks
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 from dynamo_worker_sglang.engine import SglangEngine

@@ -8,7 +8,7 @@ from dynamo_worker.cli import help as cli_help
 from dynamo_worker.cli.arguments import SWITCHES, EngineParser
 from dynamo_worker.cli.commands import COMMANDS
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.options import OPTIONS
+from dynamo_worker.host.config.options import OPTIONS
 
 
 @pytest.mark.parametrize("columns", [80, 500])

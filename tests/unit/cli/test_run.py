@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from dynamo_worker.cli import run
-from dynamo_worker.host.options import OPTIONS
+from dynamo_worker.host.config.options import OPTIONS
 
 
 def test_every_setting_is_printed_with_its_origin(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from dynamo_worker.containment import contained
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.host.calling import CANCEL_GRACE, call_concurrently, call_in_order
+from dynamo_worker.host.plugins.calling import CANCEL_GRACE, call_concurrently, call_in_order
 
 
 async def hang():

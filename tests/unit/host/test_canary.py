@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from dynamo_worker.errors import StartError
-from dynamo_worker.host.canary import Canary
-from dynamo_worker.host.engine_checks import EngineChecks
-from dynamo_worker.host.serving import RequestRegistry
+from dynamo_worker.host.requests.canary import Canary
+from dynamo_worker.host.requests.engine_checks import EngineChecks
+from dynamo_worker.host.requests.serving import RequestRegistry
 
 ANSWER = [{"token_ids": [1]}, {"token_ids": [2], "finish_reason": "stop"}]
 

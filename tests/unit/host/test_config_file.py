@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.config_file import read_config
+from dynamo_worker.host.config.config_file import read_config
 
 
 def write(tmp_path, text):

@@ -13,8 +13,8 @@ import pytest
 from aio import until
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.control_routes import TOKEN_ENV, ControlAccess, ControlRoutes, read_token
-from dynamo_worker.host.http_message import HttpError, RequestHead
+from dynamo_worker.host.status.control_routes import TOKEN_ENV, ControlAccess, ControlRoutes, read_token
+from dynamo_worker.host.status.http_message import HttpError, RequestHead
 
 GOOD = {"host": "127.0.0.1:9090", "content-type": "application/json"}
 

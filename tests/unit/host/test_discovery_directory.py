@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.discovery_directory import writable_directory
+from dynamo_worker.host.discovery.discovery_directory import writable_directory
 
 pytestmark = pytest.mark.usefixtures("environment")
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 
-from dynamo_worker.host.drain_mode import Cut, DrainMode
-from dynamo_worker.host.options import BY_NAME
-from dynamo_worker.host.settings import WorkerSettings
+from dynamo_worker.host.config.drain_mode import Cut, DrainMode
+from dynamo_worker.host.config.options import BY_NAME
+from dynamo_worker.host.config.settings import WorkerSettings
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from aio import until
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.host import drain_progress
-from dynamo_worker.host.drain_mode import DrainMode
+from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.drain_progress import DrainProgress
-from dynamo_worker.host.serving import RequestRegistry
+from dynamo_worker.host.requests.serving import RequestRegistry
 
 
 class Terminal(io.StringIO):

@@ -13,9 +13,9 @@ import pytest
 from aio import until
 
 from dynamo_worker.errors import StartError, WorkerError
-from dynamo_worker.host import egress as module
-from dynamo_worker.host.egress import Egress
-from dynamo_worker.host.streams import SlowClientError
+from dynamo_worker.host.requests import egress as module
+from dynamo_worker.host.requests.egress import Egress
+from dynamo_worker.host.requests.streams import SlowClientError
 
 
 class Client:

@@ -12,7 +12,8 @@ from worker_world import child, stop_when_serving
 
 from dynamo_worker.engine import EngineInfo
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host import embedded_frontend, startup
+from dynamo_worker.host import startup
+from dynamo_worker.host.frontend import embedded_frontend
 
 HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST")
 

@@ -11,7 +11,7 @@ import pytest
 from dynamo_worker.engine import EngineInfo
 from dynamo_worker.engines.echo import EchoEngine, plugin
 from dynamo_worker.errors import StartError
-from dynamo_worker.host.engine_checks import AnswerCheck, EngineChecks
+from dynamo_worker.host.requests.engine_checks import AnswerCheck, EngineChecks
 
 INFO = EngineInfo("toy", "/models/toy")
 GOOD = {"token_ids": [5], "index": 0}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_worker.host.frames import joined, weight
+from dynamo_worker.host.requests.frames import joined, weight
 
 TOKENS = st.lists(st.integers(0, 1000), max_size=4)
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dynamo_worker.address import Address, resolve
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host import frontend
-from dynamo_worker.host.frontend import parse_address
-from dynamo_worker.host.options import BY_NAME, FRONTEND_OPTIONS
+from dynamo_worker.host.config.options import BY_NAME, FRONTEND_OPTIONS
+from dynamo_worker.host.frontend import main as frontend
+from dynamo_worker.host.frontend.main import parse_address
 from dynamo_worker.supervisor import linux
 
 # --------------------------------------------------------------------------------------------------------- addresses

@@ -15,9 +15,10 @@ import pytest
 from dynamo_worker.address import Address
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import StartError
-from dynamo_worker.host import frontend, frontend_process
-from dynamo_worker.host.frontend_process import FrontendProcess
-from dynamo_worker.host.settings import WorkerSettings
+from dynamo_worker.host.config.settings import WorkerSettings
+from dynamo_worker.host.frontend import frontend_process
+from dynamo_worker.host.frontend import main as frontend
+from dynamo_worker.host.frontend.frontend_process import FrontendProcess
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.interpreter import module_command
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from toy_plugins import extension
 
-from dynamo_worker.host.installed_plugins import discover
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.host.plugins.installed_plugins import discover
 
 
 def row(name):

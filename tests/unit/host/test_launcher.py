@@ -17,7 +17,7 @@ from worker_world import FATAL, GRACEFUL, NO_EXCEPTIONS, FakeRuntime, child, not
 from dynamo_worker.errors import EngineDeadError, StartError
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host import launcher as module
-from dynamo_worker.host import threads
+from dynamo_worker.host.monitors import threads
 from dynamo_worker.supervisor import ledger
 
 

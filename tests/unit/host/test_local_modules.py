@@ -9,8 +9,8 @@ import pytest
 from toy_plugins import CREATE, HOOKIMPL, failure
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.host.plugin_errors import PluginError, UnknownPluginError
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginError
 
 
 def test_local_module_as_extension(tmp_path, monkeypatch, site):

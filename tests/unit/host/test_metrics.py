@@ -8,8 +8,8 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_worker.host.metrics import WorkerMetrics
-from dynamo_worker.host.serving import RequestOutcome, RequestRegistry
+from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
+from dynamo_worker.host.status.metrics import WorkerMetrics
 from dynamo_worker.kit.metrics import PrefixCollector
 from dynamo_worker.lifecycle import State
 

@@ -10,9 +10,9 @@ from dynamo.llm import ModelType
 
 from dynamo_worker.engine import EngineInfo
 from dynamo_worker.errors import StartError, UsageError
-from dynamo_worker.host import model_card
-from dynamo_worker.host.model_card import model_type
-from dynamo_worker.host.settings import WorkerSettings
+from dynamo_worker.host.config.settings import WorkerSettings
+from dynamo_worker.host.discovery import model_card
+from dynamo_worker.host.discovery.model_card import model_type
 
 
 def test_model_types_are_those_of_dynamo():

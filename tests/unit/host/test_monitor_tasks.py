@@ -6,7 +6,7 @@ import asyncio
 
 from aio import settle, until
 
-from dynamo_worker.host.monitor_tasks import MonitorTasks
+from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
 
 
 async def forever():

@@ -71,7 +71,7 @@ COMPLETED = (
 FAILED = COMPLETED.replace(b"32m INFO", b"33m WARN")
 PLAIN = b"2026-11-21T14:15:07.711002Z  INFO request_span: route request completed\n"
 JSON = b'{"time":"2026-11-21T14:30:06.467463Z","level":"INFO","target":"request_span","message":"route"}\n'
-OURS = b"2026-11-21T14:15:07.711Z INFO dynamo_worker.host.frontend: request_span: no line of the runtime\n"
+OURS = b"2026-11-21T14:15:07.711Z INFO dynamo_worker.host.frontend.main: request_span: no line of the runtime\n"
 
 
 @pytest.fixture

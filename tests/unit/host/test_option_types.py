@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_worker.host.option_types import Number, Option
+from dynamo_worker.host.config.option_types import Number, Option
 
 
 @pytest.mark.parametrize(("value", "number"), [("1.5", 1.5), (3, 3.0), ("1e1", 10.0), (" 7 ", 7.0)])

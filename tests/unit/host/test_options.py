@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from dynamo_worker.host.option_types import GROUPS
-from dynamo_worker.host.options import FRONTEND_OPTIONS, OPTIONS, markdown_table
+from dynamo_worker.host.config.option_types import GROUPS
+from dynamo_worker.host.config.options import FRONTEND_OPTIONS, OPTIONS, markdown_table
 
 
 def test_names_are_unique():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_worker.host.origins import DEFAULT, Origin
+from dynamo_worker.host.config.origins import DEFAULT, Origin
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from toy_plugins import CREATE, engine, failure
 
 from dynamo_worker import __version__
-from dynamo_worker.host import plugin_imports
-from dynamo_worker.host.plugin_errors import PluginError
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins import plugin_imports
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.host.plugins.plugin_errors import PluginError
 
 MOVED_MODULES = sorted(plugin_imports._MOVED.items())
 

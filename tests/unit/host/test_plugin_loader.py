@@ -10,9 +10,9 @@ from toy_plugins import CREATE, engine, extension, failure, load
 
 from dynamo_worker.deprecation import deprecated
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host import plugins as host_plugins
-from dynamo_worker.host.plugin_errors import UnknownPluginError
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins import facade as host_plugins
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.host.plugins.plugin_errors import UnknownPluginError
 
 
 def test_unknown_engine(site):

@@ -12,8 +12,8 @@ from toy_plugins import CREATE, HOOKIMPL, engine, extension, failure, load
 from dynamo_worker import __version__
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.hookspecs import API_VERSION
-from dynamo_worker.host import plugin_validation
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins import plugin_validation
+from dynamo_worker.host.plugins.facade import Plugins
 
 
 def test_class_instead_of_object(site):

@@ -14,7 +14,7 @@ import pytest
 from aio import settle, until
 
 from dynamo_worker.errors import EngineDeadError, WorkerError
-from dynamo_worker.host.process_watch import ProcessWatch
+from dynamo_worker.host.monitors.process_watch import ProcessWatch
 
 
 @contextlib.contextmanager

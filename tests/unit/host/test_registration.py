@@ -14,8 +14,8 @@ import pytest
 from aio import until
 
 from dynamo_worker.errors import DiscoveryLostError
-from dynamo_worker.host import registration as module
-from dynamo_worker.host.registration import EtcdStore, FileStore, Registration
+from dynamo_worker.host.discovery import registration as module
+from dynamo_worker.host.discovery.registration import EtcdStore, FileStore, Registration
 
 INSTANCE = "4b13168d7bd741fa"
 

@@ -12,12 +12,12 @@ from aio import settle, until
 
 from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import StartError
-from dynamo_worker.host import model_card
-from dynamo_worker.host import registration as registration_module
-from dynamo_worker.host import runtime as runtime_module
+from dynamo_worker.host.config.settings import WorkerSettings
+from dynamo_worker.host.discovery import model_card
+from dynamo_worker.host.discovery import registration as registration_module
+from dynamo_worker.host.discovery import runtime as runtime_module
+from dynamo_worker.host.discovery.runtime import Runtime
 from dynamo_worker.host.listening import listening_ports
-from dynamo_worker.host.runtime import Runtime
-from dynamo_worker.host.settings import WorkerSettings
 from dynamo_worker.supervisor import ledger
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -254,7 +254,6 @@ def test_registration_is_recorded_before_it_is_made(tmp_path, monkeypatch):
         (entry,) = ledger.registrations(tmp_path)
         assert (entry["backend"], entry["root"]) == ("file", str(tmp_path / "kv"))
         assert entry["instance"] == "4ec5c2a6e8130c29"
-        runtime.record_registration(None)
 
     asyncio.run(main())
 

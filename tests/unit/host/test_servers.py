@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_worker.errors import StartError, UsageError
-from dynamo_worker.host import servers
-from dynamo_worker.host.settings import WorkerSettings
+from dynamo_worker.host.config.settings import WorkerSettings
+from dynamo_worker.host.discovery import servers
 
 pytestmark = pytest.mark.usefixtures("environment")
 

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 
 from dynamo_worker.engine import EndpointSpec, LocalContext, RequestContext
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
-from dynamo_worker.host import serving
-from dynamo_worker.host.drain_mode import Cut
-from dynamo_worker.host.egress import Egress
-from dynamo_worker.host.serving import RequestHandler, RequestOutcome, RequestRegistry, validated
+from dynamo_worker.host.config.drain_mode import Cut
+from dynamo_worker.host.requests import serving
+from dynamo_worker.host.requests.egress import Egress
+from dynamo_worker.host.requests.serving import RequestHandler, RequestOutcome, RequestRegistry, validated
 from dynamo_worker.kit.push_engine import pulled
 
 REQUEST = {"token_ids": [5, 6, 7]}

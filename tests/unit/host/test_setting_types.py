@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from dynamo_worker.address import Address
-from dynamo_worker.host import setting_types as types
+from dynamo_worker.host.config import setting_types as types
 
 
 @pytest.mark.parametrize("value", ["a,b", "a, b,", ["a", "b"], ("a,b",)])

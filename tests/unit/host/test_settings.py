@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from dynamo_worker.address import Address
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.config_file import ConfigFile, read_config
-from dynamo_worker.host.options import BY_NAME, OPTIONS
-from dynamo_worker.host.settings import WorkerSettings, load
+from dynamo_worker.host.config.config_file import ConfigFile, read_config
+from dynamo_worker.host.config.options import BY_NAME, OPTIONS
+from dynamo_worker.host.config.settings import WorkerSettings, load
 
 
 def config(**values):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_worker.host.drain_mode import DrainMode
-from dynamo_worker.host.settings import WorkerSettings
-from dynamo_worker.host.shutdown_plan import ShutdownPlan
+from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.config.settings import WorkerSettings
+from dynamo_worker.host.config.shutdown_plan import ShutdownPlan
 from dynamo_worker.supervisor.protocol import FORCED_STOP, KILL_RESERVE
 
 

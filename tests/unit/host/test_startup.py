@@ -31,7 +31,8 @@ from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import EngineDeadError, StartError, UsageError
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host import startup, threads
+from dynamo_worker.host import startup
+from dynamo_worker.host.monitors import threads
 
 #: Where the runtime and the engine can raise during the start.
 IN_THE_START = ["create", "create_engine", "start", "processes", "canary_request", "generate", "attach", "register"]

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker.errors import StartError
-from dynamo_worker.host import status_server
-from dynamo_worker.host.control_routes import ControlAccess
-from dynamo_worker.host.status_server import StatusServer
+from dynamo_worker.host.status import status_server
+from dynamo_worker.host.status.control_routes import ControlAccess
+from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.lifecycle import State
 
 
@@ -730,7 +730,7 @@ def test_listening_takes_no_thread():
     script = """if True:
         import os, uvloop
         from dynamo_worker.lifecycle import State
-        from dynamo_worker.host.status_server import StatusServer
+        from dynamo_worker.host.status.status_server import StatusServer
         server = StatusServer(lambda: State.STARTING, live_path="/live", health_path="/health")
         before = os.listdir("/proc/self/task")
         uvloop.run(server.start("127.0.0.1", 0))

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from dynamo_worker.errors import NoThreadsError, StartError
-from dynamo_worker.host import threads
-from dynamo_worker.host.threads import ThreadMonitor, can_start_thread, require_thread
+from dynamo_worker.host.monitors import threads
+from dynamo_worker.host.monitors.threads import ThreadMonitor, can_start_thread, require_thread
 
 
 def test_no_thread_three_times_in_a_row_is_fatal(monkeypatch):

@@ -6,7 +6,7 @@ import asyncio
 
 from dynamo_worker import EngineInfo
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.kit import preload
 
 PLUGIN = """

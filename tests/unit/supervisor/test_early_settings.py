@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dynamo_worker.host.config_file import read_config
-from dynamo_worker.host.settings import load
+from dynamo_worker.host.config.config_file import read_config
+from dynamo_worker.host.config.settings import load
 from dynamo_worker.supervisor.early_settings import EarlySettings
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dynamo_worker.engine import EngineInfo
-from dynamo_worker.host.calling import HookOutcome
+from dynamo_worker.host.plugins.calling import HookOutcome
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 

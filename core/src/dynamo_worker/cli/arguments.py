@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.options import ENGINE_ARGS_KEY, OPTIONS
+from dynamo_worker.host.config.options import ENGINE_ARGS_KEY, OPTIONS
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
-    from dynamo_worker.host.config_file import ConfigFile
-    from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.config.config_file import ConfigFile
+    from dynamo_worker.host.config.settings import WorkerSettings
+    from dynamo_worker.host.plugins.facade import Plugins
 
 #: Flags that are not settings.
 SWITCHES: Final = {
@@ -92,7 +92,7 @@ def split(argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> CommandLin
 
 def load_settings(line: CommandLine) -> tuple[WorkerSettings, ConfigFile | None]:
     """Return the settings for a command line, and the configuration file if there is one."""
-    from dynamo_worker.host import config_file, settings
+    from dynamo_worker.host.config import config_file, settings
 
     path = settings.config_path(line.values, os.environ)
     config = config_file.read_config(path) if path else None

@@ -11,7 +11,7 @@ from dynamo_worker.cli.commands import only_flags
 from dynamo_worker.cli.output import print_error
 from dynamo_worker.errors import UsageError
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.plugins import check
+from dynamo_worker.host.plugins.facade import check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

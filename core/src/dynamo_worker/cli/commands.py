@@ -21,7 +21,7 @@ COMMANDS: Final = {
 
 def unknown_command(word: str) -> UsageError:
     """Return the error for a first word that is not a command."""
-    from dynamo_worker.host.installed_plugins import ENGINE_GROUP, discover
+    from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, discover
 
     if any(record.name == word for record in discover() if record.group == ENGINE_GROUP):
         return UsageError(f"unknown command {word!r}", hint=f"to run this engine: dynamo-worker --engine {word}")

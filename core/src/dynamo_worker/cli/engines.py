@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from dynamo_worker.cli.commands import only_flags
 from dynamo_worker.cli.output import print_table
-from dynamo_worker.host.installed_plugins import discover
-from dynamo_worker.host.options import BY_NAME
+from dynamo_worker.host.config.options import BY_NAME
+from dynamo_worker.host.plugins.installed_plugins import discover
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 from dynamo_worker.cli.arguments import SWITCHES, EngineParser
 from dynamo_worker.cli.commands import COMMANDS
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.installed_plugins import ENGINE_GROUP, discover
-from dynamo_worker.host.option_types import GROUPS, Option
-from dynamo_worker.host.options import OPTIONS
+from dynamo_worker.host.config.option_types import GROUPS, Option
+from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, discover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -94,7 +94,7 @@ def _dispatch(argv: list[str]) -> int:
 
         return plan.main(argv[1:])
     if command == "frontend":
-        from dynamo_worker.host import frontend
+        from dynamo_worker.host.frontend import main as frontend
 
         return frontend.main(argv[1:])
     if command:

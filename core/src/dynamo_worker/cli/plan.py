@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.cli import arguments, output
 from dynamo_worker.cli.arguments import EngineParser
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.supervisor.protocol import FORCED_STOP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_worker.host.settings import WorkerSettings
-    from dynamo_worker.host.shutdown_plan import ShutdownPlan, Stage
+    from dynamo_worker.host.config.settings import WorkerSettings
+    from dynamo_worker.host.config.shutdown_plan import ShutdownPlan, Stage
 
 USAGE = "dynamo-worker plan [settings flags] [--json]"
 

@@ -10,7 +10,7 @@ from dynamo_worker import __version__, logs
 from dynamo_worker.cli import arguments
 from dynamo_worker.errors import WorkerError
 from dynamo_worker.host import open_files
-from dynamo_worker.host.options import OPTIONS
+from dynamo_worker.host.config.options import OPTIONS
 from dynamo_worker.supervisor.interpreter import protect_multiprocessing
 from dynamo_worker.supervisor.text import without_secrets
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import argparse
 
     from dynamo_worker.cli.arguments import CommandLine, EngineParser
-    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.config.settings import WorkerSettings
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not print_only:
         values.check()
         values = values.resolved()
-    from dynamo_worker.host.plugins import Plugins
+    from dynamo_worker.host.plugins.facade import Plugins
 
     if not print_only:
         protect_multiprocessing()
@@ -71,7 +71,7 @@ def _show_help(line: CommandLine) -> int:
     problem: WorkerError | None = None
     try:
         if "engine" in line.values:
-            from dynamo_worker.host.plugins import Plugins
+            from dynamo_worker.host.plugins.facade import Plugins
 
             values, _ = arguments.load_settings(line)
             parser = arguments.engine_parser(

@@ -29,7 +29,7 @@ def print_crash(error: BaseException) -> None:
 
 def _installed() -> str:
     try:
-        from dynamo_worker.host.installed_plugins import describe_records, discover
+        from dynamo_worker.host.plugins.installed_plugins import describe_records, discover
 
         return describe_records(discover())
     except Exception as error:  # the crash report must not crash

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.host.drain_mode import DrainMode
-    from dynamo_worker.host.serving import RequestRegistry
+    from dynamo_worker.host.config.drain_mode import DrainMode
+    from dynamo_worker.host.requests.serving import RequestRegistry
 
 log = get_logger(__name__)
 

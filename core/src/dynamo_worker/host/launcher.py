@@ -24,18 +24,18 @@ from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import DiscoveryLostError, WorkerError, describe, shortage
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.host import native_output
+from dynamo_worker.host.config.drain_mode import Cut
+from dynamo_worker.host.config.shutdown_plan import ShutdownPlan
 from dynamo_worker.host.crash_report import print_crash
-from dynamo_worker.host.drain_mode import Cut
-from dynamo_worker.host.egress import Egress
-from dynamo_worker.host.metrics import WorkerMetrics
-from dynamo_worker.host.monitor_tasks import MonitorTasks
 from dynamo_worker.host.monitoring import start_monitors
+from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
+from dynamo_worker.host.monitors.process_watch import ProcessWatch
 from dynamo_worker.host.parts import WorkerParts
-from dynamo_worker.host.process_watch import ProcessWatch
-from dynamo_worker.host.serving import RequestOutcome, RequestRegistry
+from dynamo_worker.host.requests.egress import Egress
+from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
 from dynamo_worker.host.shutdown import CUT_SECONDS, RUNTIME_SECONDS, Shutdown
-from dynamo_worker.host.shutdown_plan import ShutdownPlan
 from dynamo_worker.host.startup import Callbacks, Startup
+from dynamo_worker.host.status.metrics import WorkerMetrics
 from dynamo_worker.host.stop_requests import StopRequests
 from dynamo_worker.host.supervisor_channel import SupervisorChannel
 from dynamo_worker.lifecycle import TRANSITIONS, Event, State
@@ -44,9 +44,9 @@ from dynamo_worker.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.parts import ReadyWorker
-    from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.plugins.facade import Plugins
 
 log = get_logger(__name__)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_worker.engine import HasCanary
-from dynamo_worker.host.canary import Canary
-from dynamo_worker.host.monitors import HealthMonitor, Heartbeat, StallMonitor
-from dynamo_worker.host.threads import ThreadMonitor
+from dynamo_worker.host.monitors.engine_monitors import HealthMonitor, Heartbeat, StallMonitor
+from dynamo_worker.host.monitors.threads import ThreadMonitor
+from dynamo_worker.host.requests.canary import Canary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dynamo_worker.errors import WorkerError
+    from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.parts import ReadyWorker, WorkerParts
-    from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.host.supervisor_channel import SupervisorChannel
 
 

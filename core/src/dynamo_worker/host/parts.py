@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dynamo_worker.engine import Engine, EngineInfo
-    from dynamo_worker.host.egress import Egress
-    from dynamo_worker.host.embedded_frontend import EmbeddedFrontend
-    from dynamo_worker.host.metrics import WorkerMetrics
-    from dynamo_worker.host.monitor_tasks import MonitorTasks
-    from dynamo_worker.host.process_watch import ProcessWatch
-    from dynamo_worker.host.registration import Registration
-    from dynamo_worker.host.runtime import Runtime
-    from dynamo_worker.host.serving import RequestRegistry
-    from dynamo_worker.host.status_server import StatusServer
+    from dynamo_worker.host.discovery.registration import Registration
+    from dynamo_worker.host.discovery.runtime import Runtime
+    from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
+    from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
+    from dynamo_worker.host.monitors.process_watch import ProcessWatch
+    from dynamo_worker.host.requests.egress import Egress
+    from dynamo_worker.host.requests.serving import RequestRegistry
+    from dynamo_worker.host.status.metrics import WorkerMetrics
+    from dynamo_worker.host.status.status_server import StatusServer
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
 

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.containment import contained
-from dynamo_worker.host.drain_mode import Cut, DrainMode
+from dynamo_worker.host.config.drain_mode import Cut, DrainMode
 from dynamo_worker.host.drain_progress import DrainProgress
 from dynamo_worker.logs import get_logger
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine
+    from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.parts import WorkerParts
-    from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.lifecycle import State
 
 log = get_logger(__name__)

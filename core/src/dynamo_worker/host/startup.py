@@ -23,18 +23,18 @@ from dynamo_worker.engine import (
     PublishesEvents,
 )
 from dynamo_worker.errors import StartError
-from dynamo_worker.host.canary import Canary
-from dynamo_worker.host.control_routes import ControlAccess, read_token
-from dynamo_worker.host.discovery_directory import writable_directory
-from dynamo_worker.host.embedded_frontend import EmbeddedFrontend
-from dynamo_worker.host.engine_checks import EngineChecks
-from dynamo_worker.host.frontend_process import FrontendProcess
+from dynamo_worker.host.discovery.discovery_directory import writable_directory
+from dynamo_worker.host.discovery.runtime import Runtime, stay_on_loopback
+from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
+from dynamo_worker.host.frontend.frontend_process import FrontendProcess
 from dynamo_worker.host.listening import listening_ports
+from dynamo_worker.host.monitors.threads import require_thread
 from dynamo_worker.host.parts import ReadyWorker
-from dynamo_worker.host.runtime import Runtime, stay_on_loopback
-from dynamo_worker.host.serving import RequestHandler
-from dynamo_worker.host.status_server import StatusServer
-from dynamo_worker.host.threads import require_thread
+from dynamo_worker.host.requests.canary import Canary
+from dynamo_worker.host.requests.engine_checks import EngineChecks
+from dynamo_worker.host.requests.serving import RequestHandler
+from dynamo_worker.host.status.control_routes import ControlAccess, read_token
+from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.protocol import RUN_DIR
 from dynamo_worker.supervisor.run_directory import RunDirectory
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from dynamo_worker.host.config.settings import WorkerSettings
+    from dynamo_worker.host.discovery.registration import Registration
     from dynamo_worker.host.parts import WorkerParts
-    from dynamo_worker.host.plugins import Plugins
-    from dynamo_worker.host.registration import Registration
-    from dynamo_worker.host.settings import WorkerSettings
+    from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.lifecycle import State
 
 log = get_logger(__name__)

@@ -12,7 +12,7 @@ import pytest
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import Engine, EngineContext, EngineInfo, HasCanary, LocalContext, Request
 from dynamo_worker.errors import EngineDeadError
-from dynamo_worker.host.plugins import Plugins
+from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.supervisor import linux
 
 if TYPE_CHECKING:

@@ -1,0 +1,89 @@
+"""The pydantic types of settings: how the words of a flag, a variable or a YAML file become values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+from dynamo_worker.address import Address
+from dynamo_worker.allowed_paths import check_load_roots, check_write_roots
+from dynamo_worker.host.config.options import DEFAULT_FRONTEND
+from dynamo_worker.suggest import suggestion
+
+#: The OpenAI APIs a model can be registered for: the members of ``dynamo.llm.ModelType`` in lower case.
+ENDPOINT_TYPES: Final = (
+    "chat",
+    "completions",
+    "embedding",
+    "classify",
+    "pooling",
+    "rerank",
+    "images",
+    "audios",
+    "videos",
+    "realtime",
+    "tensorbased",
+    "empty",
+)
+
+
+def _split_list(value: object) -> object:
+    """Accept ``a,b`` wherever a list is expected."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return tuple(part.strip() for item in value for part in str(item).split(",") if part.strip())
+    return value
+
+
+def _parse_address(value: object) -> object:
+    """Accept ``HOST:PORT``, ``HOST``, ``PORT`` and the words for yes and no."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        value = DEFAULT_FRONTEND
+    if isinstance(value, Address) or not isinstance(value, (str, int)):
+        return value
+    text = str(value).strip()
+    if text.lower() in ("true", "yes", "on", ""):
+        text = DEFAULT_FRONTEND
+    if text.lower() in ("false", "no", "off"):
+        return None
+    return Address.parse(text, DEFAULT_FRONTEND)
+
+
+def _check_endpoint_types(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in ENDPOINT_TYPES:
+            expected = f"expected {', '.join(ENDPOINT_TYPES)}, got {name!r}"
+            raise ValueError(expected + suggestion(name, ENDPOINT_TYPES))
+    return names
+
+
+def _check_installed_plugins(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("expected `all`, `none`, or names separated by commas")
+    if len(names) > 1 and {"all", "none"}.intersection(names):
+        raise ValueError("`all` and `none` cannot be combined with other names")
+    return names
+
+
+#: A list, also written ``a,b``.
+Words = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+#: Names of installed plugins, ``all`` or ``none``.
+InstalledPlugins = Annotated[Words, AfterValidator(_check_installed_plugins)]
+#: Members of :data:`ENDPOINT_TYPES`.
+EndpointTypes = Annotated[Words, AfterValidator(_check_endpoint_types)]
+#: Directories and URIs from which control routes may load.
+LoadRoots = Annotated[Words, AfterValidator(check_load_roots)]
+#: Directories in which control routes may write.
+WriteRoots = Annotated[Words, AfterValidator(check_write_roots)]
+#: One part of ``namespace.component.endpoint``.
+PathPart = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+#: Where the frontend listens; None without one. Printed as ``HOST:PORT``.
+FrontendAddress = Annotated[
+    Address | None,
+    BeforeValidator(_parse_address),
+    PlainSerializer(lambda value: None if value is None else str(value)),
+]

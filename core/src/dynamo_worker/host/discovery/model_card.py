@@ -1,0 +1,148 @@
+"""What frontends and routers are told about a model: turns an ``EngineInfo`` into Dynamo's registration."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+
+from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.supervisor.files import open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from dynamo.runtime import Endpoint
+
+    from dynamo_worker.engine import EngineInfo
+    from dynamo_worker.host.config.settings import WorkerSettings
+
+#: Longest chat template in bytes; those of models have up to some tens of thousands.
+_MOST_TEMPLATE_BYTES = 1 << 20
+
+
+def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
+    """Return what is registered: the engine's information, completed by the worker's flags."""
+    parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
+    return replace(
+        info,
+        endpoint_types=settings.endpoint_types or info.endpoint_types,
+        runtime_config={**parsers, **info.runtime_config},
+    )
+
+
+async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSettings) -> int:
+    """Register a model and its LoRA adapters; return how many entries in discovery that makes.
+
+    :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
+        or discovery refuses it.
+    """
+    template = settings.custom_jinja_template
+    if template is not None:
+        named = settings.origin("custom_jinja_template").describe("custom_jinja_template", template)
+        _check_template(template, named)
+    try:
+        await register_model(
+            ModelInput.Tokens,
+            model_type(info.endpoint_types),
+            endpoint,
+            info.model_path or "",
+            info.model_name,
+            worker_type=_worker_type(info.worker_type),
+            kv_cache_block_size=info.kv_block_size,
+            runtime_config=_runtime_config(info),
+            custom_template_path=str(template) if template else None,
+            needs=_needs(info),
+            model_aliases=list(info.model_aliases) or None,
+        )
+        for name in info.adapters:
+            await register_adapter(endpoint, info, name)
+    except Exception as error:
+        raise StartError(
+            f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
+            hint="check that the directory has config.json and a tokenizer",
+        ) from error
+    return 1 + len(info.adapters)
+
+
+async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:
+    """Register a LoRA adapter of a registered model as a separate model."""
+    await register_model(
+        ModelInput.Tokens,
+        model_type(info.endpoint_types),
+        endpoint,
+        info.model_path or "",
+        name,
+        worker_type=_worker_type(info.worker_type),
+        needs=_needs(info),
+        runtime_config=_runtime_config(info),
+        kv_cache_block_size=info.kv_block_size,
+        lora_name=name,
+        base_model_path=info.model_path,
+        max_gpu_lora_count=info.max_loras,
+    )
+
+
+def _check_template(path: Path, named: str) -> None:
+    """Check a chat template before the runtime reads it, which would never finish reading a FIFO.
+
+    :raises StartError: it is not a regular file, or too long.
+    """
+    try:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise StartError(f"{named} cannot be read: {error.strerror}") from error
+    if size > _MOST_TEMPLATE_BYTES:
+        raise StartError(f"{named} has {size} bytes; a chat template has at most {_MOST_TEMPLATE_BYTES}")
+
+
+def model_type(names: Sequence[str]) -> ModelType:
+    """Return the union of the OpenAI surfaces with these names.
+
+    :raises UsageError: a name is unknown, or there is none.
+    """
+    known = {name.lower(): getattr(ModelType, name) for name in dir(ModelType) if name[0].isupper()}
+    union: ModelType | None = None
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--endpoint-types: {name!r} is unknown; expected some of {', '.join(sorted(known))}")
+        union = known[name] if union is None else union | known[name]
+    if union is None:
+        raise UsageError("--endpoint-types: expected at least one")
+    return union
+
+
+def _worker_type(name: str) -> WorkerType:
+    worker_type: WorkerType = getattr(WorkerType, name.capitalize())
+    return worker_type
+
+
+def _needs(info: EngineInfo) -> list[list[WorkerType]] | None:
+    return [[_worker_type(name) for name in peers] for peers in info.needs] or None
+
+
+def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
+    """Return what routers are told about the engine."""
+    config = ModelRuntimeConfig()
+    attributes = {
+        "context_length": info.context_length,
+        "total_kv_blocks": info.total_kv_blocks,
+        "max_num_seqs": info.max_num_seqs,
+        "max_num_batched_tokens": info.max_num_batched_tokens,
+        "data_parallel_start_rank": info.data_parallel_start_rank,
+        "data_parallel_size": info.data_parallel_size,
+        **info.runtime_config,
+    }
+    for name, value in attributes.items():
+        if value is not None:  # the setters refuse None
+            setattr(config, name, value)
+    if info.bootstrap is not None:
+        config.set_disaggregated_endpoint(*info.bootstrap)
+    for key, value in info.runtime_data.items():
+        config.set_engine_specific(key, json.dumps(value))  # accepts only JSON text, whatever its stub says
+    return config

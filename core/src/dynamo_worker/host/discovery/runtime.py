@@ -1,0 +1,272 @@
+"""The Dynamo runtime of a worker: discovery, endpoints, registration and readiness."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from dynamo.runtime import DistributedRuntime, Endpoint
+
+from dynamo_worker.address import LOOPBACK, is_loopback
+from dynamo_worker.errors import StartError, describe
+from dynamo_worker.host.discovery import model_card
+from dynamo_worker.host.discovery.discovery_directory import writable_directory
+from dynamo_worker.host.discovery.registration import EtcdStore, FileStore, Registration
+from dynamo_worker.host.discovery.servers import wait_for_servers
+from dynamo_worker.host.discovery.worker_discovery import WorkerDiscovery
+from dynamo_worker.host.listening import keep_on_loopback, listening_ports
+from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor import ledger
+from dynamo_worker.supervisor.discovery import etcd_endpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from dynamo_worker.engine import EndpointSpec, EngineInfo
+    from dynamo_worker.errors import WorkerError
+    from dynamo_worker.host.config.settings import WorkerSettings
+    from dynamo_worker.host.discovery.registration import Store
+    from dynamo_worker.host.requests.serving import Handler
+
+log = get_logger(__name__)
+
+_REQUESTS_HOST = "DYN_TCP_RPC_HOST"
+_EVENTS_HOST = "DYN_EVENT_PLANE_HOST"
+#: Where other processes reach the runtime's parts: requests, the answers to them, events.
+_HOSTS = (_REQUESTS_HOST, "DYN_TCP_RESPONSE_STREAM_HOST", _EVENTS_HOST)
+#: Seconds for the runtime's own drain. It must never outlast ours, and starts once nothing is in flight.
+_RUNTIME_DRAIN_SECONDS = 2
+
+
+def stay_on_loopback() -> bool:
+    """Have the runtimes of this process and its children listen on loopback, unless the operator set other hosts.
+
+    :returns: whether requests can come from this machine only.
+    """
+    for name in _HOSTS:
+        if not os.environ.get(name):
+            os.environ[name] = LOOPBACK
+    return is_loopback(os.environ[_REQUESTS_HOST])
+
+
+def connect(discovery_backend: str, request_plane: str, event_plane: str | None) -> DistributedRuntime:
+    """Start the Dynamo runtime in the running event loop.
+
+    :raises StartError: the runtime refuses to start.
+    """
+    try:
+        return DistributedRuntime(asyncio.get_running_loop(), discovery_backend, request_plane, event_plane=event_plane)
+    except Exception as error:
+        raise StartError(f"the Dynamo runtime cannot start: {error}") from error
+    except BaseException as error:  # a panic: the runtime takes threads and descriptors for granted
+        raise StartError(
+            f"the Dynamo runtime cannot start: {describe(error)}",
+            hint="raise the limits of this process: descriptors (ulimit -n), threads (ulimit -u, pids.max), memory",
+        ) from error
+
+
+class Runtime:
+    """One worker's connection to the cluster."""
+
+    def __init__(self, runtime: DistributedRuntime, settings: WorkerSettings, status_port: int | None) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._endpoints: dict[str, Endpoint] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+        #: How many models are in discovery, adapters included.
+        self._models = 0
+        self._registration: Registration | None = None
+        #: What the engine may change of these entries while it serves.
+        self.discovery = WorkerDiscovery(self.endpoint(settings.endpoint))
+        #: Port of the runtime's own status server; None if it is off.
+        self.status_port = status_port
+
+    @classmethod
+    async def create(cls, settings: WorkerSettings) -> Runtime:
+        """Connect to discovery and start the runtime.
+
+        :raises StartError: a server that it needs cannot be reached within ``discovery_timeout``.
+        :raises UsageError: the discovery directory cannot be written or is not safe.
+        """
+        await wait_for_servers(settings)
+        environment = {
+            "DYN_SYSTEM_HOST": _status_host(settings),
+            # The runtime's status server answers /live and /health alike, and reads its port as a signed 16-bit
+            # number. Ours stands in front of it (status_server.py), so it may use any port.
+            "DYN_SYSTEM_PORT": "-1" if settings.system_port < 0 else "0",
+            "DYN_SYSTEM_STARTING_HEALTH_STATUS": "notready",
+            "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": str(_RUNTIME_DRAIN_SECONDS),
+        }
+        if settings.discovery_backend == "file":
+            environment["DYN_FILE_KV"] = str(writable_directory(settings.discovery_path))
+        os.environ.update(environment)
+        # One runtime thread costs a quarter less CPU per token than the default of one for each processor, which wake
+        # each other for every chunk (measured, see docs/design.md).
+        os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "1")
+        if settings.system_port < 0:
+            # Without a status server frontends cannot read the model's files from it; the runtime would warn.
+            os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
+        before = listening_ports()  # the runtime does not report the port of its status server
+        with _without_lora_routes():
+            runtime = connect(settings.discovery_backend, settings.request_plane, settings.event_plane)
+        status_port = None
+        if settings.system_port >= 0:
+            started = sorted(listening_ports() - before)
+            if not started:
+                raise StartError(f"the runtime's status server is not listening on {_status_host(settings)}")
+            status_port = started[0]
+        return cls(runtime, settings, status_port)
+
+    @property
+    def status_host(self) -> str:
+        """Where the runtime's own status server listens."""
+        return _status_host(self._settings)
+
+    @property
+    def worker_id(self) -> int:
+        """The instance id of this worker, unique in the cluster; with etcd it is the id of its lease."""
+        return self.endpoint(self._settings.endpoint).connection_id()
+
+    def endpoint(self, name: str) -> Endpoint:
+        """Return the endpoint ``namespace.component.name``."""
+        if name not in self._endpoints:
+            path = f"{self._settings.namespace}.{self._settings.component}.{name}"
+            self._endpoints[name] = self._runtime.endpoint(path)
+        return self._endpoints[name]
+
+    def record_registration(self, run_dir: Path) -> None:
+        """Record where this worker is registered, for a supervisor that has to withdraw it in the worker's place."""
+        backend = self._settings.discovery_backend
+        root = os.environ["DYN_FILE_KV"] if backend == "file" else None
+        ledger.record_registration(run_dir, backend, self.worker_id, root=root)
+
+    def serve(self, spec: EndpointSpec, handler: Handler) -> asyncio.Task[None]:
+        """Serve one endpoint and return the task that ends when the runtime has shut down."""
+
+        async def serve() -> None:
+            # No health_check_payload: with one the runtime takes the endpoint's own status for the worker's and
+            # ignores set_health_status.
+            await self.endpoint(spec.name).serve_endpoint(
+                handler, graceful_shutdown=spec.graceful_shutdown, metrics_labels=list(spec.metrics_labels) or None
+            )
+
+        task = asyncio.ensure_future(serve())
+        self._serving.add(task)
+        return task
+
+    def completed(self, info: EngineInfo) -> EngineInfo:
+        """Return what is registered: the engine's information, completed by the worker's flags."""
+        return model_card.completed(info, self._settings)
+
+    async def register(self, info: EngineInfo, *, endpoint: str) -> None:
+        """Make the model known to frontends.
+
+        :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
+            or discovery refuses it.
+        """
+        if info.model_path is None:
+            return
+        info = self.completed(info)
+        self._models += await model_card.register(self.endpoint(endpoint), info, self._settings)
+        self.discovery.model = info
+
+    async def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
+        """Wait until everything that this worker serves is in discovery, and return what keeps it there.
+
+        :returns: None if this kind of discovery needs or allows no watching.
+        """
+        store: Store | None = None
+        if self._settings.discovery_backend == "file":
+            store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
+        elif self._settings.discovery_backend == "etcd":
+            store = EtcdStore(etcd_endpoints(), self.worker_id)
+        if store is None:
+            return None
+        self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
+        self.discovery.registration = self._registration
+        count = len(self._serving) + self._models
+        if not await self._registration.entered(count):
+            log.warning("Not all of the worker's entries are in discovery yet", expected=count, known=store.count)
+        return self._registration
+
+    @property
+    def problem(self) -> str | None:
+        """Why the worker fell out of discovery, or None if it did not."""
+        return self._registration.problem if self._registration is not None else None
+
+    async def unregister(self) -> bool:
+        """Remove all endpoints, and the model with them, from discovery; return whether all are gone."""
+        self.discovery.close()
+        if self._registration is not None:
+            await self._registration.close()
+        results = await asyncio.gather(
+            *(endpoint.unregister_endpoint_instance() for endpoint in self._endpoints.values()), return_exceptions=True
+        )
+        failed = False
+        for name, result in zip(self._endpoints, results, strict=True):
+            if isinstance(result, BaseException):
+                failed = True
+                log.warning("Cannot unregister endpoint", endpoint=name, error=result)
+        return not failed
+
+    def close_to_others(self, before: set[int]) -> None:
+        """Close the ports of event publishers to other machines, if subscribers are given a loopback address.
+
+        The runtime's publishers listen on all interfaces, whatever address they announce (1.6.1).
+
+        :param before: the ports that this process listened on before the publishers existed.
+        """
+        if not is_loopback(os.environ.get(_EVENTS_HOST, "")):
+            return
+        try:
+            ports = keep_on_loopback(before)
+        except OSError as error:
+            log.warning("Other machines can read this worker's events", error=error)
+        else:
+            if ports:
+                log.debug("Events are restricted to this machine", ports=len(ports))
+
+    def set_ready(self, ready: bool) -> None:
+        """Set the runtime's readiness, which ``/health`` reports."""
+        self._runtime.set_health_status(ready)
+
+    def expose_metrics(self, exposition: Any, *, endpoint: str) -> None:
+        """Add the text that ``exposition()`` returns to ``/metrics``."""
+        self.endpoint(endpoint).metrics.register_prometheus_expfmt_callback(exposition)
+
+    async def shutdown(self, timeout: float) -> None:
+        """Shut the runtime down and wait at most ``timeout`` seconds for its endpoints to close."""
+        self._runtime.shutdown()
+        if self._serving:
+            _, pending = await asyncio.wait(self._serving, timeout=timeout)
+            if pending:
+                log.warning("Endpoints still open", endpoints=len(pending), waited_s=timeout)
+
+
+def _status_host(settings: WorkerSettings) -> str:
+    """Return where the runtime's own status server listens: on loopback, unless other machines must reach it.
+
+    It has no control routes, but frontends on other machines read the model's tokenizer and configuration from it.
+    """
+    read_from_disk = os.environ.get("DYN_SELF_HOST_METADATA", "").strip().lower() in ("0", "false", "no", "off")
+    if read_from_disk or settings.on_loopback:
+        return LOOPBACK
+    return settings.system_host
+
+
+@contextlib.contextmanager
+def _without_lora_routes() -> Iterator[None]:
+    """Keep the runtime from opening ``/v1/loras``, where anybody could load and unload adapters."""
+    name = "DYN_LORA_ENABLED"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

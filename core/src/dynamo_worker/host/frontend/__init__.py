@@ -1,0 +1,1 @@
+"""The OpenAI HTTP frontend: the command, and its process beside a worker."""

@@ -1,0 +1,85 @@
+"""The frontend beside a worker: from the start of its process to its last stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_worker.errors import WorkerError
+from dynamo_worker.host.frontend.frontend_process import FRONTEND_ABORT_SECONDS
+from dynamo_worker.host.monitors.engine_monitors import FrontendMonitor
+from dynamo_worker.host.monitors.process_watch import ProcessWatch
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from dynamo_worker.deadline import Deadline
+    from dynamo_worker.engine import EngineInfo
+    from dynamo_worker.host.frontend.frontend_process import FrontendProcess
+    from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
+
+
+class EmbeddedFrontend:
+    """A frontend process, watched until it drains."""
+
+    def __init__(
+        self, process: FrontendProcess, monitors: MonitorTasks, on_fatal: Callable[[WorkerError], None]
+    ) -> None:
+        """Take care of ``process``.
+
+        :param monitors: runs the monitor that checks whether it answers.
+        :param on_fatal: called when it dies or hangs.
+        """
+        self._process = process
+        self._monitors = monitors
+        self._on_fatal = on_fatal
+        self._watch = ProcessWatch(on_fatal)
+        self._monitor: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self._process.url
+
+    @property
+    def failure(self) -> str | None:
+        """How it failed, in words; None if it still runs or ended as it was told to."""
+        return self._process.failure
+
+    async def wait_ready(self, info: EngineInfo) -> None:
+        """Wait until it lists the model, and watch its process from then on.
+
+        :raises StartError: it ended, does not listen in time, or does not find the model.
+        """
+        await self._process.wait_ready(listed_model(info))
+        self._watch.watch([self._process.pid], "frontend process", WorkerError)
+
+    def start_monitor(self, *, interval: float, timeout: float) -> None:
+        """Check every ``interval`` seconds that it answers within ``timeout`` seconds."""
+        monitor = FrontendMonitor(self._process.check, self._on_hung, interval=interval, timeout=timeout)
+        self._monitor = self._monitors.start(monitor.run())
+
+    def drain(self) -> None:
+        """Have it accept no new connections; it ends with its last stream, which may be after this process."""
+        self._watch.close()
+        if self._monitor is not None:
+            self._monitors.stop_one(self._monitor)
+        self._process.drain()
+
+    async def stop(self, deadline: Deadline, *, abort: bool) -> None:
+        """Wait until it has ended, and kill it at the deadline.
+
+        :param abort: give its streams no time.
+        """
+        await self._process.stop(deadline.within(FRONTEND_ABORT_SECONDS) if abort else deadline)
+
+    def _on_hung(self, error: WorkerError) -> None:
+        self._on_fatal(error)
+        self._process.kill()  # it would not end when asked to
+
+
+def listed_model(info: EngineInfo) -> str | None:
+    """Return the name under which a frontend lists the model, or None if it needs other workers to list it."""
+    complete = info.worker_type == "aggregated" and not info.needs
+    clients = not {"chat", "completions"}.isdisjoint(info.endpoint_types)
+    return info.model_name if info.model_path is not None and complete and clients else None

@@ -1,0 +1,1 @@
+"""Plugins: finding, importing and validating them, and calling their hooks."""

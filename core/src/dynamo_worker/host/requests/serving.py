@@ -1,0 +1,376 @@
+"""The request path: from the Dynamo runtime to the engine and back, and the registry of requests in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from dynamo.llm.exceptions import (
+    Cancelled,
+    Disconnected,
+    DynamoException,
+    EngineShutdown,
+    InvalidArgument,
+    Unknown,
+    WorkerUnavailable,
+)
+
+from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, Send
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client, shown
+from dynamo_worker.host.config.drain_mode import Cut
+from dynamo_worker.host.requests.streams import SlowClientError, Stream
+from dynamo_worker.logs import get_logger
+
+if TYPE_CHECKING:
+    from dynamo.runtime import Context
+
+    from dynamo_worker.host.requests.egress import Egress
+
+log = get_logger(__name__)
+
+
+class ResponseSender(Protocol):
+    """The Rust object that takes chunks directly, not through the event loop (push egress of Dynamo 1.6)."""
+
+    def send(self, chunk: Chunk, /) -> None:
+        """Encode one chunk and queue it for the client. Raises RuntimeError once the stream is closed."""
+
+
+Handler = Callable[..., AsyncGenerator[Chunk, None]]
+
+
+class RequestOutcome(str, enum.Enum):
+    """How a request ended; the label of ``dynamo_worker_requests_total``."""
+
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    HANDED_OFF = "handed_off"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+    INVALID = "invalid"
+    FAILED = "failed"
+    SLOW_CLIENT = "slow_client"
+
+
+#: Upper limit of token ids for a model whose vocabulary is unknown.
+_TOKEN_LIMIT = 2**31
+#: Size of a packed token in bytes.
+_PACKED_BYTES = 4
+#: Seconds for an engine to abort a request.
+_ABORT_SECONDS = 10.0
+#: Outcomes after which the engine may still be working on the request.
+_UNFINISHED = frozenset(
+    {
+        RequestOutcome.CANCELLED,
+        RequestOutcome.HANDED_OFF,
+        RequestOutcome.ABORTED,
+        RequestOutcome.FAILED,
+        RequestOutcome.SLOW_CLIENT,
+    }
+)
+
+
+class _InFlight:
+    """One request in flight."""
+
+    __slots__ = ("cut", "gone", "graceful", "request_id", "task")
+
+    def __init__(self, request_id: str, graceful: bool, task: asyncio.Task[Any] | None) -> None:
+        self.request_id = request_id
+        self.graceful = graceful
+        self.task = task
+        self.cut: Cut | None = None
+        #: Whether the client has disconnected.
+        self.gone = False
+
+
+class RequestRegistry:
+    """The requests in flight, for all endpoints of the worker.
+
+    Adding a request, removing one and counting a chunk take constant time.
+    """
+
+    def __init__(self) -> None:
+        self._entries: set[_InFlight] = set()
+        self._refusal: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        #: Chunks sent since the start, for all requests: the cheapest sign of the engine's progress.
+        self.chunks = 0
+        #: Ended requests by outcome.
+        self.outcomes: dict[RequestOutcome, int] = dict.fromkeys(RequestOutcome, 0)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def refusing(self) -> bool:
+        """Whether new requests are refused."""
+        return self._refusal is not None
+
+    def refuse(self, reason: str) -> None:
+        """Refuse new requests from now on, with an error that makes the frontend try another worker."""
+        self._refusal = reason
+
+    def admit(self, request_id: str, *, graceful: bool, refusal: str | None = None) -> _InFlight:
+        """Register a request that the current task serves.
+
+        :param graceful: the ``graceful_shutdown`` of its endpoint.
+        :param refusal: why this worker takes no requests at the moment; None if it does.
+        :raises WorkerUnavailable: this worker takes no requests.
+        """
+        refusal = self._refusal or refusal
+        if refusal is not None:
+            self.outcomes[RequestOutcome.REFUSED] += 1
+            raise WorkerUnavailable(refusal)
+        entry = _InFlight(request_id, graceful, asyncio.current_task())
+        self._entries.add(entry)
+        self._idle.clear()
+        return entry
+
+    def release(self, entry: _InFlight, outcome: RequestOutcome) -> None:
+        """Remove a request from the registry and count its outcome."""
+        self.outcomes[outcome] += 1
+        self._entries.discard(entry)
+        entry.task = None  # a later cancellation would hit what the task does next
+        if not self._entries:
+            self._idle.set()
+
+    def cut(self, how: Cut, *, graceful: bool | None = None) -> int:
+        """End requests in flight and return their number.
+
+        :param how: the error that they end with.
+        :param graceful: end only those of endpoints with this ``graceful_shutdown``; None ends all.
+        """
+        return sum(self.cut_one(entry, how) for entry in self._entries if graceful in (None, entry.graceful))
+
+    @staticmethod
+    def cut_one(entry: _InFlight, how: Cut) -> bool:
+        """End one request; return False if it is already ending."""
+        if entry.cut is not None or entry.task is None:
+            return False
+        entry.cut = how
+        entry.task.cancel()
+        return True
+
+    def counted(self, send: Send) -> Send:
+        """Return a ``send`` that counts every chunk."""
+
+        def count_and_send(chunk: Chunk) -> None:
+            self.chunks += 1
+            send(chunk)
+
+        return count_and_send
+
+    async def wait_idle(self) -> None:
+        """Wait until nothing is in flight."""
+        await self._idle.wait()
+
+
+class RequestHandler:
+    """Creates the handlers that the Dynamo runtime calls, one for each endpoint."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: RequestRegistry,
+        egress: Egress,
+        on_dead: Callable[[EngineDeadError], None],
+        vocab_size: int | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        """Serve ``engine``.
+
+        :param egress: sends the chunks; already started.
+        :param on_dead: called when a request finds the engine dead; must only record the error.
+        :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
+        :param context_length: longest sequence in tokens; None if only the engine can tell.
+        """
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        self._engine = engine
+        self._registry = registry
+        self._egress = egress
+        self._on_dead = on_dead
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    def handler(self, endpoint: EndpointSpec) -> Handler:
+        """Return the function for ``Endpoint.serve_endpoint``.
+
+        Its parameter ``response_sender`` makes the runtime use push egress: a thread of ``egress.py`` passes chunks
+        straight to the Rust encoder, for 5–6 µs a token instead of 30–50 (measured, see docs/design.md). It still is an
+        asynchronous generator, because the runtime iterates over whatever it gets, and it yields the chunks itself
+        when called without a sender (by in-process clients).
+        """
+        generate: Generate = endpoint.generate or self._engine.generate
+        push = self._engine.push if endpoint.generate is None and isinstance(self._engine, PushesChunks) else None
+        registry, egress = self._registry, self._egress
+        graceful = endpoint.graceful_shutdown
+
+        async def handle(
+            request: Any, context: Context, response_sender: ResponseSender | None = None
+        ) -> AsyncGenerator[Chunk, None]:
+            refusal = egress.refusal if response_sender is not None and endpoint.takes_tokens else None
+            entry = registry.admit(context.id(), graceful=graceful, refusal=refusal)
+            outcome = RequestOutcome.FAILED
+            out: Stream | None = None
+            stream: AsyncIterator[Chunk] | None = None
+            gone = context.async_killed_or_stopped()
+            gone.add_done_callback(lambda future: self._on_gone(future, entry))
+            try:
+                if endpoint.takes_tokens:
+                    request = validated(request, self._vocab_size, self._context_length)
+                if response_sender is not None:
+                    out = egress.open(response_sender.send, lambda: registry.cut_one(entry, Cut.SLOW_CLIENT))
+                if push is not None and out is not None:
+                    await push(request, context, registry.counted(out.send))
+                else:
+                    stream = generate(request, context)
+                    async for chunk in stream:
+                        registry.chunks += 1
+                        if out is None:
+                            yield chunk
+                            continue
+                        out.send(chunk)
+                        if out.full:
+                            await out.room()
+                if out is not None:
+                    await out.flush()
+                outcome = RequestOutcome.COMPLETED
+            except BaseException as error:
+                # Not only Exception: a panic in Rust code, or SystemExit, which would end the event loop.
+                outcome, answer = self._ended(error, entry, context, out)
+                # Without its cause: with a CancelledError among the causes the frontend does not migrate.
+                raise answer from None
+            finally:
+                gone.cancel()
+                if out is not None and outcome is not RequestOutcome.COMPLETED:
+                    out.abandon()
+                registry.release(entry, outcome)
+                if outcome in _UNFINISHED:
+                    self._abandon(entry.request_id, stream)
+
+        return handle
+
+    @staticmethod
+    def _on_gone(future: asyncio.Future[bool], entry: _InFlight) -> None:
+        if not future.cancelled() and entry.task is not None:
+            entry.gone = True
+            entry.task.cancel()
+
+    def _ended(
+        self, error: BaseException, entry: _InFlight, context: Context, out: Stream | None
+    ) -> tuple[RequestOutcome, BaseException]:
+        """Classify the end of a request that did not complete; return its outcome and the error for the runtime.
+
+        :param out: the stream to its client; None if the caller iterates over the chunks, and may have stopped.
+        """
+        request_id = entry.request_id
+        if isinstance(error, EngineDeadError):
+            self._on_dead(error)
+        if entry.cut is Cut.ABORT:
+            return RequestOutcome.ABORTED, Cancelled("aborted: the worker is shutting down")
+        if entry.cut is Cut.HANDOFF:
+            return RequestOutcome.HANDED_OFF, EngineShutdown("handed off: the worker is shutting down")
+        if out is not None and isinstance(out.error, SlowClientError):
+            log.warning("Request cancelled", request_id=request_id, error=out.error)
+            return RequestOutcome.SLOW_CLIENT, Cancelled(f"cancelled: {out.error}")
+        if isinstance(error, GeneratorExit) and out is None:
+            return RequestOutcome.CANCELLED, error
+        if isinstance(error, EngineDeadError):
+            return RequestOutcome.HANDED_OFF, EngineShutdown(str(error))
+        if isinstance(error, InvalidRequestError):
+            # Of all errors that become HTTP 400, only InvalidArgument keeps its message (measured on 1.6.1); ValueError
+            # and HttpError arrive as "Invalid request".
+            message = for_client(str(error))
+            log.warning("Request refused", request_id=request_id, error=message)
+            return RequestOutcome.INVALID, InvalidArgument(message)
+        if entry.gone or context.is_stopped():
+            # The cancellation of its task, or an error that followed from it; or the RuntimeError that the sender of a
+            # closed stream raises.
+            return RequestOutcome.CANCELLED, Cancelled("the client has disconnected")
+        if isinstance(error, DynamoException):
+            log.warning("Request failed", request_id=request_id, error=error)
+            return RequestOutcome.FAILED, error
+        log.error("Request failed", request_id=request_id, exc_info=error)
+        if isinstance(error, asyncio.CancelledError):
+            # Neither the client nor the worker cancelled it: the engine did, and another one may continue. Of the
+            # errors that make a frontend migrate, EngineShutdown would exclude the whole worker for 5 s (measured).
+            return RequestOutcome.FAILED, Disconnected("the engine cancelled the request")
+        if isinstance(error, (OSError, asyncio.TimeoutError)):
+            # A connection broke or timed out: the runtime understands these errors, and the request migrates.
+            return RequestOutcome.FAILED, error
+        return RequestOutcome.FAILED, Unknown(for_client(describe(error)))
+
+    def _abandon(self, request_id: str, stream: AsyncIterator[Chunk] | None) -> None:
+        """Stop the engine's work for a request that ended early, in a separate task."""
+        given_up = False
+
+        async def abandon() -> None:
+            try:
+                try:
+                    if isinstance(stream, AsyncGenerator):
+                        await stream.aclose()
+                finally:
+                    await self._engine.abort(request_id)
+            except BaseException as error:
+                if not given_up:
+                    log.warning("Abort failed", request_id=request_id, error=describe(error))
+
+        def give_up() -> None:
+            nonlocal given_up
+            given_up = True
+            log.warning("Abort failed", request_id=request_id, error=f"timed out after {_ABORT_SECONDS:g} s")
+            task.cancel()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            timer.cancel()
+            self._aborts.discard(task)
+
+        task = asyncio.ensure_future(abandon())
+        self._aborts.add(task)
+        timer = asyncio.get_running_loop().call_later(_ABORT_SECONDS, give_up)
+        task.add_done_callback(ended)
+
+
+def validated(request: Any, vocab_size: int | None = None, context_length: int | None = None) -> Request:
+    """Return the request with ``token_ids`` unpacked into a list of ints, if an engine can serve it.
+
+    Frontends may send ``token_ids`` as packed little-endian int32 (``DYN_TOKEN_IDS_AS_BYTES``).
+
+    :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
+    :param context_length: longest sequence in tokens; the tokens of a longer prompt are not even read.
+    :raises InvalidRequestError: it is not an object, or its tokens are missing, empty, too many or not token ids.
+    """
+    if not isinstance(request, dict):
+        raise InvalidRequestError(f"expected a request object, got {type(request).__name__}")
+    tokens = request.get("token_ids")
+    if context_length is not None and isinstance(tokens, (list, bytes, bytearray, memoryview)):
+        length = len(tokens) if isinstance(tokens, list) else len(tokens) // _PACKED_BYTES
+        if length > context_length:
+            raise InvalidRequestError(f"the prompt has {length} tokens; the model's context length is {context_length}")
+    if isinstance(tokens, (bytes, bytearray, memoryview)):
+        packed = array("i")
+        try:
+            packed.frombytes(tokens)
+        except ValueError:
+            raise InvalidRequestError(
+                f"token_ids: expected packed 32-bit integers, got {len(tokens)} bytes, which is not a multiple of 4"
+            ) from None
+        request["token_ids"] = tokens = packed.tolist()
+    elif not isinstance(tokens, list):
+        raise InvalidRequestError(f"token_ids: expected a list of integers, got {type(tokens).__name__}")
+    elif not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans
+        wrong = next(token for token in tokens if type(token) is not int)
+        raise InvalidRequestError(f"token_ids: expected integers, got {shown(wrong)}")
+    if not tokens:
+        raise InvalidRequestError("token_ids: the prompt is empty")
+    if (lowest := min(tokens)) < 0:
+        raise InvalidRequestError(f"token_ids: {lowest} is negative")
+    if (highest := max(tokens)) >= (_TOKEN_LIMIT if vocab_size is None else vocab_size):
+        limit = "a 32-bit integer" if vocab_size is None else f"in the model's vocabulary of {vocab_size} tokens"
+        raise InvalidRequestError(f"token_ids: {highest} is not {limit}")
+    return cast("Request", request)

@@ -1,0 +1,1 @@
+"""The status server: probes, control routes and metrics."""

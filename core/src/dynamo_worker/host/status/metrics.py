@@ -1,0 +1,88 @@
+"""The worker's Prometheus metrics, added to the runtime's ``/metrics``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dynamo_worker.lifecycle import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dynamo_worker.host.requests.serving import RequestRegistry
+
+
+class _RegistryCollector(Collector):
+    """Reads the request registry on every scrape: counting costs nothing per token."""
+
+    def __init__(self, requests: RequestRegistry) -> None:
+        self._requests = requests
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("dynamo_worker_in_flight", "Requests in flight", value=len(self._requests))
+        yield CounterMetricFamily(
+            "dynamo_worker_chunks", "Response chunks sent, over all requests", value=self._requests.chunks
+        )
+        outcomes = CounterMetricFamily("dynamo_worker_requests", "Ended requests by outcome", labels=["outcome"])
+        for outcome, count in self._requests.outcomes.items():
+            outcomes.add_metric([outcome.value], count)
+        yield outcomes
+
+
+class WorkerMetrics:
+    """All metrics of one worker."""
+
+    def __init__(self, requests: RequestRegistry) -> None:
+        self._registries = [CollectorRegistry()]
+        registry = self._registries[0]
+        registry.register(_RegistryCollector(requests))
+        self._state = Gauge(
+            "dynamo_worker_state", "1 for the state the worker is in, 0 for the others", ["state"], registry=registry
+        )
+        self.shutdown_stage_seconds = Gauge(
+            "dynamo_worker_shutdown_stage_seconds", "Seconds spent in each stage of the shutdown", ["stage"],
+            registry=registry,
+        )  # fmt: skip
+        self.health_check_seconds = Histogram(
+            "dynamo_worker_health_check_seconds",
+            "Duration of one round of health checks",
+            buckets=(0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30),
+            registry=registry,
+        )
+        self.health_check_failures = Counter(
+            "dynamo_worker_health_check_failures",
+            "Health checks that failed without showing the engine dead",
+            registry=registry,
+        )
+        self.event_loop_lag = Gauge(
+            "dynamo_worker_event_loop_lag_seconds", "How late the event loop last woke up", registry=registry
+        )
+        self.fatal_errors = Counter(
+            "dynamo_worker_fatal_errors", "Fatal errors by kind", ["kind"], registry=registry
+        )  # fmt: skip
+        self.slow_clients = Gauge(
+            "dynamo_worker_slow_clients",
+            "Streams whose clients do not keep up, including cancelled ones until their frontend releases them",
+            registry=registry,
+        )
+        self.start_seconds = Gauge(
+            "dynamo_worker_start_seconds", "Seconds from the start of the process to the first ready", registry=registry
+        )
+        self.set_state(State.STARTING)
+
+    def set_state(self, current: State) -> None:
+        """Show ``current`` as the worker's state."""
+        for state in State:
+            self._state.labels(state.value).set(state is current)
+
+    def add_registry(self, registry: CollectorRegistry) -> None:
+        """Add an engine's own metrics."""
+        self._registries.append(registry)
+
+    def exposition(self) -> str:
+        """Return everything in Prometheus' text format."""
+        return "".join(generate_latest(registry).decode() for registry in self._registries)
