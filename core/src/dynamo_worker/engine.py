@@ -170,7 +170,7 @@ class EngineInfo:
     :param data_parallel_start_rank: first data-parallel rank served here.
     :param data_parallel_size: number of data-parallel ranks served here.
     :param max_loras: LoRA adapters that the engine can serve in one batch; None if it serves none.
-    :param adapters: names of LoRA adapters that are loaded already; each is registered as a model of its own.
+    :param lora_adapters: names of the LoRA adapters that are loaded already; each is registered as its own model.
     :param bootstrap: host and port of the disaggregation bootstrap server.
     :param runtime_config: further attributes of ``dynamo.llm.ModelRuntimeConfig``, such as
         ``kv_event_publishing_enabled``.
@@ -193,7 +193,7 @@ class EngineInfo:
     data_parallel_start_rank: int = 0
     data_parallel_size: int = 1
     max_loras: int | None = None
-    adapters: Sequence[str] = ()
+    lora_adapters: Sequence[str] = ()
     bootstrap: tuple[str, int] | None = None
     runtime_config: Mapping[str, Any] = field(default_factory=dict)
     runtime_data: Mapping[str, Any] = field(default_factory=dict)
