@@ -10,29 +10,25 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dynamo.runtime import Endpoint
-
-from dynamo_worker import Chunk, EngineContext, EngineInfo, Request, RequestContext, hookimpl
-from dynamo_worker.allowed_paths import AllowedPaths
+from dynamo_worker import Chunk, EngineContext, EngineInfo, EnginePlugin, Request, RequestContext, hookimpl
+from dynamo_worker.engine import Operation
 from dynamo_worker.engines import echo
-from dynamo_worker.kit import translation
-from dynamo_worker.kit.engine_control import Operation, Operations
-from dynamo_worker.kit.json_schema import check_size
-from dynamo_worker.kit.lora import Adapter, Adapters
+from dynamo_worker.kit import fields, guided_decoding, request_metadata
+from dynamo_worker.kit.chunks import no_tokens
+from dynamo_worker.kit.engine_control import EngineControl
+from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
-SAMPLING: translation.Fields = {
-    **translation.SAMPLING,
-    "guided_decoding": ("guide", lambda _, value: translation.guided_decoding(value)),
-}
-EXTRA: translation.Fields = {
-    **SAMPLING,
-    "allowed_token_ids": ("allowed_token_ids", translation.allowed_tokens),
-    "logprob_token_ids": ("logprob_token_ids", translation.tokens),
-    "logit_bias": ("logit_bias", translation.logit_bias),
-    "custom_params": ("custom_params", translation.mapping),
-}
-TABLE = RequestTable(SAMPLING, translation.STOP, translation.OUTPUT, EXTRA, handled=frozenset({"kv_hint"}))
+TABLE = RequestTable.of_engine(
+    sampling={"guided_decoding": ("guide", lambda _, value: guided_decoding.read(value))},
+    extra={
+        "allowed_token_ids": ("allowed_token_ids", fields.allowed_token_ids),
+        "logprob_token_ids": ("logprob_token_ids", fields.token_ids),
+        "logit_bias": ("logit_bias", fields.logit_bias),
+        "custom_params": ("custom_params", fields.mapping),
+    },
+    handled=("kv_hint",),
+)
 
 #: Why the engine is out of discovery.
 ASLEEP = "asleep"
@@ -41,18 +37,17 @@ ASLEEP = "asleep"
 class Loader:
     """Loads nothing."""
 
-    async def load(self, adapter: Adapter) -> None:
+    async def load(self, adapter: LoraAdapter) -> None:
         pass
 
-    async def unload(self, adapter: Adapter) -> None:
+    async def unload(self, adapter: LoraAdapter) -> None:
         pass
 
 
-class Control(Operations):
+class Control(EngineControl):
     """Operations of all kinds: one that leaves discovery, one that writes, one that takes a name, one that fails."""
 
-    def __init__(self, allowed_paths: AllowedPaths) -> None:
-        self._allowed_paths = allowed_paths
+    def __init__(self, context: EngineContext) -> None:
         routes = {
             "sleep": self.sleep,
             "wake_up": self.wake_up,
@@ -60,27 +55,27 @@ class Control(Operations):
             "start_profile": self.start_profile,
             "fail": self.fail,
         }
-        super().__init__(routes, {}, Adapters(Loader(), allowed_paths=allowed_paths))
+        super().__init__(context, routes, {}, LoraAdapters(Loader(), context))
 
     async def sleep(self, body: dict[str, Any]) -> dict[str, Any]:
         async def nothing() -> None:
             pass
 
-        await self.presence.step_out(nothing, ASLEEP)
+        await self.gate.withdraw(nothing, ASLEEP)
         return {"level": body.get("level", 1)}
 
     async def wake_up(self, body: dict[str, Any]) -> dict[str, Any]:
         async def resume() -> bool:
             return True
 
-        await self.presence.step_in(resume, ASLEEP)
+        await self.gate.rejoin(resume, ASLEEP)
         return {}
 
     async def save(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"path": self._allowed_paths.to_write(translation.string("path", body.get("path")))}
+        return {"path": self.allowed_paths.to_write(fields.string("path", body.get("path")))}
 
     async def start_profile(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"prefix": self._allowed_paths.name(body.get("profile_prefix"))}
+        return {"prefix": self.allowed_paths.name(body.get("profile_prefix"))}
 
     async def fail(self, body: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"the engine is not up to {body}")
@@ -89,16 +84,13 @@ class Control(Operations):
 class StrictEngine(echo.EchoEngine):
     """Checks everything that a request asks for, and echoes its prompt."""
 
-    def __init__(self, args: argparse.Namespace, allowed_paths: AllowedPaths) -> None:
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args)
-        self._table = ModelTable(TABLE, {}, echo.CONTEXT_LENGTH)
-        self._control = Control(allowed_paths)
+        self._table: ModelTable[Any] = ModelTable(TABLE, {}, echo.CONTEXT_LENGTH)
+        self._control = Control(context)
 
     async def start(self, worker_id: int) -> EngineInfo:
         return replace(await super().start(worker_id), endpoints=self._control.endpoints())
-
-    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        self._control.attach(endpoint, info)
 
     def paused(self) -> bool:
         return self._control.paused()
@@ -108,21 +100,22 @@ class StrictEngine(echo.EchoEngine):
 
     async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         values = self._table.read(request)
-        translation.cache_salt(request)
-        translation.session_id(request)
-        translation.priority(request)
-        if request.get("kv_hint") is not None:
-            check_size("kv_hint", request["kv_hint"])
+        request_metadata.cache_salt(request)
+        request_metadata.session_id(request)
+        request_metadata.priority(request)
+        request_metadata.kv_hint(request)
         if values is None:
-            yield {"token_ids": [], "index": 0, "finish_reason": "length"}
+            yield no_tokens()
             return
         plain = {"token_ids": request["token_ids"], "stop_conditions": {"max_tokens": values["max_tokens"]}}
-        with self._control.adapter(request):
+        with self._control.lora_adapter(request):
             async for chunk in super().generate(plain, context):
                 yield chunk
 
 
-class StrictPlugin:
+class StrictPlugin(EnginePlugin):
+    engine = "dynamo_worker_strict:StrictEngine"
+
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group("strict engine")
@@ -130,10 +123,6 @@ class StrictPlugin:
         group.add_argument("--tokens-per-second", type=float, default=0.0)
         group.add_argument("--start-seconds", type=float, default=0.0)
         group.add_argument("--prefill-seconds", type=float, default=0.0)
-
-    @hookimpl
-    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> StrictEngine:
-        return StrictEngine(args, context.allowed_paths)
 
 
 plugin = StrictPlugin()

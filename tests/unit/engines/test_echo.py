@@ -333,7 +333,7 @@ def test_a_core_that_does_not_come_up_is_a_failed_start(tmp_path, monkeypatch):
 
     async def main():
         engine = make(tmp_path, "--process-tree")
-        with pytest.raises(StartError, match="exit code 1"):
+        with pytest.raises(StartError, match="exited with code 1"):
             await engine.start(1)
         await engine.shutdown(Deadline.after(5))
 
