@@ -10,27 +10,25 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dynamo_worker import Chunk, EngineContext, EngineInfo, Request, RequestContext, hookimpl
+from dynamo_worker import Chunk, EngineContext, EngineInfo, EnginePlugin, Request, RequestContext, hookimpl
 from dynamo_worker.engine import Operation
 from dynamo_worker.engines import echo
-from dynamo_worker.kit import translation
+from dynamo_worker.kit import fields, guided_decoding, request_metadata
+from dynamo_worker.kit.chunks import no_tokens
 from dynamo_worker.kit.engine_control import EngineControl
-from dynamo_worker.kit.json_schema import check_size
 from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
-SAMPLING: translation.Fields = {
-    **translation.SAMPLING,
-    "guided_decoding": ("guide", lambda _, value: translation.guided_decoding(value)),
-}
-EXTRA: translation.Fields = {
-    **SAMPLING,
-    "allowed_token_ids": ("allowed_token_ids", translation.allowed_tokens),
-    "logprob_token_ids": ("logprob_token_ids", translation.tokens),
-    "logit_bias": ("logit_bias", translation.logit_bias),
-    "custom_params": ("custom_params", translation.mapping),
-}
-TABLE = RequestTable(SAMPLING, translation.STOP, translation.OUTPUT, EXTRA, handled=frozenset({"kv_hint"}))
+TABLE = RequestTable.of_engine(
+    sampling={"guided_decoding": ("guide", lambda _, value: guided_decoding.read(value))},
+    extra={
+        "allowed_token_ids": ("allowed_token_ids", fields.allowed_token_ids),
+        "logprob_token_ids": ("logprob_token_ids", fields.token_ids),
+        "logit_bias": ("logit_bias", fields.logit_bias),
+        "custom_params": ("custom_params", fields.mapping),
+    },
+    handled=("kv_hint",),
+)
 
 #: Why the engine is out of discovery.
 ASLEEP = "asleep"
@@ -50,7 +48,6 @@ class Control(EngineControl):
     """Operations of all kinds: one that leaves discovery, one that writes, one that takes a name, one that fails."""
 
     def __init__(self, context: EngineContext) -> None:
-        self._allowed_paths = context.allowed_paths
         routes = {
             "sleep": self.sleep,
             "wake_up": self.wake_up,
@@ -75,10 +72,10 @@ class Control(EngineControl):
         return {}
 
     async def save(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"path": self._allowed_paths.to_write(translation.string("path", body.get("path")))}
+        return {"path": self.allowed_paths.to_write(fields.string("path", body.get("path")))}
 
     async def start_profile(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"prefix": self._allowed_paths.name(body.get("profile_prefix"))}
+        return {"prefix": self.allowed_paths.name(body.get("profile_prefix"))}
 
     async def fail(self, body: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"the engine is not up to {body}")
@@ -89,7 +86,7 @@ class StrictEngine(echo.EchoEngine):
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args)
-        self._table = ModelTable(TABLE, {}, echo.CONTEXT_LENGTH)
+        self._table: ModelTable[Any] = ModelTable(TABLE, {}, echo.CONTEXT_LENGTH)
         self._control = Control(context)
 
     async def start(self, worker_id: int) -> EngineInfo:
@@ -103,21 +100,22 @@ class StrictEngine(echo.EchoEngine):
 
     async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         values = self._table.read(request)
-        translation.cache_salt(request)
-        translation.session_id(request)
-        translation.priority(request)
-        if request.get("kv_hint") is not None:
-            check_size("kv_hint", request["kv_hint"])
+        request_metadata.cache_salt(request)
+        request_metadata.session_id(request)
+        request_metadata.priority(request)
+        request_metadata.kv_hint(request)
         if values is None:
-            yield {"token_ids": [], "index": 0, "finish_reason": "length"}
+            yield no_tokens()
             return
         plain = {"token_ids": request["token_ids"], "stop_conditions": {"max_tokens": values["max_tokens"]}}
-        with self._control.adapter(request):
+        with self._control.lora_adapter(request):
             async for chunk in super().generate(plain, context):
                 yield chunk
 
 
-class StrictPlugin:
+class StrictPlugin(EnginePlugin):
+    engine = "dynamo_worker_strict:StrictEngine"
+
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group("strict engine")
@@ -125,10 +123,6 @@ class StrictPlugin:
         group.add_argument("--tokens-per-second", type=float, default=0.0)
         group.add_argument("--start-seconds", type=float, default=0.0)
         group.add_argument("--prefill-seconds", type=float, default=0.0)
-
-    @hookimpl
-    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> StrictEngine:
-        return StrictEngine(args, context)
 
 
 plugin = StrictPlugin()

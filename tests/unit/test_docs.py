@@ -21,7 +21,7 @@ from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.options import OPTIONS
 from dynamo_worker.host.plugins.plugin_validation import hook_signatures
 from dynamo_worker.host.requests.engine_checks import AnswerCheck, EngineChecks
-from dynamo_worker.kit import translation
+from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import top_logprob
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def test_the_example_of_log_probabilities_is_a_chunk():
 
 def test_the_canary_in_the_guide_is_what_the_kit_makes():
     shown = json.loads(blocks(page("requests.md"), "json")[1])
-    assert shown == translation.canary(SimpleNamespace(bos_token_id=1), None)
+    assert shown == canary_request(SimpleNamespace(bos_token_id=1), None)
 
 
 @pytest.mark.parametrize("module", [requests, responses])

@@ -13,7 +13,7 @@ import pytest
 
 import dynamo_worker
 from dynamo_worker import hookspecs, requests, responses
-from dynamo_worker.kit.translation import GUIDED
+from dynamo_worker.kit.guided_decoding import KEYS
 from dynamo_worker.testing.translation import FIELDS
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def test_the_test_kit_sends_every_field_of_the_sections() -> None:
         "stop_conditions": sorted(requests.StopConditions.__annotations__),
         "output_options": sorted(requests.OutputOptions.__annotations__),
     }
-    assert {*GUIDED, "backend"} == requests.GuidedDecoding.__annotations__.keys()
+    assert {*KEYS, "backend"} == requests.GuidedDecoding.__annotations__.keys()
 
 
 @pytest.mark.parametrize("module", [requests, responses])

@@ -164,7 +164,7 @@ class EngineInfo:
     :param data_parallel_start_rank: first data-parallel rank served here.
     :param data_parallel_size: number of data-parallel ranks served here.
     :param max_loras: most LoRA adapters per batch; None if the engine serves none.
-    :param adapters: names of the LoRA adapters already loaded; each is registered as a separate model.
+    :param lora_adapters: names of the LoRA adapters already loaded; each is registered as a separate model.
     :param bootstrap: host and port of the disaggregation bootstrap server.
     :param runtime_config: additional attributes of ``dynamo.llm.ModelRuntimeConfig``, such as
         ``kv_event_publishing_enabled``.
@@ -187,7 +187,7 @@ class EngineInfo:
     data_parallel_start_rank: int = 0
     data_parallel_size: int = 1
     max_loras: int | None = None
-    adapters: Sequence[str] = ()
+    lora_adapters: Sequence[str] = ()
     bootstrap: tuple[str, int] | None = None
     runtime_config: Mapping[str, Any] = field(default_factory=dict)
     runtime_data: Mapping[str, Any] = field(default_factory=dict)

@@ -49,8 +49,7 @@ class TestSglang(EngineConformance):
                 with contextlib.suppress(asyncio.CancelledError):
                     await answer
                 await engine.abort("many")
-                manager = engine._manager
-                assert manager is not None
+                manager = engine.started.manager
                 deadline = Deadline.after(2)
                 while sum(load.num_running_reqs for load in manager.load_snapshot_reader.read_all()):
                     assert not deadline.passed, "SGLang still works for a client that is gone"

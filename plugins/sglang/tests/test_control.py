@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dynamo_worker import StartError
+from dynamo_worker import EngineContext, StartError
 from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker_sglang import arguments
 from dynamo_worker_sglang.control import Control
+from dynamo_worker_sglang.plugin import plugin
 
 
 class Manager:
@@ -29,6 +31,9 @@ class Manager:
         self.calls.append(request.model_path)
         return True, "updated"
 
+    async def stop_profile(self) -> None:
+        self.calls.append("stopped")
+
     async def start_profile(self, request: Any) -> None:
         self.calls.append(request.output_dir)
 
@@ -40,7 +45,9 @@ class Manager:
 def operate(name: str, body: dict[str, Any], paths: AllowedPaths) -> tuple[dict[str, Any], list[Any]]:
     """Return the answer of an operation, and what reached SGLang."""
     manager = Manager()
-    answer = asyncio.run(Control(manager, paths).routes()[name](body))  # type: ignore[arg-type]
+    context = EngineContext("test.backend", Path("/nowhere"), supervised=False, allowed_paths=paths)
+    control = Control(manager, context, ("tiny",))  # type: ignore[arg-type]
+    answer = asyncio.run(control.routes()[name](body))
     return answer, manager.calls
 
 
@@ -121,3 +128,8 @@ def test_no_flag_is_refused_that_nobody_has_given(tmp_path: Path, monkeypatch: p
     made = SimpleNamespace(add_cli_args=server_args.add_cli_args, from_cli_args=lambda args: args)
     monkeypatch.setattr(arguments, "_server_args", lambda: made)
     assert arguments.configure(parser.parse_args(["--model-path", "m"]), tmp_path).model_path == "m"
+
+
+def test_the_plugin_names_what_there_is() -> None:
+    for path in (plugin.engine, plugin.headless_engine, plugin.arguments, plugin.preload):
+        assert callable(pkgutil.resolve_name(path))

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
 from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.testing.translation import Translation
 from dynamo_worker_sglang import sampling
 from dynamo_worker_sglang.disaggregation import Role
@@ -156,7 +157,8 @@ def test_kv_hints_are_bounded() -> None:
 def test_a_prefill_worker_says_where_the_two_meet() -> None:
     role = Role("prefill", ("10.0.0.1", 9000))
     request = translated(stop_conditions={"max_tokens": 50, "min_tokens": 5})
-    meeting = role.prepare({"token_ids": [5]}, request)
+    role.prepare({"token_ids": [5]}, request)
+    meeting = request.meeting
     assert meeting is not None
     assert (meeting["bootstrap_host"], meeting["bootstrap_port"]) == ("10.0.0.1", 9000)
     assert request.options["bootstrap_room"] == meeting["bootstrap_room"]
@@ -164,7 +166,9 @@ def test_a_prefill_worker_says_where_the_two_meet() -> None:
     assert "min_new_tokens" not in request.sampling
 
     given = {"bootstrap_info": {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 7}}
-    assert role.prepare(given, translated()) == given["bootstrap_info"]
+    request = translated()
+    role.prepare(given, request)
+    assert request.meeting == given["bootstrap_info"]
 
 
 @pytest.mark.parametrize("key", ["bootstrap_info", "prefill_result"])
@@ -173,8 +177,9 @@ def test_a_decode_worker_goes_there(key: str) -> None:
     meeting = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 9000, "bootstrap_room": 0}
     request = translated()
     body = {key: meeting if key == "bootstrap_info" else {"disaggregated_params": meeting}}
-    assert role.prepare(body, request) is None
+    role.prepare(body, request)
     assert request.options == meeting
+    assert request.meeting is None
 
 
 @pytest.mark.parametrize(
@@ -207,9 +212,18 @@ def test_what_cannot_be_divided(mode: str, request_: dict[str, Any], message: st
         Role(mode, ("h", 1)).prepare(request_, request)
 
 
+def test_a_canary_needs_no_decode_worker() -> None:
+    """Nothing is announced for one: a router would send it on."""
+    role = Role("prefill", ("10.0.0.1", 9000))
+    request = translated()
+    role.prepare({**canary_request(None, None), **role.canary()}, request)
+    assert request.meeting is None
+    assert request.options["bootstrap_room"] == 0
+
+
 def test_an_undivided_request_stays_as_it_is() -> None:
     role = Role("null", ("h", 1))
     request = translated()
-    assert role.prepare({}, request) is None
+    role.prepare({}, request)
     assert request == translated()
     assert role.canary() is None

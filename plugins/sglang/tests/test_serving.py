@@ -100,7 +100,7 @@ class TestSglang(Serving):
             ("pause_generation", {}, "generation paused"),
             ("release_memory_occupation", {"tags": ["kv_cache"]}, "memory released"),
             ("release_memory_occupation", {}, "memory released"),
-            ("release_memory_occupation", {"tags": ["weights"]}, "released already"),
+            ("release_memory_occupation", {"tags": ["weights"]}, "already released"),
             ("continue_generation", {}, "when memory is resumed"),
             ("resume_memory_occupation", {"tags": ["weights"]}, "still released"),
         ):

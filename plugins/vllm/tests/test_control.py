@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dynamo_worker import StartError
+from dynamo_worker import EngineContext, StartError
 from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker_vllm import arguments
 from dynamo_worker_vllm.control import Control
+from dynamo_worker_vllm.plugin import plugin
 
 
 def operate(name: str, body: dict[str, Any], paths: AllowedPaths) -> tuple[dict[str, Any], list[Any]]:
@@ -24,9 +26,10 @@ def operate(name: str, body: dict[str, Any], paths: AllowedPaths) -> tuple[dict[
         calls.append(value)
 
     llm: Any = SimpleNamespace(
-        vllm_config=SimpleNamespace(lora_config=object()), start_profile=remember, add_lora=remember
+        vllm_config=SimpleNamespace(lora_config=object()), start_profile=remember, stop_profile=None, add_lora=remember
     )
-    return asyncio.run(Control(llm, paths).routes()[name](body)), calls
+    context = EngineContext("test.backend", Path("/nowhere"), supervised=False, allowed_paths=paths)
+    return asyncio.run(Control(llm, context, ("tiny",)).routes()[name](body)), calls
 
 
 @pytest.mark.parametrize("prefix", ["../x", "/x", "a/b", 3])
@@ -59,3 +62,8 @@ def test_flags_that_nobody_reads_are_refused(flags: tuple[str, ...], tmp_path: P
     with pytest.raises(StartError, match="no effect in a worker") as raised:
         arguments.configure(parser.parse_args(["--model", "m", *flags]), tmp_path)
     assert flags[0] in str(raised.value)
+
+
+def test_the_plugin_names_what_there_is() -> None:
+    for path in (plugin.engine, plugin.headless_engine, plugin.arguments, plugin.preload):
+        assert callable(pkgutil.resolve_name(path))

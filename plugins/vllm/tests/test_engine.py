@@ -16,10 +16,19 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.engine import LocalContext
-from dynamo_worker_vllm.engine import VllmEngine, _finished, _translated
+from dynamo_worker.kit.push_engine import Job
+from dynamo_worker_vllm.engine import VllmEngine, _finished, _translated, vocab_size
 from dynamo_worker_vllm.sampling import GuidedParams, SamplingTable
 
 BUGS = [ValueError("not enough values to unpack"), TypeError("not iterable"), KeyError("a")]
+
+
+def engine() -> VllmEngine:
+    return VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
+
+
+def job(request: dict[str, Any], params: Any, request_id: str = "r") -> Job:
+    return Job(request, params, None, LocalContext(request_id), lambda _: None)
 
 
 def submitted(error: Exception) -> BaseException:
@@ -28,10 +37,8 @@ def submitted(error: Exception) -> BaseException:
     async def add_request(*_: Any, **__: Any) -> None:
         raise error
 
-    engine = VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
     llm: Any = SimpleNamespace(add_request=add_request, engine_core=SimpleNamespace(engine_ranks_managed=[0]))
-    engine._llm = llm
-    submit = engine._submit(llm, {"token_ids": [5]}, SamplingParams(), LocalContext("r"), None)  # type: ignore[arg-type]
+    submit = engine()._submit(llm, job({"token_ids": [5]}, SamplingParams()))
     with pytest.raises(BaseException) as raised:
         asyncio.run(submit)
     return raised.value
@@ -72,19 +79,18 @@ def test_the_event_loop_runs_while_vllm_compiles_a_constraint(monkeypatch: pytes
     monkeypatch.setattr(GuidedParams, "verify_guide", verify_guide)
 
     async def main() -> None:
-        engine = VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
+        vllm = engine()
         config = SimpleNamespace(model_config="model", structured_outputs_config="backends")
         core = SimpleNamespace(engine_ranks_managed=[0])
         llm: Any = SimpleNamespace(add_request=add_request, vllm_config=config, tokenizer="tokenizer", engine_core=core)
-        engine._llm = llm
         request = {"token_ids": [5], "sampling_options": {"guided_decoding": {"regex": "a"}}}
         params = SamplingTable({}, 100).translate(request)
-        submitted = asyncio.ensure_future(engine._submit(llm, request, params, LocalContext("r"), None))
+        submitted = asyncio.ensure_future(vllm._submit(llm, job(request, params)))
         while not compiling.is_set():
             await asyncio.sleep(0.001)
         steps.append("the loop runs")
         plain = SamplingTable({}, 100).translate({"token_ids": [5]})
-        await engine._submit(llm, {"token_ids": [5]}, plain, LocalContext("p"), None)
+        await vllm._submit(llm, job({"token_ids": [5]}, plain, "p"))
         go_on.set()
         assert await submitted == "mailbox"
 
@@ -101,12 +107,10 @@ def test_the_event_loop_runs_while_vllm_compiles_a_constraint(monkeypatch: pytes
     ],
 )
 def test_what_the_engine_core_could_not_decode_is_refused(name: str, sections: dict[str, Any]) -> None:
-    engine = VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
     llm: Any = SimpleNamespace(add_request=None, engine_core=SimpleNamespace(engine_ranks_managed=[0, 1]))
-    engine._llm = llm
     request = {"token_ids": [5], **sections}
     with pytest.raises(InvalidRequestError, match=name):
-        asyncio.run(engine._submit(llm, request, SamplingParams(), LocalContext("r"), None))  # type: ignore[arg-type]
+        asyncio.run(engine()._submit(llm, job(request, SamplingParams())))
 
 
 def test_what_vllm_says_of_itself() -> None:
@@ -117,12 +121,9 @@ def test_what_vllm_says_of_itself() -> None:
 @pytest.mark.parametrize(("model", "highest", "limit"), [(100, 98, 100), (100, 119, 120), (100, None, 100)])
 def test_the_vocabulary_is_what_vllm_takes(model: int, highest: int | None, limit: int) -> None:
     """The model may know more tokens than its tokenizer, and the other way round."""
-    engine = VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
     config: Any = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: model))
     tokenizer = None if highest is None else SimpleNamespace(max_token_id=highest)
-    engine._config = config
-    engine._llm = SimpleNamespace(tokenizer=tokenizer)  # type: ignore[assignment]
-    assert engine._vocab_size == limit
+    assert vocab_size(config, tokenizer) == limit
 
 
 def test_a_request_that_vllm_gives_up_goes_to_another_worker_and_the_others_stay() -> None:

@@ -137,12 +137,12 @@ def test_requests_at_once_do_not_mix(tmp_path, arguments):
         ({"sampling_options": {"n": 2}}, "n must be 1"),
         ({"sampling_options": {"guided_decoding": {"json": {}}}}, "guided_decoding"),
         ({"sampling_options": {"use_beam_search": True}}, "use_beam_search"),
-        ({"sampling_options": {"n": "2"}}, "sampling_options.n: an integer is needed"),
-        ({"sampling_options": [1]}, "sampling_options: an object is needed"),
-        ({"stop_conditions": {"max_tokens": math.nan}}, "stop_conditions.max_tokens: an integer is needed"),
-        ({"stop_conditions": {"max_tokens": math.inf}}, "stop_conditions.max_tokens: an integer is needed"),
-        ({"stop_conditions": {"max_tokens": "3"}}, "stop_conditions.max_tokens: an integer is needed"),
-        ({"stop_conditions": "x"}, "stop_conditions: an object is needed"),
+        ({"sampling_options": {"n": "2"}}, "sampling_options.n: expected an integer"),
+        ({"sampling_options": [1]}, "sampling_options: expected an object"),
+        ({"stop_conditions": {"max_tokens": math.nan}}, "stop_conditions.max_tokens: expected an integer"),
+        ({"stop_conditions": {"max_tokens": math.inf}}, "stop_conditions.max_tokens: expected an integer"),
+        ({"stop_conditions": {"max_tokens": "3"}}, "stop_conditions.max_tokens: expected an integer"),
+        ({"stop_conditions": "x"}, "stop_conditions: expected an object"),
         ({"token_ids": [ANSWER_TOKEN]}, "nothing to echo"),
         ({"token_ids": [5] * CONTEXT_LENGTH}, f"context length is {CONTEXT_LENGTH}"),
     ],
@@ -333,7 +333,7 @@ def test_a_core_that_does_not_come_up_is_a_failed_start(tmp_path, monkeypatch):
 
     async def main():
         engine = make(tmp_path, "--process-tree")
-        with pytest.raises(StartError, match="exit code 1"):
+        with pytest.raises(StartError, match="exited with code 1"):
             await engine.start(1)
         await engine.shutdown(Deadline.after(5))
 

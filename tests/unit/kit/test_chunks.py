@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,3 +44,13 @@ def test_logprobs_are_json() -> None:
         "rank": 3,
         "decoded_token": "x",
     }
+
+
+def test_texts_of_tokens() -> None:
+    decode = chunks.token_decoder(SimpleNamespace(decode=lambda tokens: f"t{tokens}"))
+    assert decode(7) == "t[7]"
+    assert chunks.token_decoder(None)(7) is None
+
+
+def test_a_request_for_no_tokens() -> None:
+    assert chunks.no_tokens() == {"token_ids": [], "index": 0, "finish_reason": "length"}

@@ -14,7 +14,8 @@ from dynamo_worker.kit.engine_arguments import (
     add_publish_kv_events,
     drop_unread_events,
     import_engine,
-    kv_events_socket,
+    kv_events_config,
+    non_negative,
     refuse_without_effect,
 )
 
@@ -96,4 +97,16 @@ def test_events_that_no_router_reads_are_not_published(tmp_path, caplog, asked, 
 
 
 def test_the_socket_for_events_is_a_file_in_the_private_directory(tmp_path):
-    assert kv_events_socket(tmp_path) == f"ipc://{tmp_path}/kv-events-inproc"
+    config = kv_events_config(tmp_path)
+    assert config == {"publisher": "zmq", "endpoint": f"ipc://{tmp_path}/kv-events-inproc", "topic": ""}
+
+
+def test_numbers_of_at_least_0(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=non_negative)
+    assert parser.parse_args(["--rate", "0"]).rate == 0.0
+    assert parser.parse_args(["--rate", "2.5"]).rate == 2.5
+    for wrong, message in (("-1", "expected a number of at least 0, got '-1'"), ("nan", "got 'nan'"), ("x", "'x'")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--rate={wrong}"])
+        assert message in capsys.readouterr().err

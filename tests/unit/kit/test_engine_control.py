@@ -29,7 +29,7 @@ async def echo(body: dict[str, Any]) -> dict[str, Any]:
         ({"fail": "no"}, {"status": "error", "message": "no"}),
         ({"fail": "x" * 9999}, {"status": "error", "message": "x" * 1000 + "…"}),
         ({"fail": ""}, {"status": "error", "message": "RuntimeError"}),
-        ([1], {"status": "error", "message": "the body must be a JSON object"}),
+        ([1], {"status": "error", "message": "expected a JSON object as the body"}),
     ],
 )
 def test_every_call_gets_an_answer(body: Any, expected: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class Loader:
 
 def test_an_adapter_stays_loaded_while_a_request_uses_it() -> None:
     engine = EngineControl(fake_context(), {}, {}, LoraAdapters(Loader(), fake_context(), loaded={"poet": "/poet"}))
-    with engine.adapter({"model": "poet"}) as adapter:
+    with engine.lora_adapter({"model": "poet"}) as adapter:
         assert adapter is not None
         assert adapter.in_use == 1
     assert adapter.in_use == 0
@@ -239,7 +239,7 @@ def test_all_operations_of_an_engine(lora: LoraAdapters | None) -> None:
         assert {spec.name for spec in engine.endpoints()} == {"clear"} | of_lora
         assert await engine.routes()["echo"]({"a": 1}) == {"status": "success", "got": {"a": 1}}
 
-        with engine.adapter({"model": "m"}) as adapter:
+        with engine.lora_adapter({"model": "m"}) as adapter:
             assert adapter is None
         assert not engine.paused()
         await engine.gate.withdraw(nothing, "asleep")

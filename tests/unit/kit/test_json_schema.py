@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit import json_schema, translation
+from dynamo_worker.kit import guided_decoding, json_schema
 
 
 class Counted(dict[str, Any]):
@@ -59,7 +59,7 @@ def looks(schema: dict[str, Any], wrapped: bool) -> int:
     Counted.looks = 0
     value = counted(schema)
     guide = {"structural_tag": counted({"format": {"type": "json_schema", "json_schema": value}})} if wrapped else None
-    translation.guided_decoding(guide or {"json": value})
+    guided_decoding.read(guide or {"json": value})
     return Counted.looks
 
 
@@ -86,7 +86,7 @@ def test_a_circle_is_refused_wherever_the_schema_stands(schema: dict[str, Any], 
     for given_ in [guide, legacy] if wrapped else [schema]:
         for value in (given_, json.dumps(given_)):
             with pytest.raises(InvalidRequestError, match="leads back to itself"):
-                translation.guided_decoding({"structural_tag" if wrapped else "json": value})
+                guided_decoding.read({"structural_tag" if wrapped else "json": value})
 
 
 def nested(levels: int) -> Any:
@@ -111,9 +111,9 @@ TOO_LARGE = {
 def test_what_is_too_large_is_refused(case: str, kind: str) -> None:
     large, too_large, unit = TOO_LARGE[case]
     for form in (lambda value: value, json.dumps):
-        assert translation.guided_decoding({kind: form(large)})
+        assert guided_decoding.read({kind: form(large)})
         with pytest.raises(InvalidRequestError, match=rf"guided_decoding\.{kind}: .* {unit}.* at most"):
-            translation.guided_decoding({kind: form(too_large)})
+            guided_decoding.read({kind: form(too_large)})
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 50_000, '{"a": ' + "1" * 200_000 + "}", "[", "3", '"a"'])
@@ -121,7 +121,7 @@ def test_what_is_too_large_is_refused(case: str, kind: str) -> None:
 def test_text_that_is_no_schema_is_refused(text: str, kind: str) -> None:
     """Python's own parser gives up with an error of its own on what is nested too deep."""
     with pytest.raises(InvalidRequestError, match=rf"guided_decoding\.{kind}"):
-        translation.guided_decoding({kind: text})
+        guided_decoding.read({kind: text})
 
 
 #: Schemas whose references lead anywhere: in circles, to nothing, through properties that are called "$ref".
@@ -164,7 +164,7 @@ def leads_nowhere(schema: dict[str, Any]) -> bool:
 @settings(max_examples=300, deadline=None)
 def test_circles_are_refused_and_nothing_else_is(schema: dict[str, Any]) -> None:
     try:
-        translation.guided_decoding({"json": schema})
+        guided_decoding.read({"json": schema})
     except InvalidRequestError:
         assert leads_nowhere(schema)
     else:
@@ -276,7 +276,7 @@ def test_regular_expressions_are_short_and_have_few_optional_parts(expression: s
         {"structural_tag": {"format": {"type": "json_schema", "json_schema": {"pattern": expression}}}},
     ):
         if accepted:
-            translation.guided_decoding(guide)
+            guided_decoding.read(guide)
         else:
             with pytest.raises(InvalidRequestError, match="at most"):
-                translation.guided_decoding(guide)
+                guided_decoding.read(guide)

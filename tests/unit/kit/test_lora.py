@@ -92,7 +92,7 @@ def test_load_list_unload(world: World, tmp_path: Path) -> None:
         ("a\nb", "control characters"),
         ("a\u2028b", "control characters"),
         ("\u202ea", "control characters"),
-        (" a", "spaces around it"),
+        (" a", "surrounding spaces"),
     ],
 )
 def test_names_under_which_nothing_is_loaded(world: World, name: str, why: str) -> None:
@@ -159,9 +159,9 @@ def test_the_model_itself_and_names_that_nobody_has(world: World) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({}, "needed"),
-        ({"lora_name": "a", "source": {}}, "needed"),
-        ({"lora_name": 3, "source": {"uri": "/x"}}, "needed"),
+        ({}, "expected"),
+        ({"lora_name": "a", "source": {}}, "expected"),
+        ({"lora_name": 3, "source": {"uri": "/x"}}, "expected"),
         ({"lora_name": "a", "source": {"uri": "ROOT/nowhere"}}, "adapter_config.json"),
         ({"lora_name": "a", "source": {"uri": "/nowhere"}}, "not below a directory"),
         ({"lora_name": "a", "source": {"uri": "hf://org/model"}}, "not below a directory"),

@@ -14,31 +14,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit import translation
+from dynamo_worker.kit import canary, fields, guided_decoding, request_metadata, translation
 from dynamo_worker.kit.translation import FRONTEND, ModelTable, RequestTable
 from dynamo_worker.requests import Request
 
 TABLE = RequestTable(
     sampling={
-        "temperature": ("temp", translation.number),
-        "n": ("n", translation.answers),
-        "best_of": ("", translation.integer),
-        "repetition_penalty": ("penalty", translation.repetition_penalty),
-        "length_penalty": ("", translation.unsupported(1)),
-        "guided_decoding": ("guide", lambda _, value: translation.guided_decoding(value)),
+        "temperature": ("temp", fields.number),
+        "n": ("n", fields.answer_count),
+        "best_of": ("", fields.integer),
+        "repetition_penalty": ("penalty", fields.repetition_penalty),
+        "length_penalty": ("", fields.unsupported(1)),
+        "guided_decoding": ("guide", lambda _, value: guided_decoding.read(value)),
     },
     stop={
-        "max_tokens": ("max_tokens", translation.length),
+        "max_tokens": ("max_tokens", fields.token_count),
         "stop": FRONTEND,
-        "stop_token_ids": ("stop", translation.tokens),
-        "stop_token_ids_hidden": ("stop", translation.tokens),
-        "ignore_eos": ("ignore_eos", translation.boolean),
+        "stop_token_ids": ("stop", fields.token_ids),
+        "stop_token_ids_hidden": ("stop", fields.token_ids),
+        "ignore_eos": ("ignore_eos", fields.boolean),
     },
-    output={"logprobs": ("logprobs", translation.count), "prompt_logprobs": ("prompt", translation.count)},
+    output={"logprobs": ("logprobs", fields.logprob_count), "prompt_logprobs": ("prompt", fields.logprob_count)},
     extra={
-        "logit_bias": ("bias", translation.logit_bias),
-        "allowed_token_ids": ("allowed", translation.allowed_tokens),
-        "custom": ("custom", translation.mapping),
+        "logit_bias": ("bias", fields.logit_bias),
+        "allowed_token_ids": ("allowed", fields.allowed_token_ids),
+        "custom": ("custom", fields.mapping),
     },
     handled=frozenset({"kv_hint"}),
 )
@@ -76,25 +76,28 @@ def test_what_is_named_arrives_under_the_engines_name() -> None:
         ({"multi_modal_data": {"image": 1}}, "multi_modal_data is not supported"),
         ({"sampling_options": {"length_penalty": 2}}, "sampling_options.length_penalty = 2 is not supported"),
         ({"sampling_options": {"n": 2, "best_of": 3}}, "sampling_options.best_of = 3"),
-        ({"sampling_options": {"temperature": float("nan")}}, "temperature: a finite number"),
-        ({"sampling_options": {"temperature": True}}, "temperature: a finite number"),
-        ({"sampling_options": {"n": 1.5}}, "n: an integer"),
-        ({"sampling_options": {"n": 2**64}}, "n: a 64-bit integer"),
-        ({"sampling_options": {"n": 0}}, "n: a positive number"),
-        ({"sampling_options": {"temperature": 10**400}}, "temperature: a finite number"),
-        ({"stop_conditions": {"stop_token_ids": [1, 2**64]}}, "stop_token_ids: a 64-bit integer"),
-        ({"stop_conditions": {"stop_token_ids": [1, True]}}, "stop_token_ids: an integer"),
-        ({"stop_conditions": {"max_tokens": -1}}, "max_tokens: a number of tokens"),
-        ({"stop_conditions": {"ignore_eos": 1}}, "ignore_eos: true or false"),
-        ({"stop_conditions": {"stop_token_ids": "x"}}, "stop_token_ids: a list of tokens"),
-        ({"output_options": {"logprobs": -2}}, "logprobs: a number of tokens"),
-        ({"extra_args": {"sampling_options": {"logit_bias": {"x": 1}}}}, "logit_bias: an object"),
-        ({"extra_args": {"sampling_options": {"logit_bias": [1]}}}, "logit_bias: an object"),
-        ({"extra_args": {"sampling_options": {"logit_bias": {"1" * 21: 1}}}}, "logit_bias: an object"),
-        ({"extra_args": {"sampling_options": {"logit_bias": {"2147483648": 1}}}}, "logit_bias: an object"),
-        ({"sampling_options": {"repetition_penalty": 1e-40}}, "repetition_penalty: a number from 0.001"),
-        ({"sampling_options": [1]}, "sampling_options: an object"),
-        ({"extra_args": {"sampling_options": 3}}, "sampling_options: an object"),
+        ({"sampling_options": {"temperature": float("nan")}}, "temperature: expected a finite number"),
+        ({"sampling_options": {"temperature": True}}, "temperature: expected a finite number"),
+        ({"sampling_options": {"n": 1.5}}, "n: expected an integer"),
+        ({"sampling_options": {"n": 2**64}}, "n: expected a 64-bit integer"),
+        ({"sampling_options": {"n": 0}}, "n: expected a positive integer"),
+        ({"sampling_options": {"temperature": 10**400}}, "temperature: expected a finite number"),
+        ({"stop_conditions": {"stop_token_ids": [1, 2**64]}}, "stop_token_ids: expected a 64-bit integer"),
+        ({"stop_conditions": {"stop_token_ids": [1, True]}}, "stop_token_ids: expected an integer"),
+        ({"stop_conditions": {"max_tokens": -1}}, "max_tokens: expected a number of tokens"),
+        ({"stop_conditions": {"ignore_eos": 1}}, "ignore_eos: expected true or false"),
+        ({"stop_conditions": {"stop_token_ids": "x"}}, "stop_token_ids: expected a list of integers"),
+        ({"output_options": {"logprobs": -2}}, "logprobs: expected -1 or a number of tokens"),
+        ({"extra_args": {"sampling_options": {"logit_bias": {"x": 1}}}}, "logit_bias: expected an object"),
+        ({"extra_args": {"sampling_options": {"logit_bias": [1]}}}, "logit_bias: expected an object"),
+        ({"extra_args": {"sampling_options": {"logit_bias": {"1" * 21: 1}}}}, "logit_bias: expected an object"),
+        ({"extra_args": {"sampling_options": {"logit_bias": {"2147483648": 1}}}}, "logit_bias: expected an object"),
+        (
+            {"sampling_options": {"repetition_penalty": 1e-40}},
+            "repetition_penalty: expected a number of at least 0.001",
+        ),
+        ({"sampling_options": [1]}, "sampling_options: expected an object"),
+        ({"extra_args": {"sampling_options": 3}}, "sampling_options: expected an object"),
     ],
 )
 def test_refused_by_name(sections: dict[str, Any], named: str) -> None:
@@ -203,16 +206,16 @@ def test_values_that_ask_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("read", "good", "bad"),
     [
-        (translation.string, [("a", "a")], [1, None, ["a"]]),
-        (translation.rank, [(None, None), (0, 0), (2**32 - 1, 2**32 - 1)], ["0", -1, 2**32, [0]]),
-        (translation.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
+        (fields.string, [("a", "a")], [1, None, ["a"]]),
+        (fields.rank, [(None, None), (0, 0), (2**32 - 1, 2**32 - 1)], ["0", -1, 2**32, [0]]),
+        (fields.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
     ],
 )
 def test_readers_for_what_only_one_engine_has(read: Any, good: list[Any], bad: list[Any]) -> None:
     for value, expected in good:
         assert read("x", value) == expected
     for value in bad:
-        with pytest.raises(InvalidRequestError, match=r"x: .* is needed"):
+        with pytest.raises(InvalidRequestError, match=r"x: expected .*, got "):
             read("x", value)
 
 
@@ -257,16 +260,16 @@ GUIDES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", GUIDES)
 def test_guided_decoding(kind: str) -> None:
-    assert translation.guided_decoding({kind: GUIDES[kind], "backend": None}) == {kind: GUIDES[kind]}
+    assert guided_decoding.read({kind: GUIDES[kind], "backend": None}) == {kind: GUIDES[kind]}
 
 
 def test_guided_decoding_by_structural_tag_is_json_text() -> None:
-    assert translation.guided_decoding({"structural_tag": {"a": 1}}) == {"structural_tag": '{"a": 1}'}
+    assert guided_decoding.read({"structural_tag": {"a": 1}}) == {"structural_tag": '{"a": 1}'}
 
 
 def test_guided_decoding_of_nothing() -> None:
-    assert translation.guided_decoding(dict.fromkeys(GUIDES)) == {}
-    assert translation.guided_decoding({"whitespace_pattern": " "}) == {}
+    assert guided_decoding.read(dict.fromkeys(GUIDES)) == {}
+    assert guided_decoding.read({"whitespace_pattern": " "}) == {}
 
 
 WRONG_GUIDES: dict[str, Any] = {
@@ -295,7 +298,7 @@ WRONG_GUIDES: dict[str, Any] = {
 @pytest.mark.parametrize("case", WRONG_GUIDES)
 def test_wrong_guides(case: str) -> None:
     with pytest.raises(InvalidRequestError, match="guided_decoding"):
-        translation.guided_decoding(WRONG_GUIDES[case])
+        guided_decoding.read(WRONG_GUIDES[case])
 
 
 @pytest.mark.parametrize(
@@ -308,14 +311,14 @@ def test_wrong_guides(case: str) -> None:
     ],
 )
 def test_schemas_that_get_on(schema: dict[str, Any]) -> None:
-    assert translation.guided_decoding({"json": schema}) == {"json": schema}
+    assert guided_decoding.read({"json": schema}) == {"json": schema}
 
 
 def test_priority() -> None:
-    assert translation.priority({"routing": {"priority": 3}}) == 3
-    assert translation.priority({"routing": None}) == 0
+    assert request_metadata.priority({"routing": {"priority": 3}}) == 3
+    assert request_metadata.priority({"routing": None}) is None
     with pytest.raises(InvalidRequestError, match="priority"):
-        translation.priority({"routing": {"priority": "high"}})
+        request_metadata.priority({"routing": {"priority": "high"}})
 
 
 @pytest.mark.parametrize(
@@ -327,34 +330,71 @@ def test_priority() -> None:
     ],
 )
 def test_cache_salt(where: dict[str, Any]) -> None:
-    assert translation.cache_salt(where) == "dynamo-cache-salt:s"
-    assert translation.cache_salt({}) is None
+    assert request_metadata.cache_salt(where) == "dynamo-cache-salt:s"
+    assert request_metadata.cache_salt({}) is None
     for wrong in (3, "s" * 1025):
         with pytest.raises(InvalidRequestError, match="cache_salt"):
-            translation.cache_salt({"routing": {"cache_salt": wrong}})
+            request_metadata.cache_salt({"routing": {"cache_salt": wrong}})
+
+
+def test_data_parallel_ranks() -> None:
+    request = {"routing": {"dp_rank": 1, "prefill_dp_rank": 2}}
+    assert (request_metadata.dp_rank(request), request_metadata.prefill_dp_rank(request)) == (1, 2)
+    assert request_metadata.dp_rank({}) is None
+    for name, read in (("dp_rank", request_metadata.dp_rank), ("prefill_dp_rank", request_metadata.prefill_dp_rank)):
+        with pytest.raises(InvalidRequestError, match=rf"routing\.{name}: expected a data-parallel rank, got -1"):
+            read({"routing": {name: -1}})
+
+
+def test_kv_hints_are_bounded() -> None:
+    assert request_metadata.kv_hint({"kv_hint": {"actions": []}}) == {"actions": []}
+    assert request_metadata.kv_hint({}) is None
+    with pytest.raises(InvalidRequestError, match="kv_hint: 20000 values"):
+        request_metadata.kv_hint({"kv_hint": {"actions": [1] * 19_999}})
+
+
+def test_an_engine_states_only_where_it_differs() -> None:
+    table = RequestTable.of_engine(
+        sampling={"seed": ("random_seed", fields.integer)},
+        stop={"max_tokens": ("limit", fields.token_count)},
+        extra={"logit_bias": ("bias", fields.logit_bias)},
+        handled=("kv_hint",),
+    )
+    assert set(table.sampling) == set(translation.SAMPLING)
+    request = {
+        "kv_hint": {"a": 1},
+        "sampling_options": {"seed": 3, "top_k": 2},
+        "stop_conditions": {"max_tokens": 5},
+        "output_options": {"logprobs": 1},
+        "extra_args": {"sampling_options": {"logit_bias": {"1": 1}, "min_p": 0.5}},
+    }
+    values = {"random_seed": 3, "top_k": 2, "limit": 5, "logprobs": 1, "bias": {1: 1.0}, "min_p": 0.5}
+    assert table.read(request, {}) == values
 
 
 def test_session() -> None:
-    assert translation.session_id({"agent_context": {"session_id": " a "}}) == "a"
-    assert translation.session_id({"agent_context": {"session_id": ""}}) is None
+    assert request_metadata.session_id({"agent_context": {"session_id": " a "}}) == "a"
+    assert request_metadata.session_id({"agent_context": {"session_id": ""}}) is None
     with pytest.raises(InvalidRequestError, match="session_id: 1025 characters"):
-        translation.session_id({"agent_context": {"session_id": "a" * 1025}})
+        request_metadata.session_id({"agent_context": {"session_id": "a" * 1025}})
 
 
 def test_the_routers_adapter_comes_before_the_model() -> None:
-    assert translation.adapter_name({"model": "m", "routing": {"lora_name": "a"}}) == "a"
-    assert translation.adapter_name({"model": "m"}) == "m"
-    assert translation.adapter_name({"model": None}) is None
+    assert request_metadata.lora_name({"model": "m", "routing": {"lora_name": "a"}}) == "a"
+    assert request_metadata.lora_name({"model": "m"}) == "m"
+    assert request_metadata.lora_name({"model": None}) is None
 
 
 def test_a_canary() -> None:
     tokenizer, config = SimpleNamespace(bos_token_id=None, eos_token_id=3), SimpleNamespace(bos_token_id=[1, 2])
-    assert translation.canary(tokenizer, config)["token_ids"] == [3]
-    assert translation.canary(tokenizer, SimpleNamespace(bos_token_id=7))["token_ids"] == [7]
+    assert canary.canary_request(tokenizer, config)["token_ids"] == [3]
+    assert canary.canary_request(tokenizer, SimpleNamespace(bos_token_id=7))["token_ids"] == [7]
     both = SimpleNamespace(bos_token_id=5), SimpleNamespace(bos_token_id=7)
-    assert translation.canary(*both, prompt_tokens=2)["token_ids"] == [5, 5]
-    assert translation.canary(None, None)["token_ids"] == [0]
-    assert translation.canary(None, None)["stop_conditions"]["max_tokens"] == 1
+    assert canary.canary_request(*both, prompt_tokens=2)["token_ids"] == [5, 5]
+    assert canary.canary_request(None, None)["token_ids"] == [0]
+    assert canary.canary_request(None, None)["stop_conditions"]["max_tokens"] == 1
+    assert canary.is_canary(canary.canary_request(None, None))
+    assert not canary.is_canary({"token_ids": [0]})
 
 
 json_values = st.recursive(
@@ -388,10 +428,10 @@ def test_any_request_is_read_or_refused(body: dict[str, Any]) -> None:
     """Nothing else is ever raised."""
     try:
         TABLE.read(body, {})
-        translation.cache_salt(body)
-        translation.priority(body)
-        translation.session_id(body)
-        translation.adapter_name(body)
+        request_metadata.cache_salt(body)
+        request_metadata.priority(body)
+        request_metadata.session_id(body)
+        request_metadata.lora_name(body)
     except InvalidRequestError:
         return
 

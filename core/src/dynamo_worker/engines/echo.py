@@ -1,12 +1,11 @@
 """The echo engine: answers with the prompt's own tokens, over and over, at a chosen rate.
 
-It needs no model and no GPU, serves through the same entry point and the same hooks as every other engine, and can
-run its generation in a real process tree, so that every fault an engine can have is at hand in seconds.
+It needs no model and no GPU, but serves through the same entry point and hooks as every other engine. With
+``--process-tree`` it generates in real processes, to reproduce any fault of an engine within seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -18,33 +17,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Request, RequestContext
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
-from dynamo_worker.hookspecs import hookimpl
-from dynamo_worker.kit.translation import integer, section
-from dynamo_worker.supervisor.interpreter import module_command
+from dynamo_worker import EngineInfo, hookimpl
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError
+from dynamo_worker.kit.engine_arguments import non_negative
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
+from dynamo_worker.kit.engine_plugin import EnginePlugin
+from dynamo_worker.kit.fields import integer, section
+from dynamo_worker.kit.python_command import python_command
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import AsyncIterator, Iterable
 
     from dynamo_worker.deadline import Deadline
+    from dynamo_worker.engine import Chunk, EngineContext, Request, RequestContext
 
-#: The tokenizer and configuration that ship with the engine: one token per byte, and three special ones.
+#: Configuration and tokenizer, with one token per byte and three special tokens.
 MODEL_DIR = Path(__file__).parent / "echo_model"
-#: Stands between prompt and answer in the chat template. Everything behind it was already answered: after a
-#: migration the new worker goes on in the middle of the text.
+#: Separates prompt and answer in the chat template. The tokens behind it were already sent: after a migration the new
+#: worker continues in the middle of the text.
 ANSWER_TOKEN = 0
 EOS_TOKEN = 1
 CONTEXT_LENGTH = 131_072
 VOCAB_SIZE = 259
 KV_BLOCK_SIZE = 16
-#: Sampling options the engine cannot honour; a request that asks for one is refused, not silently altered.
+#: Sampling options that the engine refuses rather than ignores.
 _UNSUPPORTED = ("guided_decoding", "use_beam_search")
 
 
 @dataclass(frozen=True)
 class EchoRequest:
-    """What the engine is asked for.
+    """A request in the engine's own terms.
 
     :param text: the tokens to repeat.
     :param start: index of the next token in the endless repetition of ``text``.
@@ -61,9 +64,9 @@ class EchoRequest:
     def parse(cls, request: Request) -> EchoRequest:
         """Read a request.
 
-        Without ``max_tokens`` the text is repeated once; with it, until that many tokens are out.
+        Without ``max_tokens`` the text is sent once; with it, repeatedly until that many tokens are sent.
 
-        :raises InvalidRequestError: it is too long or asks for what echoing cannot do.
+        :raises InvalidRequestError: it is too long or asks for something unsupported.
         """
         tokens: list[int] = request["token_ids"]
         sampling = section(request, "sampling_options")
@@ -71,7 +74,7 @@ class EchoRequest:
             if sampling.get(name):
                 raise InvalidRequestError(f"the echo engine does not support {name}")
         if sampling.get("n") is not None and integer("sampling_options.n", sampling["n"]) > 1:
-            raise InvalidRequestError("the echo engine answers once: n must be 1")
+            raise InvalidRequestError("the echo engine makes only one answer: n must be 1")
         if len(tokens) >= CONTEXT_LENGTH:
             raise InvalidRequestError(
                 f"the prompt has {len(tokens)} tokens; the model's context length is {CONTEXT_LENGTH}"
@@ -94,7 +97,7 @@ class EchoRequest:
         return self.text[(self.start + index) % len(self.text)]
 
 
-class EchoEngine:
+class EchoEngine(EngineLifecycle):
     """Generates in the worker process itself."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -105,7 +108,7 @@ class EchoEngine:
         self._steps = 0
 
     async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
-        """Be ready after ``--start-seconds``."""
+        """Wait for ``--start-seconds``."""
         await asyncio.sleep(self._start_seconds)
         return EngineInfo(
             model_name=self._model_name,
@@ -139,17 +142,17 @@ class EchoEngine:
         yield {"token_ids": final, "index": 0, "finish_reason": echo.finish_reason}
 
     async def _prefill(self) -> None:
-        """Take ``--prefill-seconds`` before the first token, in steps that :meth:`progress` reports."""
+        """Wait for ``--prefill-seconds``, in steps that :meth:`progress` counts."""
         end = time.monotonic() + self._prefill_seconds
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.1))
             self._steps += 1
 
     async def abort(self, request_id: str) -> None:
-        """Do nothing: cancelling the task has already ended the generation."""
+        """Do nothing: cancelling the task ends the generation."""
 
     def processes(self) -> Iterable[int]:
-        """Return no pid: there is no process beside the worker."""
+        """Return no pids: the engine has no processes."""
         return ()
 
     def canary_request(self) -> Request:
@@ -160,18 +163,12 @@ class EchoEngine:
         """Return the number of prefill steps taken."""
         return self._steps
 
-    async def check_health(self) -> None:
-        """Return: an engine inside the worker lives as long as the worker."""
-
-    async def shutdown(self, deadline: Deadline) -> None:
-        """Do nothing: there is nothing to stop."""
-
 
 class EchoProcessEngine(EchoEngine):
-    """Generates in a process tree: a core process in a session of its own, a rank below it, shared memory, files.
+    """Generates in a process tree like those of the big engines (docs/design.md).
 
-    The tree is that of the big engines (see docs/design.md): the worker talks to the core over a socket, the core
-    makes its rank compute every step.
+    The worker talks to a core process over a socket. The core runs in its own session, makes its rank process compute
+    every step, and owns shared memory and files.
     """
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
@@ -186,12 +183,12 @@ class EchoProcessEngine(EchoEngine):
         self._dead: str | None = None
 
     async def start(self, worker_id: int) -> EngineInfo:
-        """Start the tree and wait until its rank runs."""
+        """Start the process tree and wait until its rank runs."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    *module_command("dynamo_worker.engines.echo_process"),
+                    *python_command("dynamo_worker.engines.echo_process"),
                     "core",
                     str(theirs.fileno()),
                     str(self._tokens_per_second),
@@ -204,16 +201,14 @@ class EchoProcessEngine(EchoEngine):
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         hello = await reader.readline()
         if not hello:
-            raise StartError(
-                f"the echo engine's core process ended during its start (exit code {self._process.wait(timeout=5)})",
-                hint="its own messages stand above this line",
-            )
+            code = self._process.wait(timeout=5)
+            raise start_error("the echo engine", f"its core process exited with code {code}")
         self._rank_pid = json.loads(hello)["rank_pid"]
         self._reader_task = asyncio.ensure_future(self._read(reader))
         return await super().start(worker_id)
 
     async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
-        """Yield what the core process sends for this request."""
+        """Yield the tokens that the core process sends for this request."""
         echo = EchoRequest.parse(request)
         if self._dead is not None or self._writer is None:
             raise EngineDeadError(self._dead or "the echo engine is not started")
@@ -240,12 +235,12 @@ class EchoProcessEngine(EchoEngine):
             self._streams.pop(request_id, None)
 
     async def abort(self, request_id: str) -> None:
-        """Tell the core to forget the request."""
+        """Tell the core to drop the request."""
         if self._dead is None:
             self._send({"abort": request_id})
 
     def processes(self) -> Iterable[int]:
-        """Return the pids of the core and of its rank."""
+        """Return the pids of the core and its rank."""
         return () if self._process is None else (self._process.pid, self._rank_pid)
 
     async def check_health(self) -> None:
@@ -254,7 +249,7 @@ class EchoProcessEngine(EchoEngine):
             raise EngineDeadError(self._dead)
 
     async def shutdown(self, deadline: Deadline) -> None:
-        """Ask the core to end (SIGTERM), kill it if it has not by the deadline, and wait for it."""
+        """Ask the core to end, and kill it at the deadline."""
         if self._reader_task is not None:
             self._reader_task.cancel()
         if self._writer is not None:
@@ -262,7 +257,7 @@ class EchoProcessEngine(EchoEngine):
         process, self._process = self._process, None
         if process is None:
             return
-        # A stopped process would never see the SIGTERM.
+        # A stopped process does not handle the SIGTERM.
         for number in (signal.SIGTERM, signal.SIGCONT):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
@@ -290,8 +285,8 @@ class EchoProcessEngine(EchoEngine):
             queue.put_nowait(None)
 
 
-class EchoPlugin:
-    """The plugin of the echo engine: the hooks, each as small as it can be."""
+class EchoPlugin(EnginePlugin):
+    """The plugin of the echo engine."""
 
     dynamo_worker_api = "1"
 
@@ -302,17 +297,17 @@ class EchoPlugin:
         group.add_argument("--model-name", default="echo", metavar="NAME", help="name clients ask for (default: echo)")
         group.add_argument(
             "--tokens-per-second",
-            type=_not_negative,
+            type=non_negative,
             default=0.0,
             metavar="RATE",
             help="tokens per second of each request; 0 is as fast as possible (default: 0)",
         )
         group.add_argument(
-            "--start-seconds", type=_not_negative, default=0.0, metavar="S", help="duration of the start (default: 0)"
+            "--start-seconds", type=non_negative, default=0.0, metavar="S", help="duration of the start (default: 0)"
         )
         group.add_argument(
             "--prefill-seconds",
-            type=_not_negative,
+            type=non_negative,
             default=0.0,
             metavar="S",
             help="time before a request's first token (default: 0)",
@@ -320,30 +315,13 @@ class EchoPlugin:
         group.add_argument(
             "--process-tree",
             action="store_true",
-            help="generate in a process tree of its own, as big engines do, instead of inside the worker",
+            help="generate in separate processes, as big engines do, instead of inside the worker",
         )
 
     @hookimpl
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> EchoEngine:
-        """Return the engine."""
+        """Return the engine that the flags choose."""
         return EchoProcessEngine(args, context) if args.process_tree else EchoEngine(args)
-
-    @hookimpl
-    async def check_health(self, engine: EchoEngine) -> None:
-        """Raise EngineDeadError if the engine is gone."""
-        await engine.check_health()
-
-    @hookimpl
-    async def cleanup(self, engine: EchoEngine, deadline: Deadline) -> None:
-        """Shut the engine down."""
-        await engine.shutdown(deadline)
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 plugin = EchoPlugin()

@@ -1,8 +1,8 @@
 """The processes of the echo engine's process tree: a core that schedules, a rank that computes.
 
-Standard library only, so that a tree stands within a tenth of a second. Like the engines it stands for, the core
-lives in a session of its own, owns a shared-memory segment (and with it a ``multiprocessing`` resource tracker) and
-keeps files in the temporary directory.
+They use the standard library only, to start within a tenth of a second. Like the core of a big engine, this one runs in
+its own session, owns a shared-memory segment (and thus a ``multiprocessing`` resource tracker), and keeps files in the
+temporary directory.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import tempfile
 import time
 from multiprocessing import shared_memory
 
-from dynamo_worker.supervisor.interpreter import module_command
+from dynamo_worker.kit.python_command import python_command
 
 #: Bytes of the segment through which core and rank count their steps.
 SEGMENT_SIZE = 4096
-#: Seconds the rank has to end once its core has closed the connection.
+#: Seconds that the rank gets to end after its core has closed the connection.
 _RANK_SECONDS = 0.5
-#: Shortest step when the rate is not limited, in seconds.
+#: Shortest step in seconds, when the rate is not limited.
 _SHORTEST_STEP = 0.001
 
 
 def run_rank(descriptor: int) -> None:
-    """Answer every step that the core asks for, until the core is gone."""
+    """Answer every step of the core until it is gone."""
     with socket.socket(fileno=descriptor) as core, contextlib.suppress(ConnectionError):
         while step := core.recv(1):
             core.sendall(step)
@@ -45,11 +45,11 @@ def run_core(descriptor: int, tokens_per_second: float, private_dir: str) -> Non
     scratch, scratch_path = tempfile.mkstemp(prefix="echo-", dir=private_dir)
     with theirs:
         rank = subprocess.Popen(
-            [*module_command("dynamo_worker.engines.echo_process"), "rank", str(theirs.fileno())],
+            [*python_command("dynamo_worker.engines.echo_process"), "rank", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
         )
     try:
-        with contextlib.suppress(ConnectionError):  # the worker is gone, or the rank, in the middle of something
+        with contextlib.suppress(ConnectionError):  # the worker or the rank is gone
             worker.sendall(json.dumps({"rank_pid": rank.pid}).encode() + b"\n")
             _schedule(worker, ours, segment, tokens_per_second)
     finally:

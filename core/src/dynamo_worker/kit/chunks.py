@@ -1,14 +1,16 @@
-"""Parts of a chunk (``LLMEngineOutput`` of Dynamo 1.6.1) that engines have to build alike."""
+"""Parts of a chunk (``LLMEngineOutput`` of Dynamo 1.6.1) that all engines build the same way."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dynamo_worker.responses import Chunk, CompletionUsage, PromptLogprob, TopLogprob
 
-#: Stands for a log-probability of minus infinity, as in vLLM's own server: JSON has no word for it.
+#: Stands for a log-probability of minus infinity, which JSON cannot express; vLLM's own server uses the same value.
 LEAST_LOGPROB: Final = -9999.0
 
 
@@ -17,13 +19,13 @@ def finite(value: float) -> float:
     return float(value) if math.isfinite(value) else LEAST_LOGPROB
 
 
-def nothing() -> Chunk:
-    """Return the only chunk of an answer to a request that asks for no token."""
+def no_tokens() -> Chunk:
+    """Return the only chunk of the answer to a request for no tokens."""
     return {"token_ids": [], "index": 0, "finish_reason": "length"}
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> CompletionUsage:
-    """Return ``completion_usage``: the numbers of tokens of a finished request."""
+    """Return ``completion_usage``: the token counts of a finished request."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -35,7 +37,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None)
 def top_logprob(token: int, logprob: float, rank: int, text: str | None) -> TopLogprob:
     """Return one alternative of ``top_logprobs``.
 
-    :param text: of the token; None where there is no tokenizer.
+    :param text: the token's text; None without a tokenizer.
     """
     return {
         "rank": rank,
@@ -44,6 +46,20 @@ def top_logprob(token: int, logprob: float, rank: int, text: str | None) -> TopL
         "logprob": finite(logprob),
         "bytes": None if text is None else list(text.encode(errors="replace")),
     }
+
+
+def token_decoder(tokenizer: Any) -> Callable[[int], str | None]:
+    """Return the function that returns the text of a token.
+
+    :param tokenizer: a Hugging Face tokenizer; without one (None) no token has a text.
+    """
+    if tokenizer is None:
+        return no_text
+    return lambda token: str(tokenizer.decode([token]))
+
+
+def no_text(_: int) -> None:
+    """Return None: the decoder of an engine without a tokenizer."""
 
 
 def prompt_logprob(logprob: float, rank: int | None, text: str | None) -> PromptLogprob:

@@ -1,4 +1,4 @@
-"""What the command lines of engines have in common: flags that are read by code that may not be there."""
+"""What the command lines of engines have in common."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ log = get_logger(__name__)
 
 
 class EarlyParser(argparse.ArgumentParser):
-    """Reads some of an engine's flags before the engine's own parser can: for the hook ``prepare``."""
+    """Reads some of an engine's flags before the engine's own parser is imported, for the hook ``prepare``."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False, exit_on_error=False)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace | None:
-        """Return the values; None if they are wrong, which the engine's own parser will say."""
+        """Return the values, or None if they are wrong; the engine's own parser reports that later."""
         try:
             return self.parse_known_args(arguments)[0]
         except (argparse.ArgumentError, SystemExit):
@@ -35,12 +35,12 @@ class EarlyParser(argparse.ArgumentParser):
 def refuse_without_effect(
     args: argparse.Namespace, add_flags: Callable[[argparse.ArgumentParser], object], names: Iterable[str], why: str
 ) -> None:
-    """Refuse flags that an engine's parser accepts and nobody reads in a worker: who sets one relies on it.
+    """Refuse flags that the engine's parser accepts but nothing in a worker reads.
 
-    :param add_flags: adds the engine's flags to a parser; their defaults are what nobody has set.
-    :param names: of the flags' values. Those that this version of the engine does not have, do not count.
+    :param add_flags: adds the engine's flags, with their defaults, to a parser.
+    :param names: the flags' names in ``args``; those that this version of the engine lacks are ignored.
     :param why: completes "--flag has no effect in a worker: ".
-    :raises StartError: naming the flags that are set.
+    :raises StartError: some are set; the message names them.
     """
     defaults = argparse.ArgumentParser(add_help=False)
     add_flags(defaults)
@@ -58,7 +58,7 @@ def import_engine(module: str, *, name: str, install: str) -> Any:
     :param module: such as ``vllm.engine.arg_utils``.
     :param name: the engine's name in messages.
     :param install: the command that installs it.
-    :raises StartError: the package, or one that it needs, is not installed, or the installation is broken.
+    :raises StartError: the package or one of its dependencies is missing or broken.
     """
     try:
         return importlib.import_module(module)
@@ -69,30 +69,40 @@ def import_engine(module: str, *, name: str, install: str) -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         package = module.partition(".")[0]
         raise StartError(
-            f"{name} cannot be imported: {error}", hint=f"`python -c 'import {package}'` shows the whole error"
+            f"{name} cannot be imported: {error}", hint=f"run `python -c 'import {package}'` for the full traceback"
         ) from error
 
 
 def add_publish_kv_events(group: argparse._ArgumentGroup) -> None:
-    """Add ``--publish-kv-events`` to an engine that has ``--kv-events-config`` of its own."""
+    """Add ``--publish-kv-events``, for an engine that also has its own ``--kv-events-config``."""
     group.add_argument(
         "--publish-kv-events",
         action="store_true",
-        help="tell routers which prefixes the KV cache holds, over a port of its own; --kv-events-config does too",
+        help="tell routers which prefixes the KV cache holds, over a separate port; --kv-events-config does so as well",
     )
 
 
 def drop_unread_events(args: argparse.Namespace, context: EngineContext) -> None:
-    """Take ``--publish-kv-events`` back where no router would read them: they tell of the tokens of prompts."""
+    """Reset ``--publish-kv-events`` if no router would read the events, which reveal the tokens of prompts."""
     if args.publish_kv_events and not context.events_wanted:
         log.warning("KV events are not published: the router of --frontend does not read them", next="--router-mode kv")
         args.publish_kv_events = False
 
 
-def kv_events_socket(private_dir: Path) -> str:
-    """Return the ZMQ address for the KV events of an engine on this machine: a socket file for each rank.
+def kv_events_config(private_dir: Path) -> dict[str, str]:
+    """Return the KV-events configuration of an engine on this machine: each rank publishes on a socket file.
 
-    Engines number the addresses of their ranks. Of a file they refuse to (vLLM 0.31, SGLang 0.5.21), unless its name
-    says ``inproc``: then they append the number. A port would be open to every user of this machine.
+    A port would be open to every user of this machine. Engines derive each rank's address from this one, but refuse to
+    do so for a file (vLLM 0.31, SGLang 0.5.21) unless its name contains ``inproc``; then they append the rank.
+
+    :param private_dir: directory of the sockets.
     """
-    return f"ipc://{private_dir}/kv-events-inproc"
+    return {"publisher": "zmq", "endpoint": f"ipc://{private_dir}/kv-events-inproc", "topic": ""}
+
+
+def non_negative(text: str) -> float:
+    """Read a number of at least 0, as the ``type`` of a flag."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value

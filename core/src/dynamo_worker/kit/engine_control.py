@@ -1,7 +1,7 @@
-"""Control of an engine while it serves: what its operations have in common, and how it leaves discovery for a while.
+"""Operations on an engine while it serves, and how it leaves discovery for a while.
 
-Each operation is a control route ``/engine/NAME`` of the worker's status server; those that Dynamo's own tools know are
-served as endpoints too.
+Each operation is a control route ``/engine/NAME`` of the worker's status server. Those that Dynamo's own tools call are
+endpoints as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.errors import for_client
-from dynamo_worker.kit import translation
+from dynamo_worker.kit import request_metadata
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ _T = TypeVar("_T")
 
 
 def routes(operations: Mapping[str, Operation]) -> dict[str, Operation]:
-    """Return the operations as control routes: errors become answers, ``status`` says which."""
+    """Return the operations as control routes, which answer errors with ``status: error`` and a message."""
     return {name: _answering(name, operation) for name, operation in operations.items()}
 
 
 def endpoint(name: str, operation: Operation) -> EndpointSpec:
-    """Return the endpoint through which Dynamo's own tools reach an operation."""
+    """Return the endpoint through which Dynamo's own tools call an operation."""
     answer = _answering(name, operation)
 
     async def generate(request: Any, context: Any) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG001
@@ -44,7 +44,7 @@ def endpoint(name: str, operation: Operation) -> EndpointSpec:
 def _answering(name: str, operation: Operation) -> Operation:
     async def answer(body: Any) -> dict[str, Any]:
         if body is not None and not isinstance(body, dict):
-            return {"status": "error", "message": "the body must be a JSON object"}
+            return {"status": "error", "message": "expected a JSON object as the body"}
         try:
             return {"status": "success", **await operation(body or {})}
         except Exception as error:
@@ -54,12 +54,32 @@ def _answering(name: str, operation: Operation) -> Operation:
     return answer
 
 
+def profile_routes(
+    start: Callable[[dict[str, Any]], Awaitable[object]], stop: Callable[[], Awaitable[object]]
+) -> dict[str, Operation]:
+    """Return the control routes of a profiler.
+
+    :param start: starts it as the body of ``start_profile`` says.
+    :param stop: stops it and writes the profile.
+    """
+
+    async def start_profile(body: dict[str, Any]) -> dict[str, Any]:
+        await start(body)
+        return {"message": "profiling"}
+
+    async def stop_profile(_: dict[str, Any]) -> dict[str, Any]:
+        await stop()
+        return {"message": "stopped profiling"}
+
+    return {"start_profile": start_profile, "stop_profile": stop_profile}
+
+
 class DiscoveryGate:
-    """Whether routers may send requests: an engine that cannot serve for a while is withdrawn from discovery.
+    """Keeps an engine out of discovery while it cannot serve.
 
-    It is withdrawn for a reason, which has a name. It can have several at once, and rejoins when none is left.
+    Every withdrawal has named reasons. The engine rejoins discovery when none is left.
 
-    :ivar withdrawn: whether it has left discovery, or is about to; until it is back.
+    :ivar withdrawn: True from just before the engine leaves discovery until it has rejoined.
     """
 
     def __init__(self, discovery: Discovery) -> None:
@@ -74,9 +94,11 @@ class DiscoveryGate:
         return self._reasons
 
     async def withdraw(self, pause: Callable[[], Awaitable[object]], *reasons: str) -> bool:
-        """Leave discovery for these reasons, then ``pause()`` the engine; return False if it has them all already.
+        """Leave discovery for these reasons, then ``pause()`` the engine.
 
-        If ``pause`` fails, none of the new reasons counts. Meanwhile :attr:`reasons` are the old ones.
+        :attr:`reasons` changes only after ``pause`` has succeeded; if it fails, the engine rejoins.
+
+        :returns: False if all the reasons hold already; then nothing happens.
         """
         async with self._lock:
             if self._reasons.issuperset(reasons):
@@ -93,10 +115,9 @@ class DiscoveryGate:
             return True
 
     async def rejoin(self, resume: Callable[[], Awaitable[bool]], *reasons: str) -> bool:
-        """Let ``resume()`` bring the engine back, and drop these reasons if it returns True.
+        """``resume()`` the engine, drop these reasons if that returns True, and rejoin discovery if none is left.
 
-        Without any reason left the engine rejoins discovery. ``resume`` is not called if none of these reasons holds;
-        while it runs, :attr:`reasons` are the old ones.
+        ``resume`` is not called if none of the reasons holds; :attr:`reasons` changes only after it has succeeded.
 
         :returns: whether the engine serves now.
         """
@@ -109,7 +130,7 @@ class DiscoveryGate:
             return not self._reasons
 
     async def withdrawn_for(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Stay out of discovery while ``work()`` runs, and return what it returns; nothing else changes meanwhile."""
+        """Stay out of discovery while ``work()`` runs, and return its result; other changes wait."""
         async with self._lock:
             if self._reasons:
                 return await work()
@@ -129,10 +150,11 @@ class DiscoveryGate:
 
 
 class EngineControl:
-    """All operations of one engine: its own, and those on its LoRA adapters.
+    """The operations of one engine: its own, and those on its LoRA adapters.
 
-    :ivar lora: the LoRA adapters; None if there can be none.
-    :ivar gate: how the engine leaves discovery and rejoins it.
+    :ivar lora: the LoRA adapters; None if the engine serves none.
+    :ivar gate: through which the engine leaves discovery and rejoins it.
+    :ivar allowed_paths: what operations may read and write.
     """
 
     def __init__(
@@ -142,41 +164,42 @@ class EngineControl:
         endpoints: Mapping[str, Operation],
         lora: LoraAdapters | None = None,
     ) -> None:
-        """Remember the engine's own operations.
+        """Take the engine's own operations.
 
-        :param routes: those that are control routes, by name.
-        :param endpoints: those that Dynamo's own tools reach as endpoints, by the names that they use.
+        :param routes: the control routes, by name.
+        :param endpoints: the endpoints for Dynamo's own tools, by the tools' names.
         """
         self._routes = routes
         self._endpoints = endpoints
         self.lora = lora
         self.gate = DiscoveryGate(context.discovery)
+        self.allowed_paths = context.allowed_paths
 
     @contextlib.contextmanager
-    def adapter(self, request: Mapping[str, Any]) -> Iterator[LoraAdapter | None]:
-        """Keep the LoRA adapter that a request is for loaded until the block ends; None is the model itself.
+    def lora_adapter(self, request: Mapping[str, Any]) -> Iterator[LoraAdapter | None]:
+        """Keep the LoRA adapter of a request loaded until the ``with`` block ends; None stands for the model itself.
 
-        :raises InvalidRequestError: there is neither a model nor an adapter of this name.
+        :raises InvalidRequestError: no model or adapter has the name that the request asks for.
         """
         if self.lora is None:
             yield None
             return
-        adapter = self.lora.begin(translation.adapter_name(request))
+        adapter = self.lora.begin(request_metadata.lora_name(request))
         try:
             yield adapter
         finally:
             self.lora.end(adapter)
 
     def paused(self) -> bool:
-        """Return whether the engine does not serve on purpose."""
+        """Return whether an operation has taken the engine out of service."""
         return self.gate.withdrawn
 
     def routes(self) -> Mapping[str, Operation]:
-        """Return all operations by name."""
+        """Return all control routes by name."""
         return routes({**self._routes, **self._lora_operations()})
 
     def endpoints(self) -> list[EndpointSpec]:
-        """Return the operations that Dynamo's own tools reach as endpoints."""
+        """Return the endpoints for Dynamo's own tools."""
         operations = {**self._endpoints, **self._lora_operations()}
         return [endpoint(name, operation) for name, operation in operations.items()]
 

@@ -1,59 +1,94 @@
-"""The hooks of an engine whose object does the work itself: a plugin derives from :class:`EnginePlugin`.
+"""The hooks of an engine's plugin: a plugin derives from :class:`EnginePlugin` and names its modules.
 
-Like every module of a plugin that is imported with the list of engines, this one is cheap to import.
+``dynamo-worker engines`` and ``--help`` import the module of every plugin, so neither this module nor a plugin's own
+imports an engine. Each hook imports what it needs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import pkgutil
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamo_worker.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from dynamo_worker.deadline import Deadline
-
-
-class HasLifecycle(Protocol):
-    """What the engine's own object has beside :class:`~dynamo_worker.engine.Engine`; see the hooks for each."""
-
-    async def on_ready(self) -> None:
-        """Tell whoever waits for the engine, other nodes for one, that the worker is ready."""
-
-    async def check_health(self) -> None:
-        """Return if the engine is well; raise ``EngineDeadError`` if it is beyond repair."""
-
-    async def drain(self, deadline: Deadline) -> None:
-        """Finish or move work that requests in flight do not show."""
-
-    async def shutdown(self, deadline: Deadline) -> None:
-        """End the engine; does nothing when called again."""
+    from dynamo_worker.engine import Engine, EngineContext
+    from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
 
 
 class EnginePlugin:
-    """The hooks that only pass on to the engine; ``add_arguments`` and ``create_engine`` are the plugin's own.
+    """The hooks of an engine that derives from :class:`~dynamo_worker.kit.engine_lifecycle.EngineLifecycle`.
 
-    Sets no ``dynamo_worker_api``: only the plugin's author knows which version it was written for.
+    The attributes name functions and classes as ``package.module:name``. A plugin may implement any hook itself
+    instead; a small engine's usually has ``add_arguments`` right here.
+
+    ``dynamo_worker_api`` is not set: only the author knows which version of the hooks a plugin was written for.
     """
 
+    #: The engine's class, called with ``args`` and ``context``.
+    engine: ClassVar[str]
+    #: The class of a node of the engine that serves no requests; see :meth:`is_headless`.
+    headless_engine: ClassVar[str] = ""
+    #: ``add(parser)`` adds the engine's flags.
+    arguments: ClassVar[str] = ""
+    #: ``preload(arguments)`` starts what can be started before the command line is read.
+    preload: ClassVar[str] = ""
+
+    def is_headless(self, args: argparse.Namespace) -> bool:  # noqa: ARG002 - for engines that have such nodes
+        """Return whether this node belongs to an engine that serves its requests elsewhere."""
+        return False
+
     @hookimpl
-    async def on_ready(self, engine: HasLifecycle) -> None:
-        """End the processes that were preloaded and not needed; let the engine tell whoever waits for it."""
-        from dynamo_worker.kit import preload  # only now: the list of engines imports this module
+    def prepare(self, arguments: Sequence[str]) -> None:
+        """Start what can be started before the command line is read."""
+        if self.preload:
+            _load(self.preload)(arguments)
+
+    @hookimpl
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the engine's flags."""
+        if self.arguments:
+            _load(self.arguments)(parser)
+
+    @hookimpl
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> Engine:
+        """Return the engine, or this node's part of it; its ``start`` starts it."""
+        engine: Engine = _load(self.headless_engine if self.is_headless(args) else self.engine)(args, context)
+        return engine
+
+    @hookimpl
+    async def on_ready(self, engine: EngineLifecycle) -> None:
+        """End the preloaded processes that were not needed, and pass the hook on."""
+        from dynamo_worker.kit import preload
 
         preload.dismiss()
         await engine.on_ready()
 
     @hookimpl
-    async def check_health(self, engine: HasLifecycle) -> None:
-        """Let the engine say how it is."""
+    async def check_health(self, engine: EngineLifecycle) -> None:
+        """Pass the hook on."""
         await engine.check_health()
 
     @hookimpl
-    async def drain(self, engine: HasLifecycle, deadline: Deadline) -> None:
-        """Let the engine finish what requests in flight do not show."""
+    async def drain(self, engine: EngineLifecycle, deadline: Deadline) -> None:
+        """Pass the hook on."""
         await engine.drain(deadline)
 
     @hookimpl
-    async def cleanup(self, engine: HasLifecycle, deadline: Deadline) -> None:
-        """Let the engine end its processes."""
+    def on_fatal_error(self, engine: EngineLifecycle | None) -> None:
+        """Mark the engine as failed, if there is one."""
+        if engine is not None:
+            engine.mark_failed()
+
+    @hookimpl
+    async def cleanup(self, engine: EngineLifecycle, deadline: Deadline) -> None:
+        """Shut the engine down."""
         await engine.shutdown(deadline)
+
+
+def _load(path: str) -> Any:
+    return pkgutil.resolve_name(path)

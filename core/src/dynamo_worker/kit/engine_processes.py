@@ -1,4 +1,4 @@
-"""The processes that an engine has started below the worker: which there are, and how they end."""
+"""The processes that an engine has started below the worker: finding them and ending them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,42 @@ if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.supervisor.linux import Process
 
-#: How ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start processes. Engines' processes look like this
-#: before they name themselves.
+#: In the command lines of what ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start; an engine's processes
+#: look like this until they set their own title.
 _SPAWNED = (b"multiprocessing.spawn", b"dynamo_worker.kit.preload")
-#: Seconds that leaders have to end once those below them are dead: they still unlink what they share.
+#: Seconds that leaders get once the processes below them are dead: they still unlink shared memory.
 _LEADERS_SECONDS = 0.3
 _POLL_SECONDS = 0.01
 
 
 def named(title: bytes) -> list[int]:
-    """Return the processes below this one whose command line begins with ``title``: those that named themselves.
+    """Return the pids of the processes below this one whose command line begins with ``title``.
 
-    Helpers that come and go have no such name: resource trackers, compilers.
+    Short-lived helpers such as resource trackers and compilers have no such title.
     """
     return [process.pid for process in process_tree.descendants(os.getpid()) if _command(process).startswith(title)]
 
 
-class EngineProcesses:
-    """Everything below this process that an engine has started, as it is now.
+async def end(title: bytes, number: signal.Signals, patience: float, deadline: Deadline) -> None:
+    """Signal an engine's leading processes, wait, and kill what is left.
 
-    Left out are the trackers of shared memory: they remove it once everybody else is gone, and end by themselves.
+    :param title: how the command lines of the engine's processes begin.
+    :param patience: seconds until the first are killed.
+    """
+    tree = EngineProcesses(title)
+    tree.signal_leaders(number)
+    await tree.end(patience, deadline)
+
+
+class EngineProcesses:
+    """A snapshot of the processes that an engine has started below this one.
+
+    Leaders are children of this process. The trackers of shared memory are left out: they remove it once all others
+    are gone, and then end by themselves.
     """
 
     def __init__(self, title: bytes) -> None:
-        """Look at the processes there are.
+        """Take the snapshot.
 
         :param title: how the command lines of the engine's processes begin.
         """
@@ -56,19 +68,19 @@ class EngineProcesses:
                     self._below.append(process)
 
     def signal_leaders(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Make those that this process has started end; they end the others, or the kernel does."""
+        """Signal the leaders; they, or the kernel, end the processes below them."""
         for process in self._leaders:
             linux.send_signal(process, number)
 
     async def end(self, patience: float, deadline: Deadline) -> None:
-        """Wait until all have ended; kill those that have not in time.
+        """Wait until all have ended, and kill those that do not end in time.
 
-        First those below are killed: their leaders wait for nothing else, and still remove what they share.
+        Those below are killed first: their leaders then stop waiting for them and remove the shared memory.
 
-        :param patience: seconds they have to end by themselves.
+        :param patience: seconds they get to end by themselves.
         """
         for process in self._leaders + self._below:
-            linux.send_signal(process, signal.SIGCONT)  # a stopped process hears nothing else
+            linux.send_signal(process, signal.SIGCONT)  # a stopped process handles no other signal
         await self._gone(deadline.within(patience))
         for processes in (self._below, self._leaders + self._below):
             for process in processes:

@@ -1,46 +1,63 @@
-"""A node's part of an engine that is spread over several: supervised like any engine, but without endpoints."""
+"""A node of a multi-node engine that serves no requests itself: supervised processes without endpoints."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import signal
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
+from dynamo_worker.engine import EngineInfo
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.kit import engine_processes
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import AsyncIterator, Iterable
 
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.engine import Chunk, Request, RequestContext
+    from dynamo_worker.engine import Chunk, EngineContext, Request, RequestContext
 
 
-class HeadlessNode:
-    """What such a part does not do. Its ``start`` and ``shutdown`` are the engine's.
+class HeadlessNode(EngineLifecycle, ABC):
+    """The node's part of the engine; a subclass only launches the processes."""
 
-    :ivar TITLE: how the command lines of the engine's processes begin.
-    """
+    #: How the command lines of the engine's processes begin.
+    TITLE: ClassVar[bytes]
+    #: The signal that asks the processes to end.
+    END_SIGNAL: ClassVar[signal.Signals] = signal.SIGTERM
+    #: Seconds they get until they are killed.
+    END_SECONDS: ClassVar[float] = 1.0
 
-    TITLE: bytes
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
+        self.args = args
+        self.context = context
+
+    @abstractmethod
+    async def launch(self) -> str:
+        """Start the processes of this node, wait until they are ready, and return the model's name.
+
+        :raises StartError: they fail to start.
+        """
+
+    async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
+        """Launch the processes. The leader, not this node, registers the model."""
+        return EngineInfo(model_name=await self.launch(), model_path=None)
 
     def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:  # noqa: ARG002
-        """Refuse: requests go to the leader."""
-        raise InvalidRequestError("this node serves no requests, the engine's first node does")
+        """Refuse the request.
+
+        :raises InvalidRequestError: always.
+        """
+        raise InvalidRequestError("this node serves no requests; send them to the engine's leader node")
 
     async def abort(self, request_id: str) -> None:
         """Do nothing: there are no requests."""
 
     def processes(self) -> Iterable[int]:
-        """Return the pids of all of the engine's processes here."""
+        """Return the pids of the engine's processes on this node."""
         return engine_processes.named(self.TITLE)
 
-    async def on_ready(self) -> None:
-        """Do nothing: nobody waits for this node."""
-
-    async def check_health(self) -> None:
-        """Do nothing: the end of a process is seen at once, and requests are the leader's business."""
-
-    def condemn(self) -> None:
-        """Do nothing: the processes are ended the same way."""
-
-    async def drain(self, deadline: Deadline) -> None:
-        """Do nothing: the leader drains."""
+    async def shutdown(self, deadline: Deadline) -> None:
+        """Ask the processes to end, wait, and kill the rest."""
+        await engine_processes.end(self.TITLE, self.END_SIGNAL, self.END_SECONDS, deadline)

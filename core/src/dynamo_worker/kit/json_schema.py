@@ -1,8 +1,8 @@
 """Checks of JSON that engines and their grammar compilers lack: its size, and where references and patterns lead.
 
-The compilers recurse on the stack of the process, which a long way through a schema or a pattern ends with SIGSEGV.
+The compilers recurse on the stack of the process: a long path through a schema or a pattern ends it with SIGSEGV.
 
-Everything here runs on the event loop and takes time in proportion to what it looks at, which is bounded.
+All checks run on the event loop and take time linear in their input, whose size is bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.kit import request_limits as limits
 
-#: Under these keys a structural tag has schemas.
+#: The keys of a structural tag that hold schemas.
 _SCHEMA_KEYS: Final = frozenset({"schema", "json_schema"})
 #: What makes a part of a regular expression optional or repeats it. Before it what holds the same characters: escapes,
 #: sets (one without an end takes all, or each of many would be looked for again) and groups without a number.
@@ -23,35 +23,35 @@ _QUANTIFIER: Final = re.compile(r"\\.|\[(?:\\.|[^]\\])*\]?|\(\?|([?*+{]|\|(?=[|)
 
 
 def check_schema(name: str, schema: str | Mapping[str, Any]) -> None:
-    """Refuse a JSON schema that is too large, or in which a reference leads to itself through nothing but references.
+    """Refuse a JSON schema that is too large, or in which a chain of references leads back to itself.
 
-    No text satisfies one that does, and grammar compilers run in circles.
+    No text satisfies such a schema, and grammar compilers loop forever.
 
-    :param name: of the field, for the message.
-    :raises InvalidRequestError: it is, there is such a reference, or the schema is no JSON object.
+    :param name: the field's name, for the message.
+    :raises InvalidRequestError: the schema is too large or circular, or not a JSON object.
     """
     parsed = _parsed(name, schema)
     _check_references(name, _walk(name, parsed, parsed))
 
 
 def check_structural_tag(name: str, tag: str | Mapping[str, Any]) -> None:
-    """Do the same for a structural tag and the schemas in it."""
+    """Check a structural tag and the schemas in it like :func:`check_schema`."""
     _check_references(name, _walk(name, _parsed(name, tag)))
 
 
 def check_regex(name: str, expression: str) -> None:
-    """Refuse a regular expression that is too long, or has so many optional parts that each token takes long.
+    """Refuse a regular expression that is too long, or whose optional parts would slow down every token.
 
-    :raises InvalidRequestError: it is, or has.
+    :raises InvalidRequestError: it is too long or has too many optional parts.
     """
     limits.REGEX_CHARACTERS.check(name, len(expression))
     limits.REGEX_QUANTIFIERS.check(name, sum(1 for match in _QUANTIFIER.finditer(expression) if match[1]))
 
 
 def check_size(name: str, value: object) -> None:
-    """Refuse JSON that is too large, has too many parts or too many levels.
+    """Refuse JSON with too many characters, values or levels.
 
-    :raises InvalidRequestError: it is, or does.
+    :raises InvalidRequestError: it is too large.
     """
     _walk(name, value)
 
@@ -67,7 +67,7 @@ def _parsed(name: str, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
     except ValueError as error:
         raise InvalidRequestError(f"{name} is not JSON: {error}") from error
     if not isinstance(parsed, Mapping):
-        raise InvalidRequestError(f"{name}: an object is needed")
+        raise InvalidRequestError(f"{name}: expected an object, got JSON of another type")
     return parsed
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters that are loaded and unloaded while the worker serves, each registered as a model of its own."""
+"""LoRA adapters: loaded and unloaded while the worker serves, each registered as its own model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynamo.llm import LoRADownloader, lora_name_to_id
 
 from dynamo_worker.errors import InvalidRequestError, shown
 from dynamo_worker.kit import request_limits as limits
-from dynamo_worker.kit.translation import section
+from dynamo_worker.kit.fields import section
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds between two looks at whether an adapter is still in use.
+#: Seconds between two checks whether an adapter is still in use.
 _POLL_SECONDS = 0.05
 
 
 @dataclass
 class LoraAdapter:
-    """A LoRA adapter that is served.
+    """A loaded LoRA adapter.
 
-    :ivar name: under which clients ask for it.
-    :ivar number: its id in Dynamo, made from the name.
+    :ivar name: the model name that clients use.
+    :ivar number: its id in Dynamo, derived from the name.
     :ivar path: directory of its weights.
-    :ivar in_use: requests that run with it.
+    :ivar in_use: number of requests that use it.
     """
 
     name: str
@@ -43,13 +43,13 @@ class LoraAdapter:
 
 
 class LoraLoader(Protocol):
-    """The engine's side of it."""
+    """How an engine loads and unloads adapters."""
 
     async def load(self, adapter: LoraAdapter) -> None:
-        """Make the engine able to serve an adapter; raises whatever is wrong with it."""
+        """Load the weights; raise whatever is wrong with them."""
 
     async def unload(self, adapter: LoraAdapter) -> None:
-        """Free what an adapter holds; it is no longer in use."""
+        """Free the weights of an adapter that is no longer in use."""
 
 
 class LoraAdapters:
@@ -62,12 +62,12 @@ class LoraAdapters:
         model_names: Collection[str] = (),
         loaded: Mapping[str, str] | None = None,
     ) -> None:
-        """Start with those that the engine has loaded by itself.
+        """Start with the adapters that the engine has loaded itself.
 
-        :param context: says from where requests may load others, and registers them.
-        :param model_names: the names of the model itself: its path, and those under which clients ask for it. Without
-            any, a name that is no adapter's is taken to be the model's.
-        :param loaded: the names of adapters, and the directories of their weights.
+        :param context: limits where adapters may be loaded from, and registers them.
+        :param model_names: the names of the model itself: its path and those that clients use. Without any, every
+            unknown name is taken for the model's.
+        :param loaded: directories of the loaded adapters' weights, by name.
         """
         self._loader = loader
         self._context = context
@@ -84,9 +84,9 @@ class LoraAdapters:
         return {"load_lora": self.load, "unload_lora": self.unload, "list_loras": self.list}
 
     def begin(self, name: str | None) -> LoraAdapter | None:
-        """Return the adapter for a request, None for the model itself; it stays loaded until :meth:`end`.
+        """Return the adapter for a request, which stays loaded until :meth:`end`; None stands for the model itself.
 
-        :raises InvalidRequestError: there is neither a model nor an adapter of this name.
+        :raises InvalidRequestError: no model or adapter has this name.
         """
         adapter = None if name is None else self._loaded.get(name)
         if adapter is not None:
@@ -97,15 +97,15 @@ class LoraAdapters:
 
     @staticmethod
     def end(adapter: LoraAdapter | None) -> None:
-        """Take note that a request has ended."""
+        """Release the adapter of a request that has ended."""
         if adapter is not None:
             adapter.in_use -= 1
 
     async def load(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Load ``lora_name`` from ``source.uri`` and register it as a model of its own."""
+        """Load ``lora_name`` from ``source.uri`` and register it as its own model."""
         name, uri = body.get("lora_name"), section(body, "source").get("uri")
         if not isinstance(name, str) or not name or not isinstance(uri, str) or not uri:
-            raise InvalidRequestError('needed: {"lora_name": NAME, "source": {"uri": "file:///…" or "s3://…"}}')
+            raise InvalidRequestError('expected {"lora_name": NAME, "source": {"uri": "file:///…" or "s3://…"}}')
         limits.ADDRESS_CHARACTERS.check("source.uri", len(uri))
         self._check_name(name)
         async with self._lock:
@@ -132,23 +132,23 @@ class LoraAdapters:
         return _answer(adapter, "loaded")
 
     def _check_name(self, name: str) -> None:
-        """Refuse a name under which an adapter cannot be a model of its own.
+        """Refuse a name that cannot be a model's.
 
-        :raises InvalidRequestError: it is one.
+        :raises InvalidRequestError: it is too long, not printable, or taken.
         """
         limits.NAME_CHARACTERS.check("lora_name", len(name))
         if not name.isprintable() or name != name.strip():
-            raise InvalidRequestError(f"lora_name: {shown(name)} has control characters, or spaces around it")
+            raise InvalidRequestError(f"lora_name: {shown(name)} has control characters or surrounding spaces")
         if name in self._model_names:
             raise InvalidRequestError(f"lora_name: {shown(name)} is the name of the model itself; choose another name")
 
     async def _fetch(self, uri: str) -> str:
-        """Return the directory of an adapter, downloaded if need be."""
+        """Return the directory of an adapter, downloaded if necessary."""
         allowed = await asyncio.to_thread(self._context.allowed_paths.to_load, uri)
         if urlsplit(allowed).scheme:
             return str(await LoRADownloader().download_if_needed(allowed))
         if not await asyncio.to_thread((Path(allowed) / "adapter_config.json").is_file):
-            raise InvalidRequestError(f"{allowed} is no LoRA adapter: it has no adapter_config.json")
+            raise InvalidRequestError(f"{allowed} is not a LoRA adapter: adapter_config.json is missing")
         return allowed
 
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:

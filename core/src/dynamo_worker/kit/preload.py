@@ -1,15 +1,13 @@
-"""Processes that stand by: children of ``multiprocessing`` that have done their imports before they are needed.
+"""Preloaded processes: children of ``multiprocessing`` that import libraries before the engine spawns them.
 
-An engine starts its processes one after the other, and each spends its first seconds with the same imports: an
-interpreter that ``multiprocessing`` has spawned begins with nothing. Here the interpreters are started at once, import
-in parallel, and wait; when the engine spawns a process, one of them becomes it. It is a child of the same parent, gets
-the same file descriptors and environment, and runs the same code.
+An engine starts its processes one after the other, and each spends its first seconds on the same imports. Here the
+interpreters start at once, import in parallel, and wait. When the engine spawns a process, a waiting interpreter
+becomes it: a child of the same parent with the same file descriptors and environment, running the same code.
 
-Whenever becoming it could make a difference, the waiting interpreter executes (``execve``) what would have been
-spawned instead: the same process as without all this, only later. That is so if a variable of the environment has
-changed that imported libraries may have read, if a resource limit has, if another program is to be executed (one that
-binds memory first, for example), or if a descriptor is in the way. And where none waits, ``multiprocessing`` spawns as
-ever.
+If taking over could make a difference, the interpreter executes (``execve``) the spawned command instead, which gives
+the same process as without preloading, only later. That is the case if a variable that imported libraries may have read
+or a resource limit has changed, if another program is to be executed (one that binds memory first, for example), or if
+a descriptor is in use. If no interpreter is waiting, ``multiprocessing`` spawns as usual.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: How the command line of a process that stands by can be told.
+#: Identifies a preloaded process by its command line.
 MARK: Final = "dynamo_worker.kit.preload"
-#: Variables that change while a worker starts and that no engine reads: the worker's own, and the runtime's.
+#: Variables of the worker and the runtime that change during the start and that no engine reads.
 _OWN: Final = frozenset(
     {
         *("DYNAMO_WORKER_CONTROL_FD", "DYN_LOG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "DYN_FILE_KV"),
@@ -50,9 +48,9 @@ _OWN: Final = frozenset(
         "DYN_EVENT_PLANE_HOST",
     }
 )
-#: Seconds after which a process that nobody needed ends.
+#: Seconds after which an unused process exits.
 _PATIENCE = 120.0
-#: Descriptors of ours are above this number: those that a process is given are mostly below, and keep their numbers.
+#: Our descriptors are moved above this number, so those that a process is given can keep theirs.
 _HIGH = 200
 _LIMITS: Final = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 _spawnv = getattr(util, "spawnv_passfds", None)
@@ -60,10 +58,10 @@ _spawnv = getattr(util, "spawnv_passfds", None)
 
 @dataclass(frozen=True)
 class Level:
-    """What one generation of processes will need.
+    """One generation of processes.
 
-    :param modules: what they import; one that cannot be imported is left to the process itself.
-    :param count: how many processes.
+    :param modules: what they import; failures are ignored, because the process itself will report them.
+    :param count: number of processes.
     """
 
     modules: Sequence[str]
@@ -87,12 +85,13 @@ def prepare(
     readers: Mapping[str, str] = MappingProxyType({}),
     expected: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Start processes for what ``multiprocessing`` spawns from now on.
+    """Preload the processes that ``multiprocessing`` will spawn.
 
-    :param levels: of the processes that this one spawns, of those that they spawn, and so on.
-    :param harmless: variables of the environment that may change until then, because nothing reads them on import.
-    :param readers: variables that only one module reads on import, and which: they may change until it is imported.
-    :param expected: variables that will be set by then, unless they are now, and to what; imports find them so.
+    :param levels: the processes that this one spawns, those that they spawn, and so on.
+    :param harmless: environment variables that may change until then, because nothing reads them on import.
+    :param readers: variables that only one module reads on import, with that module: they may change until it is
+        imported.
+    :param expected: variables that the engine will set unless they are set, with their values; imports see them.
     """
     if not levels or _spawnv is None:
         return
@@ -104,27 +103,27 @@ def prepare(
         with theirs:
             task = json.dumps([[asdict(level) for level in levels], sorted(harmless), dict(readers)])
             code = f"from {MARK} import main; main({theirs.fileno()}, {task!r})"
-            # The flags of this interpreter, as for every other process of multiprocessing.
+            # The flags of this interpreter, as multiprocessing passes them on.
             options: list[str] = util._args_from_interpreter_flags()  # type: ignore[attr-defined] # noqa: SLF001
             path = os.fsencode(spawn.get_executable())
             options = [option for option in options if option != "-P"]
             pid = _spawnv(path, [path, *options, *code_arguments(code)], [theirs.fileno()])
         environment = {**expected, **os.environ}
         _waiting.append(_Waiting(pid, ours, environment))
-        # Libraries may have put more into the process's environment than Python knows of.
+        # Libraries may have changed the environment behind Python's back.
         text = json.dumps(environment).encode()
-        with contextlib.suppress(OSError):  # it has died already, which shows when it is asked
+        with contextlib.suppress(OSError):  # it has died, which shows when it is used
             ours.sendall(len(text).to_bytes(8, "big") + text)
 
 
 def _moved(end: socket.socket, least: int) -> socket.socket:
-    """Return the same socket under a number that is at least ``least``."""
+    """Return the same socket with a descriptor of at least ``least``."""
     with end:
         return socket.socket(fileno=fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, least))
 
 
 def dismiss() -> None:
-    """End the processes that were not needed."""
+    """End the processes that were not used."""
     while _waiting:
         one = _waiting.pop()
         one.connection.close()
@@ -134,7 +133,7 @@ def dismiss() -> None:
 
 
 def _spawn(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
-    """Take the place of ``multiprocessing.util.spawnv_passfds``: return the pid of a process that runs ``args``."""
+    """Replace ``multiprocessing.util.spawnv_passfds``: return the pid of a process that runs ``args``."""
     assert _spawnv is not None
     if args[-1:] == ["--multiprocessing-fork"]:
         numbers = sorted({*map(int, passfds), 0, 1, 2})
@@ -151,7 +150,7 @@ def _spawn(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
             one = _waiting.pop(0)
             task["changed"] = _changed(one.environment)
             with one.connection, contextlib.suppress(OSError):
-                # The descriptors first, so that they come with the first byte.
+                # Descriptors travel with the first byte.
                 socket.send_fds(one.connection, [b"\0"], numbers)
                 one.connection.sendall(json.dumps(task).encode())
                 return one.pid
@@ -160,7 +159,7 @@ def _spawn(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
 
 
 def _changed(environment: dict[str, str]) -> list[str]:
-    """Return the variables that are not what they were."""
+    """Return the names of the variables that have changed."""
     names = environment.keys() | os.environ.keys()
     return sorted(name for name in names if environment.get(name) != os.environ.get(name))
 
@@ -169,19 +168,19 @@ def _changed(environment: dict[str, str]) -> list[str]:
 
 
 def main(connection: int, task: str) -> None:
-    """Import, wait, and become what is asked for."""
+    """Import, wait, and become the process that is spawned."""
     levels, harmless, readers = json.loads(task)
-    # Names processes; it finds the memory for the name only as long as the environment is where the kernel has put it.
+    # It sets process titles, and finds the memory for them only while the environment is where the kernel put it.
     with contextlib.suppress(ImportError):
         importlib.import_module("setproctitle").getproctitle()
     channel = socket.socket(fileno=connection)
     length = int.from_bytes(_received(channel, 8), "big")
     os.environ.clear()
     os.environ.update(json.loads(_received(channel, length)))
-    # Standing by for one's own children can begin now: they import beside this process.
+    # The processes below this one can be preloaded in parallel.
     prepare([Level(**level) for level in levels[1:]], harmless, readers=readers)
     for module in levels[0]["modules"]:
-        with contextlib.suppress(Exception):  # the process itself will say what is wrong with it
+        with contextlib.suppress(Exception):  # the process itself will report it
             importlib.import_module(module)
     with channel:
         if not select.select([channel], [], [], _PATIENCE)[0]:
@@ -192,13 +191,13 @@ def main(connection: int, task: str) -> None:
         except OSError:
             first = b""
     if not first:
-        os._exit(0)  # the parent is gone, or needs nobody
+        os._exit(0)  # the parent is gone or does not need this process
     unread = {name for name, reader in readers.items() if reader not in sys.modules}
     _become(json.loads(order), descriptors, _OWN | unread | set(harmless))
 
 
 def _received(channel: socket.socket, length: int) -> bytes:
-    """Return so many bytes; end the process if its parent is gone."""
+    """Return that many bytes; exit if the parent is gone."""
     data = b""
     while len(data) < length:
         part = channel.recv(length - len(data))
@@ -219,7 +218,7 @@ def _is_open(descriptor: int) -> bool:
 def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collection[str]) -> None:
     environment: dict[str, str] = order["environment"]
     numbers: list[int] = order["descriptors"]
-    # Away from the numbers that they shall get.
+    # Out of the way of the numbers that they will get.
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)
@@ -228,11 +227,11 @@ def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collect
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(order["directory"])
-    # What this process's own imports have set alike is no difference.
+    # A variable that the imports of this process have set to the same value has not changed.
     obstacles = [
         name for name in order["changed"] if name not in harmless and os.environ.get(name) != environment.get(name)
     ]
-    # The stacks of threads, for one, are as large as the limit was when the program was loaded.
+    # Some limits, such as that of the stack, only take effect when a program is loaded.
     limits = [(number, tuple(limit)) for number, limit in order["limits"]]
     limits = [(number, limit) for number, limit in limits if resource.getrlimit(number) != limit]
     for number, limit in limits:
@@ -249,8 +248,8 @@ def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collect
         os.execve(order["path"], order["args"], environment)
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None  # found anew, in the environment
+    tempfile.tempdir = None  # determined again from the environment
     args: list[str] = order["args"]
     at = args.index("-c")
     sys.argv = ["-c", *args[at + 2 :]]
-    exec(args[at + 1], {"__name__": "__main__"})  # noqa: S102 - what the interpreter would do with `-c`
+    exec(args[at + 1], {"__name__": "__main__"})  # noqa: S102 - as the interpreter does with `-c`

@@ -1,11 +1,12 @@
-"""What routers are told about an engine: how full its KV cache is, and which blocks it holds."""
+"""What an engine publishes for routers: how full its KV cache is, and which blocks it holds."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo.llm import KvEventPublisher, WorkerMetricsPublisher
 
+from dynamo_worker.address import LOOPBACK
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -17,14 +18,14 @@ log = get_logger(__name__)
 
 
 class LoadPublisher:
-    """Tells routers how full the KV cache of each data-parallel rank is."""
+    """Publishes the number of KV blocks in use on each data-parallel rank."""
 
     def __init__(self) -> None:
         self._publisher: WorkerMetricsPublisher | None = None
         self._used: dict[int, int] = {}
 
     async def attach(self, endpoint: Endpoint, ranks: Iterable[int]) -> None:
-        """Start publishing; what was reported before is published now."""
+        """Start publishing, beginning with what was reported before."""
         publisher = WorkerMetricsPublisher()
         await publisher.create_endpoint(endpoint)
         self._publisher = publisher
@@ -32,38 +33,46 @@ class LoadPublisher:
             publisher.publish(rank, kv_used_blocks=self._used.get(rank, 0))
 
     def held_blocks(self) -> int:
-        """Return the number of blocks in use, over all ranks, as last reported."""
+        """Return the number of blocks in use on all ranks, as last reported."""
         return sum(self._used.values())
 
     def publish(self, rank: int, used_blocks: int) -> None:
-        """Publish the number of blocks in use if it has changed."""
+        """Publish the number of blocks in use on a rank if it has changed."""
         if self._used.get(rank) != used_blocks:
             self._used[rank] = used_blocks
             if self._publisher is not None:
                 self._publisher.publish(rank, kv_used_blocks=used_blocks)
 
 
-def publish_kv_events(
-    endpoint: Endpoint, block_size: int, sources: Mapping[int, str], topic: str
-) -> list[KvEventPublisher]:
-    """Pass an engine's KV events on to routers, those of each data-parallel rank by a publisher of its own.
+class KvEvents(NamedTuple):
+    """Where an engine publishes its KV events.
 
-    Returns the publishers: they work as long as they are referenced.
-
+    :param sources: the ZMQ address of each data-parallel rank; a wildcard host stands for this machine.
+    :param topic: of the ZMQ messages.
     :param block_size: tokens in one block.
-    :param sources: ZMQ address on which each rank publishes; one that means "everywhere" is taken as this machine.
+    """
+
+    sources: Mapping[int, str]
+    topic: str
+    block_size: int
+
+
+def publish_kv_events(endpoint: Endpoint, events: KvEvents) -> list[KvEventPublisher]:
+    """Forward an engine's KV events to routers, each data-parallel rank through a publisher of its own.
+
+    :returns: the publishers, which work as long as they are referenced.
     """
     publishers = []
-    for rank, source in sources.items():
-        address = source.replace("*", "127.0.0.1").replace("0.0.0.0", "127.0.0.1")  # noqa: S104 - it is replaced
+    for rank, source in events.sources.items():
+        address = source.replace("*", LOOPBACK).replace("0.0.0.0", LOOPBACK)  # noqa: S104 - it is replaced
         publishers.append(
             KvEventPublisher(
                 endpoint=endpoint,
-                kv_block_size=block_size,
+                kv_block_size=events.block_size,
                 dp_rank=rank,
                 enable_local_indexer=True,
                 zmq_endpoint=address,
-                zmq_topic=topic,
+                zmq_topic=events.topic,
             )
         )
         log.info("KV events are published", rank=rank, source=address)

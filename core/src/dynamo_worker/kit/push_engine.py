@@ -1,44 +1,227 @@
-"""The parts of an engine that follow from two others: that it pushes its chunks, and that it has operations."""
+"""The skeleton of an engine that pushes tokens: what surrounds its start, its requests, its drain and its end.
+
+An engine derives from :class:`PushEngine` and adds what only it can know: how it launches, what it tells routers, and
+how it answers a translated request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from dynamo_worker.containment import contained
+from dynamo_worker.errors import EngineDeadError
+from dynamo_worker.kit.chunks import no_tokens
+from dynamo_worker.kit.engine_arguments import drop_unread_events
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
+from dynamo_worker.kit.metrics import engine_registry
+from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+    import argparse
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 
-    from dynamo_worker.engine import Chunk, Operation, Request, RequestContext, Send
+    from dynamo.llm import KvEventPublisher
+    from dynamo.runtime import Endpoint
+    from prometheus_client import CollectorRegistry
+
+    from dynamo_worker.deadline import Deadline
+    from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Operation, Request, RequestContext, Send
+    from dynamo_worker.kit.disaggregation import Role
     from dynamo_worker.kit.engine_control import EngineControl
+    from dynamo_worker.kit.lora import LoraAdapter
+    from dynamo_worker.kit.publishing import KvEvents
+    from dynamo_worker.kit.translation import ModelTable
+
+#: Seconds between two looks at whether a prefill worker's KV blocks have been fetched.
+_DRAIN_POLL_SECONDS = 0.1
 
 
-class PushEngine(ABC):
-    """An engine that implements :class:`~dynamo_worker.engine.PushesChunks` derives from it."""
+@dataclass
+class Started:
+    """The parts of an engine that exist from its launch to its shutdown; each engine adds its own.
 
-    #: Its operations, once it is started.
-    _control: EngineControl | None = None
+    :ivar table: translates requests.
+    :ivar role: the share of each request that this worker does.
+    :ivar control: the operations, LoRA adapters included.
+    """
+
+    table: ModelTable[Any]
+    role: Role
+    control: EngineControl
+
+
+StartedT = TypeVar("StartedT", bound=Started)
+
+
+class Job(NamedTuple):
+    """One request that an engine is to answer.
+
+    :param request: as Dynamo sent it.
+    :param params: what the engine's table and role made of it.
+    :param lora: its LoRA adapter; None for the model itself.
+    :param context: its id and trace headers.
+    :param send: takes the chunks.
+    """
+
+    request: Request
+    params: Any
+    lora: LoraAdapter | None
+    context: RequestContext
+    send: Send
+
+
+class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
+    """An engine that implements :class:`~dynamo_worker.engine.PushesChunks`.
+
+    Its command line has ``--publish-kv-events`` (:func:`~dynamo_worker.kit.engine_arguments.add_publish_kv_events`).
+
+    :ivar load: what the engine reports about its KV cache.
+    """
+
+    #: The engine's name in messages.
+    NAME: ClassVar[str]
+    #: How the names of the engine's own metrics begin.
+    METRICS: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
+        self.args = args
+        self.context = context
+        self.load = LoadPublisher()
+        self._started: StartedT | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._publishers: list[KvEventPublisher] = []
+
+    # ------------------------------------------------------------------------------------------ what an engine adds
 
     @abstractmethod
+    async def launch(self) -> StartedT:
+        """Start the engine's processes and wait until the model is loaded.
+
+        :raises StartError: the engine cannot start here.
+        """
+
+    async def warm_up(self) -> None:
+        """Make requests whose first one would be slow; the worker's own warm-up request follows."""
+
+    @abstractmethod
+    def describe(self, started: StartedT) -> EngineInfo:
+        """Return what the engine knows of the model and its memory.
+
+        The rest, about the role, the operations, LoRA adapters and KV events, is added by :meth:`start`.
+        """
+
+    @abstractmethod
+    async def answer(self, started: StartedT, job: Job) -> None:
+        """Send all chunks of one request."""
+
+    def kv_events(self, started: StartedT) -> KvEvents | None:  # noqa: ARG002 - for engines that have some
+        """Return where the engine publishes its KV events, or None if it does not."""
+        return None
+
+    def reports_load(self) -> bool:
+        """Return whether the engine fills :attr:`load`."""
+        return True
+
+    def pending_transfers(self, started: StartedT) -> int:  # noqa: ARG002 - for engines that transfer KV blocks
+        """Return how much a prefill worker still holds for decode workers; 0 ends its drain."""
+        return 0
+
+    # --------------------------------------------------------------------------------------------- start and requests
+
+    @property
+    def started(self) -> StartedT:
+        """The parts of the running engine.
+
+        :raises EngineDeadError: it is not started, or has been shut down.
+        """
+        if self._started is None:
+            raise EngineDeadError(f"{self.NAME} is not started")
+        return self._started
+
+    async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
+        """Launch the engine, warm it up, and return what it serves."""
+        drop_unread_events(self.args, self.context)
+        self._started = started = await self.launch()
+        await self.warm_up()
+        info, lora = self.describe(started), started.control.lora
+        return replace(
+            info,
+            endpoint_types=started.role.endpoint_types,
+            worker_type=started.role.mode,
+            needs=started.role.needs,
+            lora_adapters=() if lora is None else lora.names(),
+            runtime_config={
+                "kv_event_publishing_enabled": self.kv_events(started) is not None,
+                **info.runtime_config,
+            },
+            endpoints=started.control.endpoints(),
+        )
+
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
-        """Answer one request; see :class:`~dynamo_worker.engine.PushesChunks`."""
+        """Translate one request and answer it; see :class:`~dynamo_worker.engine.PushesChunks`."""
+        started = self.started
+        params = started.table.translate(request)
+        if params is None:
+            send(no_tokens())
+            return
+        started.role.prepare(request, params)
+        with started.control.lora_adapter(request) as lora:
+            await self.answer(started, Job(request, params, lora, context, send))
 
     def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         """Return the chunks of one request, for callers inside this process."""
         return pulled(self.push, request, context)
 
+    # ------------------------------------------------------------------------------------------ routers and operators
+
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        """Publish load and KV events if a router may read them."""
+        if not self.context.events_wanted:
+            return
+        if self.reports_load():
+            first = info.data_parallel_start_rank
+            await self.load.attach(endpoint, range(first, first + info.data_parallel_size))
+        events = self.kv_events(self.started)
+        if events is not None:
+            self._publishers = publish_kv_events(endpoint, events)
+
+    def metrics_registry(self) -> CollectorRegistry:
+        """Return the engine's own metrics."""
+        return engine_registry(*self.METRICS)
+
     def control_routes(self) -> Mapping[str, Operation]:
         """Return the operations under ``/engine/NAME``."""
-        return {} if self._control is None else self._control.routes()
-
-    async def on_ready(self) -> None:  # noqa: B027 - optional
-        """Do nothing; an engine for which somebody waits overrides it."""
+        return {} if self._started is None else self._started.control.routes()
 
     def paused(self) -> bool:
         """Return whether an operator has taken the engine out of service."""
-        return self._control is not None and self._control.paused()
+        return self._started is not None and self._started.control.paused()
+
+    # -------------------------------------------------------------------------------------------------------- the end
+
+    def run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the requests until the engine shuts down."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, deadline: Deadline) -> None:
+        """Wait until decode workers have fetched the KV blocks that a prefill worker holds for them."""
+        started = self._started
+        if started is None or started.role.mode != "prefill":
+            return
+        while not deadline.passed and self.pending_transfers(started):
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+
+    def stop(self) -> StartedT | None:
+        """Refuse requests from now on and cancel the tasks; return the parts that :meth:`shutdown` has to end."""
+        for task in self._tasks:
+            task.cancel()
+        started, self._started = self._started, None
+        return started
 
 
 async def pulled(

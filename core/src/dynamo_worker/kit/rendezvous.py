@@ -1,7 +1,7 @@
 """Where the ranks of an engine meet: PyTorch's store, which listens on all interfaces whatever address it is given.
 
-Whoever connects to it reads and writes what the ranks tell each other. An engine on one machine needs no more than
-loopback for that. This is for the processes of an engine: they import nothing else of the worker.
+Anyone who can connect to the store can read and change the ranks' messages. On one machine, loopback is enough. The
+engine's own processes import this module, and nothing else of the worker.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from dynamo_worker.address import LOOPBACK, is_loopback
 
 log = logging.getLogger(__name__)
 
-#: What libraries of an engine would otherwise take from the name of the machine, or from its routes: Gloo's interface.
+#: Gloo's interface, which it would otherwise derive from the machine's name or routes.
 _VARIABLES: Final = {"GLOO_SOCKET_IFNAME": "lo"}
-#: Connections that may wait: all ranks of a machine come at once.
+#: Backlog of the listening socket: all ranks of a machine connect at once.
 _BACKLOG: Final = 4096
 
 
-def stay_on_loopback(*addresses: str) -> None:
-    """Have an engine's processes use loopback among each other, where nobody has said otherwise.
+def stay_on_loopback(*addresses: str) -> str:
+    """Make an engine's processes talk to each other over loopback, unless the environment says otherwise.
 
-    :param addresses: further variables, which hold an address of this machine.
+    :param addresses: further variables that hold an address of this machine.
+    :returns: the loopback address.
     """
     for name, value in {**_VARIABLES, **dict.fromkeys(addresses, LOOPBACK)}.items():
         if not os.environ.get(name):
             os.environ[name] = value
+    return LOOPBACK
 
 
 def listen_on_loopback() -> None:
-    """Have the stores of this process listen where they are told, if that is loopback."""
+    """Make the stores of this process listen on the address they are given, if that is loopback."""
     from torch.distributed import TCPStore
 
-    # The package has a function of this name, which hides the module.
+    # A function of the package has the same name and hides the module.
     rendezvous = importlib.import_module("torch.distributed.rendezvous")
     original = getattr(rendezvous, "_create_c10d_store", None)
     if original is None:
@@ -49,7 +51,7 @@ def listen_on_loopback() -> None:
         hostname = LOOPBACK if hostname == "localhost" else hostname
         if rank == 0 and is_loopback(hostname) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
-            with contextlib.suppress(OSError):  # the port is taken, maybe by a store of this process, which is shared
+            with contextlib.suppress(OSError):  # the port is taken, possibly by a store of this process
                 listener = socket.create_server((hostname, port), family=family, backlog=_BACKLOG)
         if listener is None:
             return original(hostname, port, rank, world_size, timeout, use_libuv)
@@ -64,4 +66,4 @@ def listen_on_loopback() -> None:
             master_listen_fd=listener.detach(),
         )
 
-    setattr(rendezvous, "_create_c10d_store", create)  # noqa: B010 - private: there is no setting for it
+    setattr(rendezvous, "_create_c10d_store", create)  # noqa: B010 - private: PyTorch has no setting for it

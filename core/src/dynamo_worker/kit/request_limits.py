@@ -1,4 +1,4 @@
-"""How long or large a part of a request may be: well beyond real use, and no burden to the event loop or an engine."""
+"""Limits on the parts of a request: well beyond real use, but no burden to the event loop or an engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dynamo_worker.errors import InvalidRequestError
 class Limit(NamedTuple):
     """A limit on one part of a request.
 
-    :param most: the largest number that is accepted.
+    :param most: the largest accepted number.
     :param unit: what is counted.
-    :param parts: the parts of a request that it is for.
+    :param parts: the parts of a request that it applies to.
     """
 
     most: int
@@ -20,10 +20,10 @@ class Limit(NamedTuple):
     parts: str
 
     def check(self, name: str, number: int) -> None:
-        """Refuse what is beyond the limit.
+        """Refuse a number above the limit.
 
-        :param name: of the field, for the message.
-        :raises InvalidRequestError: it is.
+        :param name: the field's name, for the message.
+        :raises InvalidRequestError: the number is too large.
         """
         if number > self.most:
             raise InvalidRequestError(f"{name}: {number} {self.unit} are too many, at most {self.most} are accepted")
@@ -34,28 +34,28 @@ _JSON: Final = (
     "(`kv_hint`, `custom_params`, `reasoning_parser_kwargs`)"
 )
 
-#: An engine makes a request of its own of each answer.
+#: An engine turns each answer into a separate request.
 ANSWERS: Final = Limit(128, "answers", "`n`")
 STOP_TOKENS: Final = Limit(1024, "tokens", "each list of stop tokens; `logprob_token_ids`")
 ALLOWED_TOKENS: Final = Limit(2**18, "tokens", "`allowed_token_ids`")
 BIASES: Final = Limit(4096, "tokens", "`logit_bias`")
-#: Each is an object of Python's, made on the event loop, all of a prompt at once.
+#: Each is a Python object, and those of a prompt are made at once on the event loop.
 PROMPT_LOGPROBS: Final = Limit(2**17, "log-probabilities", "the tokens of the prompt times `prompt_logprobs` + 1")
 LOGPROBS: Final = Limit(
     128, "log-probabilities", "`logprobs` and `prompt_logprobs` with SGLang; vLLM: `--max-logprobs`"
 )
 JSON_CHARACTERS: Final = Limit(2**18, "characters", _JSON)
 JSON_VALUES: Final = Limit(2**14, "values", "the same: values at all levels together")
-#: What grammar compilers take for a schema grows with the third power of its levels: 64 levels of objects in objects
-#: 0.05 s, 256 levels 2.5 s (measured, xgrammar 0.2.7). Each takes two of these.
+#: Grammar compilers take time cubic in the levels of a schema: 0.05 s for 64 nested objects, 2.5 s for 256 (measured,
+#: xgrammar 0.2.7). Each nested object counts as two levels.
 JSON_LEVELS: Final = Limit(64, "levels", "the same: objects and lists inside of each other")
 JSON_REFERENCES: Final = Limit(2**11, "references", "different `$ref` in a JSON schema")
-#: Grammar compilers recurse on the stack of their process. With 8 MB of it 6000 levels end vLLM's with SIGSEGV, 2000 do
-#: not (measured, llguidance 1.7.6; xgrammar 0.2.7 takes more).
+#: Grammar compilers recurse on the stack of their process. With 8 MB of stack 6000 levels end vLLM with SIGSEGV, 2000
+#: do not (measured, llguidance 1.7.6; xgrammar 0.2.7 takes more).
 JSON_WAY: Final = Limit(2**10, "levels", "a JSON schema: on the longest way through references, circles counted once")
 REGEX_CHARACTERS: Final = Limit(2**13, "characters", "`guided_decoding.regex`; each `pattern` in a JSON schema")
-#: What a token costs all requests of a batch grows with the second power of the optional parts: 24 ms for 250 times
-#: `a?`, 661 ms for 1000 (measured, xgrammar 0.2.7, 3127 tokens).
+#: The time that a token costs all requests of a batch is quadratic in the optional parts: 24 ms for 250 times `a?`,
+#: 661 ms for 1000 (measured, xgrammar 0.2.7, 3127 tokens).
 REGEX_QUANTIFIERS: Final = Limit(2**8, "quantifiers", "the same: `?`, `*`, `+`, `{n}` and empty alternatives")
 GRAMMAR_CHARACTERS: Final = Limit(2**16, "characters", "`guided_decoding.grammar`; `custom_logit_processor`")
 WHITESPACE_CHARACTERS: Final = Limit(256, "characters", "`guided_decoding.whitespace_pattern`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import tempfile
@@ -37,17 +38,38 @@ def marker() -> str:
     return uuid.uuid4().hex
 
 
-@pytest.fixture
-def no_leftovers(marker: str) -> Iterator[Leftovers]:
-    """Fail the test if a process, a shared-memory segment or a temporary file of it is left at its end."""
+@contextlib.contextmanager
+def leftovers_refused(marker: str) -> Iterator[Leftovers]:
+    """Fail if a marked process, a shared-memory segment or a temporary file is left at the end of the block."""
     # A short path: Unix sockets below it must stay under 108 characters.
     tmp = Path(tempfile.mkdtemp(prefix="dwt-"))
     leftovers = Leftovers(marker, tmp)
-    yield leftovers
     try:
+        yield leftovers
         leftovers.check(timeout=5.0)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def private_cluster(
+    directory: Path, leftovers: Leftovers, marker: str, subject: Subject, engine_args: list[str]
+) -> Iterator[Cluster]:
+    """Make a cluster without any process, and end everything started in it at the end of the block."""
+    cluster = Cluster(directory, leftovers.tmp, marker, engine_args=engine_args)
+    cluster.model = subject.model
+    cluster.start_seconds = subject.start_seconds
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def no_leftovers(marker: str) -> Iterator[Leftovers]:
+    """Fail the test if a process, a shared-memory segment or a temporary file of it is left at its end."""
+    with leftovers_refused(marker) as leftovers:
+        yield leftovers
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +100,5 @@ def cluster(
     tmp_path: Path, no_leftovers: Leftovers, marker: str, subject: Subject, engine_args: list[str]
 ) -> Iterator[Cluster]:
     """Return a cluster without any process; everything started in it is ended with the test."""
-    cluster = Cluster(tmp_path, no_leftovers.tmp, marker, engine_args=engine_args)
-    cluster.model = subject.model
-    cluster.start_seconds = subject.start_seconds
-    yield cluster
-    cluster.close()
+    with private_cluster(tmp_path, no_leftovers, marker, subject, engine_args) as cluster:
+        yield cluster

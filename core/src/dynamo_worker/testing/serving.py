@@ -13,19 +13,22 @@ has is skipped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
+import uuid
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pytest
 
 from dynamo_worker.testing.client import Load, chat
+from dynamo_worker.testing.plugin import leftovers_refused, private_cluster
 from dynamo_worker.testing.tiny_model import make_adapter
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dynamo_worker.testing.cluster import Cluster, Worker
@@ -78,6 +81,39 @@ def needs_gpus(count: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(0 < torch.cuda.device_count() < count, reason="every rank needs a GPU of its own")
 
 
+class SharedWorker:
+    """One worker behind a frontend, for several tests.
+
+    :ivar cluster: where it serves; None while there is none.
+    """
+
+    worker: Worker
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+        self._stack = contextlib.ExitStack()
+
+    def serve(self, directory: Path, subject: Subject, engine_args: list[str], flags: Sequence[str]) -> None:
+        """Start the worker and wait until it serves."""
+        marker = uuid.uuid4().hex
+        with contextlib.ExitStack() as stack:
+            leftovers = stack.enter_context(leftovers_refused(marker))
+            cluster = stack.enter_context(private_cluster(directory, leftovers, marker, subject, engine_args))
+            (self.worker,) = cluster.serve(1, *flags)
+            self._stack = stack.pop_all()
+        self.cluster = cluster
+
+    def close(self) -> None:
+        """Stop the worker.
+
+        :raises AssertionError: it does not end well, or leaves something behind.
+        """
+        cluster, self.cluster = self.cluster, None
+        with self._stack:
+            if cluster is not None:
+                self.worker.stop()
+
+
 class Serving:
     """The tests. Those that begin with ``check`` are parts, for tests with an end of their own."""
 
@@ -104,57 +140,89 @@ class Serving:
 
     # -------------------------------------------------------------------------------------------------- answers
 
-    def test_answers(self, cluster: Cluster, subject: Subject) -> None:
-        (worker,) = cluster.serve(1, *self.METRICS.flags)
-        status, answer = cluster.chat()
+    @pytest.fixture(scope="class")
+    def shared(self) -> Iterator[SharedWorker]:
+        """Return the worker that the tests of answers share; it starts with the first of them."""
+        shared = SharedWorker()
+        yield shared
+        shared.close()
+
+    @pytest.fixture(autouse=True)
+    def one_cluster_at_a_time(self, request: pytest.FixtureRequest, shared: SharedWorker) -> None:
+        """End the shared worker before a test that starts its own."""
+        if "answering" not in request.fixturenames:
+            shared.close()
+
+    @pytest.fixture
+    def answering(
+        self,
+        shared: SharedWorker,
+        subject: Subject,
+        engine_args: list[str],
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Cluster:
+        """Return the cluster of the shared worker, which serves."""
+        if shared.cluster is None:
+            shared.serve(tmp_path_factory.mktemp("answers"), subject, engine_args, self.METRICS.flags)
+        assert shared.cluster is not None
+        return shared.cluster
+
+    def test_a_greedy_answer_is_the_same_every_time(self, answering: Cluster) -> None:
+        """The model's own generation configuration says that it is greedy."""
+        status, answer = answering.chat()
         assert status == 200
         assert answer["usage"]["completion_tokens"] == 8
         assert answer["choices"][0]["finish_reason"] == "length"
-        # greedy, by the model's own generation configuration
-        assert cluster.chat()[1]["choices"][0]["message"] == answer["choices"][0]["message"]
+        assert answering.chat()[1]["choices"][0]["message"] == answer["choices"][0]["message"]
 
-        status, answer = cluster.chat(logprobs=True, top_logprobs=3)
+    def test_log_probabilities(self, answering: Cluster) -> None:
+        _, answer = answering.chat(logprobs=True, top_logprobs=3)
         content = answer["choices"][0]["logprobs"]["content"]
         assert len(content) == 8
         assert all(len(entry["top_logprobs"]) == 3 for entry in content)
         assert all(entry["logprob"] <= 0 for entry in content)
 
+    def test_several_answers(self, answering: Cluster) -> None:
         # At random a model may end an answer early.
-        status, answer = cluster.complete(n=3, temperature=1.0, min_tokens=8)
+        status, answer = answering.complete(n=3, temperature=1.0, min_tokens=8)
         assert status == 200
         assert {choice["index"] for choice in answer["choices"]} == {0, 1, 2}
         assert answer["usage"]["completion_tokens"] == 24
 
+    def test_an_answer_that_follows_a_json_schema(self, answering: Cluster) -> None:
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
         answer_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        status, answer = cluster.chat(response_format=answer_format, max_tokens=200, temperature=1.0)
+        status, answer = answering.chat(response_format=answer_format, max_tokens=200, temperature=1.0)
         assert status == 200, answer
         text = answer["choices"][0]["message"]["content"]
         assert text.lstrip().startswith("{"), text
 
-        status, answer = cluster.complete(min_tokens=6, max_tokens=6, temperature=1.0)
+    def test_a_minimum_of_tokens(self, answering: Cluster) -> None:
+        _, answer = answering.complete(min_tokens=6, max_tokens=6, temperature=1.0)
         assert answer["usage"]["completion_tokens"] == 6, answer
 
+    def test_wrong_requests_are_refused_with_a_reason(self, answering: Cluster) -> None:
         refused: list[tuple[Mapping[str, Any], str]] = [
             ({"prompt": "a " * 3000}, "context"),
             ({"temperature": 0.5, "best_of": 3}, "best_of"),
             *self.REFUSED,
         ]
         for wrong, message in refused:
-            status, answer = cluster.complete(**wrong)
+            status, answer = answering.complete(**wrong)
             assert 400 <= status < 500, (wrong, answer)
             assert message in json.dumps(answer), (wrong, answer)
-        assert cluster.complete()[0] == 200
+        assert answering.complete()[0] == 200
 
-        code, metrics = worker.status("/metrics")
+    def test_the_engines_own_metrics(self, answering: Cluster, shared: SharedWorker) -> None:
+        assert answering.complete()[0] == 200
+        code, metrics = shared.worker.status("/metrics")
         assert code == 200
         for name in (self.METRICS.requests, self.METRICS.tokens, self.METRICS.running):
             assert name in metrics
-        self.check_a_client_who_leaves(cluster, subject, worker)
-        worker.stop()
 
-    def check_a_client_who_leaves(self, cluster: Cluster, subject: Subject, worker: Worker) -> None:
-        """Check that nothing works any more for a client who has gone away."""
+    def test_a_client_who_leaves(self, answering: Cluster, subject: Subject, shared: SharedWorker) -> None:
+        """Nothing works any more for a client who has gone away."""
+        cluster, worker = answering, shared.worker
         before = worker.metric(self.METRICS.tokens)
         load = Load(cluster.url, [chat(subject.model, "The quick brown fox", subject.stream_tokens)], timeout=1.0)
         eventually(load.started, 10, "the stream")

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker.errors import InvalidRequestError
-from dynamo_worker.kit.translation import GUIDED
+from dynamo_worker.kit import guided_decoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,7 +182,7 @@ class Translation(ABC):
                 name for where, name in (*self.PASSED_ON, *self.LEFT_TO_THE_FRONTEND, *self.REFUSED) if where == section
             }
             assert tested | {"guided_decoding"} >= set(names)
-        assert set(self.GUIDES) == set(GUIDED) - {"whitespace_pattern"}
+        assert set(self.GUIDES) == set(guided_decoding.KEYS) - {"whitespace_pattern"}
 
     def test_what_is_passed_on(self) -> None:
         for (section, name), (value, target, expected) in self.PASSED_ON.items():
@@ -207,7 +207,7 @@ class Translation(ABC):
 
     @pytest.mark.parametrize("section", [*FIELDS, "extra_args"])
     def test_a_section_that_is_no_object(self, section: str) -> None:
-        with pytest.raises(InvalidRequestError, match=f"{section}: an object"):
+        with pytest.raises(InvalidRequestError, match=f"{section}: expected an object"):
             self.translated(**{section: [1]})
 
     @pytest.mark.parametrize("name", ["prompt_embeds", "multi_modal_data", "encoder_result", "something_new"])
@@ -242,14 +242,14 @@ class Translation(ABC):
         with pytest.raises(InvalidRequestError, match=f"{tokens} tokens.*context length is {self.CONTEXT_LENGTH}"):
             self.translate({"token_ids": [5] * tokens}, {})
 
-    @pytest.mark.parametrize("kind", sorted(set(GUIDED) - {"whitespace_pattern"}))
+    @pytest.mark.parametrize("kind", sorted(set(guided_decoding.KEYS) - {"whitespace_pattern"}))
     def test_guided_decoding(self, kind: str) -> None:
         value, expected = self.GUIDES[kind]
         translated = self.translated(sampling_options={"guided_decoding": {kind: value, "backend": None}})
         assert self.value_of(translated, "guided_decoding") == expected
 
     def test_guided_decoding_of_nothing(self) -> None:
-        nothing: dict[str, Any] = dict.fromkeys(GUIDED)
+        nothing: dict[str, Any] = dict.fromkeys(guided_decoding.KEYS)
         assert self.translated(sampling_options={"guided_decoding": nothing}) == self.translated()
 
     def test_wrong_guides(self) -> None:

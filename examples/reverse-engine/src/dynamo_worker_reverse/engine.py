@@ -8,12 +8,13 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
+from dynamo_worker.kit.python_command import python_command
 
 if TYPE_CHECKING:
     import argparse
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 #: What frontends need: ``config.json`` and a tokenizer.
 MODEL_DIR = Path(__file__).parent / "model"
 CONTEXT_LENGTH = 131_072
-#: The chat template puts this token between prompt and answer. After a migration tokens of the answer stand behind
-#: it: the request goes on where another worker left off.
+#: The chat template puts this token between prompt and answer. After a migration it is followed by the tokens that
+#: another worker has sent: the request continues from there.
 ANSWER_TOKEN = 0
-#: What a request may ask for and this engine cannot do. It is refused by name, never silently ignored.
+#: Options that this engine lacks. A request that uses one is refused by name, never silently ignored.
 _UNSUPPORTED = ("guided_decoding", "use_beam_search")
 
 
@@ -36,8 +37,8 @@ class ReverseRequest:
     """A request in the engine's own terms.
 
     :param tokens: the prompt.
-    :param start: index of the first token of the answer that is still wanted.
-    :param count: how many tokens; None for the rest of the answer.
+    :param start: index of the first token of the answer to send.
+    :param count: number of tokens; None for the rest of the answer.
     """
 
     tokens: list[int]
@@ -48,17 +49,17 @@ class ReverseRequest:
     def parse(cls, request: Request) -> ReverseRequest:
         """Read a request of the Dynamo frontend.
 
-        :raises InvalidRequestError: it asks for what this engine cannot do.
+        :raises InvalidRequestError: it asks for something that this engine cannot do.
         """
         sampling = request.get("sampling_options") or {}
         for name in _UNSUPPORTED:
             if sampling.get(name):
                 raise InvalidRequestError(f"the reverse engine does not support {name}")
         if (sampling.get("n") or 1) > 1:
-            raise InvalidRequestError("the reverse engine has one answer only: n must be 1")
+            raise InvalidRequestError("the reverse engine makes only one answer: n must be 1")
         tokens: list[int] = request["token_ids"]
         if len(tokens) >= CONTEXT_LENGTH:
-            raise InvalidRequestError(f"the prompt has {len(tokens)} tokens, the context length is {CONTEXT_LENGTH}")
+            raise InvalidRequestError(f"the prompt has {len(tokens)} tokens; the context length is {CONTEXT_LENGTH}")
         prompt, start = tokens, 0
         if ANSWER_TOKEN in tokens:
             split = len(tokens) - 1 - tokens[::-1].index(ANSWER_TOKEN)
@@ -73,7 +74,7 @@ class ReverseRequest:
         return cls(prompt, start, count)
 
 
-class ReverseEngine:
+class ReverseEngine(EngineLifecycle):
     """One core process, and the requests that wait for it."""
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
@@ -95,9 +96,7 @@ class ReverseEngine:
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    sys.executable,
-                    "-m",
-                    "dynamo_worker_reverse.core",
+                    *python_command("dynamo_worker_reverse.core"),
                     str(theirs.fileno()),
                     str(self._args.tokens_per_second),
                     str(self._args.usage_file or ""),
@@ -109,10 +108,8 @@ class ReverseEngine:
             )
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
         if not await reader.readline():
-            raise StartError(
-                f"the reverse engine's core ended during its start (exit code {self._process.wait(timeout=5)})",
-                hint="its own messages stand above this line",
-            )
+            code = self._process.wait(timeout=5)
+            raise start_error("the reverse engine", f"its core exited with code {code}")
         self._reading = asyncio.ensure_future(self._read(reader))
         return EngineInfo(
             model_name=self._args.served_model_name, model_path=str(MODEL_DIR), context_length=CONTEXT_LENGTH
@@ -148,31 +145,31 @@ class ReverseEngine:
         """Return the core's pid."""
         return () if self._process is None else (self._process.pid,)
 
-    # --- What an engine may offer besides
+    # --- What an engine may offer beyond the protocol
 
     def canary_request(self) -> Request:
-        """Return a request for one token: the warm-up, and the question to an engine that is silent."""
+        """Return a request for one token: for the warm-up, and to find out whether a silent engine is alive."""
         return {"token_ids": [36, ANSWER_TOKEN], "stop_conditions": {"max_tokens": 1}}
 
     def progress(self) -> int:
         """Return the number of steps the core has reported."""
         return self._steps
 
-    # --- What the hooks in plugin.py ask for
+    # --- The lifecycle hooks
 
-    async def check(self) -> None:
-        """Return when the core has answered a ping.
+    async def check_health(self) -> None:
+        """Return when the core has answered a ping; without an answer the hook times out.
 
-        :raises EngineDeadError: its connection has ended. A core that does not answer runs into the time limit.
+        :raises EngineDeadError: the connection has ended.
         """
         await self._ask("ping", "pong")
 
-    async def flush(self) -> None:
-        """Return when the core has written all usage records."""
+    async def drain(self, deadline: Deadline) -> None:  # noqa: ARG002 - the hook is cancelled at the deadline
+        """Have the core write its usage records, which no request in flight shows."""
         await self._ask("flush", "flushed")
 
     async def shutdown(self, deadline: Deadline) -> None:
-        """End the core: ask it first, kill it shortly before the deadline, and wait for it."""
+        """Ask the core to end, kill it shortly before the deadline, and wait for it."""
         if self._reading is not None:
             self._reading.cancel()
         if self._writer is not None:
@@ -181,7 +178,7 @@ class ReverseEngine:
         if process is None:
             return
         soft = deadline.reserve(0.2)
-        for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process would not see the SIGTERM
+        for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process does not handle the SIGTERM
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
         while process.poll() is None:

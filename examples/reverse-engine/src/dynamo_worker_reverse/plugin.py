@@ -1,22 +1,26 @@
-"""The hooks of the reverse engine. Importing this module must stay cheap: `--help` does it too."""
+"""The hooks of the reverse engine. Keep this module cheap to import: `--help` imports it too."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_worker import hookimpl
+from dynamo_worker import EnginePlugin, hookimpl
+from dynamo_worker.kit.engine_arguments import non_negative
 
 if TYPE_CHECKING:
-    from dynamo_worker import Deadline, EngineContext
-    from dynamo_worker_reverse.engine import ReverseEngine
+    import argparse
 
 
-class ReversePlugin:
-    """Connects the engine with the worker's lifecycle; each hook names only the arguments it needs."""
+class ReversePlugin(EnginePlugin):
+    """Connects the engine with the worker's lifecycle.
+
+    The other hooks are inherited: `create_engine` imports the class below when the engine is really wanted, and
+    `check_health`, `drain`, `cleanup` and so on call the methods of `EngineLifecycle` on it.
+    """
 
     dynamo_worker_api = "1.1"
+    engine = "dynamo_worker_reverse.engine:ReverseEngine"
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -27,7 +31,7 @@ class ReversePlugin:
         )
         group.add_argument(
             "--tokens-per-second",
-            type=_not_negative,
+            type=non_negative,
             default=0.0,
             metavar="RATE",
             help="tokens per second of each request; 0 is as fast as possible (default: 0)",
@@ -38,36 +42,6 @@ class ReversePlugin:
             metavar="FILE",
             help="append one line for each request to this file (default: none)",
         )
-
-    @hookimpl
-    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> ReverseEngine:
-        """Return the engine; `Engine.start` starts it."""
-        # Imported only when the engine is really wanted. With a big engine this is the import that takes seconds.
-        from dynamo_worker_reverse.engine import ReverseEngine
-
-        return ReverseEngine(args, context)
-
-    @hookimpl
-    async def check_health(self, engine: ReverseEngine) -> None:
-        """Ask the core whether it listens."""
-        await engine.check()
-
-    @hookimpl
-    async def drain(self, engine: ReverseEngine) -> None:
-        """Write the usage records: work that no request in flight shows."""
-        await engine.flush()
-
-    @hookimpl
-    async def cleanup(self, engine: ReverseEngine, deadline: Deadline) -> None:
-        """End the core process."""
-        await engine.shutdown(deadline)
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 plugin = ReversePlugin()

@@ -1,4 +1,4 @@
-"""The command line: all of SGLang's own flags under their own names, and the one that only exists here."""
+"""The command line: all of SGLang's flags under their own names, and the one that dynamo-worker adds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.address import LOOPBACK
 from dynamo_worker.kit import rendezvous
 from dynamo_worker.kit.engine_arguments import (
     add_publish_kv_events,
     import_engine,
-    kv_events_socket,
+    kv_events_config,
     refuse_without_effect,
 )
 from dynamo_worker.logs import get_logger
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: With this variable somebody else places SGLang's ranks, on other machines maybe.
+#: With this variable something else places SGLang's ranks, possibly on other machines.
 _PLACED_ELSEWHERE: Final = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
-#: Flags that nothing reads but SGLang's HTTP and gRPC servers, in 0.5.23.
+#: Flags that only SGLang's HTTP and gRPC servers read (0.5.23).
 _OF_ITS_SERVERS: Final = (
     *("api_key", "admin_api_key"),
     *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password", "enable_ssl_refresh"),
@@ -39,7 +38,7 @@ _OF_ITS_SERVERS: Final = (
     *("sidecar_args", "warmups", "skip_server_warmup", "log_level_http", "uvicorn_access_log_exclude_prefixes"),
     *("tokenizer_metrics_custom_labels_header", "delete_ckpt_after_loading", "debug_tensor_dump_input_file"),
 )
-#: Flags of its OpenAI API.
+#: Flags of SGLang's OpenAI API.
 _OF_ITS_API: Final = (
     *("trust_request_chat_template", "default_chat_template_kwargs", "chat_template", "completion_template"),
     *("hf_chat_template_name", "enable_cache_report", "return_input_ids", "return_output_ids", "tool_server"),
@@ -56,7 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
     add_publish_kv_events(group)
     _server_args().add_cli_args(parser)
-    # SGLang's default is the same for all workers of a machine.
+    # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
 
 
@@ -68,8 +67,8 @@ def _server_args() -> Any:
 def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     """Return SGLang's settings for the parsed flags.
 
-    :param private_dir: a directory for sockets.
-    :raises StartError: a flag asks for what a worker cannot be.
+    :param private_dir: directory for sockets.
+    :raises StartError: a flag has no use in a worker.
     """
     for flag, value, only in (
         ("--tokenizer-worker-num", args.tokenizer_worker_num, 1),
@@ -78,42 +77,42 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     ):
         if value != only:
             raise StartError(
-                f"{flag} has no use in a worker: the frontend makes tokens of text and text of tokens",
+                f"{flag} has no use in a worker: the frontend tokenizes and detokenizes",
                 hint=f"leave {flag} out",
             )
     if args.allow_auto_truncate:
-        raise StartError("--allow-auto-truncate: a worker refuses prompts that are too long, it does not cut them")
+        raise StartError("--allow-auto-truncate has no use in a worker: it rejects prompts that are too long")
     if args.is_embedding:
-        raise StartError("--is-embedding: this plugin serves models that generate text")
+        raise StartError("--is-embedding is not supported: this plugin serves models that generate text")
     add_flags = _server_args().add_cli_args
-    why = "SGLang's own server does not run here. Clients talk to the Dynamo frontend, operators to the status server"
+    why = "SGLang's own server does not run here; clients use the Dynamo frontend, operators the status server"
     refuse_without_effect(args, add_flags, _OF_ITS_SERVERS, f"{why} (--control-token-file guards its control routes)")
-    refuse_without_effect(args, add_flags, _OF_ITS_API, "the Dynamo frontend has the OpenAI API")
-    # Chunks carry the new tokens only.
+    refuse_without_effect(args, add_flags, _OF_ITS_API, "the Dynamo frontend serves the OpenAI API")
+    # Chunks carry only new tokens.
     args.incremental_streaming_output = True
     if args.disaggregation_bootstrap_port is None:
         args.disaggregation_bootstrap_port = _free_port()
     if args.publish_kv_events and args.kv_events_config is None:
-        args.kv_events_config = json.dumps({"publisher": "zmq", "endpoint": kv_events_socket(private_dir), "topic": ""})
+        args.kv_events_config = json.dumps(kv_events_config(private_dir))
     if args.nnodes == 1 and args.dist_init_addr is None and _PLACED_ELSEWHERE not in os.environ:
-        rendezvous.stay_on_loopback()
-        if args.disaggregation_mode == "null" and args.host != LOOPBACK:
-            # Nothing else would listen there: it is where the ranks meet.
+        loopback = rendezvous.stay_on_loopback()
+        if args.disaggregation_mode == "null" and args.host != loopback:
+            # Only the ranks' rendezvous would listen there.
             log.warning("--host is not used: no server of SGLang's runs in a worker", host=args.host)
-            args.host = LOOPBACK
-    # SGLang collects evidence of a dead process for up to a minute before it says so.
+            args.host = loopback
+    # SGLang collects evidence of a dead process for up to a minute before it reports it.
     for variable in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"):
         os.environ.setdefault(variable, "0")
-    # Ranks without a server of their own return, instead of waiting for their processes inside the constructor.
+    # Makes the constructor of a node without a server return instead of waiting for its processes.
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
     settings: ServerArgs = _server_args().from_cli_args(args)
     return settings
 
 
 def ranks(settings: Mapping[str, Any]) -> int:
-    """Return the number of KV caches: of data-parallel replicas, or of ranks of data-parallel attention.
+    """Return the number of KV caches, one for each data-parallel replica or rank of data-parallel attention.
 
-    Until SGLang 0.5.21 both are ``dp_size``; in 0.5.23 the latter have a setting of their own.
+    Up to SGLang 0.5.21 both are ``dp_size``; in 0.5.23 the latter have their own setting.
     """
     replicas: int = settings["dp_size"]
     attention: int = settings.get("attn_dp_size") or 1
@@ -126,4 +125,4 @@ def _free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-    raise StartError("there is no free port below the range of outgoing connections")
+    raise StartError("no free TCP port from 20000 to 31999", hint="set --disaggregation-bootstrap-port")

@@ -1,7 +1,7 @@
-"""Prefill on one worker, decode on another: where the two meet.
+"""Disaggregated serving: where the prefill and the decode worker meet.
 
-The decode worker fetches the KV cache from the prefill worker. Both name the same room on the bootstrap server, which
-runs inside the prefill worker; the room is the router's choice, or the prefill worker's.
+The decode worker fetches the KV cache from the prefill worker. Both name the same room on the bootstrap server inside
+the prefill worker. The router chooses the room, or else the prefill worker.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit import disaggregation
 from dynamo_worker.kit import request_limits as limits
-from dynamo_worker.kit.translation import integer, refusal, section, string
+from dynamo_worker.kit.canary import is_canary
+from dynamo_worker.kit.fields import integer, refusal, section, string
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_worker.kit.translation import Reader
+    from dynamo_worker.kit.fields import Reader
     from dynamo_worker.requests import BootstrapInfo
     from dynamo_worker_sglang.sampling import Translated
 
@@ -26,30 +27,30 @@ _PORTS: Final = 2**16
 
 
 class Role(disaggregation.Role):
-    """The share of a request that this worker does.
+    """The share of each request that this worker does.
 
     :ivar bootstrap: host and port of the bootstrap server of a prefill worker.
     """
 
     def __init__(self, mode: str, bootstrap: tuple[str, int]) -> None:
-        """Remember the role.
+        """Take the role.
 
-        :param mode: of SGLang's ``--disaggregation-mode``.
-        :param bootstrap: where the bootstrap server of this worker is, if it is a prefill worker.
+        :param mode: value of SGLang's ``--disaggregation-mode``.
+        :param bootstrap: host and port of this worker's bootstrap server, which a prefill worker has.
         """
         super().__init__("aggregated" if mode == "null" else mode)
         self.bootstrap = bootstrap if mode == "prefill" else None
         self._port = bootstrap[1]
 
-    def prepare(self, request: Mapping[str, Any], translated: Translated) -> dict[str, Any] | None:
-        """Tell SGLang where the two workers meet; return what the prefill worker tells the decode worker, if it is one.
+    def prepare(self, request: Mapping[str, Any], translated: Translated) -> None:
+        """Tell SGLang where the two workers meet; a prefill worker also tells the decode worker.
 
-        :raises InvalidRequestError: the request cannot be divided.
+        :raises InvalidRequestError: the request cannot be disaggregated.
         """
         if self.mode == "aggregated":
-            return None
+            return
         if translated.n > 1:
-            raise InvalidRequestError("sampling_options.n: prefill and decode workers make one answer")
+            raise InvalidRequestError("sampling_options.n: prefill and decode workers make only one answer")
         if self.bypasses_prefill(request):
             raise InvalidRequestError("a decode worker with SGLang cannot prefill by itself")
         given = dict(section(request, "bootstrap_info"))
@@ -70,13 +71,11 @@ class Role(disaggregation.Role):
             translated.sampling.pop("min_new_tokens", None)
         meeting = {name: read(f"bootstrap_info.{name}", meeting[name]) for name, read in _MEETING.items()}
         translated.options.update(meeting)
-        return meeting if self.mode == "prefill" else None
+        if self.mode == "prefill" and not is_canary(request):
+            translated.meeting = meeting
 
     def canary(self) -> BootstrapInfo | None:
-        """Return where a request of this worker meets nobody: it is served without the other worker.
-
-        None if no request needs another worker.
-        """
+        """Return the bootstrap address that serves a canary without another worker; None if none is needed."""
         if self.mode == "aggregated":
             return None
         from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
@@ -96,10 +95,10 @@ def _host(name: str, value: Any) -> str:
 
 
 def _room(name: str, value: Any) -> int:
-    if type(value) is not int or not 0 <= value < _ROOMS:  # the schedulers' table takes no more
-        raise refusal(name, "a number of 63 bits", value)
+    if type(value) is not int or not 0 <= value < _ROOMS:  # the schedulers' table takes nothing else
+        raise refusal(name, "a 63-bit integer", value)
     return value
 
 
-#: What names the place where two workers meet, read how: the schedulers of both build on it.
+#: The fields that say where two workers meet, with their readers: both schedulers rely on them.
 _MEETING: Final[Mapping[str, Reader]] = {"bootstrap_host": _host, "bootstrap_port": _port, "bootstrap_room": _room}

@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, multiprocess
 
-from dynamo_worker.kit.metrics import PrefixCollector
+from dynamo_worker.kit.metrics import engine_registry
+from dynamo_worker.kit.publishing import KvEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from dynamo_worker.kit.publishing import LoadPublisher
     from dynamo_worker_sglang.manager import Manager
 
-#: Seconds between two looks at the load. The scheduler writes it into shared memory; looking costs it nothing.
+#: Seconds between two readings of the load, which the schedulers write into shared memory.
 _POLL_SECONDS = 0.1
+#: Prefix of SGLang's metrics.
 _PREFIX = "sglang:"
 
 
 class LoadReader:
-    """Reads what the schedulers say about their load.
+    """Reads the load that the schedulers report.
 
-    :ivar steps: how often their work was seen to have advanced.
+    :ivar steps: number of readings in which their work had advanced.
     """
 
     def __init__(self, manager: Manager, page_size: int) -> None:
@@ -34,7 +36,7 @@ class LoadReader:
         self.steps = 0
 
     def read(self) -> dict[int, int]:
-        """Return how many KV blocks are in use, for each data-parallel rank."""
+        """Return the number of KV blocks in use on each data-parallel rank."""
         used = {}
         for load in self._reader.read_all():
             used[load.dp_rank] = -(-load.num_used_tokens // self._page_size)
@@ -45,36 +47,37 @@ class LoadReader:
         return used
 
     def in_flight(self) -> int:
-        """Return the number of requests whose KV cache a prefill worker keeps for others."""
+        """Return the number of requests whose KV cache a prefill worker holds for decode workers."""
         loads = [load.disaggregation for load in self._reader.read_all()]
         return sum(load.prefill_bootstrap_queue_reqs + load.prefill_inflight_queue_reqs for load in loads if load)
 
     async def publish(self, publisher: LoadPublisher) -> None:
-        """Publish the load whenever it has changed."""
+        """Publish the load whenever it changes."""
         while True:
             for rank, blocks in self.read().items():
                 publisher.publish(rank, blocks)
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def kv_event_sources(configuration: str | None, ranks: Sequence[int]) -> tuple[dict[int, str], str]:
-    """Return where each data-parallel rank publishes its KV events, and under which topic; empty if it does not."""
+def kv_events(configuration: str | None, ranks: Iterable[int], block_size: int) -> KvEvents | None:
+    """Return where each data-parallel rank publishes its KV events; None if it does not."""
     from sglang.srt.disaggregation.kv_events import KVEventsConfig, ZmqEventPublisher
 
     if not configuration:
-        return {}, ""
+        return None
     events = KVEventsConfig.from_cli(configuration)
     if events.publisher != "zmq":
-        return {}, ""
-    return {rank: ZmqEventPublisher.offset_endpoint_port(events.endpoint, rank) for rank in ranks}, events.topic
+        return None
+    sources = {rank: ZmqEventPublisher.offset_endpoint_port(events.endpoint, rank) for rank in ranks}
+    return KvEvents(sources, events.topic, block_size)
 
 
 def metrics_registry() -> CollectorRegistry:
-    """Return SGLang's metrics, those of all its processes; empty without ``--enable-metrics``."""
-    registry = CollectorRegistry()
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        # The schedulers write theirs into files. Those of this process are in its registry: it had imported
-        # prometheus_client before SGLang said where the files are.
-        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        registry.register(PrefixCollector(_PREFIX))
+    """Return the metrics of all of SGLang's processes; empty without ``--enable-metrics``."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return CollectorRegistry()
+    # The schedulers write their metrics into files. Those of this process are in its own registry, because it imported
+    # prometheus_client before SGLang set the directory of the files.
+    registry = engine_registry(_PREFIX)
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return registry

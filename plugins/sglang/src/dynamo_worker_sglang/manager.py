@@ -1,8 +1,8 @@
-"""The parts of SGLang that run inside the worker, changed where they would decide about the worker's life.
+"""The parts of SGLang that run inside the worker, without those that would control the worker's life.
 
-SGLang's own :class:`Engine` kills the whole process some seconds after one of its children died, replaces the signal
-handlers, and ends with everything below this process. None of that is left: what happens to SGLang's processes the
-worker learns from the kernel, and what follows it decides itself.
+SGLang's own :class:`Engine` kills the whole process some seconds after one of its children dies, replaces the signal
+handlers, and on shutdown kills everything below this process. Here the worker learns from the kernel what happens to
+SGLang's processes, and decides itself what follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from sglang.srt.entrypoints import engine as entrypoint
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from dynamo_worker import EngineDeadError, InvalidRequestError, StartError
+from dynamo_worker import EngineDeadError, InvalidRequestError
+from dynamo_worker.kit.engine_lifecycle import start_error
 from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import scheduler
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: SGLang names its processes like this: ``sglang::scheduler``, ``sglang::data_parallel_controller``.
+#: The titles of SGLang's processes begin like this: ``sglang::scheduler``, ``sglang::data_parallel_controller``.
 TITLE: Final = b"sglang::"
-#: Seconds until the kernel has killed the processes of one that was killed.
+#: Seconds until the kernel has also killed the processes below one that was killed.
 KILLED_SECONDS: Final = 0.3
 
 _T = TypeVar("_T")
@@ -40,20 +41,20 @@ _T = TypeVar("_T")
 
 @dataclass
 class GenerateRequest(GenerateReqInput):  # type: ignore[misc]
-    """A request with the answer that its outputs go to."""
+    """A request, and the answer that gets its outputs."""
 
     answer: Answer | None = None
 
 
 class Manager(TokenizerManager):  # type: ignore[misc]
-    """SGLang's side of requests: hands them to the scheduler and its outputs to the answers.
+    """Hands requests to the scheduler, and its outputs to the answers.
 
-    It takes the place of the detokenizer, which has nothing to do where the frontend makes the text: the scheduler's
-    outputs come straight here, as they do with ``--skip-tokenizer-init``. Unlike with that flag the scheduler keeps its
-    tokenizer, which grammars and ``min_tokens`` need.
+    It takes the place of the detokenizer, which is idle where the frontend makes the text: the scheduler's outputs come
+    straight here, as with ``--skip-tokenizer-init``. Unlike with that flag, the scheduler keeps its tokenizer, which
+    grammars and ``min_tokens`` need.
 
-    :ivar batches: how many batches of outputs have come.
-    :ivar failure: why nothing comes any more, or None.
+    :ivar batches: number of batches of outputs received.
+    :ivar failure: why no more outputs will come, or None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,12 +64,12 @@ class Manager(TokenizerManager):  # type: ignore[misc]
         self._short_way = not (self.enable_metrics or self.enable_trace or self.request_logger.log_requests)
 
     def init_ipc_channels(self, port_args: Any) -> None:
-        """Listen where the detokenizer would."""
+        """Listen in place of the detokenizer."""
         super().init_ipc_channels(port_args)
         self.recv_from_detokenizer.bind(port_args.detokenizer_ipc_name)
 
     def auto_create_handle_loop(self) -> None:
-        """Receive outputs on the running loop: without signal handlers, and without ending the process on an error."""
+        """Receive outputs on the running loop, without signal handlers and without killing the process on an error."""
         if self.event_loop is not None:
             return
         self.event_loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
@@ -83,7 +84,7 @@ class Manager(TokenizerManager):  # type: ignore[misc]
             self.fail(f"SGLang's outputs cannot be read: {type(error).__name__}: {error}")
 
     def fail(self, reason: str) -> None:
-        """Take note that nothing will come any more, and end all requests."""
+        """End all requests, because no more outputs will come."""
         self.failure = self.failure or reason
         for state in list(self.rid_to_state.values()):
             answer = getattr(state.obj, "answer", None)
@@ -110,21 +111,21 @@ class Manager(TokenizerManager):  # type: ignore[misc]
         return stream
 
     async def run(self, request: GenerateRequest) -> None:
-        """Have one request answered; returns when its answer is complete.
+        """Run one request until its answer is complete.
 
-        :raises InvalidRequestError: SGLang refuses the request.
+        :raises InvalidRequestError: SGLang rejects the request.
         """
         try:
             async for _ in self.generate_request(request):
                 pass
         except ValueError as error:
-            # Until the scheduler has it, this is how SGLang says what is wrong with a request; later it is a bug.
+            # SGLang rejects a request with this before the scheduler has it; afterwards it is a bug.
             if request.answer is None or request.answer.submitted:
                 raise
             raise InvalidRequestError(str(error)) from error
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside everything else."""
+        """Run something in the background until :meth:`stop`."""
         task = asyncio.ensure_future(work)
         self.asyncio_tasks.add(task)
         task.add_done_callback(self.asyncio_tasks.discard)
@@ -135,9 +136,9 @@ class Manager(TokenizerManager):  # type: ignore[misc]
             await super()._handle_batch_output(recv_obj)
 
     def _hand_out(self, batch: BatchTokenIDOutput) -> bool:
-        """Send a batch of plain answers on their way; return False if there is another request among them.
+        """Send the outputs of a batch of plain answers; return False if the batch contains any other answer.
 
-        SGLang's own way makes a dozen objects for every token of every request.
+        SGLang's own path makes a dozen objects for every token of every request.
         """
         states = [self.rid_to_state.get(rid) for rid in batch.rids]
         for state in states:
@@ -147,7 +148,7 @@ class Manager(TokenizerManager):  # type: ignore[misc]
                     return False
         for position, (rid, state) in enumerate(zip(batch.rids, states, strict=True)):
             if state is None:
-                continue  # it was cancelled meanwhile
+                continue  # it has been cancelled
             reason = batch.finished_reasons[position]
             if reason is not None:
                 state.finished = True
@@ -172,7 +173,7 @@ class Processes(entrypoint.Engine):  # type: ignore[misc]
 
     @staticmethod
     def init_tokenizer_manager_func(server_args: Any, port_args: Any) -> tuple[Manager, Any]:
-        """Make the manager; there are no templates, the frontend has them."""
+        """Make the manager, without templates: the frontend has them."""
         return Manager(server_args, port_args), None
 
     @classmethod
@@ -180,35 +181,35 @@ class Processes(entrypoint.Engine):  # type: ignore[misc]
         return [], []
 
     def shutdown(self) -> None:
-        """Do nothing: the original kills everything below this process. Called when the interpreter ends, too."""
+        """Do nothing: the original, which also runs at interpreter exit, kills everything below this process."""
 
 
 def build(settings: ServerArgs) -> Processes:
-    """Start SGLang's processes, and wait until they are ready. Takes long.
+    """Start SGLang's processes and wait until they are ready, which takes long.
 
-    :raises StartError: it does not start.
+    :raises StartError: SGLang fails to start.
     """
     try:
         return Processes(server_args=settings)
     except Exception as error:
-        raise StartError(f"SGLang does not start: {error}", hint="its own messages stand above this line") from error
+        raise start_error("SGLang", error) from error
 
 
 def on_failed_process(fail: Callable[[], None]) -> None:
-    """Take the signal with which SGLang's processes announce that they failed; by default it would end the worker.
+    """Handle SIGQUIT, with which a failed process of SGLang would end the worker.
 
-    They send it about a second before they end, after they have written down why.
+    The process sends it about a second before it exits, after it has logged the reason.
     """
 
     def failed() -> None:
-        log.error("A process of SGLang reports that it has failed; its own messages stand above this line")
+        log.error("A process of SGLang reports that it has failed; see the engine's log output above")
         fail()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, failed)
 
 
 class _NoWatchdog:
-    """Stands in for the thread that looks every second whether a process has died, and then ends this one."""
+    """Replaces the thread that kills this process a second after one of SGLang's has died."""
 
     def __init__(self, **_: Any) -> None:
         pass
@@ -221,7 +222,7 @@ class _NoWatchdog:
 
 
 def _keep_logging(*_: Any) -> None:
-    """Leave the worker's log as it is. SGLang's own processes set theirs up by themselves."""
+    """Leave the worker's logging alone; SGLang's own processes configure theirs."""
 
 
 entrypoint.SubprocessWatchdog = _NoWatchdog
@@ -229,7 +230,7 @@ entrypoint.configure_logger = _keep_logging
 
 
 async def in_lasting_thread(function: Callable[[], _T]) -> _T:
-    """Return what the function returns, in a thread that stays: with it the kernel would kill SGLang's processes."""
+    """Return the function's result from a thread that never exits: the kernel would kill SGLang's processes with it."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[_T] = loop.create_future()
 
@@ -249,7 +250,7 @@ async def in_lasting_thread(function: Callable[[], _T]) -> _T:
             error = raised
         try:
             loop.call_soon_threadsafe(deliver, value, error)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the loop is closed
             return
         threading.Event().wait()
 

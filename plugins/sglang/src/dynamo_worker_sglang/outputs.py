@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit.chunks import finite, prompt_logprob, top_logprob, usage
+from dynamo_worker.kit.chunks import finite, no_text, prompt_logprob, top_logprob, usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,12 +20,12 @@ _BAD_REQUEST: Final = 400
 
 
 class Answer:
-    """One answer to one request: makes chunks of what SGLang reports and sends them on.
+    """One answer to one request: turns SGLang's outputs into chunks and sends them.
 
-    SGLang takes it for the event that wakes the reader of a request: it calls :meth:`set` after it has put outputs
-    into the request's list. They are sent right there, without waking anybody.
+    It replaces the event that wakes the reader of a request: SGLang calls :meth:`set` after it has put outputs into the
+    request's list, and they are sent right there, without waking a task.
 
-    :ivar plain: whether it consists of tokens and nothing else.
+    :ivar plain: whether the answer consists of tokens and nothing else.
     """
 
     def __init__(
@@ -37,16 +37,15 @@ class Answer:
         stop_tokens: Collection[int] = (),
         top: int | None = None,
         prompt_top: int | None = None,
-        decode: Callable[[int], str] | None = None,
+        decode: Callable[[int], str | None] = no_text,
     ) -> None:
         """Start an answer.
 
         :param index: number of the answer.
-        :param stop_tokens: tokens at which the client wants it to stop; only these are named as the reason.
-        :param top: how many of the likeliest tokens are reported with each; negative: all there are; None: no
-            log-probabilities at all.
+        :param stop_tokens: the client's stop tokens; only these are reported as the stop reason.
+        :param top: number of likeliest tokens reported with each, negative for all; None for no log-probabilities.
         :param prompt_top: the same for the prompt.
-        :param decode: returns the text of a token; None if there is no tokenizer.
+        :param decode: returns the text of a token.
         """
         self._send = send
         self._index = index
@@ -58,10 +57,10 @@ class Answer:
         self._completion_tokens = 0
         self._state: Any = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._done.add_done_callback(_looked_at)
+        self._done.add_done_callback(_retrieve_error)
         #: Whether the scheduler has the request.
         self.submitted = False
-        #: Set at the first sign of life of this answer.
+        #: Set with the first chunk, or with the end.
         self.begun = asyncio.Event()
         self.plain = top is None and prompt_top is None
 
@@ -73,26 +72,26 @@ class Answer:
     async def wait(self) -> None:
         """Wait for the end.
 
-        :raises InvalidRequestError: SGLang refuses the request.
-        :raises Disconnected: SGLang could not finish it: another worker can.
+        :raises InvalidRequestError: SGLang rejects the request.
+        :raises Disconnected: SGLang could not finish it, but another worker can.
         """
         await self._done
 
     def fail(self, error: BaseException) -> None:
-        """End the answer with an error; nothing comes after it."""
+        """End the answer with an error."""
         self.begun.set()
         if not self._done.done():
             self._done.set_exception(error)
 
     def set(self) -> None:
-        """Send what SGLang has put into the request's list."""
+        """Send the outputs in the request's list."""
         outputs, self._state.out_list = self._state.out_list, []
         for output in outputs:
             meta = output["meta_info"]
             self.add(output["output_ids"], meta.get("finish_reason"), meta.get("cached_tokens"), meta)
 
     def clear(self) -> None:
-        """Do nothing: there is nothing left to be read."""
+        """Do nothing: the outputs have been sent."""
 
     def add(
         self,
@@ -105,7 +104,7 @@ class Answer:
 
         :param reason: why these are the last ones; None if they are not.
         :param cached_tokens: tokens of the prompt that were in the KV cache.
-        :param meta: what else SGLang says about them, if not plain.
+        :param meta: SGLang's further information about the tokens, unless the answer is plain.
         """
         if self._done.done():
             return
@@ -125,7 +124,7 @@ class Answer:
                 if meta is not None and self._prompt_top is not None:
                     chunk["engine_data"] = {"prompt_logprobs": self._prompt_logprobs(meta)}
             self._send(chunk)
-        except Exception as error:  # the client is gone, for one: that must not harm the others
+        except Exception as error:  # such as a client that is gone; the other answers go on
             self.fail(error)
         else:
             self.begun.set()
@@ -136,13 +135,13 @@ class Answer:
     def _aborted(chunk: Chunk, reason: Mapping[str, Any]) -> None:
         status, message = reason.get("status_code"), reason.get("message") or "aborted"
         if status is None:
-            # An operator has asked for it, or we have: those who ask for it do not read the answer.
+            # Aborted by an operator or by us, so no one reads the answer.
             chunk["finish_reason"] = "cancelled"
             chunk["token_ids"] = []
         elif status == _BAD_REQUEST:
             raise InvalidRequestError(message)
         else:
-            # Not EngineShutdown: that takes the whole worker out of the frontends' rotation for 5 s (measured).
+            # Not EngineShutdown, which takes the whole worker out of the frontends' rotation for 5 s (measured).
             raise Disconnected(f"SGLang ended the request: {message}")
 
     def _add_logprobs(self, chunk: Chunk, meta: Mapping[str, Any]) -> None:
@@ -153,14 +152,14 @@ class Answer:
         likeliest: Sequence[Any] = meta.get("output_top_logprobs") or ([],) * len(chosen)
         chunk["top_logprobs"] = [
             [
-                top_logprob(token, logprob, rank, self._text(token))
+                top_logprob(token, logprob, rank, self._decode(token))
                 for rank, (logprob, token, *_) in enumerate(_first(position, self._top), start=1)
             ]
             for position in likeliest
         ]
 
     def _prompt_logprobs(self, meta: Mapping[str, Any]) -> list[Any]:
-        """Return the entries of every token of the prompt; there are none for the first."""
+        """Return the entries of each token of the prompt, None for the first."""
         chosen = meta.get("input_token_logprobs") or ()
         likeliest = meta.get("input_top_logprobs") or (None,) * len(chosen)
         positions: list[Any] = []
@@ -169,25 +168,22 @@ class Answer:
                 positions.append(None)
                 continue
             entries = {
-                str(other): prompt_logprob(value, rank, self._text(other))
+                str(other): prompt_logprob(value, rank, self._decode(other))
                 for rank, (value, other, *_) in enumerate(_first(top, self._prompt_top), start=1)
             }
-            entries.setdefault(str(token), prompt_logprob(logprob, None, self._text(token)))
+            entries.setdefault(str(token), prompt_logprob(logprob, None, self._decode(token)))
             positions.append(entries)
         return positions
 
-    def _text(self, token: int) -> str | None:
-        return None if self._decode is None else self._decode(token)
-
 
 def _first(entries: Sequence[Any] | None, number: int | None) -> Sequence[Any]:
-    """Return so many entries; all of them if the number is negative."""
+    """Return the first entries, all of them if the number is negative."""
     if not entries or number is None:
         return ()
     return entries if number < 0 else entries[:number]
 
 
-def _looked_at(done: asyncio.Future[None]) -> None:
-    """Keep the event loop from complaining about an error whose request was cancelled before it could be told."""
+def _retrieve_error(done: asyncio.Future[None]) -> None:
+    """Keep the event loop from logging an error whose request was cancelled before it was raised."""
     if not done.cancelled():
         done.exception()

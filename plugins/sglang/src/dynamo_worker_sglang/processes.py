@@ -1,4 +1,4 @@
-"""The processes that SGLang will start: how many, and what they import in which environment."""
+"""The processes that SGLang will start: how many, what they import, and in which environment."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 _SCHEDULER = ("dynamo_worker_sglang.scheduler",)
 _CONTROLLER = ("sglang.srt.managers.data_parallel_controller", *_SCHEDULER)
 
-#: Variables that are set while SGLang starts, and that SGLang looks up whenever it needs them, most of them only in the
-#: worker's own process.
+#: Variables that are set while SGLang starts and that nothing reads on import, most of them only read in the worker's
+#: own process.
 _HARMLESS: Final = frozenset(
     {
         *("SGLANG_RUN_ID", "SGLANG_BLOCK_NONZERO_RANK_CHILDREN", "SGLANG_PYSPY_DUMP_BEFORE_CRASH"),
         *("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "SGLANG_USE_CUDA_IPC_TRANSPORT", "GLOO_SOCKET_IFNAME"),
     }
 )
-#: Set with ``--enable-metrics``; where metrics are kept is decided when this is imported.
+#: Set with ``--enable-metrics``; this module reads it on import.
 _READERS: Final = {"PROMETHEUS_MULTIPROC_DIR": "prometheus_client"}
-#: What SGLang sets unless flags or the model say otherwise. Where they do, its processes begin anew.
+#: What SGLang sets by default. Where flags or the model change it, the preloaded processes restart.
 _EXPECTED: Final = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "8",
     "CUTE_DSL_LOG_LEVEL": "30",
@@ -39,15 +39,15 @@ _EXPECTED: Final = {
     "SGLANG_ENABLE_TORCH_COMPILE": "0",
     "TRTLLM_ENABLE_PDL": "1",
 }
-#: The least soft limits with which SGLang starts its processes: of open files, and of bytes of a stack.
+#: The lowest soft limits with which SGLang starts its processes: open files, and bytes of stack.
 _LIMITS: Final = {resource.RLIMIT_NOFILE: 65535, resource.RLIMIT_STACK: 65535 * 1024}
 
 
-def begin_imports(arguments: Sequence[str]) -> None:
-    """Let the processes that SGLang will start for this command line import SGLang now, beside this one.
+def preload_processes(arguments: Sequence[str]) -> None:
+    """Let the processes that SGLang will start for this command line import SGLang now, in parallel with this one.
 
-    There is a scheduler for every rank. Those of data-parallel replicas a controller starts; those of data-parallel
-    attention are left alone, because what starts them depends on SGLang's version.
+    Every rank has a scheduler. A controller starts those of data-parallel replicas. Those of data-parallel attention
+    are not preloaded, because their parent depends on SGLang's version.
     """
     parser = EarlyParser()
     parser.add_argument("--tp-size", "--tensor-parallel-size", type=int, default=1)
@@ -64,6 +64,6 @@ def begin_imports(arguments: Sequence[str]) -> None:
     for number, least in _LIMITS.items():
         soft, hard = resource.getrlimit(number)
         if soft < least:
-            with contextlib.suppress(ValueError):  # more than the hard limit; SGLang cannot have it either
+            with contextlib.suppress(ValueError):  # above the hard limit; SGLang cannot raise it either
                 resource.setrlimit(number, (least, hard))
     preload.prepare(levels, _HARMLESS, readers=_READERS, expected=_EXPECTED)

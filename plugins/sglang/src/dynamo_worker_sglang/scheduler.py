@@ -1,4 +1,4 @@
-"""What SGLang's scheduler processes run. They import this, and nothing else of the plugin."""
+"""The entry point of SGLang's scheduler processes, which import nothing else of the plugin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from dynamo_worker.kit import rendezvous
 
 
 def run(*args: Any, **options: Any) -> None:
-    """Run a scheduler whose ranks meet on loopback, if SGLang has them meet there."""
+    """Run a scheduler whose rendezvous listens on loopback if SGLang puts it there."""
     rendezvous.listen_on_loopback()
     run_scheduler_process(*args, **options)

@@ -1,4 +1,4 @@
-"""The command line: all of vLLM's own engine flags under their own names, and the few that only exist here."""
+"""The command line: all of vLLM's engine flags under their own names, and the few that dynamo-worker adds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dynamo_worker.kit import rendezvous
 from dynamo_worker.kit.engine_arguments import (
     add_publish_kv_events,
     import_engine,
-    kv_events_socket,
+    kv_events_config,
     refuse_without_effect,
 )
 from dynamo_worker_vllm import waiting
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
-#: The roles a worker can have when prefill and decode run on different workers.
+#: The roles of a worker in disaggregated serving.
 MODES: Final = ("aggregated", "prefill", "decode")
 
-#: Flags that nothing reads but vLLM's own server, in 0.31.
+#: Flags that only vLLM's own server reads (0.31).
 _OF_ITS_SERVER: Final = ("interleave_mm_strings", "default_mm_loras", "data_parallel_multi_port_external_lb")
 
 
@@ -38,13 +38,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-mode",
         choices=MODES,
         default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE", "aggregated"),
-        help="share of a request this worker does; prefill and decode need --kv-transfer-config (default: aggregated)",
+        help="the share of each request that this worker does; prefill and decode need --kv-transfer-config "
+        "(default: aggregated)",
     )
     add_publish_kv_events(group)
     group.add_argument(
         "--headless",
         action="store_true",
-        help="run only the ranks of a multi-node engine that live on this node; its leader has the endpoints",
+        help="run only this node's ranks of a multi-node engine, whose leader has the endpoints",
     )
     _engine_args().add_cli_args(parser)
 
@@ -55,57 +56,55 @@ def _engine_args() -> Any:
 
 
 def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
-    """Return vLLM's configuration for the parsed flags. Takes seconds and may download the model's files.
+    """Return vLLM's configuration for the parsed flags; takes seconds and may download the model's files.
 
-    :param private_dir: a directory for sockets.
-    :raises StartError: vLLM refuses the flags, or there is no such model.
+    :param private_dir: directory for sockets.
+    :raises StartError: vLLM rejects the flags, or the model does not exist.
     """
     from vllm.usage.usage_lib import UsageContext
 
-    why = "vLLM's own server does not run here, the Dynamo frontend has the OpenAI API"
+    why = "vLLM's own server does not run here; the Dynamo frontend serves the OpenAI API"
     refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
     os.environ[waiting.MARK] = "1"
     alone = on_one_machine(args)
     if alone:
         rendezvous.stay_on_loopback("VLLM_HOST_IP")
     engine_args = _engine_args().from_cli_args(args)
-    # Speculative, pooling and other exotic settings are vLLM's business: it checks them itself.
+    # vLLM itself checks speculative, pooling and other special settings.
     if args.publish_kv_events and engine_args.kv_events_config is None:
-        engine_args.kv_events_config = _kv_events_config(private_dir, alone=alone)
+        from vllm.config import KVEventsConfig
+
+        events = kv_events_config(private_dir)
+        if not alone:
+            # vLLM reports this machine's address and the free port to the leader of several nodes.
+            events["endpoint"] = "tcp://*:0"
+        engine_args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, **events)
     try:
         config: VllmConfig = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT, headless=args.headless)
     except Exception as error:
-        raise StartError(f"vLLM refuses these settings: {_first_lines(error)}") from error
+        raise StartError(f"vLLM rejects these settings: {_first_lines(error)}") from error
     return config
 
 
 def on_one_machine(args: argparse.Namespace) -> bool:
-    """Return whether vLLM's processes need to be reached by none on another machine."""
+    """Return whether no process on another machine needs to reach vLLM's processes."""
     local = args.data_parallel_size_local
     return (
         args.nnodes == 1
         and not args.headless
         and local in (None, args.data_parallel_size)
-        # Ranks that are workers of their own, which meet elsewhere.
+        # Otherwise the ranks are separate workers, which meet elsewhere.
         and args.data_parallel_rank is None
         and args.data_parallel_start_rank is None
         and args.data_parallel_address is None
         and "ray" not in (args.data_parallel_backend, args.distributed_executor_backend)
-        # Others fetch KV caches or embeddings from here, at this machine's address.
+        # Otherwise other machines fetch KV caches or embeddings from here.
         and args.kv_transfer_config is None
         and args.ec_transfer_config is None
     )
 
 
-def _kv_events_config(private_dir: Path, *, alone: bool) -> Any:
-    from vllm.config import KVEventsConfig
-
-    # To the leader of several nodes vLLM tells the address and the port: this machine's own, and a free one.
-    endpoint = kv_events_socket(private_dir) if alone else "tcp://*:0"
-    return KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint, topic="")
-
-
 def _first_lines(error: Exception) -> str:
-    """Return what an exception says, without pydantic's addresses of web pages."""
+    """Return an exception's message in one line, without pydantic's links."""
     lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
     return " ".join(line for line in lines if line)[:1000] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Operations on vLLM while it serves: sleep, profiles, caches, adapters."""
+"""Operations on vLLM while it serves: sleep, profiles, caches, LoRA adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.lora.request import LoRARequest
 
-from dynamo_worker.kit.engine_control import EngineControl
+from dynamo_worker.kit.engine_control import EngineControl, profile_routes
 from dynamo_worker.kit.lora import LoraAdapters
 from dynamo_worker.logs import get_logger
 
@@ -25,23 +25,23 @@ _ASLEEP = "asleep"
 
 
 class LoraLoader:
-    """Loads adapters into vLLM."""
+    """Loads LoRA adapters into vLLM."""
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
 
-    @staticmethod
-    def request(adapter: LoraAdapter) -> LoRARequest:
-        """Return what vLLM is told with every request for an adapter."""
-        return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.number, lora_path=adapter.path)
-
     async def load(self, adapter: LoraAdapter) -> None:
-        """Read the weights."""
-        await self._llm.add_lora(self.request(adapter))
+        """Load the weights."""
+        await self._llm.add_lora(lora_request(adapter))
 
     async def unload(self, adapter: LoraAdapter) -> None:
-        """Forget the weights."""
+        """Free the weights."""
         await self._llm.remove_lora(adapter.number)
+
+
+def lora_request(adapter: LoraAdapter) -> LoRARequest:
+    """Return what vLLM gets with every request for an adapter."""
+    return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.number, lora_path=adapter.path)
 
 
 class Control(EngineControl):
@@ -49,30 +49,28 @@ class Control(EngineControl):
 
     def __init__(self, llm: AsyncLLM, context: EngineContext, model_names: Collection[str]) -> None:
         self._llm = llm
-        self._allowed_paths = context.allowed_paths
         super().__init__(
             context,
             routes={
                 "sleep": self.sleep,
                 "wake_up": self.wake_up,
-                "start_profile": self.start_profile,
-                "stop_profile": self.stop_profile,
                 "reset_prefix_cache": self.reset_prefix_cache,
+                **profile_routes(self._start_profile, llm.stop_profile),
             },
             endpoints={"clear_kv_blocks": self.reset_prefix_cache},
             lora=None if llm.vllm_config.lora_config is None else LoraAdapters(LoraLoader(llm), context, model_names),
         )
 
     async def sleep(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Leave discovery, finish what is in flight, and release the accelerator's memory."""
+        """Leave discovery, finish the requests in flight, and release the accelerator's memory."""
         level, mode = body.get("level", 1), body.get("mode", "wait")
         if not await self.gate.withdraw(lambda: self._llm.sleep(level=level, mode=mode), _ASLEEP):
-            return {"message": "the engine sleeps already"}
+            return {"message": "the engine is already asleep"}
         log.info("Engine sleeps", level=level)
-        return {"message": f"the engine sleeps (level {level})"}
+        return {"message": f"the engine is asleep (level {level})"}
 
     async def wake_up(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the memory back and enter discovery again."""
+        """Take the memory back and rejoin discovery."""
         if not self.gate.reasons:
             return {"message": "the engine is awake"}
         tags = body.get("tags")
@@ -86,21 +84,15 @@ class Control(EngineControl):
         log.info("Engine woke up")
         return {"message": "the engine woke up"}
 
-    async def start_profile(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Start vLLM's profiler, which writes where its flags say; ``profile_prefix`` begins the files' names."""
+    async def _start_profile(self, body: dict[str, Any]) -> None:
+        """Start vLLM's profiler, which writes where vLLM's flags say, into files that begin with ``profile_prefix``."""
         prefix = body.get("profile_prefix")
-        await self._llm.start_profile(None if prefix is None else self._allowed_paths.name(prefix))
-        return {"message": "profiling"}
-
-    async def stop_profile(self, body: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - every operation has a body
-        """Stop vLLM's profiler and write what it saw."""
-        await self._llm.stop_profile()
-        return {"message": "stopped profiling"}
+        await self._llm.start_profile(None if prefix is None else self.allowed_paths.name(prefix))
 
     async def reset_prefix_cache(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Forget all cached prefixes."""
+        """Drop all cached prefixes."""
         if not await self._llm.reset_prefix_cache(
             reset_running_requests=bool(body.get("reset_running_requests")), reset_connector=True
         ):
-            raise RuntimeError("blocks are in use; the prefix cache is not reset")
+            raise RuntimeError("the prefix cache was not reset: blocks are in use")
         return {"message": "prefix cache reset"}

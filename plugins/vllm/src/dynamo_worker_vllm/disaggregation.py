@@ -1,4 +1,4 @@
-"""Prefill on one worker, decode on another: what vLLM's KV connectors have to be told on either side."""
+"""Disaggregated serving: what vLLM's KV connectors are told on the prefill and the decode worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import InvalidRequestError, StartError
 from dynamo_worker.kit import disaggregation
-from dynamo_worker.kit.translation import section
+from dynamo_worker.kit.canary import is_canary
+from dynamo_worker.kit.fields import section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,45 +16,47 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-#: Connectors whose workers find each other's blocks by their content: nothing is said between them.
+#: Connectors whose workers find each other's blocks by content and exchange no parameters.
 _BY_CONTENT = ("ExampleConnector", "LMCacheConnectorV1", "LMCacheMPConnector", "OffloadingConnector")
-#: Connectors that are made of others.
+#: Connectors that combine others.
 _COMPOSED = ("MultiConnector", "PdConnector")
 
 
 class Role(disaggregation.Role):
-    """The share of a request that this worker does."""
+    """The share of each request that this worker does."""
 
     def __init__(self, mode: str, config: VllmConfig) -> None:
         super().__init__(mode)
         self._config = config
         self._connector = _connector(config) if mode != "aggregated" else None
 
-    def prepare(self, request: Mapping[str, Any], params: SamplingParams) -> None:
-        """Tell the connector, through the request's parameters, where the KV cache comes from or goes to.
+    def prepare(self, request: Mapping[str, Any], translated: SamplingParams) -> None:
+        """Tell the connector, through the sampling parameters, where the KV cache comes from or goes to.
 
-        :raises InvalidRequestError: the request cannot be divided.
+        A canary concerns no other worker: blocks held for one would be held until their lease expires.
+
+        :raises InvalidRequestError: the request cannot be disaggregated.
         """
-        if self.mode == "aggregated" or request.get("_HEALTH_CHECK"):
+        if self.mode == "aggregated" or is_canary(request):
             return
         if self.mode == "prefill":
-            if params.n > 1:
-                raise InvalidRequestError("sampling_options.n: a prefill worker makes one answer")
-            params.max_tokens = params.min_tokens = 1
-            self._set(params, self._prefill_params())
+            if translated.n > 1:
+                raise InvalidRequestError("sampling_options.n: a prefill worker makes only one answer")
+            translated.max_tokens = translated.min_tokens = 1
+            self._set(translated, self._prefill_params())
         elif not self.bypasses_prefill(request):
             handed_over = section(request, "prefill_result", "disaggregated_params", "kv_transfer_params")
             if handed_over:
-                self._set(params, handed_over)
+                self._set(translated, handed_over)
 
     def hand_over(self, chunk: dict[str, Any], params: SamplingParams) -> None:
-        """Turn a prefill worker's only chunk into what the decode worker needs."""
+        """Add what the decode worker needs to a prefill worker's only chunk."""
         transfer = chunk.pop("kv_transfer_params", None)
         if self.mode != "prefill":
             return
-        if self._connector == "MooncakeConnector":
+        if self._connector == "MooncakeConnector" and params.extra_args:
             transfer = self._mooncake(params)
-        # An empty object says: done, and there is nothing to know. Without it the router takes the prefill for failed.
+        # Without the object, even an empty one, the router takes the prefill for failed.
         chunk["disaggregated_params"] = {"kv_transfer_params": transfer or {}}
 
     def _prefill_params(self) -> dict[str, Any]:
@@ -85,9 +88,9 @@ class Role(disaggregation.Role):
 
 
 def _connector(config: VllmConfig) -> str:
-    """Return the name of the connector that takes part.
+    """Return the name of the connector that transfers the KV cache.
 
-    :raises StartError: there is none.
+    :raises StartError: none is configured.
     """
     transfer = config.kv_transfer_config
     if transfer is None or not transfer.kv_connector:

@@ -1,7 +1,6 @@
 """Ranks of a multi-node vLLM on a node that serves no requests itself (``--headless``).
 
-The leader, on another node, has the endpoints; here only processes are started, watched and ended. Those that can be
-seen from here are all there is: whether they have found their leader, only the leader knows.
+The leader, on another node, has the endpoints. Whether the ranks here have found it, only the leader knows.
 """
 
 from __future__ import annotations
@@ -14,51 +13,43 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from dynamo_worker import EngineInfo, StartError
-from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.engine_lifecycle import start_error
 from dynamo_worker.kit.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_vllm import arguments
 from dynamo_worker_vllm.processes import TITLE
 
 if TYPE_CHECKING:
-    import argparse
-
     from vllm.config import VllmConfig
 
-    from dynamo_worker import Deadline, EngineContext
+    from dynamo_worker import Deadline
 
 log = get_logger(__name__)
 
-#: Seconds that processes get to end by themselves.
-_TERMINATE_SECONDS = 1.0
 _POLL_SECONDS = 0.1
 
 
 class HeadlessEngine(HeadlessNode):
-    """vLLM's processes of one node, without endpoints."""
+    """vLLM's processes on one node, without endpoints."""
 
     TITLE = TITLE
+    _manager: CoreEngineProcManager | MultiprocExecutor | None = None
 
-    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
-        self._args = args
-        self._context = context
-        self._manager: CoreEngineProcManager | MultiprocExecutor | None = None
-
-    async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
-        """Start the processes, and wait until each has imported vLLM and named itself."""
-        config = await asyncio.to_thread(arguments.configure, self._args, self._context.private_dir)
+    async def launch(self) -> str:
+        """Start the processes, and wait until each has imported vLLM and set its title."""
+        config = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
         try:
             self._manager = await asyncio.to_thread(self._build, config)
         except Exception as error:
-            raise StartError(f"vLLM does not start: {error}", hint="its own messages stand above this line") from error
+            raise start_error("vLLM", error) from error
         if isinstance(self._manager, CoreEngineProcManager):
             started = {process.pid for process in self._manager.processes}
             while not started <= set(self.processes()):
                 if not all(process.is_alive() for process in self._manager.processes):
-                    raise StartError("an EngineCore ended during the start", hint="its own messages stand above")
+                    raise start_error("vLLM", "an EngineCore process exited")
                 await asyncio.sleep(_POLL_SECONDS)
-        return EngineInfo(model_name=config.model_config.model, model_path=None)
+        model: str = config.model_config.model
+        return model
 
     @staticmethod
     def _build(config: VllmConfig) -> CoreEngineProcManager | MultiprocExecutor:
@@ -80,9 +71,7 @@ class HeadlessEngine(HeadlessNode):
         )
 
     async def shutdown(self, deadline: Deadline) -> None:
-        """End the processes: ask them, wait, kill what is left."""
-        tree = EngineProcesses(TITLE)
-        tree.signal_leaders()
-        await tree.end(_TERMINATE_SECONDS, deadline)
+        """End the processes, then let vLLM release what it holds for them."""
+        await super().shutdown(deadline)
         if self._manager is not None:
             await asyncio.to_thread(self._manager.shutdown)

@@ -1,28 +1,24 @@
-"""What routers and operators see of vLLM: load, KV events, Prometheus metrics."""
+"""What routers see of vLLM: load and KV events."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from dynamo_worker.kit.metrics import PrefixCollector
+from dynamo_worker.kit.publishing import KvEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
 
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from dynamo_worker.kit.publishing import LoadPublisher
 
-#: Metrics of vLLM and of the KV caches that plug into it, in the process-wide registry.
-_PREFIXES = ("vllm:", "lmcache:")
-
 
 def stat_logger(load: LoadPublisher) -> Callable[[VllmConfig, int], StatLoggerBase]:
-    """Return what makes, for each data-parallel rank, the object that vLLM tells about every step."""
+    """Return the factory of the objects, one for each data-parallel rank, that vLLM calls after every step."""
     return lambda config, rank: _StatLogger(load, config, rank)
 
 
@@ -42,23 +38,17 @@ class _StatLogger(StatLoggerBase):  # type: ignore[misc]
         pass
 
 
-def kv_event_sources(llm: AsyncLLM, ranks: Sequence[int]) -> dict[int, str]:
-    """Return where each data-parallel rank publishes its KV events; empty if it does not."""
+def kv_events(llm: AsyncLLM, ranks: Iterable[int]) -> KvEvents | None:
+    """Return where each data-parallel rank publishes its KV events; None if it does not."""
     from vllm.distributed.kv_events import ZmqEventPublisher
 
     events = llm.vllm_config.kv_events_config
     if events is None or not events.enable_kv_cache_events:
-        return {}
-    # With port 0 only the engine knows what it listens on.
+        return None
+    # With port 0 only the engine knows the port that it listens on.
     known = llm.get_kv_event_sources()
-    return {
+    sources = {
         rank: known[rank].endpoint if rank in known else ZmqEventPublisher.offset_endpoint_port(events.endpoint, rank)
         for rank in ranks
     }
-
-
-def metrics_registry() -> CollectorRegistry:
-    """Return a view of vLLM's own metrics without what else is in its registry."""
-    registry = CollectorRegistry()
-    registry.register(PrefixCollector(*_PREFIXES))
-    return registry
+    return KvEvents(sources, events.topic, llm.vllm_config.cache_config.block_size)

@@ -1,8 +1,8 @@
 """From vLLM's outputs to Dynamo's chunks, with as little Python per token as possible.
 
-vLLM makes two objects for every token of every request, and wakes a task of the request to read them. For the requests
-that ask for tokens and nothing else, nearly all of them, :class:`DeltaProcessor` hands a finished chunk straight to the
-client's stream instead. Everything else (log-probabilities, several answers, KV transfer …) takes vLLM's own way.
+vLLM makes two objects for every token of every request, and wakes a task of the request to read them. For requests that
+ask for tokens and nothing else, nearly all of them, :class:`DeltaProcessor` passes a finished chunk straight to the
+client's stream instead. Everything else (log-probabilities, several answers, KV transfer …) takes vLLM's own path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm.outputs import STREAM_FINISHED, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
-from dynamo_worker.kit.chunks import finite, prompt_logprob, top_logprob, usage
+from dynamo_worker.kit.chunks import finite, no_text, prompt_logprob, top_logprob, usage
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: vLLM's reasons by their names in Dynamo. An error inside the engine is raised instead, so that the request migrates.
+#: Dynamo's names of vLLM's finish reasons. An error inside the engine is raised instead: the request migrates.
 FINISH_REASONS: Final = {"stop": "stop", "length": "length", "abort": "cancelled", "repetition": "stop"}
 
-#: What :class:`DeltaProcessor` builds on; with another vLLM that lacks one of these, vLLM's own way is taken.
+#: What :class:`DeltaProcessor` builds on; if vLLM lacks one of these, all outputs take vLLM's own path.
 _FOUNDATION: Final = ("process_outputs", "add_request", "update_scheduler_stats", "_finish_request",
                       "_update_stats_from_output", "_update_stats_from_finished")  # fmt: skip
 
 
 class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
-    """vLLM's output processor with a short way for plain requests.
+    """vLLM's output processor with a fast path for plain requests.
 
-    :ivar steps: batches of outputs and statistics that came from the engine's processes.
+    :ivar steps: number of engine steps reported.
     """
 
     steps: int = 0
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        """Register a request, and decide which way its outputs take."""
+        """Register a request, and decide which path its outputs take."""
         super().add_request(request, *args, **kwargs)
         state = self.request_states[request.request_id]
         params = request.sampling_params
@@ -66,11 +66,11 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
         state.generated = 0
 
     def connect(self, mailbox: RequestOutputCollector, send: Send) -> Callable[[], None]:
-        """Hand the chunks of a request straight to ``send`` from now on, all but the last one.
+        """Pass the chunks of a plain request straight to ``send`` from now on, except for the last one.
 
-        The last chunk, an error, and everything of a request that does not take the short way come into its mailbox.
+        The last chunk, errors, and the outputs of all other requests go into the mailbox.
 
-        :returns: what ends it.
+        :returns: the function that ends this.
         """
         state = self.request_states.get(mailbox.request_id)
         if state is None or not state.plain:
@@ -95,9 +95,9 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
         iteration_stats: Any = None,
         **rest: Any,
     ) -> OutputProcessorOutput:
-        """Put what a step of the engine has made into the mailboxes of its readers.
+        """Deliver the outputs of an engine step.
 
-        :param rest: what newer versions of vLLM hand over too; only their own way uses it.
+        :param rest: further arguments of newer versions of vLLM, for vLLM's own path.
         """
         states = self.request_states
         count = self._update_stats_from_output if iteration_stats is not None else None
@@ -105,7 +105,7 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
         for output in engine_core_outputs:
             state = states.get(output.request_id)
             if state is None:
-                continue  # aborted meanwhile
+                continue  # it has been aborted
             if not state.plain:
                 if others is None:
                     others = []
@@ -124,7 +124,7 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
             if reason is None and state.send is not None:
                 try:
                     state.send({"token_ids": tokens, "index": 0})
-                except Exception as error:  # the client is gone; that must not harm the others
+                except Exception as error:  # such as a client that is gone; the other requests go on
                     state.send = None
                     state.queue.put(error)
                 continue
@@ -148,7 +148,7 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
         return super().process_outputs(others, engine_core_timestamp, iteration_stats, **rest)
 
     def update_scheduler_stats(self, scheduler_stats: Any) -> None:
-        """Take note that the engine has made a step."""
+        """Count the engine's steps."""
         self.steps += 1
         super().update_scheduler_stats(scheduler_stats)
 
@@ -157,14 +157,14 @@ _NOTHING: Final = OutputProcessorOutput([], [])
 
 
 def _nothing() -> None:
-    """There is nothing to disconnect."""
+    """Disconnect nothing."""
 
 
 def install(llm: AsyncLLM) -> DeltaProcessor | None:
-    """Give an engine that has not seen a request yet the short way; return None if it cannot have it."""
+    """Give an engine that has no requests yet the fast path; return None if its version is unknown."""
     processor = llm.output_processor
     if type(processor) is not OutputProcessor or not all(hasattr(processor, name) for name in _FOUNDATION):
-        log.warning("Outputs take vLLM's own way: this version is not known", processor=type(processor).__name__)
+        log.warning("Outputs take vLLM's own path: unknown version of vLLM", processor=type(processor).__name__)
         return None
     processor.__class__ = DeltaProcessor
     plain: DeltaProcessor = processor
@@ -172,17 +172,17 @@ def install(llm: AsyncLLM) -> DeltaProcessor | None:
 
 
 class OutputReader:
-    """Makes chunks of what took vLLM's own way, for one request."""
+    """Makes the chunks of one request whose outputs take vLLM's own path."""
 
-    def __init__(self, prompt_tokens: int, top: int | None, decode: Callable[[int], str] | None) -> None:
+    def __init__(self, prompt_tokens: int, top: int | None, decode: Callable[[int], str | None] | None = None) -> None:
         """Start a request.
 
-        :param top: how many of the likeliest tokens were asked for; None or a negative number is all there are.
-        :param decode: returns the text of a token; None if there is no tokenizer.
+        :param top: number of likeliest tokens to report; None or a negative number for all that vLLM returns.
+        :param decode: returns the text of a token; None without a tokenizer.
         """
         self._prompt_tokens = prompt_tokens
         self._top = top if top is not None and top >= 0 else None
-        self._decode = decode
+        self._decode = decode or no_text
         self._completion_tokens = 0
         self._prompt_logprobs: list[Any] | None = None
 
@@ -190,7 +190,7 @@ class OutputReader:
         """Yield the chunks of one output."""
         if output is STREAM_FINISHED:
             return
-        if output.prompt_logprobs:  # comes once, belongs into the last chunk
+        if output.prompt_logprobs:  # they come once, and belong to the last chunk
             self._prompt_logprobs = [self._prompt_position(position) for position in output.prompt_logprobs]
         for completion in output.outputs:
             tokens = list(completion.token_ids)
@@ -216,10 +216,10 @@ class OutputReader:
         chosen, top = [], []
         for token, position in zip(tokens, logprobs, strict=False):
             entry = position.get(token)
-            if entry is None:  # without the chosen token's the lists would not match the tokens
+            if entry is None:  # the lists would not match the tokens
                 return
             chosen.append(finite(entry.logprob))
-            # vLLM adds the chosen token where it is none of the likeliest.
+            # vLLM adds the chosen token even if it is not among the likeliest.
             likeliest = (self._top is None or (value.rank or 0) <= self._top for value in position.values())
             top.append(
                 [
@@ -240,7 +240,5 @@ class OutputReader:
         }
 
     def _text(self, token: int, value: Any) -> str | None:
-        if value.decoded_token is not None:
-            text: str = value.decoded_token
-            return text
-        return None if self._decode is None else self._decode(token)
+        text: str | None = value.decoded_token
+        return self._decode(token) if text is None else text

@@ -1,4 +1,4 @@
-"""The processes that vLLM starts: how they are recognized, and what they import."""
+"""The processes that vLLM starts: how to recognize them, and what they import."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from dynamo_worker_vllm import waiting
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: vLLM names its processes like this (``VLLM_PROCESS_NAME_PREFIX`` changes it): ``VLLM::EngineCore``,
-#: ``VLLM::Worker_TP0``.
+#: The titles of vLLM's processes begin like this: ``VLLM::EngineCore``, ``VLLM::Worker_TP0``.
 TITLE: Final = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b"::"
 
-#: What an EngineCore and a worker below it import first; and what compiles the sampler.
+#: What an EngineCore and a worker below it import first, and what compiles the sampler.
 _ENGINE_CORE = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 _WORKER = ("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.gpu_worker", "torch._inductor.compile_fx")
 
-#: Variables that vLLM, or this plugin, sets while it starts, and looks up whenever it needs them.
+#: Variables that vLLM or this plugin sets during the start, and that nothing reads on import.
 _HARMLESS: Final = frozenset(
     {
         waiting.MARK,
@@ -31,8 +30,7 @@ _HARMLESS: Final = frozenset(
         *("VLLM_SSM_CONV_STATE_LAYOUT", "AITER_SITUV2_A4W4"),
     }
 )
-#: Variables that vLLM's CPU platform sets for what computes: its workers. They are spawned as ever, by an EngineCore
-#: that only passes these on.
+#: Variables that vLLM's CPU platform sets for its workers, which are not preloaded; an EngineCore only passes them on.
 _OF_CPU_WORKERS: Final = frozenset(
     {
         *("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS"),
@@ -41,11 +39,11 @@ _OF_CPU_WORKERS: Final = frozenset(
 )
 
 
-def begin_imports(arguments: Sequence[str]) -> None:
-    """Let the processes that vLLM will start for this command line import vLLM now, beside this one.
+def preload_processes(arguments: Sequence[str]) -> None:
+    """Let the processes that vLLM will start for this command line import vLLM now, in parallel with this one.
 
-    On a single GPU the EngineCore does the work itself, with more of them it has a worker for each. On a CPU there are
-    always workers, but their environment is only known once vLLM has read its settings.
+    On a single GPU the EngineCore computes itself; with several it has a worker for each. On a CPU there are always
+    workers, whose environment is unknown until vLLM has read its settings.
     """
     parser = EarlyParser()
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)

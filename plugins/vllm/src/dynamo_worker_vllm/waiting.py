@@ -1,13 +1,13 @@
-"""What is different in the processes that vLLM starts: on a CPU they sleep where vLLM would spin.
+"""Changes in the processes that vLLM starts: on a CPU they sleep instead of spinning.
 
-An EngineCore and its workers wait for each other in loops of ``sched_yield``. On a GPU they have cores to spare. On a
-CPU they take them from the model, the worker and the frontend, and Linux does not divide them fairly: two such loops
-on two cores kept everything else on a core from running for up to 1.8 s at a time (6.18, measured), with streams that
-stood still, requests that ran into the frontend's deadline, and half to a third of the tokens per second. A sleep adds
-a tenth of a millisecond to a step of some milliseconds.
+An EngineCore and its workers wait for each other in loops of ``sched_yield``. On a GPU there are cores to spare. On a
+CPU the loops take cores from the model, the worker and the frontend, and Linux does not share them fairly: two loops on
+two cores kept everything else from running for up to 1.8 s at a time (6.18, measured). Streams stalled, requests hit
+the frontend's deadline, and throughput fell to between a half and a third. A sleep adds 0.1 ms to a step of some
+milliseconds.
 
-vLLM calls what is registered as one of its general plugins in each of its processes. This changes only those that
-belong to a dynamo-worker. It also has their stores listen on loopback (``dynamo_worker.kit.rendezvous``).
+vLLM calls its general plugins in each of its processes. This one changes only those that belong to a dynamo-worker. It
+also binds their stores to loopback (``dynamo_worker.kit.rendezvous``).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dynamo_worker.kit import rendezvous
 
 log = logging.getLogger(__name__)
 
-#: Set in the environment of the processes that belong to a dynamo-worker.
+#: Marks the environment of the processes that belong to a dynamo-worker.
 MARK: Final = "DYNAMO_WORKER_VLLM"
-#: Seconds to sleep; the kernel adds about as much.
+#: Seconds; the kernel adds about as much.
 _NAP = 50e-6
 
 
 def install() -> None:
-    """Keep this process's store to this machine if it is one of a dynamo-worker, and let it sleep if it is on a CPU."""
+    """In a process of a dynamo-worker, bind the store to loopback, and on a CPU sleep instead of spinning."""
     if MARK not in os.environ:
         return
     rendezvous.listen_on_loopback()
@@ -40,7 +40,7 @@ def install() -> None:
     if hasattr(shm_broadcast, "sched_yield"):
         shm_broadcast.sched_yield = _nap
     else:
-        log.warning("vLLM's processes spin while they wait: this version is not known")
+        log.warning("vLLM's processes spin while they wait: unknown version of vLLM")
 
 
 def _nap() -> None:

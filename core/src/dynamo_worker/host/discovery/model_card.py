@@ -59,14 +59,14 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
             needs=_needs(info),
             model_aliases=list(info.model_aliases) or None,
         )
-        for name in info.adapters:
+        for name in info.lora_adapters:
             await register_adapter(endpoint, info, name)
     except Exception as error:
         raise StartError(
             f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
             hint="check that the directory has config.json and a tokenizer",
         ) from error
-    return 1 + len(info.adapters)
+    return 1 + len(info.lora_adapters)
 
 
 async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:

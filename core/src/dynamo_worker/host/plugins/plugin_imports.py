@@ -54,6 +54,17 @@ _PRIVATE: Final = frozenset(
         *("options", "plugins", "registration", "runtime", "serving", "settings", "shutdown_plan", "status_server"),
     }
 )
+#: Readers of single fields, which were in ``translation``, and their names in ``kit.fields``.
+_FIELD_READERS: Final[Mapping[str, str]] = {
+    "allowed_tokens": "allowed_token_ids",
+    "answers": "answer_count",
+    "count": "logprob_count",
+    "length": "token_count",
+    "rank": "rank",
+    "tokens": "token_ids",
+    **{name: name for name in ("boolean", "integer", "logit_bias", "mapping", "number", "refusal")},
+    **{name: name for name in ("Reader", "repetition_penalty", "section", "string", "unsupported")},
+}
 #: What replaces a name, by the module that had it: the old module and its new one share an entry.
 _RENAMED: Final[Mapping[str, Mapping[str, str]]] = {
     "kit.engine_control": {
@@ -61,7 +72,18 @@ _RENAMED: Final[Mapping[str, Mapping[str, str]]] = {
         "Presence": "DiscoveryGate (step_out, step_in and step_aside: withdraw, rejoin and withdrawn_for)",
         "Operation": f"{PACKAGE}.engine.Operation",
     },
+    "kit.chunks": {"nothing": "no_tokens"},
+    "kit.engine_arguments": {"kv_events_socket": "kv_events_config"},
+    "kit.engine_plugin": {"HasLifecycle": f"{PACKAGE}.kit.engine_lifecycle.EngineLifecycle"},
     "kit.lora": {"Adapter": "LoraAdapter", "AdapterLoader": "LoraLoader", "Adapters": "LoraAdapters"},
+    "kit.translation": {
+        "GUIDED": f"{PACKAGE}.kit.guided_decoding.KEYS",
+        "guided_decoding": f"{PACKAGE}.kit.guided_decoding.read",
+        "canary": f"{PACKAGE}.kit.canary.canary_request",
+        "adapter_name": f"{PACKAGE}.kit.request_metadata.lora_name",
+        **{name: f"{PACKAGE}.kit.request_metadata.{name}" for name in ("cache_salt", "priority", "session_id")},
+        **{name: f"{PACKAGE}.kit.fields.{new}" for name, new in _FIELD_READERS.items()},
+    },
     "metrics": {"PrefixCollector": f"{PACKAGE}.kit.metrics.PrefixCollector"},
     "registration": {"changing": "EngineContext.discovery"},
     "serving": {"LocalContext": f"{PACKAGE}.engine.LocalContext", "pulled": f"{PACKAGE}.kit.push_engine.pulled"},

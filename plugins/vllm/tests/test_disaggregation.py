@@ -1,0 +1,59 @@
+"""What KV connectors are told on either side."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from dynamo_worker import InvalidRequestError, StartError
+from dynamo_worker.kit.canary import canary_request
+from dynamo_worker_vllm.disaggregation import Role
+
+
+def role(mode: str, connector: str | None = "NixlConnector") -> Role:
+    config: Any = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=connector, engine_id="e"))
+    return Role(mode, config)
+
+
+def transfer(params: SamplingParams) -> Any:
+    return (params.extra_args or {}).get("kv_transfer_params")
+
+
+def test_a_prefill_worker_keeps_the_blocks_for_a_decode_worker() -> None:
+    params = SamplingParams(max_tokens=50, min_tokens=5)
+    role("prefill").prepare({"token_ids": [5]}, params)
+    assert (params.max_tokens, params.min_tokens) == (1, 1)
+    assert transfer(params)["do_remote_decode"] is True
+    with pytest.raises(InvalidRequestError, match="only one answer"):
+        role("prefill").prepare({"token_ids": [5]}, SamplingParams(n=2, temperature=1.0))
+
+
+@pytest.mark.parametrize("connector", ["NixlConnector", "MooncakeConnector"])
+def test_no_blocks_are_kept_for_a_canary(connector: str) -> None:
+    """No decode worker ever fetches them: they would be held, and a drain would wait, until their lease expires."""
+    prefill, params = role("prefill", connector), SamplingParams(max_tokens=1)
+    prefill.prepare(canary_request(None, None), params)
+    assert transfer(params) is None
+    chunk: dict[str, Any] = {"token_ids": [1]}
+    prefill.hand_over(chunk, params)
+    assert chunk["disaggregated_params"] == {"kv_transfer_params": {}}
+
+
+def test_a_decode_worker_fetches_them() -> None:
+    handed_over = {"remote_block_ids": [1]}
+    request = {"prefill_result": {"disaggregated_params": {"kv_transfer_params": handed_over}}}
+    params = SamplingParams()
+    role("decode").prepare(request, params)
+    assert transfer(params) == handed_over
+    alone = SamplingParams()
+    role("decode").prepare({**request, "annotations": ["x-bypass-remote-prefill"]}, alone)
+    assert transfer(alone) is None
+
+
+def test_disaggregation_needs_a_connector() -> None:
+    with pytest.raises(StartError, match="need a KV connector"):
+        role("prefill", None)
+    assert role("aggregated", None).needs == ()
