@@ -173,15 +173,15 @@ def allowed(limit: str, hits: Sequence[tuple[Hit, set[str]]], stall_timeout: flo
     return codes
 
 
-#: Lines of the log with which a stage begins.
+#: The log messages that mark the beginning of each stage.
 STAGES = {
-    "exec": r"supervisor: Worker started",
-    "start": r"launcher: Starting worker",
-    "serving": r"launcher: Worker ready",
-    "grace": r"launcher: Grace period",
-    "draining": r"launcher: Draining",
-    "cleanup": r"launcher: Cleaning up worker",
-    "ended": r"launcher: Worker process ends|Worker stopped|Worker not started",
+    "exec": r"Worker started",
+    "start": r"Starting worker",
+    "serving": r"Worker ready",
+    "grace": r"Grace period",
+    "draining": r"Draining",
+    "cleanup": r"Cleaning up worker",
+    "ended": r"Worker process ends|Worker stopped|Worker not started",
 }
 
 
@@ -194,7 +194,7 @@ def stages_between(log: str, since: float, until: float) -> set[str]:
     """
     begins = [("fork", 0.0)]
     for stage, pattern in STAGES.items():
-        match = re.search(rf"^(\S+)\.(\d{{3}})Z \w+ \S*(?:{pattern})", log, re.MULTILINE)
+        match = re.search(rf"^(\S+)\.(\d{{3}})Z \w+ dynamo_worker\S*: (?:{pattern})", log, re.MULTILINE)
         if match:
             seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
             begins.append((stage, seconds + int(match[2]) / 1000))

@@ -43,16 +43,18 @@ if TYPE_CHECKING:
 _LATE = 8.0
 #: Streams on both workers when one is hit, through the frontend and through the embedded one.
 _STREAMS, _OWN_STREAMS = 4, 2
-#: What the log of a worker never says, whatever signals are sent.
-_TROUBLE = (
+#: Messages that a worker must never log, whatever signals are sent.
+TROUBLE = (
     "Shutdown stage failed",
-    "The guardian failed",
+    "Guardian failed",
     "this is a bug",
     "Monitor failed",
-    "Not cleaned up behind",
-    "nonsense",
+    "Cleaning up after an earlier worker failed",
+    "malformed control message",
     "Run directory not removed",
 )
+#: Messages that are only expected after the guardian was hit.
+GUARDIAN_TROUBLE = ("Guardian died", "Guardian is not responding")
 
 
 class Round:
@@ -287,11 +289,11 @@ class Round:
         log = worker.log
         if self._limit != "none":
             return
-        self.problems += [f"{pattern!r} in the log" for pattern in _TROUBLE if pattern in log]
+        self.problems += [f"{pattern!r} in the log" for pattern in TROUBLE if pattern in log]
         if "Traceback" in log and not any(hit.number is signal.SIGINT for hit, _, _ in self._hits):
             self.problems.append("a traceback in the log")
         if "guardian" not in {hit.victim for hit, _, _ in self._hits}:
-            self.problems += re.findall(r"The guardian (?:is gone|does not answer).*", log)
+            self.problems += [f"{pattern!r} in the log" for pattern in GUARDIAN_TROUBLE if pattern in log]
 
     def _check_leftovers(self) -> None:
         """Wait until nothing is left; what two dead owners leave is the next start's to remove."""
