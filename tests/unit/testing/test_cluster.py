@@ -124,7 +124,7 @@ def test_a_stop_that_fails_is_told_with_the_log(program):
         "print('meant', flush=True); time.sleep(60)"
     )
     worker.wait_log("meant")
-    with pytest.raises(AssertionError, match=r"exit code 7:\nmeant"):
+    with pytest.raises(AssertionError, match=r"expected exit code 0, got 7; end of the log:\nmeant"):
         worker.stop()
 
 

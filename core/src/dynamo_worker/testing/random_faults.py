@@ -1,13 +1,13 @@
-"""Random faults: in every round a moment, one or two victims, signals, and a resource that runs short.
+"""Random faults: each round draws a moment, one or two victims, signals, and perhaps a resource that runs short.
 
-Where the fault table says what is known to go wrong, this looks for more. What is drawn depends on the seed and the
-number of the round only, so that each can be repeated alone::
+The fault table covers known faults; this test looks for unknown ones. A round depends only on the seed and its number,
+and can be repeated by itself::
 
     DYNAMO_WORKER_TEST_SEED=4711 DYNAMO_WORKER_TEST_ROUND=17 pytest tests/faults/test_random.py
 
-After every round everything of the worker is gone, its exit code is one that
-:func:`~dynamo_worker.testing.random_draws.allowed` names, the log has a reason, and no stream that another worker could
-finish is lost.
+After each round, everything that belongs to the worker must be gone, its exit code must be one that
+:func:`~dynamo_worker.testing.random_draws.allowed` returns, its log must give a reason, and no stream that another
+worker could finish may be lost.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 
 class RandomFaults:
-    """The test; a subject says what is tested, as for the fault table. Its streams need to last a second or two."""
+    """The test. It uses the same subject as the fault table; streams should last a second or two."""
 
-    #: How many rounds, unless the environment says (``DYNAMO_WORKER_TEST_ROUNDS``).
+    #: Number of rounds; ``DYNAMO_WORKER_TEST_ROUNDS`` overrides it.
     ROUNDS = 20
-    #: How many at the same time, each in a cluster of its own.
+    #: Number of rounds that run in parallel, each in a separate cluster.
     PLACES = 1
-    #: What they are drawn from (``DYNAMO_WORKER_TEST_SEED``); None is another seed each time.
+    #: Seed of all rounds; None draws a new one each time. ``DYNAMO_WORKER_TEST_SEED`` overrides it.
     SEED: int | None = None
-    #: How often a round that fails is played again (``DYNAMO_WORKER_TEST_REPEATS``); the test fails only if it always
-    #: does. Where nobody looks for what fails once in a thousand rounds, that must not fail everybody's change.
+    #: How often failed rounds are repeated; the test fails only if a round fails every time. Keeps rare failures from
+    #: blocking unrelated changes. ``DYNAMO_WORKER_TEST_REPEATS`` overrides it.
     REPEATS = 0
 
     def test_random_faults(
@@ -80,7 +80,7 @@ class RandomFaults:
         failed = self._play(play, numbers, tell)
         for again in range(repeats):
             if failed:
-                tell(f"Again, {again + 1} of {repeats}; so far:\n" + "\n".join(failed.values()))
+                tell(f"Repeating failed rounds, {again + 1} of {repeats}:\n" + "\n".join(failed.values()))
                 failed = self._play(play, sorted(failed), tell)
         for place in made:
             place.close()
@@ -90,7 +90,7 @@ class RandomFaults:
     def _play(
         self, play: Callable[[int], Round], numbers: Sequence[int], tell: Callable[[str], None]
     ) -> dict[int, str]:
-        """Play all rounds, tell how they went, and return what is wrong by the number of the round."""
+        """Run the rounds, print their results, and return descriptions of the failed ones by number."""
         began = time.monotonic()
         failed = {}
         with ThreadPoolExecutor(self.PLACES) as pool:

@@ -1,4 +1,4 @@
-"""Where rounds of random faults take place: a cluster that lasts, with a second worker and a trickle of requests."""
+"""The environment of random rounds: a long-lived cluster with a second worker and a trickle of requests."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from dynamo_worker.testing.leftovers import Leftovers
     from dynamo_worker.testing.subject import Subject
 
-#: Tokens of each request of a trickle, and seconds between two of them.
+#: Tokens per request of a trickle, and the pause between requests in seconds.
 TRICKLE_TOKENS = 5
 _TRICKLE_SECONDS = 0.15
 
 
 @dataclass
 class Place:
-    """Where rounds take place, one after another: a cluster with a frontend and a worker that always serves."""
+    """A cluster in which rounds run one after another, with a frontend and a worker that always serves."""
 
     cluster: Cluster
     subject: Subject
     spare: Worker
-    #: How long the spare worker took to start.
+    #: Startup time of the spare worker, in seconds.
     start_seconds: float
-    #: Segments that rounds were seen to use, in all places, and the rounds' marks.
+    #: Shared-memory segments used by rounds in all places, with the markers of those rounds.
     segments: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def make(cls, directory: Path, leftovers: Leftovers, subject: Subject) -> Place:
-        """Start what lasts."""
+        """Start the frontend and the spare worker."""
         directory.mkdir()
         cluster = Cluster(directory, leftovers.tmp, leftovers.marker, engine_args=subject.args)
         cluster.model, cluster.start_seconds = subject.model, subject.start_seconds
@@ -49,9 +49,9 @@ class Place:
         return cls(cluster, subject, spare, seconds)
 
     def close(self) -> None:
-        """End what lasts.
+        """Stop the spare worker and the frontend.
 
-        :raises AssertionError: the spare worker does not end well.
+        :raises AssertionError: the spare worker does not exit cleanly.
         """
         try:
             self.spare.stop()
@@ -60,7 +60,7 @@ class Place:
 
 
 class Trickle(contextlib.AbstractContextManager["Trickle"]):
-    """Short requests, one after the other, for as long as a ``with`` block lasts."""
+    """Sends short requests one after another during a ``with`` block."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster

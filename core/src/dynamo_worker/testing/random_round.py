@@ -1,4 +1,4 @@
-"""One round of random faults: a worker is started, hit at its moment, and judged by what is left of it."""
+"""One round of random faults: start a worker, inject the faults, and check what is left."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from dynamo_worker.testing.cluster import Worker
     from dynamo_worker.testing.limits import Limit
 
-#: Seconds for everything that ends after its deadline: machines that run tests are busy.
+#: Tolerance in seconds for everything that must end by a deadline; machines that run tests are busy.
 _LATE = 8.0
-#: Streams on both workers when one is hit, through the frontend and through the embedded one.
+#: Number of streams through the shared frontend, and through the embedded one.
 _STREAMS, _OWN_STREAMS = 4, 2
 #: Messages that a worker must never log, whatever signals are sent.
 TROUBLE = (
@@ -58,11 +58,11 @@ GUARDIAN_TROUBLE = ("Guardian died", "Guardian is not responding")
 
 
 class Round:
-    """One round, from the start of a worker to the last trace of it."""
+    """One round, from the start of a worker until its last trace is gone."""
 
     def __init__(self, place: Place, drawn: Draw) -> None:
         self.drawn = drawn
-        #: Everything that is wrong, one line each.
+        #: Everything that went wrong, one line each.
         self.problems: list[str] = []
         self.code: int | None = None
         self.seconds = 0.0
@@ -73,16 +73,16 @@ class Round:
         self._tmp = Path(tempfile.mkdtemp(prefix="dwr-"))
         self._registered = self._registrations()
         self._segments = shared_memory()
-        # With the moments between which each has its effect.
+        # Each hit with the interval in which it takes effect.
         self._hits: list[tuple[Hit, float, float]] = []
         self._stop_asked = False
         self._own_url = f"http://127.0.0.1:{free_port()}"  # of the embedded frontend
-        # With what they ask for, and how many tokens.
+        # Each load with its prompts, and the tokens per stream.
         self._streams: list[tuple[Load, list[str], int]] = []
         self._own_streams: list[tuple[Load, list[str], int]] = []
 
     def run(self) -> None:
-        """Do it; everything that is wrong ends up in ``problems``."""
+        """Run the round; record everything that goes wrong in ``problems``."""
         began = time.monotonic()
         try:
             with limited(self._limit, self.drawn.amount, self._tmp) as limit:
@@ -123,7 +123,7 @@ class Round:
         )
 
     def _live(self, worker: Worker, limit: Limit) -> None:
-        """Bring the worker to the moment, hit it, and see to its end."""
+        """Bring the worker to the drawn moment, hit it, and wait for its exit."""
         with contextlib.ExitStack() as stack:
             if self._reach(worker):
                 if self.drawn.moment not in ("start", "idle"):
@@ -134,7 +134,7 @@ class Round:
             self.code = worker.wait_gone(TERMINATION + _LATE)
 
     def _frontend_outlives(self) -> bool:
-        """Return whether the embedded frontend has to finish its streams, whatever has become of the worker."""
+        """Return whether the embedded frontend must finish its streams, even if the worker is gone."""
         stops = [hit for hit, _, _ in self._hits if hit.victim in ("supervisor", "worker") and hit.number in STOPPING]
         forced = len(stops) + self._stop_asked > 1 or signal.SIGQUIT in [hit.number for hit in stops]
         hurt = "frontend" in {hit.victim for hit, _, _ in self._hits}
@@ -144,7 +144,7 @@ class Round:
         self._streams += [(load, ["trickle"], TRICKLE_TOKENS) for load in trickle.loads]
 
     def _reach(self, worker: Worker) -> bool:
-        """Return whether the worker got as far as the moment."""
+        """Wait for the drawn moment; return False if the worker does not get that far."""
         if self.drawn.moment == "start":
             time.sleep(self.drawn.fraction * self._place.start_seconds)
             return worker.running
@@ -153,7 +153,7 @@ class Round:
         worker.wait_ready()
         if self.drawn.moment == "idle":
             return True
-        with contextlib.suppress(AssertionError):  # one that is short of something may never get a request
+        with contextlib.suppress(AssertionError):  # a worker short of a resource may never receive a request
             self._cluster.wait_routed(worker, 3.0)
         self._streams.append(self._ask(self._cluster.url, _STREAMS))
         if self.drawn.frontend:
@@ -169,12 +169,12 @@ class Round:
         return self._says(worker, stage, TERMINATION)
 
     def _ask(self, url: str, count: int) -> tuple[Load, list[str], int]:
-        """Start streams through a frontend."""
+        """Start streams through a frontend; return them with their prompts and the number of tokens."""
         prompts, tokens = [f"round{number}" for number in range(count)], self._subject.stream_tokens
         return Load(url, [chat(self._subject.model, prompt, tokens) for prompt in prompts]), prompts, tokens
 
     def _says(self, worker: Worker, pattern: str, timeout: float) -> bool:
-        """Wait for a line in the log; return False if the worker has ended, or does not get there."""
+        """Wait for a pattern in the log; return False if the worker exits first or the time is up."""
         until = time.monotonic() + timeout
         while worker.running and time.monotonic() < until:
             if re.search(pattern, worker.log):
@@ -183,14 +183,14 @@ class Round:
         return False
 
     def _hit(self, worker: Worker, limit: Limit) -> None:
-        """Send the signals, when the limit is as it should be."""
+        """Tighten the limit, then send the signals."""
         victims = self._victims(worker)
         self._place.segments.update(dict.fromkeys(_mapped_by(worker), self._marker))
         if self.drawn.amount is None:
             limit.tighten([pid for pid in worker.children() if pid != self._processes(worker).get("guardian")])
         due = time.monotonic()
         timeline: list[tuple[float, Hit, signal.Signals]] = []
-        stopped_until: dict[str, float] = {}  # until then a process takes no signal but SIGKILL
+        stopped_until: dict[str, float] = {}  # until when each process is suspended and reacts to SIGKILL only
         for hit in self.drawn.hits:
             due += hit.after
             timeline.append((due, hit, hit.number))
@@ -213,7 +213,7 @@ class Round:
             os.close(descriptor)
 
     def _victims(self, worker: Worker) -> dict[str, int]:
-        """Return descriptors of the processes that will be hit; wait for those that a start has yet to make."""
+        """Return pidfds of the victims; during startup, wait until they exist."""
         wanted = {hit.victim for hit in self.drawn.hits}
         found: dict[str, int] = {}
         until = time.monotonic() + (2 * self._place.start_seconds if self.drawn.moment == "start" else 0.0)
@@ -227,7 +227,7 @@ class Round:
             time.sleep(0.001)
 
     def _processes(self, worker: Worker) -> dict[str, int]:
-        """Return the worker's processes by name, as far as there are any."""
+        """Return the PIDs of the worker's existing processes by name."""
         found = {"supervisor": worker.pid}
         children = worker.children()
         for pid in children:
@@ -243,7 +243,7 @@ class Round:
         return found
 
     def _settle(self, worker: Worker) -> None:
-        """Let the hits take effect, and stop a worker that lives on; it has to serve."""
+        """Let the hits take effect; a worker that survives them must serve, and is stopped."""
         signalled = any(hit.victim in ("supervisor", "worker") and hit.number in STOPPING for hit, _, _ in self._hits)
         if self._stop_asked or signalled or int(ExitCode.STOPPED) not in self._allowed(worker.log):
             return
@@ -256,14 +256,14 @@ class Round:
             try:
                 eventually(lambda: not worker.running or worker.status("/health")[0] == 200, TERMINATION)
             except AssertionError:
-                self.problems.append(f"it neither serves nor ends: {worker.status('/health')}")
+                self.problems.append(f"the worker neither serves nor exits; /health: {worker.status('/health')}")
         with contextlib.suppress(ProcessLookupError):
             worker.signal(signal.SIGTERM)
 
     # ----------------------------------------------------------------------------------------------------- checking
 
     def _allowed(self, log: str) -> set[int]:
-        everything = {"fork", *STAGES}  # a limit of file sizes may have cut the log as well
+        everything = {"fork", *STAGES}  # a limit on file sizes may have truncated the log, too
         hits = [
             (hit, everything if self._limit == "file size" else stages_between(log, begin, end))
             for hit, begin, end in self._hits
@@ -273,18 +273,18 @@ class Round:
     def _check_code(self, worker: Worker) -> None:
         codes = self._allowed(worker.log)
         if self.code not in codes:
-            self.problems.append(f"exit code {self.code}, allowed are {sorted(codes)}")
+            self.problems.append(f"expected an exit code of {sorted(codes)}, got {self.code}")
 
     def _check_log(self, worker: Worker) -> None:
-        """Look for a reason, and for what no signal explains."""
+        """Check that the log gives a reason, and contains no errors that the faults do not explain."""
         victims = {hit.victim for hit, _, _ in self._hits if hit.number is not signal.SIGSTOP}
         early = victims and "Worker started" not in worker.log
         if not (self._limit == "file size" or {"supervisor", "guardian"} <= victims or early):
             try:
-                # Of a supervisor that dies at the very end only the worker's own last line tells.
+                # If the supervisor dies at the very end, only the worker's last line is left.
                 last = "|Worker process ends exit_code=.* reason=" if "supervisor" in victims else ""
                 eventually(lambda: re.search(f"Worker stopped|Worker not started{last}", worker.log), 2)
-            except AssertionError:  # not even from a guardian that has outlived its supervisor
+            except AssertionError:  # a guardian that outlives its supervisor logs one, too
                 self.problems.append("no reason in the log")
         log = worker.log
         if self._limit != "none":
@@ -296,7 +296,7 @@ class Round:
             self.problems += [f"{pattern!r} in the log" for pattern in GUARDIAN_TROUBLE if pattern in log]
 
     def _check_leftovers(self) -> None:
-        """Wait until nothing is left; what two dead owners leave is the next start's to remove."""
+        """Wait until nothing is left; if both owners were killed, the next start must clean up."""
         left = self._wait_clean(1.0 if self._orphaned else _LATE)
         if left and self._orphaned:
             (self._tmp / FILLING).unlink(missing_ok=True)
@@ -311,19 +311,19 @@ class Round:
 
     @property
     def _orphaned(self) -> bool:
-        """Whether both owners were ended, or may have been."""
+        """Whether both supervisor and guardian were killed, or may have been."""
         ended = {hit.victim for hit, _, _ in self._hits if hit.number in (*DEADLY, *STOPPING)}
         return {"supervisor", "guardian"} <= ended
 
     def _wait_clean(self, timeout: float, heir: Worker | None = None) -> list[str]:
-        """Wait until nothing is left, and return what is."""
+        """Wait until nothing is left; return what remains after ``timeout`` seconds."""
         until = time.monotonic() + timeout
         while (left := self._left(heir)) and time.monotonic() < until:
             time.sleep(0.02)
         return left
 
     def _left(self, heir: Worker | None) -> list[str]:
-        """Return what is left now, one line each, but nothing of the worker that came after."""
+        """Describe what is left, one line each, except for what belongs to the next worker."""
         processes = marked_processes(self._marker)
         registrations = self._registrations() - self._registered
         files = {path.name for path in self._tmp.iterdir()} - {FILLING}
@@ -334,10 +334,10 @@ class Round:
             files -= set(re.findall(r"run_dir=\S*/(dw-\S+)", heir.log)[:1])
         segments = shared_memory() - self._segments
         if self._orphaned and self._limit != "none":
-            # A record that could not be written, or not yet: a directory without one is swept when it is a minute old.
+            # Without a record, which may be missing here, a directory is only removed once it is a minute old.
             segments.clear()
             files.clear()
-        # Other rounds take place at the same time: what one of their processes maps, or was seen to map, is theirs.
+        # Rounds run in parallel: ignore segments that a process of another round maps, or has mapped.
         segments -= {name for name in segments if self._place.segments.get(name, self._marker) != self._marker}
         segments -= mapped_by_others(segments, self._marker)
         if heir is not None and segments:
@@ -348,7 +348,7 @@ class Round:
         return left + [f"segment {name}" for name in sorted(segments)]
 
     def _registrations(self) -> set[str]:
-        """Return the files of discovery, without those that its store is about to rename: nobody reads them."""
+        """Return all files in the discovery directory, except the store's unfinished drafts."""
         root = self._cluster.discovery
         found = {path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".tmp_")}
         return {str(path.relative_to(root)) for path in found}
@@ -361,15 +361,15 @@ class Round:
                 if not result.ok or result.text != expected:
                     through = "the embedded frontend" if load in [each[0] for each in own] else "the frontend"
                     lost = f"{result.status} {result.error}, {len(result.text)} of {tokens} tokens"
-                    self.problems.append(f"a stream through {through} is lost: {lost}")
+                    self.problems.append(f"lost a stream through {through}: {lost}")
         for load, _, _ in self._own_streams:
             load.wait(60)
         if not self._place.spare.running:
-            self.problems.append(f"the other worker is gone: {self._place.spare.log[-1000:]}")
+            self.problems.append(f"the other worker has exited: {self._place.spare.log[-1000:]}")
 
 
 def _mapped_by(worker: Worker) -> set[str]:
-    """Return the segments that a worker's processes map."""
+    """Return the shared-memory segments that a worker's processes map."""
     names = set()
     for pid in worker.children():
         with contextlib.suppress(OSError):
