@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """The lifecycle: stops, faults and restarts of a worker, dynamo-worker against its peer.
 
-What is done to a worker is done by signals to real processes, and what comes of it is seen from outside: the
-discovery directory (inotify), the frontend's /v1/models, the processes (pidfd), and the streams of clients. A
-stream is complete when its client got every token and a clean finish; dynamo-worker's streams must also have the
-text that an undisturbed one has.
+Faults are injected with signals to real processes, and their effects are observed from outside: in the discovery
+directory (inotify), the frontend's /v1/models, the processes (pidfd), and the streams of clients. A stream is
+complete when its client received every token and a finish reason; dynamo-worker's streams must also have the
+same text as an undisturbed stream.
 
 Parts:
   stops      SIGTERM idle and busy, second and third signal, kill -9, engine faults
-  in-flight  thousands of requests in flight when the worker is asked to stop (dynamo-worker only)
-  rolling    two workers under steady load, restarted in turn; lost requests counted
+  in-flight  thousands of requests in flight when the worker is told to stop (dynamo-worker only)
+  rolling    two workers under steady load, restarted in turn; counts lost requests
 
 The peer is NVIDIA's Rust Worker (dynamo.common.backend) around a minimal Python engine. Both have the same grace
 period and the same frontend, with request migration on.
@@ -48,12 +48,10 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="only stops whose name contains this text; may be repeated",
+        help="measure only stops whose name contains this text; may be repeated",
     )
-    parser.add_argument("--list", action="store_true", help="name the scenarios of the part `stops`, and end")
-    parser.add_argument(
-        "--repeat", type=int, default=3, metavar="N", help="how often each stop is measured (default: 3)"
-    )
+    parser.add_argument("--list", action="store_true", help="list the scenarios of the part `stops` and exit")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each stop (default: 3)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="streams of a busy worker (default: 8)")
     parser.add_argument(
         "--grace", type=float, default=1.0, metavar="S", help="grace period of all workers in seconds (default: 1)"
@@ -64,7 +62,9 @@ def _arguments() -> argparse.Namespace:
         metavar="LIST",
         help="numbers of requests in flight, separated by commas (default: 1000,10000)",
     )
-    parser.add_argument("--restarts", type=int, default=100, metavar="N", help="rolling restarts per drain mode")
+    parser.add_argument(
+        "--restarts", type=int, default=100, metavar="N", help="rolling restarts per drain mode (default: 100)"
+    )
     parser.add_argument(
         "--peer-restarts", type=int, default=10, metavar="N", help="rolling restarts of the peer (default: 10)"
     )
@@ -73,13 +73,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--no-peer", action="store_true", help="measure dynamo-worker alone")
     parser.add_argument(
-        "--peer-env", type=Path, metavar="DIR", help="virtual environment of the peer; made there if it is not there"
+        "--peer-env", type=Path, metavar="DIR", help="virtual environment of the peer; created if missing"
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw the rolling restarts (needs matplotlib in this environment)"
     )
     parser.add_argument(
-        "--plot-from", type=Path, metavar="FILE", help="measure nothing: draw --plot from a file that --json wrote"
+        "--plot-from", type=Path, metavar="FILE", help="draw --plot from a file written by --json instead of measuring"
     )
     add_output_arguments(parser)
     return parser.parse_args()
@@ -149,7 +149,7 @@ def _plot(series: list[rolling.Rolling], path: Path) -> None:
     if rolling.plot(series, path):
         progress(f"wrote {path}")
     else:
-        progress("no plot: matplotlib is not installed; with --json now, --plot-from draws it later")
+        progress("no plot: matplotlib is not installed; use --json now and --plot-from later")
 
 
 def main() -> int:

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""The request path: tokens per second and worker CPU per token, dynamo-worker against its peer and against the floor.
+"""The request path: tokens per second and CPU time per token of dynamo-worker, its peer and a bare handler.
 
-Three workers serve the same tiny model through the same frontend at the same time, and are loaded one after the
-other in rounds:
+Three workers serve the same tiny model behind the same frontend. They run at the same time, and each round loads
+them one after another:
 
   peer   NVIDIA's Rust Worker (dynamo.common.backend) driving a minimal Python engine, one token per chunk
-  bare   a push handler straight on ai-dynamo-runtime: the floor, with no bookkeeping at all
+  bare   a push handler directly on ai-dynamo-runtime, without any bookkeeping: the lower bound
   ours   dynamo-worker --engine echo, with supervisor, monitors and all bookkeeping
-  before another version of dynamo-worker, with `--before DIR`: what a change costs
+  before another version of dynamo-worker, with `--before DIR`, to measure the cost of a change
 
-CPU per token is the user and system time of the process that serves requests, divided by the tokens that the client
-has received. Each ratio is taken within a round; the table shows the medians.
+CPU time per token is the user and system time of the process that serves requests, divided by the number of tokens
+that clients received. Ratios are computed within a round; the table shows their medians.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/request_path.py --rounds 3 --streams 32 --json request_path.json",
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds to take medians of (default: 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="number of rounds; medians are shown (default: 5)"
+    )
     parser.add_argument(
         "--streams",
         default="1,32,1000",
@@ -55,37 +57,34 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="X", help="factor on the number of requests (default: 1)"
     )
-    parser.add_argument(
-        "--max-tokens", type=int, default=500, metavar="N", help="tokens of each request (default: 500)"
-    )
+    parser.add_argument("--max-tokens", type=int, default=500, metavar="N", help="tokens per request (default: 500)")
     parser.add_argument(
         "--rate",
         type=float,
         metavar="X",
-        help="tokens per second of each stream (default: as many as possible); 30 is what a large model makes",
+        help="tokens per second of each stream (default: unlimited); 30 is typical of a large model",
     )
     parser.add_argument(
         "--workers",
         default="peer,bare,ours",
         metavar="LIST",
-        help="which workers take part, separated by commas (default: peer,bare,ours)",
+        help="workers to measure, separated by commas (default: peer,bare,ours)",
     )
     parser.add_argument(
         "--before",
         type=Path,
         metavar="DIR",
-        help="a checkout of another version, which takes part and runs in this same environment "
-        "(`git worktree add DIR COMMIT`)",
+        help="checkout of another version to measure as well, run in this environment (`git worktree add DIR COMMIT`)",
     )
     parser.add_argument(
         "--worker-flag",
         action="append",
         default=[],
         metavar="FLAG",
-        help="a further flag for dynamo-worker, such as --worker-flag=--no-warmup; may be repeated",
+        help="additional flag for dynamo-worker, such as --worker-flag=--no-warmup; may be repeated",
     )
     parser.add_argument(
-        "--peer-env", type=Path, metavar="DIR", help="virtual environment of the peer; made there if it is not there"
+        "--peer-env", type=Path, metavar="DIR", help="virtual environment of the peer; created if missing"
     )
     add_output_arguments(parser)
     return parser.parse_args()

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""SGLang under dynamo-worker and under NVIDIA's `dynamo.sglang`, side by side on the same SGLang, and by itself.
+"""SGLang under dynamo-worker and under NVIDIA's `dynamo.sglang`, side by side on the same SGLang, and on its own.
 
-Run it with the Python of an environment that has SGLang and dynamo-worker-sglang; the peer's packages are installed
-beside it, once. The model is a Llama with two layers and random weights, made here.
+Run it in an environment with SGLang and dynamo-worker-sglang. It installs the peer's packages into a separate
+directory once, and creates the model: a two-layer Llama with random weights.
 
 Parts:
-  start    from the start of the program to the model in /v1/models
+  start    time from process start until the model appears in /v1/models
   load     tokens per second, CPU time per token in the worker's main process, time to the first token; and the tokens
            per second of SGLang's own Engine in a loop, without frontend and clients, before and after that
   stops    SIGTERM, kill -9 and SIGSTOP to workers and SGLang's processes, with streams in flight
-  rolling  two workers under steady load, restarted in turn; lost requests counted
+  rolling  two workers under steady load, restarted in turn; counts lost requests
 """
 
 from __future__ import annotations

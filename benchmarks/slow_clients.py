@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Clients that do not read: what they do to everybody else on the same worker.
+"""Slow clients: how clients that do not read affect the other clients of the same worker.
 
-A worker serves 32 streams as fast as it can, alone and beside clients that have asked for long answers with 20
-log-probabilities a token and then do not read them, or read 10 kB/s. The load beside them starts when the worker has
-found all of them slow and rests: until then their answers are work like any other. Each ratio is taken within a round,
-alone against beside.
+A worker serves 32 streams at full speed, with and without slow clients. Slow clients request long answers with 20 log
+probabilities per token, and do not read them or read 10 kB/s. The load starts once the worker has detected all of them
+as slow and is idle, because until then their answers cost as much as any other. Ratios are computed within a round.
 
-The engine is the tests' faulty one: the echo engine, with log-probabilities for a prompt that says "flood".
+The engine is `faulty` from the tests: the echo engine, with log probabilities for prompts that contain "flood".
 """
 
 from __future__ import annotations
@@ -94,12 +93,17 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/slow_clients.py --scenarios 1,slow --rounds 3",
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds to take medians of (default: 3)")
     parser.add_argument(
-        "--scenarios", default="1,64,slow", metavar="LIST", help="what to measure: 1, 64, slow (default: all)"
+        "--rounds", type=int, default=3, metavar="N", help="number of rounds; medians are shown (default: 3)"
     )
     parser.add_argument(
-        "--push", action="store_true", help="an engine that hands its chunks over and cannot be made to wait"
+        "--scenarios",
+        default="1,64,slow",
+        metavar="LIST",
+        help="scenarios, separated by commas: 1, 64, slow (default: all)",
+    )
+    parser.add_argument(
+        "--push", action="store_true", help="use an engine that pushes its chunks, without backpressure"
     )
     add_output_arguments(parser)
     return parser.parse_args()

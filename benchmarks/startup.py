@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Start-up and footprint: how soon dynamo-worker answers, and what its supervisor costs.
 
-first answer   from the start of `dynamo-worker --engine echo --frontend` to the first answered request on
-               /v1/chat/completions, which is asked for again and again from the start on
-commands       wall time of `--help`, `--version` and `engines`, and the engines that they import
+first answer   time from the start of `dynamo-worker --engine echo --frontend` to the first successful request to
+               /v1/chat/completions, which is polled from the start
+commands       wall time of `--help`, `--version` and `engines`, and which engines they import
 footprint      proportional set size (PSS) of the supervisor's processes, and CPU time when idle
 """
 
@@ -48,9 +48,11 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/startup.py --repeat 3 --json startup.json",
     )
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs to take medians of (default: 5)")
     parser.add_argument(
-        "--idle", type=float, default=10.0, metavar="S", help="how long to watch the idle processes (default: 10)"
+        "--repeat", type=int, default=5, metavar="N", help="number of runs; medians are shown (default: 5)"
+    )
+    parser.add_argument(
+        "--idle", type=float, default=10.0, metavar="S", help="seconds to observe the idle processes (default: 10)"
     )
     add_output_arguments(parser)
     return parser.parse_args()

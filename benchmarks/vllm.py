@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """vLLM under dynamo-worker and under NVIDIA's `dynamo.vllm`, side by side on the same vLLM.
 
-Run it with the Python of an environment that has vLLM and dynamo-worker-vllm; the peer's packages are installed beside
-it, once. The model is a Llama with two layers and random weights, made here.
+Run it in an environment with vLLM and dynamo-worker-vllm. It installs the peer's packages into a separate directory
+once, and creates the model: a two-layer Llama with random weights.
 
 Parts:
-  start    from the start of the program to the model in /v1/models
+  start    time from process start until the model appears in /v1/models
   load     tokens per second, CPU time per token in the worker's main process, time to the first token
   stops    SIGTERM, kill -9 and SIGSTOP to workers and vLLM's processes, with streams in flight
-  rolling  two workers under steady load, restarted in turn; lost requests counted
+  rolling  two workers under steady load, restarted in turn; counts lost requests
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
         "--bindings",
         default=",".join(BINDINGS),
         metavar="LIST",
-        help="thread bindings to start and load with: default, nobind (default: both)",
+        help="thread bindings to measure: default, nobind (default: both)",
     )
     parser.add_argument(
         "--dtype",

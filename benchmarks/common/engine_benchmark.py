@@ -53,16 +53,26 @@ def parser(doc: str | None, example: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts", default=",".join(PARTS), metavar="LIST", help="parts to run, separated by commas (default: all)"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds to take medians of (default: 3)")
-    parser.add_argument("--load-streams", type=int, default=32, metavar="N", help="streams of the load (default: 32)")
     parser.add_argument(
-        "--requests", type=int, default=128, metavar="N", help="requests of the load (default: %(default)s)"
+        "--rounds", type=int, default=3, metavar="N", help="number of rounds; medians are shown (default: 3)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=256, metavar="N", help="tokens of each of them (default: %(default)s)"
+        "--load-streams", type=int, default=32, metavar="N", help="concurrent streams of the load (default: 32)"
     )
-    parser.add_argument("--scenario", action="append", default=[], metavar="TEXT", help="only stops with this name")
-    parser.add_argument("--list", action="store_true", help="name the scenarios of the part `stops`, and end")
+    parser.add_argument(
+        "--requests", type=int, default=128, metavar="N", help="total requests of the load (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=256, metavar="N", help="tokens per request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scenario",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="measure only stops whose name contains this text; may be repeated",
+    )
+    parser.add_argument("--list", action="store_true", help="list the scenarios of the part `stops` and exit")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each stop (default: 1)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="streams of a busy worker (default: 8)")
     parser.add_argument("--grace", type=float, default=1.0, metavar="S", help="grace period in seconds (default: 1)")
@@ -70,7 +80,9 @@ def parser(doc: str | None, example: str) -> argparse.ArgumentParser:
         "--bounds", default="10,30", metavar="LIST", help="stall timeouts to show, in seconds (default: 10,30)"
     )
     parser.add_argument("--restarts", type=int, default=10, metavar="N", help="rolling restarts (default: 10)")
-    parser.add_argument("--modes", default="complete", metavar="LIST", help="drain modes of these (default: complete)")
+    parser.add_argument(
+        "--modes", default="complete", metavar="LIST", help="drain modes of the rolling restarts (default: complete)"
+    )
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--no-peer", action="store_true", help="measure dynamo-worker alone")
     alone.add_argument("--no-ours", action="store_true", help="measure the peer alone")
@@ -111,7 +123,11 @@ def main(engine: RealEngine, bars: Bars, arguments: argparse.Namespace) -> int:
         if "rolling" in parts:
             results["rolling"] = _rolling(engine, kinds, arguments)
         if arguments.plot and "ratios" in results:
-            progress(f"wrote {arguments.plot}" if _plot(engine, results, arguments.plot) else "no plot: no matplotlib")
+            progress(
+                f"wrote {arguments.plot}"
+                if _plot(engine, results, arguments.plot)
+                else "no plot: matplotlib is not installed"
+            )
     except (PeerEnvironmentError, WorkbenchError, LoadError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 1

@@ -74,7 +74,7 @@ class Scenario:
 
 
 @dataclass
-class Outcome:
+class ScenarioResult:
     """What was seen of one scenario; times in seconds, None when it did not happen in time.
 
     :param leave: from the action until the worker is out of the discovery directory.
@@ -320,7 +320,7 @@ def of_real(engine: RealEngine, bounds: Sequence[float]) -> list[Scenario]:
     return found
 
 
-def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, streams: int) -> Outcome:
+def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, streams: int) -> ScenarioResult:
     """Start the workers of a scenario, do it, and see what comes of it.
 
     :param bench: where the workers are started; nothing of them is left there afterwards.
@@ -329,7 +329,7 @@ def measure(bench: Workbench, scenario: Scenario, kind: str, grace: float, strea
     :param streams: number of streams when the worker is busy.
     :raises WorkbenchError: the scenario could not be set up.
     """
-    outcome = Outcome(scenario.name, kind)
+    outcome = ScenarioResult(scenario.name, kind)
     # A name of its own for each measurement, so that nothing of the last one is taken for it.
     model = f"{kind}{next(_names)}"
     flags = ["--process-tree"] if scenario.process_tree else []

@@ -84,7 +84,7 @@ def _measured(
     return _row(scenario, kind, titles[kind], outcomes)
 
 
-def _remarks(outcome: scenarios.Outcome) -> None:
+def _remarks(outcome: scenarios.ScenarioResult) -> None:
     for reason, times in outcome.losses.items():
         progress(f"  lost: {times} x {reason}")
     for what in (*outcome.processes_left, *outcome.shared_memory_left, *outcome.files_left, *outcome.entries_left):
@@ -92,7 +92,7 @@ def _remarks(outcome: scenarios.Outcome) -> None:
 
 
 def _row(
-    scenario: scenarios.Scenario, kind: str, title: str, outcomes: list[scenarios.Outcome]
+    scenario: scenarios.Scenario, kind: str, title: str, outcomes: list[scenarios.ScenarioResult]
 ) -> tuple[list[str], dict[str, Any]]:
     values = {
         key: median(getattr(outcome, key) for outcome in outcomes)

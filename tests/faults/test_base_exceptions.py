@@ -101,4 +101,4 @@ def test_a_start_with_few_descriptors(faulty: FaultyCluster) -> None:
     worker = faulty.start()
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (16, 16))  # before it has begun
     assert worker.wait_gone(20) == 3, worker.log
-    worker.wait_log("code=3 reason=.*limit of open files is 16")
+    worker.wait_log("code=3 reason=.*open files or more, got 16")

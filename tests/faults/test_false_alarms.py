@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from dynamo_worker.testing import Cluster
+from dynamo_worker.testing import Cluster, Worker
+from dynamo_worker.testing.fault_table import DEBOUNCE
 
 from .conftest import FaultyCluster
 
@@ -16,10 +17,7 @@ from .conftest import FaultyCluster
 STALL_TIMEOUT = "4"
 
 
-def end(worker: object) -> None:
-    from dynamo_worker.testing import Worker
-
-    assert isinstance(worker, Worker)
+def end(worker: Worker) -> None:
     assert "Fatal" not in worker.log
     worker.signal(signal.SIGTERM)
     assert worker.wait_gone() == 0
@@ -33,10 +31,15 @@ def test_saturating_load(cluster: Cluster) -> None:
     load = cluster.load(500, 2000)
     time.sleep(15)
     assert worker.running, worker.log
-    worker.signal(signal.SIGTERM)
-    worker.signal(signal.SIGTERM)
+    assert not any(result.finish_reason for result in load.results), (
+        "not saturated: streams end after 10 s at full rate"
+    )
+    assert "Fatal" not in worker.log
+    for _ in range(2):  # do not wait for the streams
+        worker.signal(signal.SIGTERM)
+        time.sleep(DEBOUNCE)
+    assert worker.wait_gone() == 143
     load.wait()
-    assert "EngineStalled" not in worker.log
 
 
 def test_a_long_prefill_that_reports_its_steps(cluster: Cluster) -> None:

@@ -63,12 +63,13 @@ class FaultyEngine(EchoEngine):
 
     async def start(self, worker_id: int) -> EngineInfo:
         fault = self.args.start_fault
+        if fault in ("block", "gil", "hang"):
+            log.info("Waiting in the start")
         if fault == "block":
             time.sleep(FOREVER)
         elif fault == "gil":
             hold_gil(FOREVER)
         elif fault == "hang":
-            log.info("Waiting in the start")
             await asyncio.sleep(FOREVER)
         elif fault == "error":
             raise StartError("no CUDA-capable device is detected", hint="run it on a machine with a GPU")

@@ -160,9 +160,11 @@ def test_a_load_runs_beside_the_test():
     with frontend(event("x"), hold=hold) as (url, _):
         load = Load(url, [chat("echo", "Hi", None)] * 3)
         eventually(load.started)
-        with pytest.raises(AssertionError, match=r"still run after 0\.05 s: 0 of 3 complete"):
-            load.wait(0.05)
-        hold.set()
+        try:
+            with pytest.raises(AssertionError, match=r"still running after 0\.05 s: 0 of 3 complete"):
+                load.wait(0.05)
+        finally:
+            hold.set()  # or the server would never end
         assert len(load.wait(10)) == 3
 
 

@@ -71,7 +71,7 @@ def test_gpu_memory_that_is_not_given_back(leftovers, monkeypatch):
     monkeypatch.setattr(module, "gpu_memory", lambda: leftovers._gpu_memory + (10 << 20))
     leftovers.check()
     monkeypatch.setattr(module, "gpu_memory", lambda: leftovers._gpu_memory + (900 << 20))
-    with pytest.raises(AssertionError, match="GPU memory: 900 MiB more than before"):
+    with pytest.raises(AssertionError, match="GPU memory: 900 MiB more in use than before"):
         leftovers.check(timeout=0)
 
 

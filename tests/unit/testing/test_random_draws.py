@@ -86,7 +86,7 @@ def test_a_short_stop_is_nothing_and_a_long_one_may_be(stopped, codes):
 
 LOG = """2026-11-21T14:00:00.000Z INFO dynamo_worker.supervisor: Worker started pid=2
 2026-11-21T14:00:01.000Z INFO dynamo_worker.host.launcher: Starting worker engine=echo
-2026-11-21T14:00:02.000Z INFO dynamo_worker.host.launcher: Worker ready model=echo
+2026-11-21T14:00:02.000Z INFO dynamo_worker.host.startup: Worker ready model=echo
 2026-11-21T14:00:09.000Z INFO dynamo_worker.host.launcher: Cleaning up worker in_flight=0
 """
 BEGAN = 1795269600.0

@@ -1,4 +1,4 @@
-"""OpenAI clients: many streams at once, each of which knows exactly what it should have received."""
+"""OpenAI clients: many concurrent streams, each recorded in full."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """What one client saw.
+    """The result of one request, as its client saw it.
 
-    :param status: HTTP status; 0 if there was no answer.
-    :param text: everything received.
-    :param finish_reason: of the last chunk, None if it never came.
-    :param error: what went wrong, None if nothing did.
-    :param chunk_times: ``time.monotonic()`` of every chunk with text.
+    :param status: HTTP status; 0 if there was no response.
+    :param text: all text received.
+    :param finish_reason: the finish reason of the last chunk; None if none was received.
+    :param error: the error, if there was one.
+    :param chunk_times: ``time.monotonic()`` at which each chunk with text arrived.
     """
 
     status: int = 0
@@ -34,12 +34,12 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether the stream ended as it should."""
+        """Whether the stream is complete: status 200, a finish reason, and no error."""
         return self.status == 200 and self.finish_reason is not None and self.error is None
 
 
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Result) -> None:
-    """Make one streaming request; everything that happens ends up in ``result``, nothing is raised."""
+    """Send one streaming request and record its outcome in ``result``. Raises nothing."""
     try:
         async with session.post(url, json=body) as response:
             result.status = response.status
@@ -48,7 +48,7 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any],
                 return
             async for line in response.content:
                 _take(line, result)
-    except Exception as error:  # broken connections, torn JSON, endless lines
+    except Exception as error:  # broken connections, truncated JSON, lines that are too long
         result.error = f"{type(error).__name__}: {error}"
 
 
@@ -72,7 +72,7 @@ def _take(line: bytes, result: Result) -> None:
 
 
 def chat(model: str, prompt: str, max_tokens: int | None, **options: Any) -> dict[str, Any]:
-    """Return the body of a chat request, streaming unless an option says otherwise."""
+    """Return the body of a chat request; it streams unless ``options`` contain ``stream=False``."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, **options}
     if max_tokens is not None:
         body["max_tokens"] = max_tokens
@@ -80,13 +80,14 @@ def chat(model: str, prompt: str, max_tokens: int | None, **options: Any) -> dic
 
 
 class Load:
-    """Streams that run in the background of a test, on an event loop in a thread of their own."""
+    """Streams that run in the background of a test, in a separate thread."""
 
     def __init__(self, base_url: str, bodies: Sequence[dict[str, Any]], timeout: float = 120.0) -> None:
-        """Start one stream for each of ``bodies``.
+        """Start one stream per request body.
 
-        :param base_url: the frontend, ``http://HOST:PORT``.
-        :param timeout: seconds a stream may take in all.
+        :param base_url: URL of the frontend, ``http://HOST:PORT``.
+        :param bodies: bodies of chat requests.
+        :param timeout: longest time that a stream may take, in seconds.
         """
         self.results = [Result() for _ in bodies]
         self._url = f"{base_url}/v1/chat/completions"
@@ -107,20 +108,21 @@ class Load:
             )
 
     def started(self) -> bool:
-        """Return whether every stream has received text, or has ended."""
+        """Return whether every stream has received text or has failed."""
         return all(result.text or result.error is not None for result in self.results)
 
     def wait(self, timeout: float = 120.0) -> list[Result]:
-        """Wait until all streams have ended and return what they saw.
+        """Wait until all streams have ended, and return their results.
 
-        :raises AssertionError: a stream still runs.
+        :param timeout: longest time to wait, in seconds.
+        :raises AssertionError: a stream is still running after ``timeout`` seconds.
         """
         self._thread.join(timeout)
-        assert not self._thread.is_alive(), f"streams still run after {timeout:g} s: {self.summary()}"
+        assert not self._thread.is_alive(), f"streams are still running after {timeout:g} s: {self.summary()}"
         return self.results
 
     def summary(self) -> str:
-        """Return how the streams stand, for messages."""
+        """Summarize the state of the streams for an error message."""
         ok = sum(result.ok for result in self.results)
         errors = sorted({result.error for result in self.results if result.error})
         return f"{ok} of {len(self.results)} complete; errors: {errors or 'none'}"

@@ -1,4 +1,4 @@
-"""A small Dynamo cluster on one machine: private discovery, a frontend, workers, and what tests do to them."""
+"""A small Dynamo cluster on one machine: private discovery, a frontend and workers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from dynamo_worker.testing.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Variables that would let a test talk to anything but itself.
+#: Prefixes of variables that could connect a test to services outside of it.
 _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
 
 
-#: Variables that say where workers and frontends listen.
+#: Variables that set the addresses on which workers and frontends listen.
 _HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
 
-#: Ports that have been given away: whoever got one may not listen yet.
+#: Ports already handed out; their owners may not be listening yet.
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface, below the range of outgoing connections.
+    """Return a TCP port that is free on the loopback interface, and never the same port twice.
 
-    None is returned twice.
+    The port is below the range that the kernel uses for outgoing connections.
     """
     while True:
         with socket.socket() as probe:
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 
 def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """Post a JSON object; return status and answer."""
+    """Send a JSON object with POST; return the HTTP status and the decoded response."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310 - our own servers
@@ -65,7 +65,7 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 class Worker:
-    """One ``dynamo-worker`` process and everything below it."""
+    """A ``dynamo-worker`` process and its descendants."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path, cluster: Cluster, status_port: int) -> None:
         self._process = process
@@ -74,98 +74,100 @@ class Worker:
         self.started_at = time.monotonic()
         #: Port of ``/live``, ``/health`` and ``/metrics``.
         self.status_port = status_port
-        #: Instance id in discovery, known once it is ready.
+        #: Instance ID in discovery; empty until the worker is ready.
         self.instance = ""
 
     @property
     def pid(self) -> int:
-        """The process that was started: the supervisor, unless ``--no-supervise`` was given."""
+        """PID of the started process: the supervisor, or the worker itself with ``--no-supervise``."""
         return self._process.pid
 
     @property
     def log(self) -> str:
-        """Everything it has written so far."""
+        """All log output so far."""
         return self._log.read_text(errors="replace")
 
     @property
     def worker_pid(self) -> int:
-        """The worker process proper: the one that says it starts."""
+        """PID of the worker process below the supervisor."""
         match = re.search(r"Starting worker .*pid=(\d+)", self.log)
-        assert match, f"no worker process yet:\n{self.log}"
+        assert match, f"no worker process has started yet; log:\n{self.log}"
         return int(match[1])
 
     @property
     def run_dir(self) -> Path:
-        """Its private directory, which its supervisor removes."""
+        """The worker's private directory, which the supervisor removes at the end."""
         return Path(self.wait_log(r"Worker started .*run_dir=(\S+)")[1])
 
     @property
     def guardian_pid(self) -> int:
-        """The process between supervisor and worker."""
+        """PID of the process between supervisor and worker."""
         with open(f"/proc/{self.worker_pid}/stat", encoding="utf-8") as file:
             return int(file.read().rpartition(")")[2].split()[1])
 
     def wait_log(self, pattern: str, timeout: float = 30.0) -> re.Match[str]:
-        """Wait for a line in the log.
+        """Wait until the log matches a regular expression, and return the match.
 
-        :raises AssertionError: it does not come, or the process ends first.
+        :param timeout: longest time to wait, in seconds.
+        :raises AssertionError: no match after ``timeout`` seconds, or the process ended first.
         """
 
         def search() -> re.Match[str] | None:
-            # Look whether it runs first, then read: the last line must not be missed.
+            # Check the process before reading the log, or its last line could be missed.
             gone = self._process.poll() is not None
             match = re.search(pattern, self.log)
-            assert match or not gone, f"ended with {self._process.returncode} before {pattern!r}:\n{self.log}"
+            assert match or not gone, f"exited with {self._process.returncode} before logging {pattern!r}:\n{self.log}"
             return match
 
-        found = eventually(search, timeout, f"{pattern!r} in the log of pid {self.pid}")
+        found = eventually(search, timeout, f"{pattern!r} in the log of PID {self.pid}")
         assert found is not None
         return found
 
     def wait_ready(self, timeout: float | None = None) -> Worker:
-        """Wait until the worker serves, as long as the cluster allows for a start unless ``timeout`` is given."""
+        """Wait until the worker is ready, for ``timeout`` seconds or the cluster's ``start_seconds``."""
         seconds = self._cluster.start_seconds if timeout is None else timeout
         self.instance = self.wait_log(r"Worker ready .*instance=([0-9a-f]+)", seconds)[1]
         return self
 
     def wait_gone(self, timeout: float = 40.0) -> int:
-        """Wait for the end and return the exit code, 128 + n for a death by signal n.
+        """Wait for the process to exit; return its exit code, or 128 + n if signal n killed it.
 
-        :raises AssertionError: it still runs.
+        :param timeout: longest time to wait, in seconds.
+        :raises AssertionError: the process is still running after ``timeout`` seconds.
         """
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout:g} s:\n{self.log[-4000:]}") from None
+            raise AssertionError(f"still running after {timeout:g} s; end of its log:\n{self.log[-4000:]}") from None
         return code if code >= 0 else 128 - code
 
     @property
     def running(self) -> bool:
-        """Whether the started process still runs."""
+        """Whether the started process is still running."""
         return self._process.poll() is None
 
     @property
     def registered(self) -> bool:
-        """Whether it is in discovery."""
+        """Whether the worker is registered in discovery."""
         return any(self.instance in path.name for path in self._cluster.discovery.rglob("*"))
 
     def stop(self) -> None:
-        """Ask it to end, and wait until it has.
+        """Stop the worker with SIGTERM, and wait until it has exited.
 
-        :raises AssertionError: it did not end well.
+        :raises AssertionError: the exit code is not 0, or the worker does not exit in time.
         """
         self.signal(signal.SIGTERM)
         code = self.wait_gone()
-        assert code == 0, f"exit code {code}:\n{self.log[-4000:]}"
+        assert code == 0, f"expected exit code 0, got {code}; end of the log:\n{self.log[-4000:]}"
 
     def signal(self, number: signal.Signals, pid: int | None = None) -> float:
-        """Send a signal to the started process or to another one; return the moment it was sent."""
+        """Send a signal to the started process, or to ``pid``; return ``time.monotonic()`` just before."""
         now = time.monotonic()
         os.kill(pid or self.pid, number)
         return now
 
     def status(self, path: str) -> tuple[int, str]:
-        """Ask the status server; status 0 if nobody listens."""
+        """Request a path from the status server; return status 0 if it cannot be reached."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}{path}", timeout=5) as response:
                 return response.status, response.read().decode()
@@ -175,16 +177,16 @@ class Worker:
             return 0, ""
 
     def operate(self, name: str, body: dict[str, Any] | None = None) -> Any:
-        """Call the control route ``/engine/NAME`` and return its answer."""
+        """Call the control route ``/engine/NAME``, and return the decoded response."""
         return post(f"http://127.0.0.1:{self.status_port}/engine/{name}", body or {})[1]
 
     def metric(self, name: str) -> float:
-        """Return the sum of all samples of one metric on ``/metrics``, 0 if there are none."""
+        """Return the sum of all samples of a metric on ``/metrics``; 0 if there are none."""
         samples = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)", self.status("/metrics")[1], re.MULTILINE)
         return sum(map(float, samples))
 
     def children(self) -> dict[int, str]:
-        """Return all processes below the started one: pid and command line."""
+        """Return the PIDs and command lines of all descendants of the started process."""
         parents: dict[int, list[int]] = {}
         for entry in os.listdir("/proc"):
             if entry.isdigit():
@@ -200,47 +202,47 @@ class Worker:
         return found
 
     def listening(self) -> list[Listener]:
-        """Return the TCP sockets that it and all processes below it listen on."""
+        """Return the TCP sockets on which the process and its descendants listen."""
         return listening([self.pid, *self.children()])
 
     def child(self, pattern: str) -> int:
-        """Return the pid of the one process below whose command line matches.
+        """Return the PID of the descendant whose command line matches a pattern.
 
-        :raises AssertionError: there is none, or more than one.
+        :raises AssertionError: no descendant matches, or more than one does.
         """
         children = self.children()
         found = [pid for pid, command in children.items() if re.search(pattern, command)]
-        assert len(found) == 1, f"{pattern!r} matches {found} of {children}"
+        assert len(found) == 1, f"expected {pattern!r} to match exactly one process, matches {found} of {children}"
         return found[0]
 
 
 class Cluster:
-    """Workers, a frontend and the directory in which they find each other."""
+    """Workers, a frontend, and the discovery directory that connects them."""
 
     def __init__(self, directory: Path, tmp: Path, marker: str, *, engine_args: Sequence[str] = ()) -> None:
-        """Make a cluster without any process.
+        """Create a cluster without any processes.
 
-        :param directory: for discovery and logs.
+        :param directory: where to put discovery and logs.
         :param tmp: ``TMPDIR`` of all processes.
-        :param marker: value of the variable that marks all processes.
+        :param marker: value of the environment variable that marks all processes.
         :param engine_args: arguments of every worker, ``--engine NAME`` first.
         """
         self.discovery = directory / "discovery"
         self.discovery.mkdir(0o700)
         self.tmp = tmp
         self.engine_args = list(engine_args) or ["--engine", "echo"]
-        #: Name under which clients ask for the model.
+        #: The model name that clients send.
         self.model = "echo"
-        #: Seconds a worker may take until it serves.
+        #: Longest time in seconds until a worker is ready.
         self.start_seconds = 60.0
-        #: The frontend, once there is one.
+        #: URL of the frontend; empty until one is started.
         self.url = ""
         self._directory = directory
         self._marker = marker
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def environment(self, **changes: str | None) -> dict[str, str]:
-        """Return an environment in which everything stays on the loopback interface and in this cluster."""
+        """Return an environment that keeps all traffic on the loopback interface and in this cluster."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
         environment |= {
             MARKER: self._marker,
@@ -260,7 +262,7 @@ class Cluster:
     def run(
         self, *arguments: str, timeout: float = 60.0, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``dynamo-worker`` with these arguments to its end."""
+        """Run ``dynamo-worker`` with these arguments, and wait for it to exit."""
         return subprocess.run(
             [sys.executable, "-m", "dynamo_worker", *arguments],
             env=self.environment(**environment),
@@ -272,9 +274,9 @@ class Cluster:
         )
 
     def start_worker(self, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> Worker:
-        """Start a worker without waiting for it.
+        """Start a worker without waiting until it is ready.
 
-        :param prefix: a command in front of the worker's that becomes it, as one that sets limits does.
+        :param prefix: a command that sets limits, for example, and then replaces itself with the worker.
         """
         status_port = free_port()
         number = len(self._processes)
@@ -284,13 +286,13 @@ class Cluster:
         return Worker(process, log, self, status_port)
 
     def worker(self, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> Worker:
-        """Start a worker and wait until it serves."""
+        """Start a worker, and wait until it is ready."""
         return self.start_worker(*arguments, prefix=prefix, **environment).wait_ready()
 
     def worker_with_frontend(self, *arguments: str, host: str = "127.0.0.1", **environment: str | None) -> Worker:
-        """Start a worker that decides by itself where it listens, and wait until it and its frontend serve.
+        """Start a worker with an embedded frontend and default listen addresses; wait until both are ready.
 
-        :param host: of the frontend.
+        :param host: address on which the frontend listens.
         """
         port = free_port()
         hosts: dict[str, Any] = dict.fromkeys(_HOSTS)
@@ -299,10 +301,10 @@ class Cluster:
         return worker
 
     def serve(self, count: int, *arguments: str, frontend: Sequence[str] = ()) -> list[Worker]:
-        """Start workers, all at once, and a frontend if there is none yet; wait until it offers the model.
+        """Start several workers at once, and a frontend unless one is running; wait until it offers the model.
 
-        :param count: how many workers.
-        :param arguments: of every worker.
+        :param count: number of workers.
+        :param arguments: arguments of each worker.
         :param frontend: arguments of the frontend.
         """
         if not self.url:
@@ -314,13 +316,16 @@ class Cluster:
         return workers
 
     def start_frontend(self, *arguments: str, **environment: str | None) -> str:
-        """Start a frontend that migrates requests, and return its URL."""
+        """Start a frontend with request migration, and return its URL."""
         port = free_port()
         log = self._directory / f"frontend-{len(self._processes)}.log"
         command = [sys.executable, "-m", "dynamo_worker", "frontend", "--http", f"127.0.0.1:{port}", *arguments]
         self._start(command, log, {"DYN_LOG": "warn", **environment})
         self.url = f"http://127.0.0.1:{port}"
-        eventually(lambda: self._get("/health") is not None, 30, f"the frontend: {log.read_text(errors='replace')}")
+        try:
+            eventually(lambda: self._get("/health") is not None, 30, "the frontend to answer /health")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its log:\n{log.read_text(errors='replace')[-4000:]}") from None
         return self.url
 
     def _start(self, command: list[str], log: Path, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -344,46 +349,46 @@ class Cluster:
             return None
 
     def models(self) -> list[str]:
-        """Return the models that the frontend offers."""
+        """Return the names of the models that the frontend offers."""
         listed = self._get("/v1/models") or {"data": []}
         return [model["id"] for model in listed["data"]]
 
     def wait_model(self, timeout: float = 10.0) -> None:
         """Wait until the frontend offers the model."""
-        eventually(lambda: self.model in self.models(), timeout, f"{self.model!r} in /v1/models")
+        eventually(lambda: self.model in self.models(), timeout, f"{self.model!r} to appear in /v1/models")
 
     def wait_routed(self, worker: Worker, timeout: float = 30.0) -> None:
-        """Wait until the frontend sends requests to this worker too: only then they can move to it."""
+        """Wait until the frontend routes requests to this worker; only then can requests migrate to it."""
 
         def routed() -> bool:
             self.ask(1)
             return worker.metric('dynamo_worker_requests_total{outcome="completed"}') > 0
 
-        eventually(routed, timeout, f"requests to reach the worker with pid {worker.pid}")
+        eventually(routed, timeout, f"the worker with PID {worker.pid} to complete a request")
 
     def load(self, streams: int, tokens: int, prompt: str = "The quick brown fox.", **options: Any) -> Load:
-        """Start streams in the background and wait until every one of them has received text."""
+        """Start streams in the background, and wait until each has received text."""
         bodies = [chat(self.model, f"{prompt}{number}", tokens, **options) for number in range(streams)]
         load = Load(self.url, bodies)
         eventually(load.started, 60, f"{streams} streams to start")
         return load
 
     def chat(self, prompt: str = "Hello, world!", max_tokens: int = 8, **options: Any) -> tuple[int, Any]:
-        """Make one chat request without streaming; return status and answer."""
+        """Send one chat request without streaming; return the HTTP status and the response."""
         body = chat(self.model, prompt, max_tokens, **{"stream": False, **options})
         return post(f"{self.url}/v1/chat/completions", body)
 
     def complete(self, prompt: str = "Hello, world!", max_tokens: int = 8, **options: Any) -> tuple[int, Any]:
-        """Make one completion request without streaming; return status and answer."""
+        """Send one completion request without streaming; return the HTTP status and the response."""
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, **options}
         return post(f"{self.url}/v1/completions", body)
 
     def ask(self, tokens: int = 8, prompt: str = "Hello, world!") -> Result:
-        """Make one request and return what came back."""
+        """Send one streaming chat request, and return its result."""
         return Load(self.url, [chat(self.model, prompt, tokens)]).wait()[0]
 
     def close(self) -> None:
-        """End everything that still runs: workers gracefully, then by force."""
+        """Kill all processes that are still running."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()

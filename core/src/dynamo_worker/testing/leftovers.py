@@ -1,4 +1,4 @@
-"""Finding what a worker leaves behind: processes, shared memory, GPU memory, files."""
+"""Detection of what a worker leaves behind: processes, shared memory, GPU memory and files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dynamo_worker.supervisor import gpu
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Every process of a test carries this variable, however far it strays from its parents.
+#: Set in the environment of every process of a test, which identifies it even if it detaches from its parent.
 MARKER = "DYNAMO_WORKER_TEST"
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where the kernel keeps it
-#: How much more GPU memory may be in use after a test than before it, in bytes: the driver's own use varies a little.
+#: Tolerated increase of used GPU memory during a test, in bytes. The driver's own use varies slightly.
 _GPU_TOLERANCE = 64 << 20
 
 
 def marked_processes(marker: str) -> dict[int, str]:
-    """Return the living processes that carry the marker: pid and command line. Zombies do not count."""
+    """Return the PIDs and command lines of all running processes with the marker, excluding zombies."""
     wanted = f"{MARKER}={marker}".encode()
     found = {}
     for entry in os.listdir("/proc"):
@@ -40,7 +40,7 @@ def marked_processes(marker: str) -> dict[int, str]:
 
 
 def mapped_by_others(names: set[str], marker: str) -> set[str]:
-    """Return those of the segments that a living process without the marker maps: another program's, not ours."""
+    """Return the segments that a running process without the marker maps: they belong to another program."""
     ours = marked_processes(marker)
     inodes: dict[str, str] = {}
     for name in names:
@@ -52,7 +52,7 @@ def mapped_by_others(names: set[str], marker: str) -> set[str]:
             continue
         try:
             with open(f"/proc/{entry}/maps", encoding="utf-8", errors="replace") as file:
-                # By inode: a semaphore is mapped under the name it was made with, not the one it has.
+                # Compare inodes: a semaphore is mapped under the name with which it was created, not its current one.
                 mapped = {line.split(maxsplit=5)[4] for line in file if _SHARED_MEMORY in line}
         except OSError:
             continue
@@ -66,16 +66,16 @@ def shared_memory() -> set[str]:
 
 
 def gpu_memory() -> int:
-    """Return the bytes in use on all GPUs of this machine, 0 where there is none."""
+    """Return the bytes in use on all GPUs of this machine; 0 without a GPU."""
     return gpu.Nvml().used_memory() if gpu.present() else 0
 
 
 @dataclass
 class Leftovers:
-    """Remembers what was there before a test and tells what is there after it.
+    """Compares what exists after a test with what existed before it.
 
-    :param marker: value of the marker variable of this test's processes.
-    :param tmp: the temporary directory of this test's processes; must be empty at the end.
+    :param marker: value of the variable that marks this test's processes.
+    :param tmp: temporary directory of this test's processes; it must be empty at the end.
     """
 
     marker: str
@@ -84,7 +84,7 @@ class Leftovers:
     _gpu_memory: int = field(default_factory=gpu_memory)
 
     def find(self) -> list[str]:
-        """Return what is left now, one line each."""
+        """Describe everything that is left, one line each."""
         left = [f"process {pid}: {command}" for pid, command in marked_processes(self.marker).items()]
         segments = shared_memory() - self._segments
         segments -= mapped_by_others(segments, self.marker)
@@ -92,14 +92,14 @@ class Leftovers:
         left += [str(path) for path in sorted(self.tmp.iterdir())]
         more = gpu_memory() - self._gpu_memory
         if more > _GPU_TOLERANCE:
-            left.append(f"GPU memory: {more >> 20} MiB more than before")
+            left.append(f"GPU memory: {more >> 20} MiB more in use than before")
         return left
 
     def check(self, timeout: float = 0.5) -> None:
         """Fail if anything is left.
 
-        :param timeout: seconds the kernel gets to take down what was just killed.
-        :raises AssertionError: something is left; it is removed, so that the next test starts clean.
+        :param timeout: time in seconds for the kernel to tear down killed processes.
+        :raises AssertionError: something is left. Remaining processes are killed first, to protect the next test.
         """
         deadline = time.monotonic() + timeout
         while (left := self.find()) and time.monotonic() < deadline:
@@ -109,7 +109,7 @@ class Leftovers:
             raise AssertionError("left behind:\n  " + "\n  ".join(left))
 
     def remove(self) -> None:
-        """Kill the processes that are left."""
+        """Kill all remaining processes."""
         for pid in marked_processes(self.marker):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

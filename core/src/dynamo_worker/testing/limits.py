@@ -1,4 +1,4 @@
-"""Resource limits for random faults: from the start of a worker on, or all at once while it runs."""
+"""Resource limits for random faults: in effect from the start of a worker, or imposed while it runs."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Where cgroups with a pids controller may be made: version 1, and version 2 where the controller is delegated.
+#: Where cgroups with a pids controller can be created: version 1, and version 2 if the controller is delegated.
 _PIDS_CGROUPS = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
 
 
 class Limit(Protocol):
-    """One resource that runs short."""
+    """A limit on one resource."""
 
-    #: Arguments in front of the worker's command.
+    #: Arguments to put in front of the worker's command.
     prefix: Sequence[str]
 
     def tighten(self, pids: Sequence[int]) -> None:
-        """Leave no more of the resource than is used now; only for limits that do not hold from the start.
+        """Reduce the limit to what is in use now. Only for limits that are not in effect from the start.
 
-        :param pids: the worker and what is below it. Supervisor and guardian have limits of their own, and no reason to
-            reach them.
+        :param pids: the worker and its descendants, without supervisor and guardian.
         """
 
     def lift(self) -> None:
-        """Undo what would outlive the worker."""
+        """Remove whatever would outlive the worker."""
 
 
 def shell(command: str) -> list[str]:
-    """Return arguments that run a shell command first, in the process that becomes the worker. Never dumps core."""
+    """Return a prefix that runs a shell command in the process that becomes the worker. Disables core dumps."""
     return ["sh", "-c", f'ulimit -c 0; {command} exec "$@"', "sh"]
 
 
 class _Unlimited:
-    """Nothing runs short."""
+    """No limit."""
 
     def __init__(self) -> None:
         self.prefix: Sequence[str] = shell("")
@@ -53,14 +52,14 @@ class _Unlimited:
 
 
 class _Ulimit:
-    """A limit that the kernel keeps for each process."""
+    """A per-process limit of the kernel."""
 
     def __init__(self, letter: str, number: int, amount: int | None) -> None:
         self._number = number
         self.prefix: Sequence[str] = shell("" if amount is None else f"ulimit -{letter} {amount};")
 
     def tighten(self, pids: Sequence[int]) -> None:
-        """Set every process's limit to what it uses."""
+        """Set the limit of each process to what it uses now."""
         for pid in pids:
             with contextlib.suppress(OSError, ValueError):
                 used = self._used(pid)
@@ -78,7 +77,7 @@ class _Ulimit:
 
 
 class _Pids:
-    """A cgroup for so many tasks, threads included."""
+    """A cgroup that limits the number of tasks, including threads."""
 
     def __init__(self, amount: int | None) -> None:
         parent = pids_cgroup()
@@ -89,19 +88,19 @@ class _Pids:
             (self._group / "pids.max").write_text(str(amount))
         self.prefix: Sequence[str] = shell(f"echo $$ > '{self._group}/cgroup.procs';")
 
-    def tighten(self, pids: Sequence[int]) -> None:  # noqa: ARG002 - the group counts for itself
-        """Let nobody fork any more."""
+    def tighten(self, pids: Sequence[int]) -> None:  # noqa: ARG002 - the cgroup counts its tasks
+        """Make every further fork fail."""
         (self._group / "pids.max").write_text((self._group / "pids.current").read_text())
 
     def lift(self) -> None:
-        """Remove the group, if everything in it has ended."""
+        """Remove the cgroup if all of its processes have exited."""
         with contextlib.suppress(OSError):
             (self._group / "pids.max").write_text("max")
             self._group.rmdir()
 
 
 class _SmallTmp:
-    """A small file system for temporary files, which fills up."""
+    """A small file system for temporary files that fills up."""
 
     def __init__(self, tmp: Path, amount: int | None) -> None:
         self._tmp = tmp
@@ -110,27 +109,27 @@ class _SmallTmp:
         if amount is not None:
             self._fill(amount)
 
-    def tighten(self, pids: Sequence[int]) -> None:  # noqa: ARG002 - the file system is full for everybody
-        """Leave no room."""
+    def tighten(self, pids: Sequence[int]) -> None:  # noqa: ARG002 - all processes share the file system
+        """Leave no free space."""
         self._fill(0)
 
     def _fill(self, left: int) -> None:
-        """Write a file that leaves so many bytes."""
+        """Write a file that leaves ``left`` bytes free."""
         status = os.statvfs(self._tmp)
         with contextlib.suppress(OSError), open(self._tmp / FILLING, "wb", buffering=0) as file:
             file.write(bytes(max(0, status.f_bavail * status.f_frsize - left)))
 
     def lift(self) -> None:
-        """Unmount it."""
+        """Unmount the file system."""
         with contextlib.suppress(FileNotFoundError):
             (self._tmp / FILLING).unlink()
         subprocess.run(["umount", "--lazy", str(self._tmp)], check=False)
 
 
-#: The file that fills a small file system; none of the worker's.
+#: Name of the file that fills a small file system; not one of the worker's.
 FILLING = "filling"
 
-#: Names of the limits, and amounts from the start on; None is none until it is tightened.
+#: Initial amounts by name of the limit; None means no limit until it is tightened.
 AMOUNTS: dict[str, tuple[int | None, ...]] = {
     "none": (None,),
     "files": (12, 16, 20, 24, 32, 48, 64, None, None, None),
@@ -143,7 +142,7 @@ AMOUNTS: dict[str, tuple[int | None, ...]] = {
 
 @functools.cache
 def possible(name: str) -> bool:
-    """Return whether this machine and this user can have the limit."""
+    """Return whether this user can set the limit on this machine."""
     if name == "pids":
         return pids_cgroup() is not None
     return name != "tmp" or (os.geteuid() == 0 and _can_mount())
@@ -151,10 +150,12 @@ def possible(name: str) -> bool:
 
 @contextlib.contextmanager
 def limited(name: str, amount: int | None, tmp: Path) -> Iterator[Limit]:
-    """Make a limit, and undo it in the end.
+    """Set a limit during a ``with`` block.
 
-    :param amount: what there is from the start on (kilobytes of memory, bytes, or a number); None is enough.
-    :param tmp: the temporary directory of the worker.
+    :param name: name of the limit, a key of :data:`AMOUNTS`.
+    :param amount: initial amount: kilobytes for "memory", bytes for "file size" and "tmp", otherwise a count; None
+        sets no limit until it is tightened.
+    :param tmp: the worker's temporary directory.
     """
     limit: Limit
     if name == "files":
@@ -177,7 +178,7 @@ def limited(name: str, amount: int | None, tmp: Path) -> Iterator[Limit]:
 
 
 def pids_cgroup() -> Path | None:
-    """Return a cgroup in which groups with a limit of tasks can be made."""
+    """Return a cgroup in which groups with a task limit can be created; None if there is none."""
     for path in _PIDS_CGROUPS:
         probe = path / f"dynamo-worker-probe-{os.getpid()}"
         try:
@@ -193,7 +194,7 @@ def pids_cgroup() -> Path | None:
 
 
 def _can_mount() -> bool:
-    """Return whether this user may mount file systems: root in a container may not."""
+    """Return whether this user may mount file systems, which even root may not in some containers."""
     result = subprocess.run(
         ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
     )

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """Let the workers of the tests hear the signals that they are sent.
+    """Restore the default actions of signals that the tests send to workers.
 
-    A shell starts what runs in its background with SIGINT and SIGQUIT ignored, ``nohup`` with SIGHUP; a worker leaves
-    ignored what whoever started it has ignored.
+    Shells start background jobs with SIGINT and SIGQUIT ignored, and ``nohup`` ignores SIGHUP. Workers inherit this,
+    and keep ignoring those signals.
     """
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -86,7 +86,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def subject() -> Subject:
     """Return the engine that is tested; a ``conftest.py``, a test module or a test class has a fixture of its own."""
-    raise NotImplementedError("there is nothing to test: define a fixture `subject` that returns a Subject")
+    raise NotImplementedError("no engine to test: define a fixture `subject` that returns a Subject")
 
 
 @pytest.fixture

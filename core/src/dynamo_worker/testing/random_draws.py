@@ -1,4 +1,4 @@
-"""What a round of random faults does, drawn from a seed, and the exit codes that the documentation allows for it."""
+"""The faults of a random round, drawn from a seed, and the exit codes that the documentation allows for them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dynamo_worker.testing.limits import AMOUNTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Moments, in the order of a worker's life.
+#: Moments in the life of a worker, in order.
 MOMENTS = ("start", "idle", "busy", "grace", "draining", "cleanup")
-#: Processes that every worker has; the subject's own come on top, and the frontend where one is embedded.
+#: Processes of every worker; added to these are the subject's own, and the embedded frontend if there is one.
 OWNERS = ("supervisor", "guardian", "worker")
 DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-#: Some signals are drawn more often than others: SIGKILL and SIGTERM are what happens.
+#: SIGKILL and SIGTERM are drawn more often, because they are the most common in practice.
 _SIGNALS = (*DEADLY, *STOPPING, signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 
-#: Bounds of the worker under test, in seconds, and flags that set them.
+#: Termination grace period, heartbeat timeout and grace period of the worker under test, in seconds.
 TERMINATION, HEARTBEAT, GRACE = 12.0, 4.0, 0.6
-#: What a stage lasts longer in the log than in truth, or shorter: lines are written a moment later.
+#: Uncertainty of the times in the log, in seconds: lines are written slightly late.
 _MARGIN = 0.15
 
 
@@ -35,8 +35,8 @@ _MARGIN = 0.15
 class Hit:
     """One signal to one process.
 
-    :param after: seconds after the hit before.
-    :param stopped: seconds until SIGCONT follows a SIGSTOP.
+    :param after: delay after the previous hit, in seconds.
+    :param stopped: time between SIGSTOP and SIGCONT, in seconds; 0 for other signals.
     """
 
     victim: str
@@ -51,11 +51,11 @@ class Hit:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one round does.
+    """The plan of one round.
 
-    :param fraction: how far into a start its moment is, 1 being the length of one.
-    :param amount: of the limited resource from the start on; None: it runs short with the first hit.
-    :param frontend: whether the worker has one embedded.
+    :param fraction: the moment during startup, as a fraction of the usual startup time.
+    :param amount: amount of the limited resource from the start on; None if it runs short with the first hit.
+    :param frontend: whether the worker has an embedded frontend.
     """
 
     seed: int
@@ -79,7 +79,7 @@ def draw(seed: int, number: int, processes: Sequence[str], stall_timeout: float)
     """Draw one round.
 
     :param processes: names of the engine's own processes.
-    :param stall_timeout: seconds in which a standstill of the engine is noticed; some stops are longer.
+    :param stall_timeout: time in seconds after which a stall is detected; some suspensions last longer.
     """
     rng = random.Random(f"{seed}/{number}")
     moment = rng.choice(MOMENTS)
@@ -94,7 +94,7 @@ def draw(seed: int, number: int, processes: Sequence[str], stall_timeout: float)
         long = rng.random() < 0.1
         stopped = rng.uniform(1.5, 1.8) * max(HEARTBEAT, stall_timeout) if long else rng.uniform(0.01, 0.8)
         hits.append(Hit(rng.choice(victims), chosen, after, stopped if chosen == signal.SIGSTOP else 0.0))
-    if rng.random() < 0.05:  # nobody is left to clean up: the next start has to
+    if rng.random() < 0.05:  # no process is left to clean up: the next start has to
         hits = [Hit("supervisor", signal.SIGKILL, hits[0].after), Hit("guardian", signal.SIGKILL, 0.0)]
     limit = rng.choice(tuple(AMOUNTS)) if rng.random() < 0.35 else "none"
     return Draw(
@@ -110,17 +110,17 @@ def draw(seed: int, number: int, processes: Sequence[str], stall_timeout: float)
     )
 
 
-#: Codes by which a worker may fail that has too little of a resource: it cannot start, or not go on.
+#: Exit codes of a worker that is short of a resource: it cannot start, or cannot continue.
 _SHORT = {int(ExitCode.FATAL), int(ExitCode.START_FAILED)}
-#: Where memory cannot be had, native libraries end the process.
+#: Native libraries abort the process when an allocation fails.
 _ABORTED = _SHORT | {SIGNAL_BASE + number for number in DEADLY}
 
 
 def codes_of(hit: Hit, stage: str, stall_timeout: float, *, again: bool) -> set[int]:
-    """Return the exit codes that the documentation allows when only this happens.
+    """Return the exit codes that the documentation allows for a single hit.
 
-    :param stage: of the worker when it happens, see :func:`stages_between`.
-    :param again: whether a stop had been asked for before.
+    :param stage: stage of the worker at that time, see :func:`stages_between`.
+    :param again: whether a stop was requested before.
     """
     stopped, fatal, number = int(ExitCode.STOPPED), int(ExitCode.FATAL), SIGNAL_BASE + hit.number
     over = {stopped} if stage in ("cleanup", "ended") else set()
@@ -130,13 +130,13 @@ def codes_of(hit: Hit, stage: str, stall_timeout: float, *, again: bool) -> set[
         )
         if bound is None or hit.stopped < 0.4 * bound:
             return {stopped}
-        # Noticed or not; and a worker that stands still may miss the deadline of a stop.
+        # The stall may or may not be detected, and a suspended worker may miss its shutdown deadline.
         return {stopped, fatal, int(ExitCode.START_FAILED), int(ExitCode.DEADLINE)}
     if hit.victim in ("supervisor", "worker") and hit.number in STOPPING:
         if stage == "fork" or (stage == "exec" and hit.victim == "worker"):
-            # Nobody listens yet, and Python makes an error of its own of SIGINT.
+            # No handler is installed yet; Python turns SIGINT into KeyboardInterrupt.
             return {number, *_SHORT} if hit.number == signal.SIGINT else {number}
-        if again:  # forced, or too late for that, or the same signal twice within an instant
+        if again:  # forced, too late to be forced, or debounced
             return {stopped, number}
         return ({number} | over) if hit.number == signal.SIGQUIT else {stopped}
     if hit.victim == "supervisor":
@@ -146,9 +146,9 @@ def codes_of(hit: Hit, stage: str, stall_timeout: float, *, again: bool) -> set[
     if hit.victim == "worker":
         return {number} | over
     if hit.victim == "frontend" and stage == "draining":
-        over = {stopped}  # it has been asked to end by then
+        over = {stopped}  # it has been told to stop by then
     died = {int(ExitCode.START_FAILED) if stage in ("fork", "exec", "start") else fatal} | over
-    # The subject's own processes and the frontend: signals that ask may be refused, or ignored.
+    # The subject's own processes and the frontend may ignore signals other than deadly ones.
     return died if hit.number in DEADLY else died | {stopped}
 
 
@@ -156,8 +156,8 @@ def allowed(limit: str, hits: Sequence[tuple[Hit, set[str]]], stall_timeout: flo
     """Return all exit codes that the documentation allows for a round.
 
     :param limit: name of the resource that ran short.
-    :param hits: those that found their victim, with the stages that the worker may have been in.
-    :param stop_asked: whether a stop was asked for before the first hit.
+    :param hits: the hits that reached their victims, each with the possible stages of the worker at that time.
+    :param stop_asked: whether a stop was requested before the first hit.
     """
     codes = {int(ExitCode.STOPPED)}
     again, certain = stop_asked, False
@@ -173,28 +173,28 @@ def allowed(limit: str, hits: Sequence[tuple[Hit, set[str]]], stall_timeout: flo
     return codes
 
 
-#: Lines of the log with which a stage begins.
+#: The log messages that mark the beginning of each stage.
 STAGES = {
-    "exec": r"supervisor: Worker started",
-    "start": r"launcher: Starting worker",
-    "serving": r"launcher: Worker ready",
-    "grace": r"launcher: Grace period",
-    "draining": r"launcher: Draining",
-    "cleanup": r"launcher: Cleaning up worker",
-    "ended": r"launcher: Worker process ends|Worker stopped|Worker not started",
+    "exec": r"Worker started",
+    "start": r"Starting worker",
+    "serving": r"Worker ready",
+    "grace": r"Grace period",
+    "draining": r"Draining",
+    "cleanup": r"Cleaning up worker",
+    "ended": r"Worker process ends|Worker stopped|Worker not started",
 }
 
 
 def stages_between(log: str, since: float, until: float) -> set[str]:
-    """Return the stages that a worker may have been in.
+    """Return the stages in which a worker may have been during an interval.
 
-    :param log: all of it, with text lines.
-    :param since: seconds since the epoch.
-    :param until: the same.
+    :param log: its complete log in text format.
+    :param since: beginning of the interval, in seconds since the epoch.
+    :param until: end of the interval, in seconds since the epoch.
     """
     begins = [("fork", 0.0)]
     for stage, pattern in STAGES.items():
-        match = re.search(rf"^(\S+)\.(\d{{3}})Z \w+ \S*(?:{pattern})", log, re.MULTILINE)
+        match = re.search(rf"^(\S+)\.(\d{{3}})Z \w+ dynamo_worker\S*: (?:{pattern})", log, re.MULTILINE)
         if match:
             seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
             begins.append((stage, seconds + int(match[2]) / 1000))

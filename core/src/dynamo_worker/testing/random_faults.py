@@ -1,469 +1,49 @@
-"""Random faults: in every round a moment, one or two victims, signals, and a resource that runs short.
+"""Random faults: each round draws a moment, one or two victims, signals, and perhaps a resource that runs short.
 
-Where the fault table says what is known to go wrong, this looks for more. What is drawn depends on the seed and the
-number of the round only, so that each can be repeated alone::
+The fault table covers known faults; this test looks for unknown ones. A round depends only on the seed and its number,
+and can be repeated by itself::
 
     DYNAMO_WORKER_TEST_SEED=4711 DYNAMO_WORKER_TEST_ROUND=17 pytest tests/faults/test_random.py
 
-After every round everything of the worker is gone, its exit code is one that
-:func:`~dynamo_worker.testing.random_draws.allowed` names, the log has a reason, and no stream that another worker could
-finish is lost.
+After each round, everything that belongs to the worker must be gone, its exit code must be one that
+:func:`~dynamo_worker.testing.random_draws.allowed` returns, its log must give a reason, and no stream that another
+worker could finish may be lost.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import random
-import re
-import shutil
-import signal
-import tempfile
-import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.testing.client import Load, chat
-from dynamo_worker.testing.cluster import Cluster, free_port
-from dynamo_worker.testing.leftovers import MARKER, Leftovers, mapped_by_others, marked_processes, shared_memory
-from dynamo_worker.testing.limits import FILLING, limited, possible
-from dynamo_worker.testing.random_draws import (
-    DEADLY,
-    GRACE,
-    HEARTBEAT,
-    STAGES,
-    STOPPING,
-    TERMINATION,
-    Draw,
-    Hit,
-    allowed,
-    draw,
-    stages_between,
-)
-from dynamo_worker.testing.waiting import eventually
+from dynamo_worker.testing.random_draws import draw
+from dynamo_worker.testing.random_place import Place
+from dynamo_worker.testing.random_round import Round
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import pytest
 
-    from dynamo_worker.testing.cluster import Worker
-    from dynamo_worker.testing.limits import Limit
+    from dynamo_worker.testing.leftovers import Leftovers
     from dynamo_worker.testing.subject import Subject
-
-#: Seconds for everything that ends after its deadline: machines that run tests are busy.
-_LATE = 8.0
-#: Seconds between two requests that come while a fault is under way, and their tokens.
-_TRICKLE, _TRICKLE_TOKENS = 0.15, 5
-#: Streams on both workers when one is hit, through the frontend and through the embedded one.
-_STREAMS, _OWN_STREAMS = 4, 2
-#: What the log of a worker never says, whatever signals are sent.
-_TROUBLE = (
-    "Shutdown stage failed",
-    "Guardian failed",
-    "this is a bug",
-    "Monitor failed",
-    "Cleaning up after an earlier worker failed",
-    "malformed control message",
-    "Run directory not removed",
-)
-
-
-@dataclass
-class Place:
-    """Where rounds take place, one after another: a cluster with a frontend and a worker that always serves."""
-
-    cluster: Cluster
-    subject: Subject
-    spare: Worker
-    #: How long the spare worker took to start.
-    start_seconds: float
-    #: Segments that rounds were seen to use, in all places, and the rounds' marks.
-    segments: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def make(cls, directory: Path, leftovers: Leftovers, subject: Subject) -> Place:
-        """Start what lasts."""
-        directory.mkdir()
-        cluster = Cluster(directory, leftovers.tmp, leftovers.marker, engine_args=subject.args)
-        cluster.model, cluster.start_seconds = subject.model, subject.start_seconds
-        cluster.start_frontend()
-        began = time.monotonic()
-        spare = cluster.worker("--grace-period", "0")
-        seconds = time.monotonic() - began
-        cluster.wait_model()
-        return cls(cluster, subject, spare, seconds)
-
-    def close(self) -> None:
-        """End what lasts.
-
-        :raises AssertionError: the spare worker does not end well.
-        """
-        try:
-            self.spare.stop()
-        finally:
-            self.cluster.close()
-
-
-class Trickle(contextlib.AbstractContextManager["Trickle"]):
-    """Short requests, one after the other, for as long as a ``with`` block lasts."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self.loads: list[Load] = []
-
-    def _run(self) -> None:
-        while not self._over.wait(_TRICKLE):
-            self.loads.append(Load(self._cluster.url, [chat(self._cluster.model, "trickle", _TRICKLE_TOKENS)]))
-
-    def __enter__(self) -> Trickle:  # noqa: PYI034 - Self needs Python 3.11
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-
-class Round:
-    """One round, from the start of a worker to the last trace of it."""
-
-    def __init__(self, place: Place, drawn: Draw) -> None:
-        self.drawn = drawn
-        #: Everything that is wrong, one line each.
-        self.problems: list[str] = []
-        self.code: int | None = None
-        self.seconds = 0.0
-        self.log = ""
-        self._place, self._cluster, self._subject = place, place.cluster, place.subject
-        self._limit = drawn.limit if possible(drawn.limit) else "none"
-        self._marker = uuid.uuid4().hex
-        self._tmp = Path(tempfile.mkdtemp(prefix="dwr-"))
-        self._registered = self._registrations()
-        self._segments = shared_memory()
-        # With the moments between which each has its effect.
-        self._hits: list[tuple[Hit, float, float]] = []
-        self._stop_asked = False
-        self._own_url = f"http://127.0.0.1:{free_port()}"  # of the embedded frontend
-        # With what they ask for, and how many tokens.
-        self._streams: list[tuple[Load, list[str], int]] = []
-        self._own_streams: list[tuple[Load, list[str], int]] = []
-
-    def run(self) -> None:
-        """Do it; everything that is wrong ends up in ``problems``."""
-        began = time.monotonic()
-        try:
-            with limited(self._limit, self.drawn.amount, self._tmp) as limit:
-                worker = self._start(limit.prefix)
-                try:
-                    self._live(worker, limit)
-                    self._check_code(worker)
-                    self._check_leftovers()
-                    self._check_log(worker)
-                    self._check_streams()
-                finally:
-                    self.log = worker.log
-        except AssertionError as error:
-            self.problems.append(str(error))
-        finally:
-            for pid in marked_processes(self._marker):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(self._tmp, ignore_errors=True)
-        self.seconds = time.monotonic() - began
-
-    # ------------------------------------------------------------------------------------------------------- acting
-
-    def _start(self, prefix: Sequence[str]) -> Worker:
-        frontend = ["--frontend", self._own_url.removeprefix("http://")] if self.drawn.frontend else []
-        bounds = {
-            "--termination-grace-period": TERMINATION,
-            "--heartbeat-timeout": HEARTBEAT,
-            "--stall-timeout": self._subject.stall_timeout,
-            "--grace-period": GRACE if self.drawn.moment == "grace" else 0,
-        }
-        environment: dict[str, Any] = {MARKER: self._marker, "TMPDIR": str(self._tmp)}
-        return self._cluster.start_worker(
-            *[part for flag, value in bounds.items() for part in (flag, str(value))],
-            *["--drain", self.drawn.drain, *frontend],
-            prefix=prefix,
-            **environment,
-        )
-
-    def _live(self, worker: Worker, limit: Limit) -> None:
-        """Bring the worker to the moment, hit it, and see to its end."""
-        with contextlib.ExitStack() as stack:
-            if self._reach(worker):
-                if self.drawn.moment not in ("start", "idle"):
-                    trickle = stack.enter_context(Trickle(self._cluster))
-                    stack.callback(self._take_over, trickle)
-                self._hit(worker, limit)
-                self._settle(worker)
-            self.code = worker.wait_gone(TERMINATION + _LATE)
-
-    def _frontend_outlives(self) -> bool:
-        """Return whether the embedded frontend has to finish its streams, whatever has become of the worker."""
-        stops = [hit for hit, _, _ in self._hits if hit.victim in ("supervisor", "worker") and hit.number in STOPPING]
-        forced = len(stops) + self._stop_asked > 1 or signal.SIGQUIT in [hit.number for hit in stops]
-        hurt = "frontend" in {hit.victim for hit, _, _ in self._hits}
-        return self._limit == "none" and not (forced or hurt or self._orphaned)
-
-    def _take_over(self, trickle: Trickle) -> None:
-        self._streams += [(load, ["trickle"], _TRICKLE_TOKENS) for load in trickle.loads]
-
-    def _reach(self, worker: Worker) -> bool:
-        """Return whether the worker got as far as the moment."""
-        if self.drawn.moment == "start":
-            time.sleep(self.drawn.fraction * self._place.start_seconds)
-            return worker.running
-        if not self._says(worker, "Worker ready", self._subject.start_seconds):
-            return False
-        worker.wait_ready()
-        if self.drawn.moment == "idle":
-            return True
-        with contextlib.suppress(AssertionError):  # one that is short of something may never get a request
-            self._cluster.wait_routed(worker, 3.0)
-        self._streams.append(self._ask(self._cluster.url, _STREAMS))
-        if self.drawn.frontend:
-            self._own_streams.append(self._ask(self._own_url, _OWN_STREAMS))
-        for load, _, _ in (*self._streams, *self._own_streams):
-            eventually(load.started, 30, "the streams to start")
-        if self.drawn.moment == "busy":
-            return worker.running
-        with contextlib.suppress(ProcessLookupError):
-            worker.signal(signal.SIGTERM)
-        self._stop_asked = True
-        stage = {"grace": "Grace period", "draining": "Draining", "cleanup": "Cleaning up worker"}[self.drawn.moment]
-        return self._says(worker, stage, TERMINATION)
-
-    def _ask(self, url: str, count: int) -> tuple[Load, list[str], int]:
-        """Start streams through a frontend."""
-        prompts, tokens = [f"round{number}" for number in range(count)], self._subject.stream_tokens
-        return Load(url, [chat(self._subject.model, prompt, tokens) for prompt in prompts]), prompts, tokens
-
-    def _says(self, worker: Worker, pattern: str, timeout: float) -> bool:
-        """Wait for a line in the log; return False if the worker has ended, or does not get there."""
-        until = time.monotonic() + timeout
-        while worker.running and time.monotonic() < until:
-            if re.search(pattern, worker.log):
-                return True
-            time.sleep(0.001)
-        return False
-
-    def _hit(self, worker: Worker, limit: Limit) -> None:
-        """Send the signals, when the limit is as it should be."""
-        victims = self._victims(worker)
-        self._place.segments.update(dict.fromkeys(_mapped_by(worker), self._marker))
-        if self.drawn.amount is None:
-            limit.tighten([pid for pid in worker.children() if pid != self._processes(worker).get("guardian")])
-        due = time.monotonic()
-        timeline: list[tuple[float, Hit, signal.Signals]] = []
-        stopped_until: dict[str, float] = {}  # until then a process takes no signal but SIGKILL
-        for hit in self.drawn.hits:
-            due += hit.after
-            timeline.append((due, hit, hit.number))
-            if hit.number == signal.SIGSTOP:
-                timeline.append((due + hit.stopped, hit, signal.SIGCONT))
-        for at, hit, number in sorted(timeline, key=lambda entry: entry[0]):
-            time.sleep(max(0.0, at - time.monotonic()))
-            if hit.victim in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(victims[hit.victim], number)
-                    if number is hit.number:
-                        now = time.monotonic()
-                        late = (
-                            max(0.0, stopped_until.get(hit.victim, 0.0) - now) if number is not signal.SIGKILL else 0.0
-                        )
-                        self._hits.append((hit, time.time(), time.time() + late))
-                        if hit.stopped:
-                            stopped_until[hit.victim] = now + hit.stopped
-        for descriptor in victims.values():
-            os.close(descriptor)
-
-    def _victims(self, worker: Worker) -> dict[str, int]:
-        """Return descriptors of the processes that will be hit; wait for those that a start has yet to make."""
-        wanted = {hit.victim for hit in self.drawn.hits}
-        found: dict[str, int] = {}
-        until = time.monotonic() + (2 * self._place.start_seconds if self.drawn.moment == "start" else 0.0)
-        while True:
-            for name, pid in self._processes(worker).items():
-                if name in wanted and name not in found:
-                    with contextlib.suppress(OSError):
-                        found[name] = os.pidfd_open(pid)
-            if len(found) == len(wanted) or time.monotonic() >= until or not worker.running:
-                return found
-            time.sleep(0.001)
-
-    def _processes(self, worker: Worker) -> dict[str, int]:
-        """Return the worker's processes by name, as far as there are any."""
-        found = {"supervisor": worker.pid}
-        children = worker.children()
-        for pid in children:
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-                name, _, rest = file.read().partition("(")[2].rpartition(")")
-                parent = int(rest.split()[1])
-                if name == "dw-guardian" and parent == worker.pid:
-                    found["guardian"] = pid
-                elif parent == found.get("guardian") and "--no-supervise" in children[pid]:
-                    found["worker"] = pid
-        for name, pattern in {**self._subject.processes, "frontend": r"dynamo_worker frontend"}.items():
-            found.update((name, pid) for pid, command in children.items() if re.search(pattern, command))
-        return found
-
-    def _settle(self, worker: Worker) -> None:
-        """Let the hits take effect, and stop a worker that lives on; it has to serve."""
-        signalled = any(hit.victim in ("supervisor", "worker") and hit.number in STOPPING for hit, _, _ in self._hits)
-        if self._stop_asked or signalled or int(ExitCode.STOPPED) not in self._allowed(worker.log):
-            return
-        if self.drawn.moment == "start":
-            self._says(worker, "Worker ready", self._subject.start_seconds)
-        else:
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: not worker.running, 0.3)
-        if self._limit == "none":
-            try:
-                eventually(lambda: not worker.running or worker.status("/health")[0] == 200, TERMINATION)
-            except AssertionError:
-                self.problems.append(f"it neither serves nor ends: {worker.status('/health')}")
-        with contextlib.suppress(ProcessLookupError):
-            worker.signal(signal.SIGTERM)
-
-    # ----------------------------------------------------------------------------------------------------- checking
-
-    def _allowed(self, log: str) -> set[int]:
-        everything = {"fork", *STAGES}  # a limit of file sizes may have cut the log as well
-        hits = [
-            (hit, everything if self._limit == "file size" else stages_between(log, begin, end))
-            for hit, begin, end in self._hits
-        ]
-        return allowed(self._limit, hits, self._subject.stall_timeout, stop_asked=self._stop_asked)
-
-    def _check_code(self, worker: Worker) -> None:
-        codes = self._allowed(worker.log)
-        if self.code not in codes:
-            self.problems.append(f"exit code {self.code}, allowed are {sorted(codes)}")
-
-    def _check_log(self, worker: Worker) -> None:
-        """Look for a reason, and for what no signal explains."""
-        victims = {hit.victim for hit, _, _ in self._hits if hit.number is not signal.SIGSTOP}
-        early = victims and "Worker started" not in worker.log
-        if not (self._limit == "file size" or {"supervisor", "guardian"} <= victims or early):
-            try:
-                # Of a supervisor that dies at the very end only the worker's own last line tells.
-                last = "|Worker process ends exit_code=.* reason=" if "supervisor" in victims else ""
-                eventually(lambda: re.search(f"Worker stopped|Worker not started{last}", worker.log), 2)
-            except AssertionError:  # not even from a guardian that has outlived its supervisor
-                self.problems.append("no reason in the log")
-        log = worker.log
-        if self._limit != "none":
-            return
-        self.problems += [f"{pattern!r} in the log" for pattern in _TROUBLE if pattern in log]
-        if "Traceback" in log and not any(hit.number is signal.SIGINT for hit, _, _ in self._hits):
-            self.problems.append("a traceback in the log")
-        if "guardian" not in {hit.victim for hit, _, _ in self._hits}:
-            self.problems += re.findall(r"Guardian (?:died|is not responding).*", log)
-
-    def _check_leftovers(self) -> None:
-        """Wait until nothing is left; what two dead owners leave is the next start's to remove."""
-        left = self._wait_clean(1.0 if self._orphaned else _LATE)
-        if left and self._orphaned:
-            (self._tmp / FILLING).unlink(missing_ok=True)
-            heir = self._start(())
-            self._says(heir, "Worker ready", self._subject.start_seconds)
-            heir.wait_ready()
-            left = self._wait_clean(_LATE, heir)
-            heir.stop()
-            left += self._wait_clean(_LATE)
-        if left:
-            self.problems.append("left behind: " + "; ".join(left[:6]))
-
-    @property
-    def _orphaned(self) -> bool:
-        """Whether both owners were ended, or may have been."""
-        ended = {hit.victim for hit, _, _ in self._hits if hit.number in (*DEADLY, *STOPPING)}
-        return {"supervisor", "guardian"} <= ended
-
-    def _wait_clean(self, timeout: float, heir: Worker | None = None) -> list[str]:
-        """Wait until nothing is left, and return what is."""
-        until = time.monotonic() + timeout
-        while (left := self._left(heir)) and time.monotonic() < until:
-            time.sleep(0.02)
-        return left
-
-    def _left(self, heir: Worker | None) -> list[str]:
-        """Return what is left now, one line each, but nothing of the worker that came after."""
-        processes = marked_processes(self._marker)
-        registrations = self._registrations() - self._registered
-        files = {path.name for path in self._tmp.iterdir()} - {FILLING}
-        if heir is not None:
-            own = {heir.pid, *heir.children()}
-            processes = {pid: command for pid, command in processes.items() if pid not in own}
-            registrations = {name for name in registrations if heir.instance not in name}
-            files -= set(re.findall(r"run_dir=\S*/(dw-\S+)", heir.log)[:1])
-        segments = shared_memory() - self._segments
-        if self._orphaned and self._limit != "none":
-            # A record that could not be written, or not yet: a directory without one is swept when it is a minute old.
-            segments.clear()
-            files.clear()
-        # Other rounds take place at the same time: what one of their processes maps, or was seen to map, is theirs.
-        segments -= {name for name in segments if self._place.segments.get(name, self._marker) != self._marker}
-        segments -= mapped_by_others(segments, self._marker)
-        if heir is not None and segments:
-            segments -= _mapped_by(heir)
-        left = [f"process {pid}: {command[-80:]}" for pid, command in processes.items()]
-        left += [f"registration {name}" for name in sorted(registrations)]
-        left += [f"file {name}" for name in sorted(files)]
-        return left + [f"segment {name}" for name in sorted(segments)]
-
-    def _registrations(self) -> set[str]:
-        """Return the files of discovery, without those that its store is about to rename: nobody reads them."""
-        root = self._cluster.discovery
-        found = {path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".tmp_")}
-        return {str(path.relative_to(root)) for path in found}
-
-    def _check_streams(self) -> None:
-        own = self._own_streams if self._frontend_outlives() else []
-        for load, prompts, tokens in (*self._streams, *own):
-            for prompt, result in zip(prompts, load.wait(60), strict=True):
-                expected = self._subject.expected(prompt, tokens) if self._subject.expected else result.text
-                if not result.ok or result.text != expected:
-                    through = "the embedded frontend" if load in [each[0] for each in own] else "the frontend"
-                    lost = f"{result.status} {result.error}, {len(result.text)} of {tokens} tokens"
-                    self.problems.append(f"a stream through {through} is lost: {lost}")
-        for load, _, _ in self._own_streams:
-            load.wait(60)
-        if not self._place.spare.running:
-            self.problems.append(f"the other worker is gone: {self._place.spare.log[-1000:]}")
-
-
-def _mapped_by(worker: Worker) -> set[str]:
-    """Return the segments that a worker's processes map."""
-    names = set()
-    for pid in worker.children():
-        with contextlib.suppress(OSError):
-            names |= set(re.findall(r"/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text(errors="replace")))
-    return names
 
 
 class RandomFaults:
-    """The test; a subject says what is tested, as for the fault table. Its streams need to last a second or two."""
+    """The test. It uses the same subject as the fault table; streams should last a second or two."""
 
-    #: How many rounds, unless the environment says (``DYNAMO_WORKER_TEST_ROUNDS``).
+    #: Number of rounds; ``DYNAMO_WORKER_TEST_ROUNDS`` overrides it.
     ROUNDS = 20
-    #: How many at the same time, each in a cluster of its own.
+    #: Number of rounds that run in parallel, each in a separate cluster.
     PLACES = 1
-    #: What they are drawn from (``DYNAMO_WORKER_TEST_SEED``); None is another seed each time.
+    #: Seed of all rounds; None draws a new one each time. ``DYNAMO_WORKER_TEST_SEED`` overrides it.
     SEED: int | None = None
-    #: How often a round that fails is played again (``DYNAMO_WORKER_TEST_REPEATS``); the test fails only if it always
-    #: does. Where nobody looks for what fails once in a thousand rounds, that must not fail everybody's change.
+    #: How often failed rounds are repeated; the test fails only if a round fails every time. Keeps rare failures from
+    #: blocking unrelated changes. ``DYNAMO_WORKER_TEST_REPEATS`` overrides it.
     REPEATS = 0
 
     def test_random_faults(
@@ -500,7 +80,7 @@ class RandomFaults:
         failed = self._play(play, numbers, tell)
         for again in range(repeats):
             if failed:
-                tell(f"Again, {again + 1} of {repeats}; so far:\n" + "\n".join(failed.values()))
+                tell(f"Repeating failed rounds, {again + 1} of {repeats}:\n" + "\n".join(failed.values()))
                 failed = self._play(play, sorted(failed), tell)
         for place in made:
             place.close()
@@ -510,7 +90,7 @@ class RandomFaults:
     def _play(
         self, play: Callable[[int], Round], numbers: Sequence[int], tell: Callable[[str], None]
     ) -> dict[int, str]:
-        """Play all rounds, tell how they went, and return what is wrong by the number of the round."""
+        """Run the rounds, print their results, and return descriptions of the failed ones by number."""
         began = time.monotonic()
         failed = {}
         with ThreadPoolExecutor(self.PLACES) as pool:

@@ -1,4 +1,4 @@
-"""Which TCP sockets processes listen on, and who can reach them."""
+"""The TCP sockets on which processes listen, and who can reach them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-#: ``NETLINK_SOCK_DIAG``, what ``ss`` asks. ``/proc/net/tcp`` has no interfaces: a socket on 0.0.0.0 that takes
-#: connections from the loopback interface only looks open to everybody there.
+#: ``NETLINK_SOCK_DIAG``, as used by ``ss``. ``/proc/net/tcp`` does not list interfaces, so a socket on 0.0.0.0 that is
+#: restricted to the loopback interface looks reachable from outside.
 _SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _REQUEST_ALL: Final = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
@@ -26,12 +26,12 @@ _HEADER: Final = struct.Struct("=IHHII")
 
 @dataclass(frozen=True)
 class Listener:
-    """A TCP socket that is listened on.
+    """A listening TCP socket.
 
-    :param host: the address it is bound to.
+    :param host: the address to which it is bound.
     :param port: its port.
-    :param interface: number of the interface whose connections it takes, 0 for all of them.
-    :param process: pid and command line of a process that has it open.
+    :param interface: number of the interface from which it accepts connections; 0 for all interfaces.
+    :param process: PID and command line of a process that has it open.
     """
 
     host: ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -41,18 +41,18 @@ class Listener:
 
     @property
     def on_loopback(self) -> bool:
-        """Whether it is bound to an address of loopback."""
+        """Whether it is bound to a loopback address."""
         mapped = getattr(self.host, "ipv4_mapped", None)
         return bool((mapped or self.host).is_loopback)
 
     @property
     def local(self) -> bool:
-        """Whether nobody but this machine can connect."""
+        """Whether only this machine can connect."""
         return self.on_loopback or self.interface == socket.if_nametoindex("lo")
 
 
 def listening(pids: Iterable[int]) -> list[Listener]:
-    """Return all sockets that these processes listen on."""
+    """Return all sockets on which these processes listen."""
     owners = {inode: pid for pid in pids for inode in _sockets(pid)}
     return [
         Listener(host, port, interface, _command(owners[inode]))
@@ -62,7 +62,7 @@ def listening(pids: Iterable[int]) -> list[Listener]:
 
 
 def _listeners() -> Iterator[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int, int, str]]:
-    """Yield address, port, interface and inode of each that the kernel knows."""
+    """Yield address, port, interface and inode of every listening socket on this machine."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
         for family, length in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
             question = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, _LISTEN)
@@ -83,14 +83,14 @@ def _answers(kernel: socket.socket) -> Iterator[bytes]:
                 return
             if kind == _ERROR:
                 (code,) = struct.unpack_from("=i", data, _HEADER.size)
-                raise OSError(-code, f"the kernel does not list sockets: {os.strerror(-code)}")
+                raise OSError(-code, f"the kernel refused to list sockets: {os.strerror(-code)}")
             yield data[_HEADER.size : length]
             data = data[(length + 3) & ~3 :]
 
 
 def _sockets(pid: int) -> Iterator[str]:
     """Yield the inodes of a process's sockets."""
-    with contextlib.suppress(OSError):  # it has ended
+    with contextlib.suppress(OSError):  # the process has exited
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}"))

@@ -1,4 +1,4 @@
-"""What the kit has to know of an engine to test it."""
+"""The description of an engine under test."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine as the kit sees it: how it is started, and what is known of it while it runs.
+    """Describes an engine to the test kit: how to start it, and what to expect from it.
 
-    :param engine: its name, that of ``--engine``.
+    :param engine: its name, as passed to ``--engine``.
     :param flags: its own flags.
-    :param model: name clients ask for.
-    :param start_seconds: most time until a worker serves.
-    :param processes: the engine's processes whose death or standstill is fatal: a name for the test, and a pattern
-        that matches exactly one command line below the worker.
-    :param stream_tokens: tokens of a stream that lasts several seconds, longer than the grace period of the tests.
-    :param streams: streams at once.
-    :param expected: returns the exact text of an answer for a prompt and a number of tokens, for engines whose output
-        is known; None checks the end of the stream only.
-    :param start_stages: patterns of lines in the log that mark how far a start has come; a stop at each must work.
-    :param stall_timeout: seconds in which a standstill must be noticed.
-    :param patience: factor on all time limits.
+    :param model: the model name that clients send.
+    :param start_seconds: longest time in seconds until a worker is ready.
+    :param processes: the engine's processes whose death or stall is fatal: a name for the test, and a pattern that
+        matches the command line of exactly one process below the worker.
+    :param stream_tokens: number of tokens in a stream that lasts several seconds, longer than the tests' grace period.
+    :param streams: number of concurrent streams.
+    :param expected: returns the exact answer to a prompt for a number of tokens; None if the output is not
+        predictable, in which case only the end of each stream is checked.
+    :param start_stages: patterns of log lines that mark the stages of startup; the worker is stopped at each.
+    :param stall_timeout: longest time in seconds until a stall is detected.
+    :param patience: factor applied to all time limits.
     """
 
     engine: str
@@ -42,5 +42,5 @@ class Subject:
 
     @property
     def args(self) -> list[str]:
-        """The arguments that every worker is started with."""
+        """The arguments with which every worker starts."""
         return ["--engine", self.engine, *self.flags]

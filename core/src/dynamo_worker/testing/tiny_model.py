@@ -1,4 +1,4 @@
-"""Makes a model that is tiny, random and always the same: for engines that need a real one (torch, transformers)."""
+"""A tiny model with fixed random weights, for engines that need a real one. Requires torch and transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 
 
 def make(directory: Path) -> Path:
-    """Write model and tokenizer, 600 kB, and return the directory."""
+    """Write the model and its tokenizer (600 kB), and return the directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def make(directory: Path) -> Path:
     wrapped.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
-        # no token without a text: every token the model makes can be seen
+        # Exactly the tokenizer's tokens: every token has text.
         vocab_size=len(wrapped),
         hidden_size=64,
         intermediate_size=128,
@@ -55,14 +55,14 @@ def make(directory: Path) -> Path:
         for token in range(len(wrapped)):
             if not _readable(wrapped.decode([token])):
                 model.lm_head.weight[token] = 0
-    # Greedy unless a request says otherwise: then it never makes a token that cannot be read, nor ends early.
+    # Greedy by default, which avoids the tokens whose weights are zero: unreadable ones and the end of the text.
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.0, do_sample=True)
     model.save_pretrained(directory)
     return directory
 
 
 def make_adapter(directory: Path) -> Path:
-    """Write a LoRA adapter of the model that changes every answer, and return the directory."""
+    """Write a LoRA adapter that changes every answer of the model, and return the directory."""
     import torch
     from safetensors.torch import save_file
 
@@ -81,5 +81,5 @@ def make_adapter(directory: Path) -> Path:
 
 
 def _readable(text: str) -> bool:
-    """Return whether a token has a text of its own: no special token and no part of a character."""
+    """Return whether a token is visible text: not a special token, and not part of a character."""
     return text.isascii() and text.isprintable() and text.strip() != "" and not text.startswith("<|")

@@ -1,4 +1,4 @@
-"""Waiting for something to become true, instead of sleeping and hoping."""
+"""Waiting for a condition instead of sleeping for a fixed time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ T = TypeVar("T")
 
 
 def eventually(condition: Callable[[], T], timeout: float = 10.0, what: str = "", interval: float = 0.005) -> T:
-    """Return ``condition()`` as soon as it is true.
+    """Call ``condition`` until it returns a true value, and return that value.
 
-    :param timeout: seconds until the wait is given up.
-    :param what: what is waited for, for the message.
-    :raises AssertionError: it did not become true in time.
+    :param timeout: longest time to wait, in seconds.
+    :param what: what the caller is waiting for, for the error message.
+    :param interval: time between two calls, in seconds.
+    :raises AssertionError: the condition was still false after ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -24,5 +25,5 @@ def eventually(condition: Callable[[], T], timeout: float = 10.0, what: str = ""
         if value:
             return value
         if time.monotonic() >= deadline:
-            raise AssertionError(f"not within {timeout:g} s: {what or condition}")
+            raise AssertionError(f"timed out after {timeout:g} s waiting for {what or condition}")
         time.sleep(interval)
