@@ -28,7 +28,7 @@ log = get_logger(__name__)
 CUT_SECONDS: Final = 1.0
 #: Seconds for the runtime to close its connections once nothing is in flight.
 RUNTIME_SECONDS: Final = 3.0
-#: Seconds between the end of the hooks' time and the end of their stage: to cancel them, log and go on.
+#: Seconds between the deadline of the hooks and that of their stage: to cancel them, log and continue.
 _HOOK_MARGIN: Final = 0.3
 
 
@@ -47,9 +47,9 @@ class Shutdown:
         *,
         supervised: bool,
     ) -> None:
-        """Take down ``parts`` when asked to.
+        """Prepare to shut down ``parts``.
 
-        :param state: returns the worker's state: a step of a state that the worker has left was cancelled.
+        :param state: returns the worker's state: an error in a step is a cancellation if the worker has left the state.
         :param supervised: whether a supervisor cleans up after this process.
         """
         self._settings = settings
@@ -60,7 +60,7 @@ class Shutdown:
         self._unregistered = False
 
     async def unregister(self, deadline: Deadline) -> None:
-        """Leave discovery by the deadline; the supervisor withdraws entries that could not be removed."""
+        """Leave discovery by the deadline; a supervisor withdraws entries that could not be removed."""
         runtime = self._parts.runtime
         if runtime is None or self._unregistered:
             return
@@ -68,7 +68,8 @@ class Shutdown:
         try:
             self._unregistered = await asyncio.wait_for(contained(runtime.unregister), deadline.remaining())
         except (asyncio.TimeoutError, TimeoutError):
-            log.warning("Discovery did not answer", next="the supervisor withdraws the registration at the end")
+            without_us = "is withdrawn by the supervisor at the end" if self._supervised else "expires after the exit"
+            log.warning("Discovery did not answer", next=f"the registration {without_us}")
 
     async def try_to_unregister(self, deadline: Deadline) -> None:
         """Leave discovery as :meth:`unregister` does, and log a failure."""

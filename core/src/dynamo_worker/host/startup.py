@@ -54,7 +54,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the parts of a worker tell its state machine.
+    """How the parts of a worker read its state and report events to its state machine.
 
     :param state: returns the current state.
     :param on_fatal: called with an error that ends the worker.

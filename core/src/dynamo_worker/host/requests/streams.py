@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.engine import Chunk, Send
 
-#: Units that a stream may have on their way; beyond that an engine that can wait must.
+#: Most units of one stream that may be in transit before an engine that yields its chunks is paused.
 _ROOM: Final = 256
 
 
@@ -22,7 +22,7 @@ class SlowClientError(RuntimeError):
 
 
 class Sender(Protocol):
-    """What a stream hands its chunks to: the egress of the worker."""
+    """The receiver of a stream's chunks: the egress of the worker."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -95,7 +95,7 @@ class Stream:
 
     @property
     def full(self) -> bool:
-        """Whether an engine that can wait must (:meth:`room`)."""
+        """Whether an engine that can pause should wait for :meth:`room`."""
         return self.given - self.taken > _ROOM
 
     async def room(self) -> None:
@@ -103,7 +103,7 @@ class Stream:
         while self.full and self.error is None:
             self._room = self._sender.loop.create_future()
             self.wants_room = True
-            if self.full:  # otherwise the thread did not see the wish and will not wake us
+            if self.full:  # otherwise the thread may have missed `wants_room`
                 await self._room
         if self.error is not None:
             raise self.error

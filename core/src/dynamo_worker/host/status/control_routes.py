@@ -86,7 +86,7 @@ class ControlAccess:
             )
 
     def _is_ours(self, host: str) -> bool:
-        """Return whether a Host header names this machine in a way that no other name server can forge."""
+        """Return whether a Host header names this machine in a way that DNS cannot forge."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
