@@ -50,18 +50,18 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds to leave discovery after a fatal error; discovery itself may be what failed.
+#: Seconds to leave discovery after a fatal error; discovery itself may have failed.
 _FATAL_UNREGISTER: Final = 0.5
 #: Seconds for the ``on_fatal_error`` hooks.
 _FATAL_HOOKS: Final = 2.0
-#: Seconds for the clean-up after a fatal error; the supervisor removes what is left then.
+#: Seconds for the clean-up after a fatal error; the supervisor removes the rest.
 _FATAL_CLEANUP: Final = 5.0
 _FATAL_TOTAL: Final = _FATAL_UNREGISTER + CUT_SECONDS + _FATAL_HOOKS + _FATAL_CLEANUP + RUNTIME_SECONDS
 #: Seconds that an error found by a request waits for its cause to be reported.
 _CAUSE_SECONDS: Final = 0.01
 #: Seconds within which a process that has closed its connections is dead, on an overloaded machine.
 _DEATH_SECONDS = 0.1
-#: Seconds for the reader of our output to take what is left of it at the end.
+#: Seconds for the reader of our output to take the rest of it at the end.
 _LAST_OUTPUT = 0.5
 #: Seconds for a cancelled stage to end.
 _CANCEL_SECONDS = 1.0
@@ -111,7 +111,7 @@ def _run_until_stopped(loop: asyncio.AbstractEventLoop, launcher: Launcher) -> i
                 launcher.reason = f"bug in dynamo-worker: {describe(error)}"
                 return ExitCode.FATAL
             # SystemExit and KeyboardInterrupt stop the loop when they leave a task or a callback. It must be one of
-            # the engine's, because none of ours lets them out. The loop can go on from where it was.
+            # the engine's, because none of ours lets them out. The loop can continue where it was.
             launcher.on_escaped(error)
 
 

@@ -2,8 +2,8 @@
 
 The runtime prints a traceback to ``sys.stderr`` for every exception of a handler (measured on 1.6.1), also for those
 raised on purpose: one for every request that was handed off or invalid. The request path has logged all of them
-already, in one line or with the traceback of the real error. There is no switch and no hook: native code writes the
-text from another thread.
+already, in one line or with the traceback of the real error. Native code writes the text from another thread and
+offers no hook.
 """
 
 from __future__ import annotations

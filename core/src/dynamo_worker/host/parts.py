@@ -51,7 +51,7 @@ class ReadyWorker:
     """The result of a successful start.
 
     :param engine: the started engine.
-    :param info: what is registered: the engine's information, completed by the worker's flags.
+    :param info: the registered information: the engine's, completed by the worker's flags.
     :param registration: keeps the worker's entries in discovery; None if this kind of discovery needs no watching.
     """
 

@@ -1,4 +1,4 @@
-"""Taking a worker down: leave discovery, end the requests in flight, release every part."""
+"""Shutting a worker down: leave discovery, end the requests in flight, release every part."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Shutdown:
         await self._attempt("leave discovery", self.unregister(deadline))
 
     async def drain(self, engine: Engine, deadline: Deadline) -> None:
-        """Refuse new requests and, until the deadline, wait for those in flight or end them, as the mode says."""
+        """Refuse new requests; let those in flight finish until the deadline, or end them, depending on the mode."""
         requests, mode = self._parts.requests, self._settings.drain
         self._drain_frontend()
         requests.refuse("the worker is shutting down")

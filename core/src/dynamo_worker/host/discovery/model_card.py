@@ -26,7 +26,7 @@ _MOST_TEMPLATE_BYTES = 1 << 20
 
 
 def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
-    """Return what is registered: the engine's information, completed by the worker's flags."""
+    """Return the information to register: the engine's, completed by the worker's flags."""
     parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
     return replace(
         info,
@@ -127,7 +127,7 @@ def _needs(info: EngineInfo) -> list[list[WorkerType]] | None:
 
 
 def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
-    """Return what routers are told about the engine."""
+    """Return the engine's figures for routers."""
     config = ModelRuntimeConfig()
     attributes = {
         "context_length": info.context_length,

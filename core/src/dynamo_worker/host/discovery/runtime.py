@@ -158,7 +158,7 @@ class Runtime:
         return task
 
     def completed(self, info: EngineInfo) -> EngineInfo:
-        """Return what is registered: the engine's information, completed by the worker's flags."""
+        """Return the information to register: the engine's, completed by the worker's flags."""
         return model_card.completed(info, self._settings)
 
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
@@ -174,7 +174,7 @@ class Runtime:
         self.discovery.model = info
 
     async def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
-        """Wait until everything that this worker serves is in discovery, and return what keeps it there.
+        """Wait until all entries of this worker are in discovery, and return the object that keeps them there.
 
         :returns: None if this kind of discovery needs or allows no watching.
         """

@@ -23,7 +23,7 @@ class ProcessWatch:
     def watch(self, pids: Iterable[int], what: str, error: type[WorkerError] = EngineDeadError) -> None:
         """Watch ``pids``; the death of one is fatal.
 
-        :param what: what the processes are, for the message ("engine process").
+        :param what: the kind of process, for the message ("engine process").
         :param error: the error that their death is reported as.
         """
         loop = asyncio.get_running_loop()

@@ -68,9 +68,9 @@ class Stream:
         self.given = 0
         self.taken = 0
         self.wants_room = False
-        #: What waits for the thread that sends it.
+        #: The chunks that wait for the thread that sends them.
         self.chunks: deque[Chunk] = deque()
-        #: Whether nothing comes after what waits.
+        #: Whether the waiting chunks are the last ones.
         self.ended = False
         #: The error that ended the stream; nothing is sent after it.
         self.error: BaseException | None = None
@@ -78,7 +78,7 @@ class Stream:
         self.slow = False
         #: Of a slow stream: when its current send began (monotonic); None between sends.
         self.blocked_since: float | None = None
-        #: Of a slow stream: the weight of what waits.
+        #: Of a slow stream: the weight of the waiting chunks.
         self.waiting = 0
 
     def send(self, chunk: Chunk) -> None:
@@ -119,7 +119,7 @@ class Stream:
             raise self.error
 
     def abandon(self) -> None:
-        """Drop what still waits: the request has ended early."""
+        """Drop the waiting chunks: the request has ended early."""
         self._sender.fail(self, RuntimeError("the request has ended"))
 
     def wake(self, *, flushed: bool) -> None:
