@@ -60,11 +60,11 @@ _FATAL_TOTAL: Final = _FATAL_UNREGISTER + CUT_SECONDS + _FATAL_HOOKS + _FATAL_CL
 #: Seconds that an error found by a request waits for its cause to be reported.
 _CAUSE_SECONDS: Final = 0.01
 #: Seconds within which a process that has closed its connections is dead, on an overloaded machine.
-_DEATH_SECONDS = 0.1
+_DEATH_SECONDS: Final = 0.1
 #: Seconds for the reader of our output to take the rest of it at the end.
-_LAST_OUTPUT = 0.5
+_LAST_OUTPUT: Final = 0.5
 #: Seconds for a cancelled stage to end.
-_CANCEL_SECONDS = 1.0
+_CANCEL_SECONDS: Final = 1.0
 
 
 def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:

@@ -288,7 +288,7 @@ class Registration:
 
     async def run(self) -> None:
         """Watch until closed or cancelled, or until restoring the entries has failed for too long."""
-        looked = time.monotonic()
+        checked = time.monotonic()
         while not self._closed:
             out = self.problem is not None
             async with self._lock:
@@ -299,7 +299,7 @@ class Registration:
                     if self._unadopted is None:  # otherwise nothing is known to be lost
                         self._out(_reason(error))
             # Time in which this process did not run does not count.
-            passed, looked = min(time.monotonic() - looked, _PATIENCE + _CONFIRM), time.monotonic()
+            passed, checked = min(time.monotonic() - checked, _PATIENCE + _CONFIRM), time.monotonic()
             if out:  # it has tried to restore its entries
                 self._out_for += passed
             if self.problem is None:

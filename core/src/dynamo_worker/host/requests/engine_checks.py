@@ -176,8 +176,8 @@ class AnswerCheck:
                 return f"has the token {token!r:.80}: expected an int, got {type(token).__name__}"
             if not 0 <= token < self._limit:
                 unknown = self._limit == _TOKEN_LIMIT
-                where = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
-                return f"has the token {token}, which is not {where}"
+                limit = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
+                return f"has the token {token}, which is not {limit}"
         return self._wrong_end(chunk) or _not_encodable(chunk)
 
     def _wrong_end(self, chunk: Mapping[str, Any]) -> str | None:
