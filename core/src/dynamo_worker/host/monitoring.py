@@ -1,4 +1,4 @@
-"""The set of monitors that a serving worker runs."""
+"""Starts the monitors of a serving worker."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _HOOK_MARGIN: Final = 0.3
 
 
 class Shutdown:
-    """The steps of a shutdown, for whatever parts exist.
+    """The steps of a shutdown; a step for a part that does not exist does nothing.
 
     A step that fails is logged and does not keep the next one from being taken.
     """
@@ -91,7 +91,7 @@ class Shutdown:
             task.cancel()
 
     async def end_requests(self, how: Cut, reason: str) -> None:
-        """Refuse new requests, end those in flight, and give their last messages a moment to leave."""
+        """Refuse new requests, end those in flight, and wait a moment for their last messages to be sent."""
         requests = self._parts.requests
         requests.refuse(reason)
         cut = requests.cut(how)

@@ -75,7 +75,7 @@ class EmbeddedFrontend:
 
     def _on_hung(self, error: WorkerError) -> None:
         self._on_fatal(error)
-        self._process.kill()  # it would not end when asked to
+        self._process.kill()  # it would not react to SIGTERM
 
 
 def listed_model(info: EngineInfo) -> str | None:

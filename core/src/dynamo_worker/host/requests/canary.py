@@ -27,7 +27,7 @@ _ABORT_SECONDS: Final = 1.0
 
 
 class Canary:
-    """Sends an engine the small request that it suggests."""
+    """Sends an engine its own canary request."""
 
     def __init__(self, engine: Engine, make_request: Callable[[], Request], requests: RequestRegistry) -> None:
         """Send requests to ``engine``.
