@@ -116,7 +116,7 @@ class FakeRuntime:
         self.world.note("unregistered")
         return self.withdrawn
 
-    def close_to_others(self, before):
+    def close_to_others(self, earlier_ports):
         self.world.note("closed to others")
 
     def set_ready(self, ready):

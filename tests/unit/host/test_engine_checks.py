@@ -178,8 +178,8 @@ def test_good_answers(checks, chunks):
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
-        ([None], "consists of NoneType, expected dicts"),
-        (["text"], "consists of str"),
+        ([None], "has a chunk of type NoneType, expected a dict"),
+        (["text"], "has a chunk of type str, expected a dict"),
         ([{"index": 0}], "has a chunk without a list of token_ids"),
         ([{"token_ids": None}], "without a list of token_ids"),
         ([{"token_ids": 5}], "without a list of token_ids"),

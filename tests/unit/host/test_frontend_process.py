@@ -113,12 +113,12 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
     }
 
 
-def test_an_address_in_use_is_found_before_anything_is_started(monkeypatch):
+def test_an_address_in_use_is_found_before_anything_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         settings = WorkerSettings(engine="echo", frontend=f"127.0.0.1:{other.getsockname()[1]}")
         with pytest.raises(StartError, match="in use"):
-            FrontendProcess.start(settings, None, None)
+            FrontendProcess.start(settings, None, tmp_path)
 
 
 SERVER = """

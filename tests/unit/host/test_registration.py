@@ -283,7 +283,7 @@ def test_a_worker_that_cannot_come_back_ends(tmp_path, entries):
             (tmp_path / "v1").write_text("in the way")
             await until(lambda: fatal)
             assert isinstance(fatal[0], DiscoveryLostError)
-            assert "tried for 0.3 s" in str(fatal[0])
+            assert "could not register again within 0.3 s" in str(fatal[0])
             assert str(tmp_path) in str(fatal[0]), "it says what is in the way"
             assert registration.problem
 

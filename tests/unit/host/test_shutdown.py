@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 from aio import until
@@ -77,6 +78,30 @@ def test_endpoints_without_a_graceful_shutdown_are_handed_off_when_the_drain_sta
         await running
 
     assert world.run(scenario) == ExitCode.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("supervised", "hint"),
+    [
+        (True, "the registration is withdrawn by the supervisor at the end"),
+        (False, "the registration expires after the exit"),
+    ],
+    ids=["supervised", "alone"],
+)
+def test_discovery_that_does_not_answer(world, caplog, supervised, hint):
+    world.supervised = supervised
+
+    async def scenario(world):
+        await world.serving()
+        world.runtime.unregister_seconds = 60
+        if supervised:
+            world.stop()
+        else:
+            world.launcher._stop._on_signal(signal.SIGTERM)
+
+    assert world.run(scenario) == ExitCode.STOPPED
+    hints = [record.fields["next"] for record in caplog.records if record.getMessage() == "Discovery did not answer"]
+    assert set(hints) == {hint}
 
 
 def test_a_drain_hook_that_hangs_is_bounded(world):

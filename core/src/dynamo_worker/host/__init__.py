@@ -1,1 +1,1 @@
-"""The worker process: everything between the command line and the engine that plugins never import."""
+"""The worker process: everything between the command line and the engine. Plugins import none of it."""

@@ -1,4 +1,4 @@
-"""The report of a bug in dynamo-worker: what the people who fix it need to know."""
+"""The crash report for a bug in dynamo-worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a drain for people: a live line on a terminal, otherwise a log line every few seconds."""
+"""Shows the progress of a drain: a live line on a terminal, otherwise a log line every few seconds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The worker process: executes the state table of ``lifecycle.py`` and ends with an exit code.
 
-Every state has one coroutine, and every coroutine ends with one event: see ``Launcher._stages``.
+Every state has at most one coroutine, and every coroutine ends with one event: see ``Launcher._stages``.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds to leave discovery after a fatal error; discovery itself may be what failed.
+#: Seconds to leave discovery after a fatal error; discovery itself may have failed.
 _FATAL_UNREGISTER: Final = 0.5
 #: Seconds for the ``on_fatal_error`` hooks.
 _FATAL_HOOKS: Final = 2.0
-#: Seconds for the clean-up after a fatal error; the supervisor removes what is left then.
+#: Seconds for the clean-up after a fatal error; the supervisor removes the rest.
 _FATAL_CLEANUP: Final = 5.0
 _FATAL_TOTAL: Final = _FATAL_UNREGISTER + CUT_SECONDS + _FATAL_HOOKS + _FATAL_CLEANUP + RUNTIME_SECONDS
 #: Seconds that an error found by a request waits for its cause to be reported.
 _CAUSE_SECONDS: Final = 0.01
 #: Seconds within which a process that has closed its connections is dead, on an overloaded machine.
-_DEATH_SECONDS = 0.1
-#: Seconds for the reader of our output to take what is left of it at the end.
-_LAST_OUTPUT = 0.5
+_DEATH_SECONDS: Final = 0.1
+#: Seconds for the reader of our output to take the rest of it at the end.
+_LAST_OUTPUT: Final = 0.5
 #: Seconds for a cancelled stage to end.
-_CANCEL_SECONDS = 1.0
+_CANCEL_SECONDS: Final = 1.0
 
 
 def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
@@ -111,12 +111,12 @@ def _run_until_stopped(loop: asyncio.AbstractEventLoop, launcher: Launcher) -> i
                 launcher.reason = f"bug in dynamo-worker: {describe(error)}"
                 return ExitCode.FATAL
             # SystemExit and KeyboardInterrupt stop the loop when they leave a task or a callback. It must be one of
-            # the engine's, because none of ours lets them out. The loop can go on from where it was.
+            # the engine's, because none of ours lets them out. The loop can continue where it was.
             launcher.on_escaped(error)
 
 
 def _flush(stderr: logs.UnblockedStream) -> None:
-    """Write out what is buffered; a reader that does not read, or is gone, changes nothing."""
+    """Flush all buffered output; a reader that is stuck or gone delays the exit, but not for long."""
     flushed = threading.Event()
 
     def flush_stdout() -> None:
@@ -133,16 +133,16 @@ def _flush(stderr: logs.UnblockedStream) -> None:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the worker does in one state.
+    """The work of one state.
 
     :param enter: called on entry, with the previous state.
     :param work: the state's coroutine function; None if the worker only waits for events there.
-    :param ends_with: the event that is posted when the work has ended.
+    :param ends_with: the event to post after the work; None without work.
     """
 
     enter: Callable[[State], None]
     work: Callable[[], Coroutine[Any, Any, None]] | None = None
-    ends_with: Event = Event.CLEANED_UP
+    ends_with: Event | None = None
 
 
 class Launcher:
@@ -217,11 +217,11 @@ class Launcher:
         stage = self._stages[state]
         stage.enter(previous)
         self._announce()
-        if stage.work is not None:
+        if stage.work is not None and stage.ends_with is not None:
             self._stage = asyncio.ensure_future(self._work(state, stage.work, stage.ends_with))
 
     async def _work(self, state: State, work: Callable[[], Coroutine[Any, Any, None]], ends_with: Event) -> None:
-        """Run a state's coroutine and post the event that says that it has ended."""
+        """Run a state's coroutine, then post the event that it ends with."""
         try:
             await work()
         except BaseException as error:
@@ -233,7 +233,7 @@ class Launcher:
                 self._error = self._error or _explained(error)
                 self._events.put_nowait(Event.START_FAILED)
                 return
-            # A bug of ours must not keep a shutdown from going on.
+            # A bug in one stage must not keep the next ones from running.
             log.error("Shutdown stage failed", state=state, exc_info=error)
         self._events.put_nowait(ends_with)
 
@@ -293,7 +293,7 @@ class Launcher:
             log.warning("No more threads can be started; the shutdown continues", next=error.hint)
 
     def _on_endpoint_closed(self, name: str, task: asyncio.Task[None]) -> None:
-        """Record that an endpoint has ended by itself: it failed, or discovery is lost."""
+        """Record that an endpoint has ended before the worker closed it: it failed, or discovery is lost."""
         if task.cancelled() or self._state not in (State.STARTING, State.SERVING, State.GRACE, State.UNREGISTERING):
             return
         error = task.exception()
@@ -302,8 +302,8 @@ class Launcher:
         else:
             self._on_fatal(
                 DiscoveryLostError(
-                    "the Dynamo runtime has shut down by itself: the connection to "
-                    f"{self._settings.discovery_backend} discovery, or the lease there, is lost"
+                    "the Dynamo runtime shut down unexpectedly: it lost its connection to "
+                    f"{self._settings.discovery_backend} discovery, or its lease there"
                 )
             )
 
@@ -311,7 +311,7 @@ class Launcher:
 
     @property
     def _worker(self) -> ReadyWorker:
-        """The worker that the start returned; the state table allows its users no earlier."""
+        """The started worker; only for states that the state table allows after the start."""
         assert self._ready is not None
         return self._ready
 
@@ -322,7 +322,6 @@ class Launcher:
         self._ready = await self._startup.run()
 
     def _enter_serving(self, _: State) -> None:
-        """Start everything that watches a serving worker."""
         start_monitors(
             self._parts,
             self._worker,
@@ -423,7 +422,7 @@ class Launcher:
 
 
 def _explained(error: BaseException) -> BaseException:
-    """Return an error that says what to do, in place of one that only says that something has run short."""
+    """Return an error that says what to do if this one only reports a shortage, otherwise the error itself."""
     explained = shortage(error)
     if explained is None:
         return error

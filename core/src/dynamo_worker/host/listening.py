@@ -30,18 +30,18 @@ def listening_ports() -> set[int]:
     return {int(listener.getsockname()[1]) for _, listener in listening_sockets()}
 
 
-def keep_on_loopback(before: set[int]) -> set[int]:
+def keep_on_loopback(earlier_ports: set[int]) -> set[int]:
     """Restrict sockets that listen on all interfaces to connections from this machine; return their ports.
 
     The address of a bound socket cannot be changed, but its interface can.
 
-    :param before: ports to leave alone.
+    :param earlier_ports: ports to leave alone.
     :raises OSError: the kernel does not allow it: Linux before 5.7 requires CAP_NET_RAW.
     """
     changed = set()
     for _, listener in listening_sockets():
         host, port = listener.getsockname()[:2]
-        if port not in before and host in ("0.0.0.0", "::"):  # noqa: S104 - what is to be closed
+        if port not in earlier_ports and host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
             changed.add(port)
     return changed

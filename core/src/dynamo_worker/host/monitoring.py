@@ -1,4 +1,4 @@
-"""The set of monitors that a serving worker runs."""
+"""Starts the monitors of a serving worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def start_monitors(
 ) -> None:
     """Start everything that watches a serving worker, and tell the plugins that it is ready.
 
-    :param on_fatal: called by a monitor that finds the worker beyond repair.
+    :param on_fatal: called by a monitor that finds a fatal error.
     :param on_no_threads: called when no more threads can be started.
     """
     engine, requests, metrics, monitors = worker.engine, parts.requests, parts.metrics, parts.monitors

@@ -2,8 +2,8 @@
 
 The runtime prints a traceback to ``sys.stderr`` for every exception of a handler (measured on 1.6.1), also for those
 raised on purpose: one for every request that was handed off or invalid. The request path has logged all of them
-already, in one line or with the traceback of the real error. There is no switch and no hook: native code writes the
-text from another thread.
+already, in one line or with the traceback of the real error. Native code writes the text from another thread and
+offers no hook.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ class RequestLineFilter:
     #: Lines with the target ``request_span``; warnings pass. Two spaces: levels are padded to five letters.
     _LINE: Final = re.compile(rb'\S+  INFO (?:\S+: )?request_span: |\{(?=.*"level":"INFO").*"target":"request_span"')
     _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
-    #: Milliseconds to wait for a reader of stderr. After that its output is dropped, without further waiting, until it
-    #: reads again.
+    #: Milliseconds to wait for the reader of stderr. Then output is dropped without waiting, until it reads again.
     _PATIENCE: Final = 50
     #: Size of the pipe in bytes: more than native code writes while it holds the interpreter.
     _PIPE_BYTES: Final = 1 << 20
@@ -86,7 +85,7 @@ class RequestLineFilter:
         self._writable = select.poll()
         self._writable.register(self._stderr, select.POLLOUT)
         self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
-        self._thread.start()  # before stderr is replaced: an error of no more threads must be visible
+        self._thread.start()  # before stderr is replaced: if no thread can be started, the error must be visible
         os.dup2(end, 2)
         os.close(end)
 

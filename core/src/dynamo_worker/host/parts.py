@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class WorkerParts:
-    """Everything that exists of a worker at one moment.
+    """The parts of one worker; None stands for a part that does not exist, or not yet.
 
     :ivar requests: the requests in flight.
     :ivar egress: sends chunks to clients.
@@ -48,9 +48,10 @@ class WorkerParts:
 
 @dataclass(frozen=True)
 class ReadyWorker:
-    """What a successful start returns.
+    """The result of a successful start.
 
-    :param info: what is registered: the engine's information, completed by the worker's flags.
+    :param engine: the started engine.
+    :param info: the registered information: the engine's, completed by the worker's flags.
     :param registration: keeps the worker's entries in discovery; None if this kind of discovery needs no watching.
     """
 

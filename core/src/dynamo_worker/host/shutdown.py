@@ -1,4 +1,4 @@
-"""Taking a worker down: leave discovery, end the requests in flight, release every part."""
+"""Shutting a worker down: leave discovery, end the requests in flight, release every part."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ log = get_logger(__name__)
 CUT_SECONDS: Final = 1.0
 #: Seconds for the runtime to close its connections once nothing is in flight.
 RUNTIME_SECONDS: Final = 3.0
-#: Seconds between the end of the hooks' time and the end of their stage: to cancel them, log and go on.
+#: Seconds between the deadline of the hooks and that of their stage: to cancel them, log and continue.
 _HOOK_MARGIN: Final = 0.3
 
 
 class Shutdown:
-    """The steps of a shutdown, for whatever parts exist.
+    """The steps of a shutdown; a step for a part that does not exist does nothing.
 
     A step that fails is logged and does not keep the next one from being taken.
     """
@@ -47,9 +47,9 @@ class Shutdown:
         *,
         supervised: bool,
     ) -> None:
-        """Take down ``parts`` when asked to.
+        """Prepare to shut down ``parts``.
 
-        :param state: returns the worker's state: a step of a state that the worker has left was cancelled.
+        :param state: returns the worker's state: an error in a step is a cancellation if the worker has left the state.
         :param supervised: whether a supervisor cleans up after this process.
         """
         self._settings = settings
@@ -60,7 +60,7 @@ class Shutdown:
         self._unregistered = False
 
     async def unregister(self, deadline: Deadline) -> None:
-        """Leave discovery by the deadline; the supervisor withdraws entries that could not be removed."""
+        """Leave discovery by the deadline; a supervisor withdraws entries that could not be removed."""
         runtime = self._parts.runtime
         if runtime is None or self._unregistered:
             return
@@ -68,14 +68,15 @@ class Shutdown:
         try:
             self._unregistered = await asyncio.wait_for(contained(runtime.unregister), deadline.remaining())
         except (asyncio.TimeoutError, TimeoutError):
-            log.warning("Discovery did not answer", next="the supervisor withdraws the registration at the end")
+            without_us = "is withdrawn by the supervisor at the end" if self._supervised else "expires after the exit"
+            log.warning("Discovery did not answer", next=f"the registration {without_us}")
 
     async def try_to_unregister(self, deadline: Deadline) -> None:
         """Leave discovery as :meth:`unregister` does, and log a failure."""
         await self._attempt("leave discovery", self.unregister(deadline))
 
     async def drain(self, engine: Engine, deadline: Deadline) -> None:
-        """Refuse new requests and, until the deadline, wait for those in flight or end them, as the mode says."""
+        """Refuse new requests; let those in flight finish until the deadline, or end them, depending on the mode."""
         requests, mode = self._parts.requests, self._settings.drain
         self._drain_frontend()
         requests.refuse("the worker is shutting down")
@@ -90,7 +91,7 @@ class Shutdown:
             task.cancel()
 
     async def end_requests(self, how: Cut, reason: str) -> None:
-        """Refuse new requests, end those in flight, and give their last messages a moment to leave."""
+        """Refuse new requests, end those in flight, and wait a moment for their last messages to be sent."""
         requests = self._parts.requests
         requests.refuse(reason)
         cut = requests.cut(how)

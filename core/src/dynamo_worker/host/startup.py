@@ -1,4 +1,4 @@
-"""Starting a worker, step by step: from nothing to the first request that it answers."""
+"""Starting a worker, step by step, until it is ready for requests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the parts of a worker tell its state machine.
+    """How the parts of a worker read its state and report events to its state machine.
 
     :param state: returns the current state.
     :param on_fatal: called with an error that ends the worker.
@@ -207,7 +207,7 @@ class Startup:
         await canary.warm_up(self._checks, info.vocab_size, settings.warmup_timeout)
 
     async def _serve_endpoints(self, engine: Engine, runtime: Runtime, info: EngineInfo) -> Registration | None:
-        """Serve the endpoints, register the model, and return what keeps both in discovery."""
+        """Serve the endpoints, register the model, and return the object that keeps both in discovery."""
         handler = RequestHandler(
             engine,
             self._parts.requests,
@@ -226,7 +226,7 @@ class Startup:
         return await runtime.watch_registration(self._callbacks.on_fatal)
 
     def _endpoints(self, info: EngineInfo) -> list[EndpointSpec]:
-        """Return the endpoints to serve; one without a model (a headless rank) serves only what the engine adds."""
+        """Return the endpoints to serve; a worker without a model (a headless rank) serves only the engine's own."""
         if info.model_path is None:
             return list(info.endpoints)
         labels = (("model", info.model_name),)

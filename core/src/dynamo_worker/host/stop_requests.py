@@ -24,15 +24,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class StopRequests:
-    """Takes requests to stop. The first stops the worker gracefully, the second within seconds, the third kills it.
+    """Receives requests to stop: the first stops the worker gracefully, the second within seconds, the third kills it.
 
-    :ivar level: how many of these steps were requested; 0 if none was.
-    :ivar signal: the signal behind the latest request.
+    :ivar level: the number of the latest step, 1 to 3; 0 before any request.
+    :ivar signal: the signal that caused the latest request.
     :ivar at: ``time.monotonic()`` of the latest request.
     """
 
     def __init__(self, control: SupervisorChannel, on_stop: Callable[[int], None]) -> None:
-        """Listen as soon as :meth:`listen` is called.
+        """Prepare to receive requests; :meth:`listen` starts.
 
         :param on_stop: called with every new level, 1 or 2.
         """
@@ -75,7 +75,7 @@ class StopRequests:
         self.level, self.signal = level, number
         if level <= 2:
             self.at = received_at
-            if level == 2 and not self._control.supervised:
+            if level == 2 and not self._control.supervised:  # otherwise the supervisor enforces the limit
                 asyncio.get_running_loop().call_later(FORCED_STOP, os._exit, SIGNAL_BASE + number)
             self._on_stop(level)
         else:

@@ -63,7 +63,7 @@ class SupervisorChannel:
         for message in self._channel.receive():
             on_message(message)
         if self._channel.closed:
-            # The supervisor died. The guardian notices too and ends this process; there is nothing to do here.
+            # The supervisor died. The guardian notices, too, and ends this process.
             self._loop.remove_reader(self._channel.socket.fileno())
             self._watch_output()
 

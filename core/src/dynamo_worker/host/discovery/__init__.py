@@ -1,1 +1,1 @@
-"""The worker in the cluster: the Dynamo runtime, what it registers, and keeping that registered."""
+"""The worker in the cluster: the Dynamo runtime, and the registration of the worker and its model."""

@@ -1,4 +1,4 @@
-"""The directory of the ``file`` discovery backend: whoever can write to it decides where requests go."""
+"""The directory of the ``file`` discovery backend. Write access to it is control over where requests go."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _close_to_others(directory: Path, descriptor: int) -> None:
     itself = f"/proc/self/fd/{descriptor}"
     foreign = any(not name.startswith(_OWN_PREFIXES) for name in os.listdir(itself))
     if not mode & (stat.S_IWGRP | stat.S_IWOTH) and (foreign or mode & stat.S_ISVTX):
-        return  # nobody else can write to it, and its other contents may need its mode
+        return  # no other user can write to it, and its other contents may need its mode
     if foreign or mode & stat.S_ISVTX:
         raise UsageError(
             f"the discovery directory {directory} is open to other users (mode {mode:04o}), who could replace workers "
@@ -82,7 +82,7 @@ def _close_to_others(directory: Path, descriptor: int) -> None:
         )
     with contextlib.suppress(OSError):
         os.chmod(itself, mode & ~(stat.S_IRWXG | stat.S_IRWXO) | stat.S_IRWXU)
-    # Some file systems have one mode for everything, including what the runtime will create.
+    # Some file systems have one mode for all files, including those that the runtime will create.
     left = stat.S_IMODE(os.fstat(descriptor).st_mode)
     if left & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(

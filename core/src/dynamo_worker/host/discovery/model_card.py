@@ -1,4 +1,4 @@
-"""What frontends and routers are told about a model: turns an ``EngineInfo`` into Dynamo's registration."""
+"""Registers a model with frontends and routers: turns an ``EngineInfo`` into Dynamo's registration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import EngineInfo
     from dynamo_worker.host.config.settings import WorkerSettings
 
-#: Longest chat template in bytes; those of models have up to some tens of thousands.
+#: Longest chat template in bytes; those of models have some tens of thousands at most.
 _MOST_TEMPLATE_BYTES = 1 << 20
 
 
 def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
-    """Return what is registered: the engine's information, completed by the worker's flags."""
+    """Return the information to register: the engine's, completed by the worker's flags."""
     parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
     return replace(
         info,
@@ -36,7 +36,7 @@ def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
 
 
 async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSettings) -> int:
-    """Register a model and its LoRA adapters; return how many entries in discovery that makes.
+    """Register a model and its LoRA adapters; return the number of entries created in discovery.
 
     :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
         or discovery refuses it.
@@ -127,7 +127,7 @@ def _needs(info: EngineInfo) -> list[list[WorkerType]] | None:
 
 
 def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
-    """Return what routers are told about the engine."""
+    """Return the engine's figures for routers."""
     config = ModelRuntimeConfig()
     attributes = {
         "context_length": info.context_length,

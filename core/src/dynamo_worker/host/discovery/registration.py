@@ -263,9 +263,9 @@ class EtcdStore:
 
 
 class Registration:
-    """Keeps one worker's entries in discovery.
+    """Keeps the entries of one worker in discovery.
 
-    :ivar problem: why the worker fell out of discovery; None while it is in.
+    :ivar problem: why the worker is out of discovery although it did not leave; None if it is not.
     """
 
     def __init__(self, store: Store, on_fatal: Callable[[WorkerError], None], *, timeout: float) -> None:
@@ -288,7 +288,7 @@ class Registration:
 
     async def run(self) -> None:
         """Watch until closed or cancelled, or until restoring the entries has failed for too long."""
-        looked = time.monotonic()
+        checked = time.monotonic()
         while not self._closed:
             out = self.problem is not None
             async with self._lock:
@@ -299,7 +299,7 @@ class Registration:
                     if self._unadopted is None:  # otherwise nothing is known to be lost
                         self._out(_reason(error))
             # Time in which this process did not run does not count.
-            passed, looked = min(time.monotonic() - looked, _PATIENCE + _CONFIRM), time.monotonic()
+            passed, checked = min(time.monotonic() - checked, _PATIENCE + _CONFIRM), time.monotonic()
             if out:  # it has tried to restore its entries
                 self._out_for += passed
             if self.problem is None:
@@ -309,7 +309,7 @@ class Registration:
             elif self._out_for >= self._timeout and not self._closed:
                 self._on_fatal(
                     DiscoveryLostError(
-                        f"the worker fell out of discovery and cannot come back; tried for {self._timeout:g} s: "
+                        f"the worker is out of discovery and could not register again within {self._timeout:g} s: "
                         f"{self.problem}"
                     )
                 )
@@ -335,7 +335,7 @@ class Registration:
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """Allow the worker itself to add and remove entries inside this block."""
+        """Take changes inside this block for the worker's own; the entries afterwards are the expected ones."""
         async with self._lock:
             lost: list[str] = []
             with contextlib.suppress(OSError):

@@ -158,7 +158,7 @@ class Runtime:
         return task
 
     def completed(self, info: EngineInfo) -> EngineInfo:
-        """Return what is registered: the engine's information, completed by the worker's flags."""
+        """Return the information to register: the engine's, completed by the worker's flags."""
         return model_card.completed(info, self._settings)
 
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
@@ -174,7 +174,7 @@ class Runtime:
         self.discovery.model = info
 
     async def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
-        """Wait until everything that this worker serves is in discovery, and return what keeps it there.
+        """Wait until all entries of this worker are in discovery, and return the object that keeps them there.
 
         :returns: None if this kind of discovery needs or allows no watching.
         """
@@ -194,7 +194,7 @@ class Runtime:
 
     @property
     def problem(self) -> str | None:
-        """Why the worker fell out of discovery, or None if it did not."""
+        """Why the worker is out of discovery although it did not leave; None if it is not."""
         return self._registration.problem if self._registration is not None else None
 
     async def unregister(self) -> bool:
@@ -212,17 +212,17 @@ class Runtime:
                 log.warning("Cannot unregister endpoint", endpoint=name, error=result)
         return not failed
 
-    def close_to_others(self, before: set[int]) -> None:
+    def close_to_others(self, earlier_ports: set[int]) -> None:
         """Close the ports of event publishers to other machines, if subscribers are given a loopback address.
 
         The runtime's publishers listen on all interfaces, whatever address they announce (1.6.1).
 
-        :param before: the ports that this process listened on before the publishers existed.
+        :param earlier_ports: the ports that this process listened on before the publishers existed.
         """
         if not is_loopback(os.environ.get(_EVENTS_HOST, "")):
             return
         try:
-            ports = keep_on_loopback(before)
+            ports = keep_on_loopback(earlier_ports)
         except OSError as error:
             log.warning("Other machines can read this worker's events", error=error)
         else:

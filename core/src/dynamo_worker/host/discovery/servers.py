@@ -1,4 +1,4 @@
-"""Waiting for the servers that the Dynamo runtime needs: it would block the event loop for 120 s itself."""
+"""Waits for the servers that the Dynamo runtime needs: the runtime itself would block the event loop for 120 s."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONNECT_SECONDS: Final = 2.0
 
 
 def _host_and_port(address: str, variable: str, default: str) -> tuple[str, int]:
-    """Split one server's address; a missing port is that of ``default``.
+    """Split one server's address; the port defaults to that of ``default``.
 
     :raises UsageError: it is not an address.
     """

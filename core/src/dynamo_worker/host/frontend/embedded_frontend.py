@@ -25,10 +25,10 @@ class EmbeddedFrontend:
     def __init__(
         self, process: FrontendProcess, monitors: MonitorTasks, on_fatal: Callable[[WorkerError], None]
     ) -> None:
-        """Take care of ``process``.
+        """Manage ``process``.
 
-        :param monitors: runs the monitor that checks whether it answers.
-        :param on_fatal: called when it dies or hangs.
+        :param monitors: runs the monitor that checks whether the process answers.
+        :param on_fatal: called when the process dies or hangs.
         """
         self._process = process
         self._monitors = monitors
@@ -38,44 +38,44 @@ class EmbeddedFrontend:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The base URL."""
         return self._process.url
 
     @property
     def failure(self) -> str | None:
-        """How it failed, in words; None if it still runs or ended as it was told to."""
+        """How the process failed, in words; None while it runs and after a clean exit."""
         return self._process.failure
 
     async def wait_ready(self, info: EngineInfo) -> None:
-        """Wait until it lists the model, and watch its process from then on.
+        """Wait until the frontend lists the model, and watch the process from then on.
 
-        :raises StartError: it ended, does not listen in time, or does not find the model.
+        :raises StartError: the frontend exited, or was not ready in time.
         """
         await self._process.wait_ready(listed_model(info))
         self._watch.watch([self._process.pid], "frontend process", WorkerError)
 
     def start_monitor(self, *, interval: float, timeout: float) -> None:
-        """Check every ``interval`` seconds that it answers within ``timeout`` seconds."""
+        """Check every ``interval`` seconds that the frontend answers within ``timeout`` seconds."""
         monitor = FrontendMonitor(self._process.check, self._on_hung, interval=interval, timeout=timeout)
         self._monitor = self._monitors.start(monitor.run())
 
     def drain(self) -> None:
-        """Have it accept no new connections; it ends with its last stream, which may be after this process."""
+        """Make the frontend stop accepting connections; it exits after its last stream, maybe later than the worker."""
         self._watch.close()
         if self._monitor is not None:
             self._monitors.stop_one(self._monitor)
         self._process.drain()
 
     async def stop(self, deadline: Deadline, *, abort: bool) -> None:
-        """Wait until it has ended, and kill it at the deadline.
+        """Wait until the process has exited, and kill it at the deadline.
 
-        :param abort: give its streams no time.
+        :param abort: wait for its streams no longer than ``FRONTEND_ABORT_SECONDS``.
         """
         await self._process.stop(deadline.within(FRONTEND_ABORT_SECONDS) if abort else deadline)
 
     def _on_hung(self, error: WorkerError) -> None:
         self._on_fatal(error)
-        self._process.kill()  # it would not end when asked to
+        self._process.kill()  # it would not react to SIGTERM
 
 
 def listed_model(info: EngineInfo) -> str | None:

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 #: Time limit for the frontend's requests when its worker aborts all of its own (``--drain abort``), in seconds.
 FRONTEND_ABORT_SECONDS: Final = 1.0
-#: Holds the process id of the worker beside which the frontend runs and with which it ends.
+#: Holds the process id of the worker beside which the frontend runs; the frontend drains when that worker dies.
 WORKER_VARIABLE: Final = "DYNAMO_WORKER_FRONTEND_OF"
 #: Dynamo's variable for the frontend's time limit for requests in flight at shutdown, in seconds.
 DRAIN_VARIABLE: Final = "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
 #: Time limit for a frontend to listen, and then to offer the model, in seconds.
-_START_SECONDS = 30.0
+_START_SECONDS: Final = 30.0
 #: Interval between two queries to a starting frontend, in seconds.
 _POLL_SECONDS: Final = 0.02
 #: Time limit for one query to a frontend, in seconds.
@@ -56,7 +56,7 @@ class FrontendProcess:
         self._address = address
 
     @classmethod
-    def start(cls, settings: WorkerSettings, discovery_path: Path | None, run_dir: Path | None) -> FrontendProcess:
+    def start(cls, settings: WorkerSettings, discovery_path: Path | None, run_dir: Path) -> FrontendProcess:
         """Start the process without waiting for it; see :meth:`wait_ready`.
 
         :param discovery_path: directory of the ``file`` discovery backend.
@@ -81,7 +81,7 @@ class FrontendProcess:
         # In a new session, Ctrl-C in the supervisor's terminal does not end it while it has requests.
         process = subprocess.Popen(command, env=inherited, stdin=subprocess.DEVNULL, start_new_session=True)
         stat = linux.read_stat(process.pid)
-        if run_dir is not None and stat is not None:
+        if stat is not None:
             ledger.record_frontend(run_dir, Process(process.pid, stat.start), seconds)
         return cls(process, address)
 

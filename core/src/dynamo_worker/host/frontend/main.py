@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     :raises UsageError: a variable or the address is invalid, or the discovery directory is unusable.
     """
     worker = os.environ.pop(WORKER_VARIABLE, None)
-    # However its worker and the supervisor end, a frontend must not be left behind.
+    # An embedded frontend must never outlive both its worker and the supervisor.
     if worker is not None and not linux.on_parent_death(signal.SIGTERM, int(worker)):
         return 0
     import uvloop
@@ -152,6 +152,7 @@ def main(argv: list[str]) -> int:
 
 
 async def _serve(address: Address, args: argparse.Namespace, drain_seconds: float, *, embedded: bool) -> None:
+    # Not earlier: the runtime reads DYN_LOG when it is imported.
     from dynamo.llm import EngineType, EntrypointArgs, RouterConfig, RouterMode, make_engine, run_input
 
     from dynamo_worker.host.discovery.runtime import connect
@@ -220,9 +221,9 @@ def _drain(address: Address, deadline: Deadline) -> None:
 
 
 def _stop_listening(address: Address) -> None:
-    """Close the runtime's listening socket, for which the runtime has no call.
+    """Replace the runtime's listening socket, which the runtime itself cannot close early.
 
-    The runtime keeps its descriptor, which now refers to a socket that nobody connects to.
+    The runtime keeps its descriptor, which now refers to a socket without clients.
     """
     with socket.socket(socket.AF_UNIX) as unused:
         unused.setblocking(False)

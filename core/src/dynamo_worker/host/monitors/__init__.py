@@ -1,1 +1,1 @@
-"""Watching a serving worker: engine health and progress, processes, threads, the event loop."""
+"""Monitors of a serving worker: engine health and progress, processes, threads, the event loop."""

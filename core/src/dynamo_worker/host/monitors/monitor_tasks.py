@@ -1,4 +1,4 @@
-"""Monitors in tasks: they run until they are stopped, and none fails silently."""
+"""The tasks that run monitors: a monitor that fails is logged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MonitorTasks:
         return task
 
     def stop_one(self, task: asyncio.Task[None]) -> None:
-        """Stop one monitor; one that is not running any more is left alone."""
+        """Stop one monitor; do nothing if it was stopped before."""
         if task in self._tasks:
             self._tasks.remove(task)
             task.cancel()

@@ -1,4 +1,4 @@
-"""Watching processes: the kernel reports a death through a pidfd within a millisecond, nothing polls."""
+"""Watches processes without polling: the kernel reports a death through a pidfd within a millisecond."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ProcessWatch:
-    """Reports the death of the processes that it watches. For use in a running event loop."""
+    """Reports the death of processes. Its methods require a running event loop."""
 
     def __init__(self, on_fatal: Callable[[WorkerError], None]) -> None:
         self._on_fatal = on_fatal
@@ -23,7 +23,7 @@ class ProcessWatch:
     def watch(self, pids: Iterable[int], what: str, error: type[WorkerError] = EngineDeadError) -> None:
         """Watch ``pids``; the death of one is fatal.
 
-        :param what: what the processes are, for the message ("engine process").
+        :param what: the kind of process, for the message ("engine process").
         :param error: the error that their death is reported as.
         """
         loop = asyncio.get_running_loop()
@@ -61,7 +61,7 @@ def _command_name(pid: int) -> str:
 
 
 def _how_it_died(pidfd: int) -> str:
-    """Describe the death of a child of this process, without reaping it: its owner does."""
+    """Describe how a child of this process died, without reaping it: its owner does."""
     try:
         result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

@@ -1,4 +1,4 @@
-"""Whether this process can still start threads."""
+"""Checks that this process can still start threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_thread() -> None:
 
 
 def _nothing() -> None:
-    """Do the work of a thread that only shows that it can be started."""
+    """Return at once: the thread only proves that it can be started."""
 
 
 class ThreadMonitor:

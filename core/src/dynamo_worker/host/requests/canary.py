@@ -1,4 +1,4 @@
-"""Requests that the worker makes of its own engine: the warm-up, and the canary that proves that it still works."""
+"""Requests from the worker to its own engine: the warm-up, and the canary that checks that the engine still works."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ABORT_SECONDS: Final = 1.0
 
 
 class Canary:
-    """Sends an engine the small request that it suggests."""
+    """Sends an engine its own canary request."""
 
     def __init__(self, engine: Engine, make_request: Callable[[], Request], requests: RequestRegistry) -> None:
         """Send requests to ``engine``.
@@ -44,10 +44,10 @@ class Canary:
         await self._ask(self._engine.generate, self._make_request(), lambda _: None)
 
     async def warm_up(self, checks: EngineChecks, vocab_size: int | None, timeout: float) -> None:
-        """Send the first request and check its answer: some engines compile kernels for it, for 20 s (measured).
+        """Send the first request and check its answer; some engines compile kernels for up to 20 s first (measured).
 
         :param timeout: seconds for the whole answer.
-        :raises StartError: it takes longer, or the answer is not one that a client could be given.
+        :raises StartError: it takes longer, or the answer could not be given to a client.
         """
         started = time.monotonic()
         request = checks.canary(self._make_request(), vocab_size)

@@ -3,7 +3,7 @@
 The runtime's ``send`` blocks its caller while a consumer is behind: after 128 frames in the runtime, and megabytes in
 sockets and in the frontend. It cannot be asked beforehand whether it would block, and a call cannot be cancelled. So:
 
-- The event loop only collects chunks, and hands over together what one of its iterations has produced.
+- The event loop only collects chunks, and hands over all chunks of one of its iterations together.
 - One thread, the *carrier*, sends for all streams. Chunks of a stream that wait together leave together, as one frame.
 - A send that has not returned after some milliseconds makes its stream *slow*: the thread in that call keeps the
   stream and its queue, and a spare thread becomes the carrier. The order within a stream never changes.
@@ -301,7 +301,7 @@ class Egress:
             if not ready:
                 self._settled = self._taken
                 self._take(batches.get())
-            while not batches.empty():  # what waits together leaves together
+            while not batches.empty():  # chunks that wait together leave together
                 self._take(batches.get())
             while ready and batches.empty():
                 stream = ready.popleft()

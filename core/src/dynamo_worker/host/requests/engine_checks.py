@@ -1,4 +1,4 @@
-"""Checks of an engine's interface and answers during its start: clients must not be the first to find its bugs."""
+"""Checks of an engine's interface and first answer: its bugs must show at the start, not in clients' requests."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class AnswerCheck:
 
     def _wrong(self, chunk: object) -> str | None:
         if not isinstance(chunk, dict):
-            return f"consists of {type(chunk).__name__}, expected dicts"
+            return f"has a chunk of type {type(chunk).__name__}, expected a dict"
         if self._finished:
             return "continues after its finish_reason"
         tokens = chunk.get("token_ids")
@@ -176,8 +176,8 @@ class AnswerCheck:
                 return f"has the token {token!r:.80}: expected an int, got {type(token).__name__}"
             if not 0 <= token < self._limit:
                 unknown = self._limit == _TOKEN_LIMIT
-                where = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
-                return f"has the token {token}, which is not {where}"
+                limit = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
+                return f"has the token {token}, which is not {limit}"
         return self._wrong_end(chunk) or _not_encodable(chunk)
 
     def _wrong_end(self, chunk: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Frames: the chunks of a stream that leave together as one, and what a chunk weighs while it waits."""
+"""Frames: consecutive chunks of a stream joined into one, and the memory that a chunk takes."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class RequestRegistry:
         """Remove a request from the registry and count its outcome."""
         self.outcomes[outcome] += 1
         self._entries.discard(entry)
-        entry.task = None  # a later cancellation would hit what the task does next
+        entry.task = None  # a later cancellation would hit the task's next work
         if not self._entries:
             self._idle.set()
 

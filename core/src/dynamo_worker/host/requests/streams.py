@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.engine import Chunk, Send
 
-#: Units that a stream may have on their way; beyond that an engine that can wait must.
+#: Most units of one stream that may be in transit before an engine that yields its chunks is paused.
 _ROOM: Final = 256
 
 
@@ -22,7 +22,7 @@ class SlowClientError(RuntimeError):
 
 
 class Sender(Protocol):
-    """What a stream hands its chunks to: the egress of the worker."""
+    """The receiver of a stream's chunks: the egress of the worker."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -68,9 +68,9 @@ class Stream:
         self.given = 0
         self.taken = 0
         self.wants_room = False
-        #: What waits for the thread that sends it.
+        #: The chunks that wait for the thread that sends them.
         self.chunks: deque[Chunk] = deque()
-        #: Whether nothing comes after what waits.
+        #: Whether the waiting chunks are the last ones.
         self.ended = False
         #: The error that ended the stream; nothing is sent after it.
         self.error: BaseException | None = None
@@ -78,7 +78,7 @@ class Stream:
         self.slow = False
         #: Of a slow stream: when its current send began (monotonic); None between sends.
         self.blocked_since: float | None = None
-        #: Of a slow stream: the weight of what waits.
+        #: Of a slow stream: the weight of the waiting chunks.
         self.waiting = 0
 
     def send(self, chunk: Chunk) -> None:
@@ -95,7 +95,7 @@ class Stream:
 
     @property
     def full(self) -> bool:
-        """Whether an engine that can wait must (:meth:`room`)."""
+        """Whether an engine that can pause should wait for :meth:`room`."""
         return self.given - self.taken > _ROOM
 
     async def room(self) -> None:
@@ -103,7 +103,7 @@ class Stream:
         while self.full and self.error is None:
             self._room = self._sender.loop.create_future()
             self.wants_room = True
-            if self.full:  # otherwise the thread did not see the wish and will not wake us
+            if self.full:  # otherwise the thread may have missed `wants_room`
                 await self._room
         if self.error is not None:
             raise self.error
@@ -119,7 +119,7 @@ class Stream:
             raise self.error
 
     def abandon(self) -> None:
-        """Drop what still waits: the request has ended early."""
+        """Drop the waiting chunks: the request has ended early."""
         self._sender.fail(self, RuntimeError("the request has ended"))
 
     def wake(self, *, flushed: bool) -> None:

@@ -1,4 +1,4 @@
-"""The control routes ``/engine/NAME`` of the status server: access to them, and the calls.
+"""The control routes ``/engine/NAME`` of the status server: access checks and dispatch.
 
 They put a worker to sleep, load weights and write profiles, and nothing but the network protects them. So a web page
 must not reach them through a visitor's browser, and an operator can require a token.
@@ -86,7 +86,7 @@ class ControlAccess:
             )
 
     def _is_ours(self, host: str) -> bool:
-        """Return whether a Host header names this machine in a way that no other name server can forge."""
+        """Return whether a Host header names this machine in a way that DNS cannot forge."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:

@@ -64,7 +64,7 @@ class RequestHead:
     def header(self, name: str) -> str | None:
         """Return the value of a header, or None if it is missing.
 
-        :raises HttpError: there are several: a proxy may have used another one.
+        :raises HttpError: it occurs more than once: a proxy may have used another value.
         """
         values = self.headers.get(name, ())
         if len(values) > 1:
@@ -75,7 +75,7 @@ class RequestHead:
     def body_length(self) -> int:
         """The length of the body in bytes.
 
-        :raises HttpError: it is unknown, or not a number.
+        :raises HttpError: it is not declared, or not a number.
         """
         if "transfer-encoding" in self.headers:
             raise HttpError("411 Length Required", "send the body in one piece, with a content-length")
@@ -90,8 +90,8 @@ class RequestHead:
 def answer(status: str, body: Mapping[str, Any], *headers: str) -> bytes:
     """Return a complete answer that closes the connection.
 
-    :raises TypeError: the body is not JSON.
-    :raises ValueError: the body is not JSON, or contains itself.
+    :raises TypeError: the body has a value of a type that JSON does not have.
+    :raises ValueError: the body cannot be encoded: it contains itself, for example.
     """
     content = json.dumps(body).encode()
     lines = [

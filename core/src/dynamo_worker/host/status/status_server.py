@@ -3,7 +3,7 @@
 The runtime answers ``/live`` and ``/health`` with one handler (measured on 1.6.1), so the kubelet would restart a
 worker that is merely not ready, and it closes its server at the start of its shutdown. This server owns the configured
 port. It answers ``/live`` as long as the worker lives, ``/health`` while the worker does not serve or is out of
-discovery, and the control routes, which the runtime would serve to anybody with any method. It forwards all other
+discovery, and the control routes, which the runtime would serve to any client with any method. It forwards all other
 requests to the runtime's server on another port.
 """
 
@@ -255,7 +255,7 @@ async def _copy(data: bytes, source: asyncio.StreamReader, target: asyncio.Strea
 
 
 async def _unless_lost(step: Callable[[], Awaitable[None]]) -> None:
-    """Await a step, and take the loss of the connection for its end.
+    """Await a step, which also ends when the connection is lost.
 
     Up to Python 3.11 ``wait_for`` loses an error if it is cancelled at the same time, and asyncio logs a traceback.
     """
