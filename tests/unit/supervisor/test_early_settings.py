@@ -74,8 +74,9 @@ def test_what_cannot_be_read_is_left_to_the_worker(tmp_path, name):
     assert EarlySettings(["--config", path]).get("log_format", "text") == "text"
 
 
-def test_every_line_of_the_supervisor_is_json(supervised, tmp_path):
-    path = written(tmp_path, "engine: echo\nlog_format: json\n")
+@pytest.mark.parametrize("log_format", ["json", "JSON"])
+def test_every_line_of_the_supervisor_is_json(supervised, tmp_path, log_format):
+    path = written(tmp_path, f"engine: echo\nlog_format: {log_format}\n")
     supervised.environment["DYN_WORKER_CONFIG"] = path
     supervised.start("state=SERVING", "arrived", "exit=0")
     supervised.wait()

@@ -53,7 +53,7 @@ class Log:
         self.output.drain(LAST_OUTPUT)
 
     def _lost(self, lines: int) -> bytes:
-        return self._line("WARNING", "Log lines lost: nobody reads them", {"lines": lines})
+        return self._line("WARNING", "Log lines lost: the reader is not keeping up", {"lines": lines})
 
     def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
         self.output.write(self._line(level, message, fields))
