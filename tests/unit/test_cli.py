@@ -111,7 +111,7 @@ def test_optional_value():
     assert arguments.split(["--frontend", "--model", "m"]).rest == ["--model", "m"]
 
 
-def test_what_stands_behind_two_dashes_is_the_engines():
+def test_flags_after_two_dashes_belong_to_the_engine():
     line = arguments.split(["--config", "mine", "--", "--config", "theirs", "--help"])
     assert line.values == {"config": "mine"}
     assert line.rest == ["--config", "theirs", "--help"]
