@@ -111,7 +111,7 @@ def test_optional_value():
     assert arguments.split(["--frontend", "--model", "m"]).rest == ["--model", "m"]
 
 
-def test_what_stands_behind_two_dashes_is_the_engines():
+def test_flags_after_two_dashes_belong_to_the_engine():
     line = arguments.split(["--config", "mine", "--", "--config", "theirs", "--help"])
     assert line.values == {"config": "mine"}
     assert line.rest == ["--config", "theirs", "--help"]
@@ -222,7 +222,7 @@ def test_check_of_a_broken_engine(command, site):
 
 
 def test_check_refuses_what_is_not_there(command):
-    refused(command("check", "nothing"), 2, "there is no engine, plugin or module 'nothing'")
+    refused(command("check", "nothing"), 2, "no engine, plugin or module named 'nothing'")
     refused(command("check"), 2, "check: expected one name, got 0")
     refused(command("check", "echo", "--jsn"), 2, "did you mean --json?")
 
@@ -288,7 +288,7 @@ def test_printed_config_can_be_read_again(command, site):
 
 
 def test_unknown_engine(command):
-    refused(command("--engine", "ecko", RUN), 2, "there is no engine 'ecko', did you mean echo?", "pip install")
+    refused(command("--engine", "ecko", RUN), 2, "unknown engine 'ecko', did you mean echo?", "pip install")
 
 
 def test_no_engine(command):
@@ -548,7 +548,7 @@ def test_the_supervisor_learns_the_reason(command):
     assert result.returncode == 2
     assert message["type"] == "exit"
     assert message["code"] == 2
-    assert "there is no engine 'ecko'" in message["reason"]
+    assert "unknown engine 'ecko'" in message["reason"]
 
 
 def test_a_signal_at_its_end_does_not_change_a_workers_code(command):
@@ -563,7 +563,7 @@ def test_a_signal_at_its_end_does_not_change_a_workers_code(command):
         result = command.python(
             "-c", script, pass_fds=[theirs.fileno()], environment={"DYNAMO_WORKER_CONTROL_FD": str(theirs.fileno())}
         )
-    refused(result, 2, "there is no engine 'ecko'")
+    refused(result, 2, "unknown engine 'ecko'")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_what_is_lost_is_counted_in_the_format_of_the_log(stream, pipe, monkeypa
     while b"Log lines lost" not in seen or not seen.endswith(b"\n"):
         seen += os.read(reading, 1 << 16)
     events = [json.loads(line) for line in seen.splitlines()]
-    assert events[-1]["message"] == "Log lines lost: nobody reads them"
+    assert events[-1]["message"] == "Log lines lost: the reader is not keeping up"
     assert events[-1]["lines"] == 100 - (len(events) - 1)
 
 

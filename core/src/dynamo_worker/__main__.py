@@ -12,7 +12,7 @@ _IN_PROCESS = frozenset({"-h", "--help", "--version", "--print-config", "--no-su
 
 
 def run() -> int:
-    """Run the command line of this process, without importing from the current or the script's directory."""
+    """Run this process' command line, with the current and the script's directory off the import path."""
     from dynamo_worker.supervisor.interpreter import leave_script_directory
 
     leave_script_directory()

@@ -16,7 +16,7 @@ async def contained(call: Callable[[], Awaitable[T]]) -> T:
     """Await a call into an engine or a plugin, for use in a separate task.
 
     SystemExit and KeyboardInterrupt end the event loop when they leave a task, even if another task awaits it. This
-    turns them into what they are here: errors of the code that raised them.
+    turns them into ordinary errors of the code that raised them.
 
     :raises RuntimeError: the call raised one of the two.
     """

@@ -1,4 +1,4 @@
-"""Deprecated parts of the plugin API: how they are marked, and how their use reaches the plugin's author.
+"""Deprecations in the plugin API: marking deprecated parts, and reporting their use to the plugin's author.
 
 docs/plugins.md states the policy: what a minor release deprecates keeps working until the next major API version.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RemovedInApi2Warning(FutureWarning):
-    """A plugin uses what API 2.0 removes.
+    """A plugin uses a part of the API that API 2.0 removes.
 
     A ``FutureWarning``, because Python hides ``DeprecationWarning`` outside of ``__main__``.
     """
@@ -35,7 +35,7 @@ def deprecated(what: str, *, since: str, use: str) -> RemovedInApi2Warning:
 
 @contextlib.contextmanager
 def collect_deprecations() -> Iterator[list[str]]:
-    """Collect the deprecation warnings that are issued in the block; other warnings are shown as ever.
+    """Collect the deprecation warnings that are issued in the block; other warnings are shown as usual.
 
     Warning filters stay as they are: the block imports plugins, which may set their own.
 

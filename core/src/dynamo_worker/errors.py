@@ -84,7 +84,7 @@ def describe(error: BaseException) -> str:
 
 
 def for_client(message: str) -> str:
-    """Return a message shortened for a client: some errors quote the value they refuse, at any length."""
+    """Return a message shortened for a client: some errors quote the rejected value, at any length."""
     return message if len(message) <= _MESSAGE_CHARACTERS else f"{message[:_MESSAGE_CHARACTERS]}…"
 
 

@@ -160,7 +160,7 @@ class UnblockedStream:
             time.sleep(0.01)  # poll reports writable even if a whole line does not fit
 
     def _lost(self, lines: int) -> bytes:
-        message = "Log lines lost: nobody reads them"
+        message = "Log lines lost: the reader is not keeping up"
         record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, (), None)
         record.fields = {"lines": lines}
         return f"{self.formatter.format(record)}\n".encode("utf-8", "backslashreplace")

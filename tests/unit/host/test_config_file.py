@@ -1,4 +1,4 @@
-"""The YAML configuration file: what is read, and what is refused with its line."""
+"""The YAML configuration file: reading it, and rejecting errors with their line."""
 
 from __future__ import annotations
 

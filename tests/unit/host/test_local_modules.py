@@ -28,7 +28,7 @@ def test_local_module_as_engine(monkeypatch, site):
 
 
 def test_local_module_that_does_not_exist():
-    assert "there is no module 'no_such_module'" in str(failure("echo", UnknownPluginError, modules=["no_such_module"]))
+    assert "no module 'no_such_module'" in str(failure("echo", UnknownPluginError, modules=["no_such_module"]))
 
 
 def test_local_file_instead_of_module():

@@ -18,7 +18,7 @@ from dynamo_worker.host.plugins.plugin_errors import UnknownPluginError
 def test_unknown_engine(site):
     site.install_engine()
     error = failure("toi", UnknownPluginError)
-    assert "there is no engine 'toi', did you mean toy? (installed engines: echo, toy)" in str(error)
+    assert "unknown engine 'toi', did you mean toy? (installed engines: echo, toy)" in str(error)
     assert "pip install dynamo-worker-toi" in str(error)
     assert error.exit_code is ExitCode.USAGE
 

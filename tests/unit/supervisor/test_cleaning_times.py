@@ -34,7 +34,7 @@ def after(*times):
 
 
 def late(asked_at):
-    """Return what there is after the first signal came when the worker had ended."""
+    """Return the escalation after a first signal that came once the worker had ended."""
     escalation = Escalation()
     escalation.asked_at = asked_at
     return escalation
@@ -58,7 +58,7 @@ def test_cleaning(escalation, gone_at, now, ours, guardian, frontend):
     assert deadlines == (ours, guardian, frontend)
 
 
-def test_nobody_cleans_up_after_a_supervisor_that_does_it_itself():
+def test_a_supervisor_that_took_over_gets_the_time_of_the_last_cleaning():
     deadlines = cleaning_deadlines(after(100.0, 101.0, 102.0), GRACE, 105.0, 105.0, taken_over=True)
     assert deadlines.ours == 105.0 + LAST_CLEANING
 

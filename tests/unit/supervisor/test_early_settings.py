@@ -1,4 +1,4 @@
-"""What the supervisor reads by itself is what the worker will read, wherever it stands."""
+"""The supervisor reads its settings as the worker does, from every source."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_file_is_read_as_the_worker_reads_it(tmp_path, monkeypatch, text):
 @pytest.mark.parametrize(
     "text", ["# log_format: json\n", "engine_args:\n  log_format: json\n", "my_log_format: json\n", "log_format:json\n"]
 )
-def test_what_is_no_setting_is_none(tmp_path, text):
+def test_other_lines_are_not_settings(tmp_path, text):
     assert EarlySettings(["--config", written(tmp_path, text)]).get("log_format", "text") == "text"
 
 
@@ -58,7 +58,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path, monke
     assert EarlySettings([*argv, "--termination-grace-period=3"]).get("termination_grace_period", "") == "3"
 
 
-def test_a_variable_with_a_name_of_its_own(tmp_path, monkeypatch):
+def test_a_variable_with_an_unusual_name(tmp_path, monkeypatch):
     argv = ["--config", written(tmp_path, "discovery_path: /file\n")]
     monkeypatch.delenv("DYN_FILE_KV", raising=False)
     assert EarlySettings(argv).get("discovery_path", "", variable="DYN_FILE_KV") == "/file"
@@ -74,8 +74,9 @@ def test_what_cannot_be_read_is_left_to_the_worker(tmp_path, name):
     assert EarlySettings(["--config", path]).get("log_format", "text") == "text"
 
 
-def test_every_line_of_the_supervisor_is_json(supervised, tmp_path):
-    path = written(tmp_path, "engine: echo\nlog_format: json\n")
+@pytest.mark.parametrize("log_format", ["json", "JSON"])
+def test_every_line_of_the_supervisor_is_json(supervised, tmp_path, log_format):
+    path = written(tmp_path, f"engine: echo\nlog_format: {log_format}\n")
     supervised.environment["DYN_WORKER_CONFIG"] = path
     supervised.start("state=SERVING", "arrived", "exit=0")
     supervised.wait()
@@ -90,7 +91,7 @@ def test_a_format_that_only_the_worker_understands_comes_with_its_settings(super
     assert {"Received shutdown signal", "Worker stopped"} <= {event["message"] for event in supervised.events()}
 
 
-def test_the_guardian_speaks_json_too(supervised, tmp_path):
+def test_the_guardian_logs_json_too(supervised, tmp_path):
     supervised.environment["DYN_WORKER_CONFIG"] = written(tmp_path, "log_format: json\n")
     supervised.start("state=SERVING", "arrived", "hang")
     os.kill(supervised.pid, 9)

@@ -1,4 +1,4 @@
-"""Signals, one after another, with times passed in: what they ask for, and when the worker is killed."""
+"""Sequences of signals at given times: the stop level, and when the worker is killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GRACE = 30.0
 
 
 def after(*signals):
-    """Return what there is after these signals, ten seconds apart, the first at 100."""
+    """Return the escalation after these signals, ten seconds apart, the first at 100."""
     escalation = Escalation()
     for index, number in enumerate(signals):
         escalation.escalate(number, 100.0 + 10 * index)

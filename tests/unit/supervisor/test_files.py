@@ -1,4 +1,4 @@
-"""Files in whose place somebody may have put something else are opened without harm."""
+"""Files that another user may have replaced are opened safely."""
 
 from __future__ import annotations
 

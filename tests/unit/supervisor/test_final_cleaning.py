@@ -14,7 +14,7 @@ from dynamo_worker.supervisor.worker_status import WorkerStatus
 
 
 class World:
-    """A guardian that answers as a test wants, and a clock that only the waiting moves."""
+    """A scripted guardian, and a clock that advances only while something waits."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -50,7 +50,7 @@ class World:
         self.happen()
 
     def happen(self):
-        """Do nothing: nobody answers."""
+        """Do nothing: no answer comes."""
 
     def make_cleanup(self, run_directory, *, rough, worker, **_):
         self.cleanup.rough, self.cleanup.worker = rough, worker
@@ -102,7 +102,7 @@ class TestAwaitReport:
         assert begun.cleaning.await_report(begun.pump) == {"processes": 1}
         assert begun.guardian.exit_code == 0
 
-    def test_a_guardian_that_reports_and_stays_holds_nobody_up(self, begun):
+    def test_a_guardian_that_reports_but_stays_delays_nothing(self, begun):
         begun.guardian.report = {"processes": 1}
         assert begun.cleaning.await_report(begun.pump) == {"processes": 1}
         assert begun.now == pytest.approx(100.2)

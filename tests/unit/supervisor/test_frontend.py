@@ -142,7 +142,7 @@ def test_a_forced_stop_has_its_two_seconds_for_the_frontend_too(supervised):
 
 
 @pytest.mark.parametrize("victim", ["guardian", "supervisor"])
-def test_whoever_waits_for_it_may_die(supervised, victim):
+def test_the_process_that_waits_for_it_may_die(supervised, victim):
     frontend = start(supervised)
     guardian = supervised.guardian
     kill_worker(supervised)
@@ -184,7 +184,7 @@ def test_the_cause_of_an_end_is_what_came_first(supervised):
     assert "The frontend ended before its streams did" in supervised.text
 
 
-def test_one_that_is_stopped_goes_on_and_ends(supervised):
+def test_a_stopped_frontend_continues_and_ends(supervised):
     frontend = start(supervised)
     done(supervised).touch()
     os.kill(frontend, signal.SIGSTOP)

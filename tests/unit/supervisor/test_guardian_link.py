@@ -52,7 +52,7 @@ def test_no_worker_at_all(ends):
     assert (link.spawn_failure, link.knows_the_end, link.worker) == ("cannot execute 'x'", True, None)
 
 
-def test_what_it_said_last_is_heard_after_its_death(ends):
+def test_its_last_message_is_received_after_its_death(ends):
     link, guardian = ends
     guardian.send("exited", code=-9)
     guardian.close()

@@ -1,4 +1,4 @@
-"""Whoever may write in the directory where a worker is started must not run code in it."""
+"""Files in the directory where a worker is started must not become code of the worker."""
 
 from __future__ import annotations
 

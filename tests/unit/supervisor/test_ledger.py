@@ -54,7 +54,7 @@ def test_segments_are_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["segments.json"]
 
 
-def test_an_illegible_record_of_segments_is_none(tmp_path):
+def test_an_unreadable_record_of_segments_is_ignored(tmp_path):
     for content in ("", "{", "[1]", json.dumps([["a", "x"]])):
         (tmp_path / "segments.json").write_text(content)
         assert ledger.read_segments(tmp_path) == []
@@ -85,7 +85,7 @@ RECORDS = {
 @pytest.mark.parametrize(
     "forged", ["link", "hard link", "others may write", "fifo", "fifo with a writer", "socket", "device", "directory"]
 )
-def test_what_somebody_else_may_have_written_is_not_believed(tmp_path, record, forged):
+def test_records_that_another_user_may_have_written_are_ignored(tmp_path, record, forged):
     path = tmp_path / "run" / record
     path.parent.mkdir()
     text, read = RECORDS[record]
@@ -122,14 +122,14 @@ def test_what_somebody_else_may_have_written_is_not_believed(tmp_path, record, f
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, "[[1, Infinity]]", "[[1, NaN]]", '{"kind": Infinity}', '"', "[[1]]", "[3]", "null"]
 )
-def test_nonsense_is_no_record(tmp_path, record, content):
-    """Whoever cleans up must get over it, or the directory stays for good."""
+def test_malformed_records_are_ignored(tmp_path, record, content):
+    """Cleaning up must continue, or the directory stays for good."""
     path = tmp_path / record
     path.write_text(content)
     assert RECORDS[record][1](tmp_path) == []
 
 
-def test_nonsense_is_no_frontend(tmp_path):
+def test_a_malformed_frontend_is_ignored(tmp_path):
     for pid, seconds in (("Infinity", "1"), ("1", "Infinity"), ("1", "NaN"), ("-1", "1"), ("1", "-1"), ("[]", "1")):
         line = f'{{"kind":"frontend","pid":{pid},"start":1,"seconds":{seconds}}}\n'
         (tmp_path / "ledger.jsonl").write_text(line)
@@ -179,7 +179,7 @@ def test_records_go_where_the_descriptor_leads(tmp_path):
     assert os.listdir(victim) == []
 
 
-def test_nobody_else_can_read_or_write_them(tmp_path):
+def test_other_users_can_neither_read_nor_write_them(tmp_path):
     mask = os.umask(0)
     try:
         ledger.write_segments(tmp_path, [("a", 1)])

@@ -187,14 +187,14 @@ def test_what_is_done(world, phase, event):
         (Phase.LEAVING, 3, "leaving at once"),
     ],
 )
-def test_every_signal_says_what_the_next_one_does(world, phase, level, then):
+def test_every_signal_logs_the_effect_of_the_next(world, phase, level, then):
     world.come_to(phase)
     world.reactions.on_signal(INT)
     (fields,) = [fields for message, fields in world.logged if message == "Received shutdown signal"]
     assert (fields["signal"], fields["stop_level"], fields["next"]) == ("SIGINT", level, then)
 
 
-def test_a_stop_says_when_the_worker_is_killed(world):
+def test_a_stop_logs_the_deadline(world):
     world.reactions.on_signal(TERM)
     assert world.logged[0][1]["deadline_s"] == pytest.approx(28.0, abs=0.5)
     assert world.extension == pytest.approx(33.0, abs=0.5), "systemd waits for that, and for the cleaning"
@@ -206,7 +206,7 @@ def test_signals_that_come_together_count_once(world):
     assert world.done == ["told 1"]
 
 
-def test_requests_for_a_dump_are_all_heard(world):
+def test_every_dump_request_counts(world):
     world.reactions.on_signal(USR1)
     world.reactions.on_signal(TERM)
     world.reactions.on_signal(USR1)
@@ -238,7 +238,7 @@ class TestUnresponsive:
         assert world.done == ["withdraw", "dump", "kill stuck"]
 
     @pytest.mark.parametrize("silent", ["closed", "killed", "ended"])
-    def test_nobody_is_blamed_who_cannot_speak(self, world, silent):
+    def test_silence_is_excused_when_no_heartbeat_is_possible(self, world, silent):
         world.control.closed = silent == "closed"
         world.worker.kill_cause = KillCause.DEADLINE if silent == "killed" else None
         world.worker.ended = silent == "ended"
@@ -250,7 +250,7 @@ class TestUnresponsive:
 class TestClosedSocket:
     MESSAGE = "Worker closed its control socket; its state and heartbeat are unknown"
 
-    def test_a_worker_that_lives_on_is_reported_once(self, world):
+    def test_a_living_worker_is_reported_once(self, world):
         world.control.closed_at = time.monotonic()
         world.reactions.act_on_time()
         assert world.logged == [], "it may be about to end"
@@ -260,7 +260,7 @@ class TestClosedSocket:
         assert [message for message, _ in world.logged] == [self.MESSAGE]
         assert world.reactions.next_timer() is None
 
-    def test_one_that_is_dead_is_not(self, world):
+    def test_a_dead_worker_is_not_reported(self, world):
         world.control.closed_at = time.monotonic() - 2.0
         world.worker.alive = False
         world.reactions.act_on_time()

@@ -1,4 +1,4 @@
-"""The relay carries everything, in order, and makes nobody wait."""
+"""The relay carries everything, in order, without blocking any writer."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_no_time_left(root):
     dig(descriptor, "d", 3)
     assert remove_contents(descriptor, time.monotonic() - 1) == []  # a few are removed in any case
     dig(descriptor, "d", 500)
-    assert remove_contents(descriptor, time.monotonic() - 1) == ["no time left, the next start removes the rest"]
+    assert remove_contents(descriptor, time.monotonic() - 1) == ["no time left; the next start removes the rest"]
     assert os.listdir(path) == ["d"]
 
 

@@ -1,4 +1,4 @@
-"""Directories that nobody else can replace, and those that somebody could."""
+"""Directories that other users can or cannot replace."""
 
 from __future__ import annotations
 

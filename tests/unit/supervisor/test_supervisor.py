@@ -224,7 +224,7 @@ class TestGracefulStop:
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0
 
-    def test_what_stands_behind_two_dashes_is_the_engines(self, supervised):
+    def test_flags_after_two_dashes_belong_to_the_engine(self, supervised):
         supervised.start(SERVING, "arrived", "obey=0", "--", "--log-format=json", "--termination-grace-period", "1")
         supervised.signal(signal.SIGTERM)
         assert supervised.wait() == 0

@@ -1,4 +1,4 @@
-"""What systemd is told, over a real socket."""
+"""Notifications to systemd, over a real socket."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_signal_asks_for_more_time(systemd, told):
     assert told() == ["STOPPING=1\nSTATUS=stopping after SIGTERM\nEXTEND_TIMEOUT_USEC=12500000"]
 
 
-def test_signs_of_life_in_time(systemd, told):
+def test_keep_alives_in_time(systemd, told):
     systemd.tick(100.0, State.SERVING, responsive=True)
     assert systemd.due(State.SERVING) == 102.0
     systemd.tick(101.9, State.SERVING, responsive=True)
@@ -104,7 +104,7 @@ def test_signs_of_life_in_time(systemd, told):
     assert told() == ["WATCHDOG=1"]
 
 
-def test_none_for_a_worker_that_is_unresponsive(systemd, told):
+def test_no_keep_alive_for_an_unresponsive_worker(systemd, told):
     systemd.tick(100.0, State.SERVING, responsive=False)
     assert told() == []
     assert systemd.due(State.SERVING) == 102.0, "the loop must not spin"

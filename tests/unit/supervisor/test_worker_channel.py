@@ -52,7 +52,7 @@ def say(theirs, **message):
     theirs.send(json.dumps(message).encode())
 
 
-def test_what_the_worker_says_is_its_status(ends, loop, world):
+def test_messages_update_the_status(ends, loop, world):
     say(ends[1], type="state", state="SERVING")
     say(ends[1], type="heartbeat", in_flight=3)
     loop.pump(5)
@@ -78,12 +78,12 @@ def test_the_log_has_the_format_that_the_worker_announces(ends, loop, world):
         assert world.log.as_json is (log_format == "json")
 
 
-def test_the_worker_is_told(ends, world):
+def test_a_stop_reaches_the_worker(ends, world):
     assert world.control.stop(1, "SIGTERM", 12.5)
     assert json.loads(ends[1].recv(4096)) == {"type": "stop", "level": 1, "signal": "SIGTERM", "at": 12.5}
 
 
-def test_a_worker_that_does_not_read_now_is_told_later(ends, loop, world):
+def test_a_stop_reaches_a_worker_that_reads_late(ends, loop, world):
     """Its socket is full of what it has not read."""
     filler = channel.Channel(ends[0])
     sent = 0

@@ -1,4 +1,4 @@
-"""The record of what the worker has said, whatever it says."""
+"""The worker's status after valid and invalid messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def said(status, *states):
     return status
 
 
-def test_before_it_speaks(status):
+def test_before_the_first_message(status):
     assert status.state is State.STARTING
     assert status.never_served
     assert status.beat_due is None
@@ -35,7 +35,7 @@ def test_a_state(status):
 
 
 @pytest.mark.parametrize("state", [9, None, "NAPPING", "", ["SERVING"], "serving"])
-def test_a_state_that_is_none_changes_nothing(status, state):
+def test_an_unknown_state_changes_nothing(status, state):
     said(status, "SERVING")
     assert not status.take({"type": "state", "state": state, "deadline": 5.0, "in_flight": 7}, 103.0)
     assert (status.state, status.deadline, status.in_flight) == (State.SERVING, None, 0)

@@ -12,7 +12,7 @@ def supervise(argv: Sequence[str], *, command: Sequence[str] | None = None) -> N
     """Run a worker under supervision and end this process with the exit code.
 
     :param argv: the command line of ``dynamo-worker``, without its name.
-    :param command: what to run instead of ``python -m dynamo_worker --no-supervise``; ``argv`` is appended.
+    :param command: what to run instead of ``python -P -m dynamo_worker --no-supervise``; ``argv`` is appended.
     """
     # Imported late: the worker imports this package too, for its ledger.
     from dynamo_worker.supervisor.supervisor import supervise

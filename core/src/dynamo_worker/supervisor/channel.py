@@ -18,7 +18,7 @@ MOST_AT_ONCE = 200
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return two connected sockets that preserve packets and report when the other end closes."""
+    """Return two connected sockets that preserve packets and notice when the other end closes."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 

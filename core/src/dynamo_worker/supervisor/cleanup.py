@@ -24,10 +24,10 @@ LIMIT = 15.0
 #: Seconds the kernel gets to end a frontend that is killed at its deadline.
 _FRONTEND_KILL_LIMIT = 1.0
 
-#: Seconds that removing the run directory gets in any case.
+#: Least seconds for removing the run directory.
 _REMOVAL_LIMIT = 0.3
 
-#: Most seconds a withdrawal may take, and what one without a process of its own gets in any case.
+#: Most seconds a withdrawal may take, and the least that one in this process gets.
 _WITHDRAWAL_LIMIT = 4.0
 _SHORTEST_WITHDRAWAL = 0.3
 
@@ -36,7 +36,7 @@ _RETRY_PAUSE = 0.5
 
 
 class Withdrawal:
-    """Withdraws the recorded registrations in a process of its own, while the caller goes on.
+    """Withdraws the recorded registrations in a separate process, while the caller continues.
 
     :param registrations: entries of the ledger.
     :param discovery_root: see ``discovery.withdraw``.
@@ -60,7 +60,7 @@ class Withdrawal:
         return self._helper.process if self._helper is not None else None
 
     def make_sure(self, *, here: bool, limit: float) -> None:
-        """Start now if no process could be forked before: what has been killed since made room.
+        """Start now if no process could be forked before: processes killed since then made room.
 
         :param here: work in this process if there is still no room.
         :param limit: seconds that may take in this process.
@@ -142,7 +142,7 @@ class Cleanup:
         self.stuck: list[Process] | None = None
 
     def has_killed(self, pid: int) -> bool:
-        """Return whether a process was killed here, so that its exit code means nothing."""
+        """Return whether a process was killed here: its exit code means nothing then."""
         return any(process.pid == pid for process in self._killing.seen)
 
     def run(self) -> dict[str, Any]:
@@ -227,9 +227,9 @@ class Cleanup:
     def _remove_directory(self) -> None:
         path = self._run_directory.path
         if self.stuck is None or self.stuck:
-            problems = [f"{path}: left for the next start: processes are left"]
+            problems = [f"{path}: left for the next start, because processes survived"]
         elif self._rough and self._found:
-            problems = [f"{path}: left for the next start: shared memory may be left"]
+            problems = [f"{path}: left for the next start, because shared memory may remain"]
         else:
             problems = self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
         if problems:

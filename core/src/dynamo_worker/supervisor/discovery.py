@@ -48,7 +48,7 @@ def withdraw(registration: dict[str, Any], deadline: float, root: str | None = N
             return _withdraw_file(recorded, _instance(registration))
         if backend == "etcd":
             return _withdraw_etcd(int(_instance(registration), 16), deadline)
-    except Exception as error:  # the other registrations and the rest of the cleaning go on
+    except Exception as error:  # the other registrations and the rest of the cleanup continue
         return f"{backend}: failed: {type(error).__name__}: {error}"
     return f"{backend}: nothing to withdraw from outside"
 
@@ -69,7 +69,7 @@ def _withdraw_file(root: str, instance: str) -> str:
     # As a whole word: in names it follows an escaped slash, `%2F`.
     named = re.compile(rf"(?:^|%[0-9A-Fa-f]{{2}}|[^0-9A-Fa-f]){instance}(?![0-9a-f])")
     removed = 0
-    with contextlib.suppress(FileNotFoundError):  # nobody has registered there
+    with contextlib.suppress(FileNotFoundError):  # nothing was registered there
         for _, _, names, directory in os.fwalk(os.path.realpath(root)):
             for name in filter(named.search, names):
                 with contextlib.suppress(FileNotFoundError):

@@ -18,8 +18,8 @@ _MOST_BYTES = 256 * 1024
 class EarlySettings:
     """Reads settings from the same places as the worker, in the same order: command line, environment, file.
 
-    There is no YAML parser here: only lines such as ``log_format: json`` at the left margin are understood. The worker
-    announces what matters of any other file a little later.
+    This is not a YAML parser: only lines such as ``log_format: json`` at the left margin are understood. For any
+    other file, the worker announces these settings a little later.
 
     :param argv: the command line of ``dynamo-worker``, without its name.
     """

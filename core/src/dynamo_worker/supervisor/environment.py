@@ -1,4 +1,4 @@
-"""The worker's environment: what the supervisor adds to its own, changes and removes."""
+"""The worker's environment, derived from the supervisor's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynamo_worker.supervisor.safe_place import check_place, make_directory, rea
 if TYPE_CHECKING:
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
-#: Variables by which systemd talks to the supervisor alone.
+#: Variables that systemd sets for the supervisor only.
 _OURS: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 #: Directories for caches that must outlive the worker although they lie in TMPDIR by default.
@@ -47,7 +47,9 @@ def worker_environment(directory: RunDirectory, control: int) -> dict[str, str]:
 
 
 def lasting_cache(base: str, name: str) -> str | None:
-    """Return a directory for a cache whose content is executed, or None: then it lies in TMPDIR, with the worker.
+    """Return a directory for a cache whose content is executed, or None.
+
+    Without one, the cache lies in TMPDIR and is removed with the worker.
 
     Its usual place is easy to guess. So it has to belong to this user alone, and nobody else may be able to replace it.
     It is created there only if there is no home directory, or that of another user (``sudo -E``): most workers compile

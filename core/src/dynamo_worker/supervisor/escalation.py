@@ -1,4 +1,4 @@
-"""What signals ask of a worker, and when it has to be killed. No I/O: every point in time is passed in."""
+"""Escalation of stop signals: how urgent a stop is, and when to kill the worker. No I/O; callers pass the time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DUMP_TIME: Final = 1.0
 
 
 class Phase(enum.Enum):
-    """How far the end of a worker has come, as its supervisor sees it."""
+    """How far the shutdown of a worker has progressed."""
 
-    #: The worker runs, and nobody has asked it to stop.
+    #: The worker runs; no stop was requested.
     RUNNING = enum.auto()
     #: One signal: the worker stops gracefully.
     STOPPING = enum.auto()
@@ -23,11 +23,11 @@ class Phase(enum.Enum):
     FORCING = enum.auto()
     #: Three signals: the worker is killed.
     KILLING = enum.auto()
-    #: The worker ended by itself; only cleaning is left, for as long as that takes.
+    #: The worker ended by itself; cleanup has no deadline but its own.
     ENDED = enum.auto()
-    #: The worker ended and somebody waits for us: cleaning is left, within the termination grace period.
+    #: The worker ended and a stop was requested: cleanup has to fit into the termination grace period.
     CLEANING = enum.auto()
-    #: Somebody has run out of patience: the guardian cleans up without us.
+    #: The worker ended and another signal came: we exit and leave the cleanup to the guardian.
     LEAVING = enum.auto()
 
 
@@ -63,7 +63,7 @@ class KillCause(str, enum.Enum):
 
 
 class Kill(NamedTuple):
-    """A kill that is planned."""
+    """A planned kill."""
 
     #: When (monotonic).
     at: float
@@ -74,23 +74,23 @@ _PHASES: Final = (Phase.RUNNING, Phase.STOPPING, Phase.FORCING, Phase.KILLING)
 
 
 def event_of(number: int) -> Event:
-    """Return the event that a signal stands for."""
+    """Return the event for a signal."""
     return {signal.SIGUSR1: Event.DUMP, signal.SIGQUIT: Event.QUIT}.get(signal.Signals(number), Event.STOP)
 
 
 class Escalation:
-    """Counts the signals that ask for a stop, and derives the worker's deadline from them."""
+    """Counts stop signals and derives the worker's deadline from them."""
 
     def __init__(self) -> None:
         #: Signals that counted while the worker ran.
         self.level = 0
         #: The last of them.
         self.last_signal = 0
-        #: When the first signal came, be it after the worker's end (monotonic).
+        #: When the first signal came, even if the worker had already ended (monotonic).
         self.asked_at: float | None = None
         #: When the second one came (monotonic).
         self.forced_at = 0.0
-        #: Whether to leave as soon as possible, and the cleaning to the guardian.
+        #: Whether to exit as soon as possible and leave the cleanup to the guardian.
         self.hurried = False
         self._counted, self._counted_at = 0, float("-inf")
 
@@ -106,14 +106,14 @@ class Escalation:
         return Phase.ENDED if self.asked_at is None else Phase.CLEANING
 
     def counts(self, number: int, now: float) -> bool:
-        """Return whether a signal counts, or belongs to the one before it (see ``SIGNAL_DEBOUNCE``)."""
+        """Return whether a signal counts as a new one (see ``SIGNAL_DEBOUNCE``)."""
         if now < self._counted_at + SIGNAL_DEBOUNCE and (number != signal.SIGQUIT or number == self._counted):
             return False
         self._counted, self._counted_at = number, now
         return True
 
     def escalate(self, number: int, now: float) -> None:
-        """Take a signal that came while the worker ran."""
+        """Count a signal that came while the worker ran."""
         self.last_signal = number
         self.level = max(2, self.level + 1) if number == signal.SIGQUIT else self.level + 1
         if self.asked_at is None:

@@ -1,4 +1,4 @@
-"""Opens files that somebody may have replaced with something else."""
+"""Opens files safely, even if another user may have replaced them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def open_regular(path: str | os.PathLike[str], flags: int, *, dir_fd: int | None
 
     :param flags: as for ``os.open``; ``O_NOFOLLOW`` also refuses a symbolic link.
     :param dir_fd: descriptor of the directory that a relative path starts from.
-    :raises OSError: there is no such file, or it is not a regular one.
+    :raises OSError: the file is missing, or is not a regular one.
     """
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""The supervisor's part of cleaning up: sets the deadlines, waits for the guardian, or does the work in its place."""
+"""The supervisor's part in cleaning up: sets the deadlines, waits for the guardian, or takes over from it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _EXIT_LIMIT = 0.2
 
 
 class FinalCleaning:
-    """Sees to it that a worker is cleaned up after.
+    """Makes sure that the worker is cleaned up after, by the guardian or by us.
 
-    :param strangers: children of ours that are not part of the worker's tree.
-    :param wait: handles events for so many seconds.
+    :param strangers: our children that do not belong to the worker's tree.
+    :param wait: handles events for a number of seconds.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class FinalCleaning:
         return self._cleanup is not None and self._cleanup.has_killed(pid)
 
     def begin(self, gone_at: float) -> None:
-        """Begin to count the time.
+        """Start the clock of the cleanup.
 
         :param gone_at: when the worker ended (monotonic).
         """
         self._gone_at = gone_at
 
     def update_deadlines(self) -> None:
-        """Tell whoever cleans up when to be done; nothing before ``begin``, which is followed by another call."""
+        """Set the deadlines of the process that cleans up. Does nothing before ``begin``; call it again after that."""
         if self._gone_at is None:
             return
         now, grace_period = time.monotonic(), self._status.grace_period
@@ -99,10 +99,10 @@ class FinalCleaning:
             self._cleanup.frontend_deadline = deadlines.frontend
 
     def await_report(self, pump: Callable[[float], None]) -> dict[str, Any] | None:
-        """Wait for the guardian's report, as long as it lives and is within its time.
+        """Wait for the guardian's report while it lives and is within its time limit.
 
         :param pump: handles events until a point in time (monotonic), at most once.
-        :return: what was cleaned up: nothing if the guardian finishes without us; None if it fails to.
+        :return: what was cleaned up; empty if the guardian will finish without us; None if it failed.
         """
         guardian, patience = self._guardian, 0.0
         while guardian.report is None and guardian.exit_code is None:
@@ -124,7 +124,7 @@ class FinalCleaning:
         return guardian.report
 
     def _frontend_lives(self) -> bool:
-        """Return whether whoever cleans up is waiting for a frontend, and rightly so."""
+        """Return whether the guardian is still waiting for a frontend that is within its deadline."""
         if time.monotonic() >= self._frontend_deadline:
             return False
         recorded = ledger.frontend(self._run_directory.descriptor)
@@ -133,7 +133,7 @@ class FinalCleaning:
     def take_over(self) -> dict[str, Any]:
         """Clean up in the place of a guardian that is dead or does not answer; return what was cleaned up."""
         guardian, worker = self._guardian, self._worker
-        hangs = guardian.hangs  # asked before the kill: neither dead nor stopped, and yet it does not answer
+        hangs = guardian.hangs  # read before the kill
         self.guardian_lost = guardian.exit_code is not None and not guardian.knows_the_end
         self._report_takeover()
         if guardian.exit_code is None:

@@ -1,4 +1,4 @@
-"""The frontend beside the worker. It carries streams of other workers too, so it may outlive its own for a while."""
+"""The frontend beside the worker. It also carries streams of other workers, so it may outlive ours for a while."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Guardian:
         self._deadline: float | None = None
         self._frontend_deadline: float | None = None
         self._orphaned = False
-        self._given_up_at = float("inf")  # the supervisor decides, as long as it lives
+        self._given_up_at = float("inf")  # while the supervisor lives, it decides
         self._frontend_failure: str | None = None
 
     def run(self) -> None:
@@ -106,7 +106,7 @@ class Guardian:
         while self._worker is not None and self._exit_code is None and time.monotonic() < self._given_up_at:
             self._pump(min(self._records_due(), self._given_up_at))
         if self._segments is not None:
-            with contextlib.suppress(OSError):  # out of descriptors: what is recorded is removed all the same
+            with contextlib.suppress(OSError):  # out of descriptors: recorded segments are removed all the same
                 self._segments.claim()
         if self._exit_code is not None:
             self._channel.send("exited", code=self._exit_code)
@@ -154,7 +154,7 @@ class Guardian:
 
     def _read_segments(self) -> None:
         assert self._segments is not None
-        with contextlib.suppress(OSError):  # what is missed now is found at the end, if it is still in use
+        with contextlib.suppress(OSError):  # a segment missed now is found at the end, if it is still in use
             self._segments.read()
 
     def _tree(self) -> dict[Process, Stat]:

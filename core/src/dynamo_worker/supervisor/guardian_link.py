@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class GuardianLink:
-    """One guardian. It reports what became of the worker, and in the end what it has cleaned up.
+    """One guardian, which reports the worker's start, its end, and what was cleaned up.
 
     :param pid: its pid; our child.
-    :param connection: our end of the channel. Closing it is what tells the guardian of our death.
+    :param connection: our end of the channel. The guardian takes its closing for our death.
     """
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
         self.pid = pid
         self.channel = Channel(connection)
-        #: Of the guardian's process, once that has ended; negative: minus the signal.
+        #: Exit code of the guardian, once it has ended; negative: minus the signal.
         self.exit_code: int | None = None
         #: The worker, once it has started.
         self.worker: Process | None = None
@@ -42,7 +42,7 @@ class GuardianLink:
         return self.spawn_failure is not None or self.worker_exit_code is not None
 
     def receive(self) -> None:
-        """Take what it has reported."""
+        """Receive its reports."""
         for message in self.channel.receive():
             kind = message["type"]
             if kind == "spawned":
@@ -56,7 +56,7 @@ class GuardianLink:
 
     @property
     def hangs(self) -> bool:
-        """Whether it runs, so far as the kernel knows: neither dead nor stopped."""
+        """Whether it is neither dead nor stopped: if it does not answer either, it hangs."""
         stat = linux.read_stat(self.pid) if self.exit_code is None else None
         return stat is not None and stat.state not in "TZX"
 

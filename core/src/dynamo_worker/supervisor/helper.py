@@ -1,4 +1,4 @@
-"""A forked process for work that may block: networks, drivers, dead file systems. Its parent goes on.
+"""A forked process for work that may block: networks, drivers, dead file systems. Its parent continues.
 
 If no process can be forked (the pids limit is reached), ``run_here`` does the work without one.
 """

@@ -1,7 +1,7 @@
-"""Starts Python without the current directory on its path, where anybody may have left a ``uvloop.py``.
+"""Starts Python without the current directory on its path, where there may be an unrelated ``uvloop.py``.
 
 ``python -m`` and ``python -c`` put it first. Python 3.11 and later have ``-P``, which ``multiprocessing`` passes on,
-and ``PYTHONSAFEPATH`` for interpreters that others start; Python 3.10 has neither.
+and ``PYTHONSAFEPATH`` for interpreters that other code starts; Python 3.10 has neither.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Removes what ``python -c`` put on the path of Python 3.10, before anything is imported from there.
+#: Removes the entry that ``python -c`` adds to the path of Python 3.10, before anything is imported from there.
 _WITHOUT_CURRENT_DIRECTORY = "import sys; sys.path[:1] = [path for path in sys.path[:1] if path]\n"
 
 _RUN_MODULE = "from runpy import run_module; del sys.argv[0]; run_module(sys.argv[0], None, '__main__', True)"
@@ -41,7 +41,7 @@ def code_arguments(code: str) -> list[str]:
 
 
 def own_code(argument: bytes) -> bytes:
-    """Return the code that an interpreter was given, without the line we prepended."""
+    """Return the ``-c`` code of an interpreter without the line that we prepended."""
     return argument.removeprefix(_WITHOUT_CURRENT_DIRECTORY.encode())
 
 
@@ -64,7 +64,7 @@ def protect_multiprocessing() -> None:
 
 
 def leave_script_directory() -> None:
-    """Remove what the interpreter put first on its path, before anything is imported from there.
+    """Remove the directory that the interpreter put first on its path, before anything is imported from there.
 
     That is the current directory for ``python -m``, and the script's directory for a script.
     """

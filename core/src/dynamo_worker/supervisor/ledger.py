@@ -1,9 +1,9 @@
-"""What has to be undone when the worker is gone. Written before it is done, read by whoever cleans up.
+"""Records of everything to undo after the worker: written before it is done, read by the process that cleans up.
 
 The run directory holds ``ledger.jsonl`` (registrations and the frontend, appended by the worker), ``segments.json``
 (shared memory) and ``processes.json`` (both rewritten by the guardian). The worker imports this module too.
 
-Cleaning works through a descriptor of the directory, and trusts only files that nobody else can have written.
+Cleaning works through a descriptor of the directory, and trusts only files that no other user can have written.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _opened(run_dir: RunDir) -> Iterator[int]:
 def _read(run_dir: RunDir, name: str) -> bytes:
     """Return the content of a file in the run directory.
 
-    :raises OSError: it is missing, too long for a record, or somebody else may have written it.
+    :raises OSError: it is missing, too long for a record, or another user may have written it.
     """
     with _opened(run_dir) as directory:
         descriptor = open_regular(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)

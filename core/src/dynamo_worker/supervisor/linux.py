@@ -1,4 +1,4 @@
-"""Linux calls that the standard library lacks (prctl, inotify), and what /proc says about processes."""
+"""Linux calls that the standard library lacks (prctl, inotify), and information about processes from /proc."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def read_events(descriptor: int) -> list[tuple[int, str]]:
 
 
 def read_stat(pid: int) -> Stat | None:
-    """Return what ``/proc/PID/stat`` says about a process, or None if it is gone."""
+    """Return the fields of ``/proc/PID/stat`` for a process, or None if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             text = file.read(1024)
@@ -151,7 +151,7 @@ def unmapped_user() -> int | None:
 
 
 def send_signal(process: Process, number: int) -> bool:
-    """Signal exactly this process, never a later one with the same pid; return whether it was there."""
+    """Signal exactly this process, never a later one with the same pid; return whether the process existed."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:

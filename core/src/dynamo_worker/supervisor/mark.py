@@ -2,8 +2,8 @@
 
 The environment does not serve: ``setproctitle``, which vLLM and SGLang use, overwrites the memory in which the kernel
 finds it, and some processes are started with a fresh one. Limits survive fork, exec, new sessions and pid namespaces,
-and everybody can read them. ``RLIMIT_RTTIME`` bounds the CPU time of a real-time process that never blocks; our values
-start at 73 000 years.
+and any process can read them. ``RLIMIT_RTTIME`` bounds the CPU time of a real-time process that never blocks; our
+values start at 73 000 years.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Output that never blocks: a log collector that hangs must stop neither a worker nor its supervisor."""
+"""Output that never blocks: a log collector that hangs must not block the worker or its supervisor."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Bytes that wait for a reader; what exceeds them is dropped and counted.
+#: Most bytes that wait for a reader; lines beyond that are dropped and counted.
 MOST_WAITING = 1 << 20
 
 #: Bytes that a pipe takes at once or not at all, so lines of several writers do not mix.
 _AT_ONCE = select.PIPE_BUF
 
-#: Seconds at the end for reading what the worker's tree printed last, and for the reader to take it.
+#: Seconds at the end to read the last output of the worker's tree, and for the reader to take it.
 LAST_OUTPUT = 0.2
 
 

@@ -124,7 +124,7 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def describe(process: Process) -> str:
-    """Describe a process for the log, including what it hangs in if the kernel says so."""
+    """Describe a process for the log, including the kernel function it waits in, if known."""
     stat = linux.read_stat(process.pid)
     if stat is None:
         return str(process.pid)

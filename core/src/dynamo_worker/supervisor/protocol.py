@@ -1,4 +1,4 @@
-"""What supervisor, guardian and worker have to agree on. Imports nothing: the worker reads it, too."""
+"""Names and time limits that supervisor, guardian and worker share. Imports nothing: the worker reads it, too."""
 
 from __future__ import annotations
 

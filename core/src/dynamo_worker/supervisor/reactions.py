@@ -1,4 +1,4 @@
-"""What the supervisor does about its worker when a signal comes or a deadline passes."""
+"""The supervisor's reactions to signals and deadlines, as a table of actions per phase and event."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dynamo_worker.supervisor.cleaning_times import GUARDIAN_LIMIT
 from dynamo_worker.supervisor.escalation import DUMP_TIME, Escalation, Event, Kill, KillCause, Phase, event_of
-from dynamo_worker.supervisor.protocol import KILL_RESERVE
+from dynamo_worker.supervisor.protocol import FORCED_STOP, KILL_RESERVE
 from dynamo_worker.supervisor.verdict import signal_name
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynamo_worker.supervisor.worker_process import WorkerProcess
     from dynamo_worker.supervisor.worker_status import WorkerStatus
 
-#: Seconds that are added to the time we ask systemd for.
+#: Seconds added to the time we request from systemd.
 _EXTENSION_MARGIN = 3.0
 
 
@@ -29,7 +29,7 @@ _Action = Callable[["Reactions", int, float], None]
 
 
 class Reactions:
-    """Acts on signals and deadlines, as a table says for each phase of the worker's life.
+    """Looks up the action for each signal and deadline in a table, and runs it.
 
     :param escalation: counts the signals.
     """
@@ -60,23 +60,23 @@ class Reactions:
         self._told_of_closed_socket = False
 
     def on_signal(self, number: int) -> None:
-        """Act on a signal, unless it belongs to the one before it."""
+        """Act on a signal, unless it counts as one with the previous signal."""
         now = time.monotonic()
         event = event_of(number)
         if event is Event.DUMP or self._escalation.counts(number, now):
             self._act(event, number, now)
 
     def _act(self, event: Event, number: int, now: float) -> None:
-        """Do what the table says.
+        """Run the action for an event.
 
-        :param number: the signal, or 0.
+        :param number: the signal; 0 for a deadline.
         """
         ended = self._worker.ended or self._cleaning.taken_over
         self._ACTIONS[self._escalation.phase(ended=ended), event](self, number, now)
 
     def _stop(self, number: int, now: float) -> None:
         """Pass the first signal on to the worker."""
-        self._escalate(number, now, "another one forces the stop within 2 s")
+        self._escalate(number, now, f"another one forces the stop within {FORCED_STOP:g} s")
         self._tell_worker(number, now)
 
     def _force(self, number: int, now: float) -> None:
@@ -95,18 +95,18 @@ class Reactions:
         self._kill(KillCause.FORCED)
 
     def _dump_and_kill(self, number: int, now: float) -> None:
-        """Have the worker print its stacks, although it is killed."""
+        """Have the worker print its stacks before it is killed."""
         self._dump_stack()
         self._kill_at_once(number, now)
 
     def _limit_cleaning(self, number: int, now: float) -> None:
-        """Finish cleaning within the termination grace period: it begins now."""
+        """Start the termination grace period, which now limits the cleanup."""
         self._escalation.asked_at = now
         self._log_late_signal(number, "cleaning up; another one leaves at once")
         self._cleaning.update_deadlines()
 
     def _leave(self, number: int, _now: float) -> None:
-        """Leave the cleaning to the guardian. The verdict stays: the worker had ended before."""
+        """Leave the cleanup to the guardian. The verdict does not change: the worker had already ended."""
         self._escalation.hurried = True
         self._log_late_signal(number, "leaving at once")
         self._cleaning.update_deadlines()
@@ -116,12 +116,12 @@ class Reactions:
         self._log.info("Received shutdown signal", signal=signal_name(number), stop_level=level, next=then)
 
     def _dump(self, _number: int, _now: float) -> None:
-        """Print the worker's stacks because somebody asked for them."""
+        """Have the worker print its stacks on request."""
         self._log.info("Stack dump requested", state=self._status.state)
         self._dump_stack()
 
     def _give_up(self, _number: int, now: float) -> None:
-        """End a worker whose event loop is unresponsive: routers first, then its stacks, then itself."""
+        """Give up on an unresponsive worker: withdraw it from discovery, dump its stacks, then kill it."""
         self._stuck_at = now
         self.stuck_for = now - self._status.last_beat
         self._guardian.channel.send("withdraw")
@@ -142,7 +142,7 @@ class Reactions:
             self._kill(kill.cause)
 
     def _ignore(self, _number: int, _now: float) -> None:
-        """Do nothing: the worker is dead, or has just been killed."""
+        """Do nothing: the worker has ended or has been killed."""
 
     def _escalate(self, number: int, now: float, then: str) -> None:
         self._escalation.escalate(number, now)
@@ -176,7 +176,7 @@ class Reactions:
         self._log.warning("Killing the worker", cause=cause, state=status.state, in_flight=status.in_flight)
         self._worker.kill(cause)
 
-    #: What to do in each phase (row) at each event (column), as in s6-supervise.
+    #: The action for each phase (row) and event (column), as in s6-supervise.
     # fmt: off
     _ROWS: ClassVar[dict[Phase, tuple[_Action, ...]]] = {
         #                 STOP             QUIT             DUMP   UNRESPONSIVE  TIME_UP
@@ -206,15 +206,18 @@ class Reactions:
         return None if self._worker.kill_cause is not None or self._worker.ended else self._next_kill()
 
     def _beat_due(self) -> float | None:
-        """Return when the next heartbeat is overdue; None if that does not matter."""
+        """Return when the next heartbeat becomes overdue; None while heartbeats are not monitored."""
         if self._stuck_at is not None or self._worker.kill_cause is not None or self._worker.ended:
-            return None  # it ends anyway
+            return None  # it is ending anyway
         if self._control.closed:
-            return None  # it cannot tell us how it is
+            return None  # it has no means to send heartbeats
         return self._status.beat_due
 
     def _closing_due(self) -> float | None:
-        """Return when a control socket that was closed is not a sign of the worker's end; None after that."""
+        """Return when to warn about a closed control socket; None if it is open, or after the warning.
+
+        Ending closes it too: the wait lets the worker's end become known first.
+        """
         if self._control.closed_at is None or self._told_of_closed_socket:
             return None
         return self._control.closed_at + GUARDIAN_LIMIT
@@ -231,7 +234,7 @@ class Reactions:
         return min((timer for timer in timers if timer is not None), default=None)
 
     def act_on_time(self) -> None:
-        """Do what is due."""
+        """Act on every deadline that has passed."""
         now = time.monotonic()
         beat_due = self._beat_due()
         if beat_due is not None and now >= beat_due:
@@ -247,5 +250,5 @@ class Reactions:
         self.tell_systemd(now)
 
     def tell_systemd(self, now: float) -> None:
-        """Give systemd the sign of life that it asks for; not for a worker that is unresponsive."""
+        """Send systemd its keep-alives, except for an unresponsive worker."""
         self._systemd.tick(now, self._status.state, responsive=self._stuck_at is None)

@@ -1,4 +1,4 @@
-"""Carries the output of the worker's tree to our own stdout and stderr, without blocking on whoever reads those."""
+"""Carries the output of the worker's tree to our own stdout and stderr, without blocking on their readers."""
 
 from __future__ import annotations
 

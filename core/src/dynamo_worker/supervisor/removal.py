@@ -97,7 +97,7 @@ def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) 
                     current = child
                     levels.append(_Level(name, identity, unlink_files(current, ())))
                     continue
-                os.close(child)  # a mount belongs to somebody else: only try to remove the mount point
+                os.close(child)  # the content of a mount is not ours: only try to remove the mount point
             elif len(levels) > 1:
                 name = levels.pop().name
                 parent = os.open("..", _FLAGS, dir_fd=current)
@@ -113,7 +113,7 @@ def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) 
             except OSError as error:
                 failed(name, error)
     except TimeoutError:
-        problems.append("no time left, the next start removes the rest")
+        problems.append("no time left; the next start removes the rest")
     except OSError as error:
         problems.append(f"listing a directory: {error.strerror}")
     finally:

@@ -45,15 +45,15 @@ class Log:
         self._write("WARNING", message, fields)
 
     def error(self, message: str, /, **fields: Any) -> None:
-        """Log what ends the worker or could not be done."""
+        """Log a failure."""
         self._write("ERROR", message, fields)
 
     def drain(self) -> None:
-        """Give the reader a moment to take what is waiting."""
+        """Give the reader a moment to take waiting output."""
         self.output.drain(LAST_OUTPUT)
 
     def _lost(self, lines: int) -> bytes:
-        return self._line("WARNING", "Log lines lost: nobody reads them", {"lines": lines})
+        return self._line("WARNING", "Log lines lost: the reader is not keeping up", {"lines": lines})
 
     def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
         self.output.write(self._line(level, message, fields))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _PREFIX = "dw-"
-#: Names that ``RunDirectory.create`` gives. Others with the same prefix belong to somebody else.
+#: Names that ``RunDirectory.create`` gives. Others with the same prefix are not ours.
 _NAME = re.compile(r"dw-\d+-[0-9a-f]{6}")
 _OWNER = "owner"
 _UNFINISHED = _OWNER + "~"
@@ -64,9 +64,9 @@ class RunDirectory:
     """A directory that belongs to one supervisor and its guardian.
 
     Both hold a lock on ``owner`` through the same open file: one of them lives as long as it is locked. The lock works
-    across pid namespaces, where pids mean nothing. A second one, on the directory, keeps systemd-tmpfiles away.
+    across pid namespaces, where pids cannot be compared. A second one, on the directory, keeps systemd-tmpfiles away.
 
-    All access is by descriptor, never by path, which would lead elsewhere if somebody put a link in its place.
+    All access is by descriptor, never by path, which would lead elsewhere if a link took its place.
 
     :param base: descriptor of the parent directory.
     :param directory: descriptor of the directory itself.
@@ -121,7 +121,7 @@ class RunDirectory:
             _check_room(directory)
             os.mkdir("tmp", 0o700, dir_fd=directory)
             undo.callback(_quietly, os.rmdir, "tmp", directory)
-            # `owner` has another name until it is locked and written, so nobody looks at it earlier.
+            # `owner` has another name until it is locked and written, so no sweep looks at it earlier.
             lock = os.open(_UNFINISHED, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
             undo.callback(_quietly, os.unlink, _UNFINISHED, directory)
             _opened(lock, undo)
@@ -189,7 +189,7 @@ class RunDirectory:
         return os.path.join(self.path, "tmp")
 
     def record_owners(self, processes: Iterable[Process]) -> None:
-        """Record whom this directory belongs to."""
+        """Record the owners of this directory."""
         self._record = self._record._replace(owners=list(processes))
         with contextlib.suppress(OSError):  # the lock says the same
             _write_record(self._lock, self._record)
@@ -244,7 +244,7 @@ def _quietly(function: Callable[..., None], name: str, directory: int) -> None:
 
 
 def _remove_empty(name: str, base: int, directory: int) -> None:
-    """Remove an empty run directory without ``owner``: whoever created or removed it was killed half-way."""
+    """Remove an empty run directory without ``owner``: the process that created or removed it was killed half-way."""
     settled = time.time() - os.fstat(directory).st_mtime >= _SETTLED
     if settled and set(os.listdir(directory)) <= {"tmp"}:
         _quietly(os.rmdir, "tmp", directory)
@@ -252,7 +252,7 @@ def _remove_empty(name: str, base: int, directory: int) -> None:
 
 
 def _is_private(descriptor: int) -> bool:
-    """Return whether a file or directory belongs to this user and nobody else can write to it."""
+    """Return whether a file or directory belongs to this user and no other can write to it."""
     status = os.fstat(descriptor)
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
@@ -290,7 +290,7 @@ def _is_locked(directory: int) -> bool:
 def _open_owner(directory: int) -> int:
     """Open the file that records the owners.
 
-    :raises OSError: there is none.
+    :raises OSError: it is missing or unusable.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW
     try:

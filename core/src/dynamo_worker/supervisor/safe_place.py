@@ -1,4 +1,4 @@
-"""Checks that nobody else can replace a directory, and creates directories of that kind."""
+"""Directories that other users cannot replace: checks for that, and creation."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class UnsafePlaceError(PermissionError):
 
 
 def make_safe(place: str, base: int) -> list[str]:
-    """Make sure that nobody else can replace a directory that is created in ``place``.
+    """Make sure that other users cannot replace a directory created in ``place``.
 
-    Whoever can write to a directory, or to one above it, can rename what is in it, unless the sticky bit is set; its
+    A user who can write to a directory, or to one above it, can rename its entries, unless the sticky bit is set; its
     owner always can. TMPDIR in a Kubernetes pod is an example: an ``emptyDir`` volume has mode 0777.
 
     :param base: descriptor of ``place``.
     :return: descriptions of what was changed.
-    :raises OSError: somebody else can.
+    :raises OSError: another user can.
     """
     changed = []
     status = os.fstat(base)
     if status.st_uid == os.geteuid() and _may_be_renamed_in(status):
-        check_above(base)  # first: do not change what will not be used
+        check_above(base)  # first: a directory that will not be used must not be changed
         os.chmod(f"/proc/self/fd/{base}", stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
         changed.append(f"{place}: others may write there; the sticky bit was set")
     check_place(base)
@@ -82,10 +82,10 @@ def make_directory(path: str) -> int:
 
 
 def check_above(directory: int) -> None:
-    """Check that nobody else can replace a directory, even if others can write in it.
+    """Check that other users cannot replace a directory, even if they can write in it.
 
     :param directory: its descriptor.
-    :raises UnsafePlaceError: somebody can.
+    :raises UnsafePlaceError: they can.
     """
     above = os.open("..", PLACE, dir_fd=directory)
     try:
@@ -95,10 +95,10 @@ def check_above(directory: int) -> None:
 
 
 def check_place(directory: int) -> None:
-    """Check that nobody else can rename what is in a directory, or replace the directory itself.
+    """Check that other users can neither rename the entries of a directory nor replace the directory itself.
 
     :param directory: its descriptor.
-    :raises UnsafePlaceError: somebody can.
+    :raises UnsafePlaceError: they can.
     """
     status = os.fstat(directory)
     above = os.open(f"/proc/self/fd/{directory}", PLACE)
@@ -121,5 +121,5 @@ def check_place(directory: int) -> None:
 
 
 def _may_be_renamed_in(status: os.stat_result) -> bool:
-    """Return whether users other than its owner can rename what is in a directory."""
+    """Return whether users other than its owner can rename the entries of a directory."""
     return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not status.st_mode & stat.S_ISVTX

@@ -66,7 +66,7 @@ def segments_of(pid: int) -> set[int]:
 def in_use(pids: Iterable[int], since: float) -> dict[str, int]:
     """Return the segments that the given processes use, as inodes by name.
 
-    :param since: seconds since the epoch; older segments belong to somebody else.
+    :param since: seconds since the epoch; older segments are not ours.
     """
     inodes: set[int] = set()
     for pid in pids:
@@ -127,7 +127,9 @@ class SegmentWatch:
         """Process events: what was created, closed and removed."""
         for mask, name in linux.read_events(self.descriptor):
             if mask & linux.IN_Q_OVERFLOW:
-                with contextlib.suppress(OSError):  # out of descriptors: what is used at the end is found then
+                with contextlib.suppress(
+                    OSError
+                ):  # out of descriptors: segments still in use at the end are found then
                     self._lookups.update(dict.fromkeys(set(os.listdir(DIRECTORY)) - set(self.recorded)))
             elif mask & linux.IN_CLOSE_WRITE:
                 if name in self._lookups:
@@ -217,7 +219,7 @@ def _inode(name: str, since: float = 0.0, *, private: bool = False) -> int | Non
     """Return the inode of a segment that this user can own, or None.
 
     :param since: seconds since the epoch; older segments do not count.
-    :param private: require that it belongs to this user and nobody else can open it.
+    :param private: require that it belongs to this user and no other can open it.
     """
     if "/" in name:  # not a segment's name; a forged record must not lead elsewhere
         return None

@@ -1,4 +1,4 @@
-"""The first process: owns the signals, the deadlines and the exit code. Policy only; the guardian does the cleaning."""
+"""The first process: owns the signals, the deadlines and the exit code. Policy only; the guardian cleans up."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Supervisor:
         self._command = list(command)
         self._started = time.monotonic()
         settings = EarlySettings(argv)
-        self._log = report.Log("dynamo_worker.supervisor", as_json=settings.get("log_format", "text") == "json")
+        as_json = settings.get("log_format", "text").lower() == "json"  # as the worker reads it
+        self._log = report.Log("dynamo_worker.supervisor", as_json=as_json)
         self._discovery_root = settings.get("discovery_path", DEFAULT_FILE_KV, variable="DYN_FILE_KV")
         self._systemd = Systemd()
         self._memory_kills = linux.memory_kills()
@@ -70,7 +71,7 @@ class Supervisor:
     # -- Life ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Run the worker and return the exit code of the whole."""
+        """Run the worker, clean up after it, and return the exit code for our caller."""
         linux.set_name("dynamo-worker")
         signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGCHLD])
         linux.become_subreaper()
@@ -178,13 +179,13 @@ class Supervisor:
         return control_end
 
     def _over(self) -> bool:
-        """Return whether the worker is gone, or the guardian, or either does not do what it should."""
+        """Return whether the worker or the guardian has ended, or one of them has exceeded its time limit."""
         guardian = self._guardian
         now = time.monotonic()
         return guardian.knows_the_end or guardian.exit_code is not None or any(limit <= now for limit in self._limits())
 
     def _limits(self) -> list[float]:
-        """Return when to stop waiting for the guardian to report the worker's end."""
+        """Return the times (monotonic) at which to stop waiting for the guardian to report the worker's end."""
         limits = []
         if self._worker.gone_at is not None:
             limits.append(self._worker.gone_at + cleaning_times.guardian_patience(self._escalation))
@@ -281,7 +282,7 @@ class Supervisor:
             self._loop.remove(self._guardian.channel.socket.fileno())
 
     def _pump(self, until: float | None, descriptor: int | None = None) -> None:
-        """Handle what happens until a point in time, at most once."""
+        """Wait for one batch of events, until a point in time (monotonic) at most, and handle it."""
         now = time.monotonic()
         self._loop.pump(None if until is None else max(0.0, until - now), descriptor)
         if until is not None and (late := time.monotonic() - max(now, until)) > _LATE:
@@ -293,7 +294,7 @@ class Supervisor:
 
 
 def _cleaned_fields(cleaned: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the last line of the log says about the cleaning."""
+    """Return the log fields that describe the cleanup."""
     if not cleaned:
         return {"cleaned": "in the background"}
     fields: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Tells systemd how the worker is (``sd_notify``): ready, alive, in need of more time, stopping."""
+"""Notifies systemd (``sd_notify``): ready, alive, stopping, or more time needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Systemd:
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
         self._address = os.environ.get("NOTIFY_SOCKET", "")
-        #: Seconds between two signs of life that systemd asks for, or None.
+        #: Seconds between two keep-alives for systemd's watchdog; None without one.
         self.watchdog_interval: float | None = None
         self._next_watchdog = 0.0
         self._next_extension = 0.0
@@ -63,12 +63,15 @@ class Systemd:
             self.send(text)
 
     def stopping(self, signal_name: str, seconds: float) -> None:
-        """Say that a signal stops the worker, and ask for the time that takes."""
+        """Report that a signal is stopping the worker, and request the time that takes.
+
+        :param seconds: the time, from now.
+        """
         self.send("STOPPING=1", f"STATUS=stopping after {signal_name}", f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}")
 
     @property
     def watchdog_due(self) -> float | None:
-        """When the next sign of life is due (monotonic)."""
+        """When the next keep-alive is due (monotonic); None without a watchdog."""
         return self._next_watchdog if self.watchdog_interval is not None else None
 
     def due(self, state: State) -> float | None:
@@ -77,9 +80,9 @@ class Systemd:
         return min((time for time in (self.watchdog_due, extension) if time is not None), default=None)
 
     def tick(self, now: float, state: State, *, responsive: bool) -> None:
-        """Give the sign of life that systemd asks for, and ask for more time during a start.
+        """Send a keep-alive to the watchdog if one is due, and request more time during a start.
 
-        :param responsive: whether the worker deserves the sign of life.
+        :param responsive: whether to send the keep-alive.
         """
         if self.watchdog_interval is not None and now >= self._next_watchdog:
             self._next_watchdog = now + self.watchdog_interval

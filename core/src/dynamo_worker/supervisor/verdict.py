@@ -1,4 +1,4 @@
-"""Exit code and reason of the whole, derived from how the worker ended. Pure: everything it needs is in one record."""
+"""The exit code and the reason that our caller sees, derived from one record of how the worker ended. No I/O."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ending(NamedTuple):
     exit_code: int | None
     #: The last state that the worker announced.
     state: State = State.SERVING
-    #: What it gave as the reason.
+    #: The reason that it announced.
     said: str = ""
     #: The exit code that it announced.
     announced_code: int | None = None
@@ -28,13 +28,13 @@ class Ending(NamedTuple):
     kill_cause: KillCause | None = None
     #: Seconds without a heartbeat when it was found unresponsive.
     stuck_for: float = 0.0
-    #: How many signals asked for its end while it ran.
+    #: How many stop signals came while it ran.
     stop_level: int = 0
     #: The last of them.
     last_signal: int = 0
     #: Whether the guardian ended before the worker did.
     guardian_lost: bool = False
-    #: Whether the guardian ended by a failure of its own rather than before anything could happen.
+    #: Whether the guardian exited with an error or was killed.
     guardian_failed: bool = False
     #: Whether the worker's process is known to have started.
     started: bool = True
@@ -43,18 +43,18 @@ class Ending(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the caller of ``dynamo-worker`` learns."""
+    """The result that the caller of ``dynamo-worker`` sees."""
 
     code: int
     reason: str
 
 
 def verdict(ending: Ending) -> Verdict:
-    """Return exit code and reason. The first rule that applies decides."""
+    """Return the exit code and the reason. The first rule that applies wins."""
     code, said = ending.exit_code, ending.said
     if ending.spawn_failure is not None:
         return _verdict(ExitCode.START_FAILED, ending.spawn_failure)
-    # The kernel may report the end that we caused, or nobody could reap the worker. Any other code was its own.
+    # Our kill shows as SIGKILL, or as no code if the worker could not be reaped. Other codes are its own.
     maybe_killed = code in (None, -signal.SIGKILL)
     cause = ending.kill_cause if maybe_killed else None
     if cause is KillCause.STUCK:
@@ -86,7 +86,7 @@ def _verdict(code: int, reason: str) -> Verdict:
 
 
 def _exited_with_0(ending: Ending) -> Verdict:
-    """Return the verdict on a worker that reported success, which may not be true."""
+    """Return the verdict on a worker that exited with 0, which does not prove that it succeeded."""
     announced = ending.announced_code
     if ending.stop_level:
         return _verdict(ExitCode.STOPPED, ending.said or f"stopped after {signal_name(ending.last_signal)}")
@@ -99,9 +99,10 @@ def _exited_with_0(ending: Ending) -> Verdict:
 
 
 def _documented(code: int, ending: Ending) -> int:
-    """Return what the worker's exit code means to our caller.
+    """Map the worker's exit code to one of ours.
 
-    Unless the worker announced it, or a signal is behind it, a plugin or a library has ended the process.
+    A code that the worker did not announce, and that does not stand for a signal, comes from a plugin or a library that
+    ended the process.
     """
     if code == ending.announced_code or code - SIGNAL_BASE in signal.valid_signals():
         return code

@@ -1,4 +1,4 @@
-"""The supervisor's end of the worker's control socket: fills in the worker's status, passes requests to stop on."""
+"""The supervisor's end of the worker's control socket: receives its status, sends it stop requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dynamo_worker.supervisor.report import Log
     from dynamo_worker.supervisor.worker_status import WorkerStatus
 
-#: More messages than a socket holds: the last one of a dead worker is among them.
+#: More messages than a socket holds, to reach the last one of a dead worker.
 _MOST_AT_THE_END = 1000
 
 
@@ -47,11 +47,11 @@ class WorkerChannel:
 
     @property
     def closed(self) -> bool:
-        """Whether the worker can send nothing any more."""
+        """Whether the worker has closed its end."""
         return self._channel.closed
 
     def receive(self, most: int = channel.MOST_AT_ONCE) -> None:
-        """Take the messages that have arrived."""
+        """Receive the messages that have arrived."""
         malformed = self._channel.malformed
         for message in self._channel.receive(most):
             if self._status.take(message, time.monotonic()):
@@ -65,7 +65,7 @@ class WorkerChannel:
             self.closed_at = time.monotonic()
 
     def receive_rest(self) -> None:
-        """Take what a dead worker sent last."""
+        """Receive everything that a dead worker has sent."""
         if not self.closed:
             self.receive(_MOST_AT_THE_END)
 
@@ -78,12 +78,12 @@ class WorkerChannel:
         self._channel.send("stop", level=level, signal=signal_name, at=at)
         self._watch_output()
         if self._channel.deaf and not self.closed:
-            self.receive()  # its farewell may be among what it sent last
+            self.receive()  # its announcement of the end may still be unread
         return not self._channel.deaf or self._status.said_farewell
 
     def _watch_output(self) -> None:
-        """Send what the worker does not take now as soon as it does."""
-        if not self.closed:  # a closed descriptor is not watched any more
+        """Send messages that the worker has not accepted yet as soon as it does."""
+        if not self.closed:  # the loop no longer watches a closed descriptor
             flush = self._flush if self._channel.pending and not self._channel.deaf else None
             self._loop.on_output(self._channel.socket.fileno(), self.receive, flush)
 

@@ -1,4 +1,4 @@
-"""The worker's process as the supervisor sees it by itself, whether the guardian answers or not."""
+"""The worker's process, which the supervisor watches itself in case the guardian does not answer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class WorkerProcess:
-    """One process: signals go to it, and its end is noted. Until it has started, both do nothing."""
+    """Signals the worker's process and notes its end. Until it has started, signals are not sent."""
 
     def __init__(self) -> None:
         #: None until the guardian has started it.
         self.process: Process | None = None
         #: Negative: minus the signal that killed it; None until it is known.
         self.exit_code: int | None = None
-        #: When the kernel showed it dead (monotonic).
+        #: When we saw it dead (monotonic).
         self.gone_at: float | None = None
-        #: Why it was killed first, and when (monotonic).
+        #: Why it was killed last, and when first (monotonic).
         self.kill_cause: KillCause | None = None
         self.killed_at: float | None = None
         self._watch: int | None = None
@@ -46,7 +46,7 @@ class WorkerProcess:
         return self.process is not None and linux.is_alive(self.process)
 
     def started(self, process: Process, loop: Loop) -> None:
-        """Take note of the process and watch for its end without the guardian, in case that is stopped."""
+        """Record the process, and watch for its end ourselves, in case the guardian is stopped."""
         self.process = process
         if self.kill_cause is not None:
             self.signal(signal.SIGKILL)
@@ -74,9 +74,9 @@ class WorkerProcess:
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> bool:
-        """Send a signal; return whether it was there."""
+        """Send a signal; return whether the process existed."""
         return self.process is not None and linux.send_signal(self.process, number)
 
     def catches(self, number: int) -> bool:
-        """Return whether it has a handler of its own for a signal."""
+        """Return whether it has installed a handler for a signal."""
         return self.process is not None and linux.catches(self.process.pid, number)

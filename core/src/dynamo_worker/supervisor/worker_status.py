@@ -1,4 +1,4 @@
-"""What the worker has said about itself: the record that its control messages fill in."""
+"""The worker's status, as its control messages report it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynamo_worker.lifecycle import State
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: States of a worker that is about to end, for whatever reason.
+#: States of a worker that is ending, whether it was asked to or not.
 ENDING: Final = frozenset({State.UNREGISTERING, State.GRACE, State.DRAINING, State.CLEANUP, State.FATAL})
 
 #: States in which the worker's event loop has to prove that it is responsive.
@@ -19,18 +19,18 @@ _MOST_CHARACTERS: Final = 2000
 
 
 class WorkerStatus:
-    """The last known status of one worker. Values that make no sense are ignored: anything may write to the socket.
+    """The last reported status of one worker. Invalid values are ignored: a library may write to the socket.
 
     :param now: when the worker started (monotonic).
     :param grace_period: the termination grace period in seconds, until the worker announces its own.
-    :param termination_message_path: the same for the file of Kubernetes' termination message.
+    :param termination_message_path: the file for Kubernetes' termination message, likewise.
     """
 
     def __init__(self, now: float, grace_period: float, termination_message_path: str) -> None:
         self.state = State.STARTING
-        #: When the worker wants to be killed if it is still in this state (monotonic).
+        #: When to kill the worker if it is still in this state (monotonic).
         self.deadline: float | None = None
-        #: Requests.
+        #: Requests in flight.
         self.in_flight = 0
         #: Whether it has ever served.
         self.has_served = False
@@ -42,7 +42,7 @@ class WorkerStatus:
         self.heartbeat_timeout = 0.0
         #: When the last message came (monotonic).
         self.last_beat = now
-        #: Why it ends.
+        #: Why it is ending.
         self.reason = ""
         #: The exit code that it has announced.
         self.exit_code: int | None = None
@@ -92,12 +92,12 @@ class WorkerStatus:
 
     @property
     def never_served(self) -> bool:
-        """Whether a worker that is told to stop now is stopped during its start."""
+        """Whether it has not served yet, so that a stop interrupts its start."""
         return self.state is State.STARTING or (self.state is State.CLEANUP and not self.has_served)
 
     @property
     def beat_due(self) -> float | None:
-        """When the next message is overdue (monotonic); None while the worker may block."""
+        """When the next message becomes overdue (monotonic); None while the event loop may block."""
         if self.heartbeat_timeout <= 0 or self.state not in _WATCHED:
             return None
         return self.last_beat + self.heartbeat_timeout

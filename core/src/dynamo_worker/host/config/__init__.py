@@ -1,1 +1,1 @@
-"""The worker's configuration: options, settings and where each value came from, and how a stop divides its time."""
+"""The worker's configuration: options, settings and their origins, and the shutdown timeline."""

@@ -1,4 +1,4 @@
-"""The YAML configuration file: reading it, and refusing what is not a setting."""
+"""Reading and checking the YAML configuration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stop does with requests in flight: the modes of ``--drain``, and the ways to end a request early.
+"""The modes of ``--drain``, and the ways to end a request before it is complete.
 
 Standard library only: the command line and the documentation are built without importing the runtime.
 """
@@ -15,7 +15,7 @@ class Cut(enum.Enum):
     HANDOFF = "handoff"
     #: With an error that the client sees.
     ABORT = "abort"
-    #: With an error too, because its client does not read.
+    #: With an error, because its client does not read.
     SLOW_CLIENT = "slow_client"
 
 
@@ -49,14 +49,14 @@ class DrainMode(str, enum.Enum):
 
     @property
     def remainder(self) -> str:
-        """What happens to requests that are left at the end of the drain, in words."""
+        """The fate of requests left at the end of the drain, for messages: ``aborted`` or ``handed off``."""
         return "aborted" if self is DrainMode.ABORT else "handed off"
 
     @property
     def summary(self) -> str:
-        """What happens to requests in flight, in one clause."""
+        """The effect on requests in flight, in one clause."""
         return {
-            DrainMode.COMPLETE: "requests in flight finish; what is left at the end is handed off",
+            DrainMode.COMPLETE: "requests in flight finish; those left at the end are handed off",
             DrainMode.HANDOFF: "requests in flight are handed off to other workers at once",
             DrainMode.ABORT: "requests in flight are aborted at once",
         }[self]

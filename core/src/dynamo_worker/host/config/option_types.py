@@ -68,7 +68,7 @@ class Option:
 
     :param name: name of the field of ``WorkerSettings``, and the YAML key.
     :param group: heading under which ``--help`` and the documentation show it.
-    :param help: what it does, in one sentence; the only description there is.
+    :param help: what it does, in one sentence; shown everywhere.
     :param env: its environment variable; empty if it has none.
     :param default: its value when none is given.
     :param default_text: the default in words, where the value alone is unclear.

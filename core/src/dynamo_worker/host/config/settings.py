@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 #: Names the configuration file.
 CONFIG_VARIABLE: Final = BY_NAME["config"].env
 
-#: What pydantic's error types mean to a user.
+#: Messages for users, by pydantic's error types.
 _EXPECTED: Final = {
     "bool_parsing": "expected true or false",
     "bool_type": "expected true or false",
@@ -57,14 +57,14 @@ _EXPECTED: Final = {
 def _status_host(frontend: Address | None) -> str:
     """Return the default address of the status server.
 
-    Probes come from other machines, unless the frontend serves this machine only. In a pod they always do.
+    Probes come from other machines, unless the frontend serves this machine only. In a pod, they always do.
     """
     local = frontend is not None and frontend.local and "KUBERNETES_SERVICE_HOST" not in os.environ
     return LOOPBACK if local else "0.0.0.0"  # noqa: S104 - as in Dynamo
 
 
 def _drain_mode(data: Mapping[str, Any]) -> DrainMode:
-    """Return the drain mode among validated values; any, if the given one was refused."""
+    """Return the validated drain mode; any mode if the given one was rejected."""
     mode: DrainMode = data.get("drain", DrainMode.COMPLETE)
     return mode
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Most seconds the endpoints get to leave discovery.
 UNREGISTER_LIMIT: Final = 1.0
-#: Seconds reserved for the `cleanup` hooks, which is what engines need in practice. The limit of one hook
+#: Seconds reserved for the `cleanup` hooks; engines need about that long in practice. The limit of one hook
 #: (`engine_shutdown_timeout`) may be longer; it then uses time that the drain left over.
 CLEANUP_RESERVE: Final = 5.0
 #: Warn about a drain shorter than this, in seconds.
@@ -44,7 +44,7 @@ class ShutdownPlan:
     :param drain: time for requests in flight; time left over goes to the clean-up.
     :param cleanup: time reserved for the `cleanup` hooks.
     :param kill_reserve: time for the supervisor at the end.
-    :param warnings: what does not fit, in words; empty when everything does.
+    :param warnings: the stages that do not fit, in words; empty when all do.
     """
 
     total: float
@@ -81,7 +81,8 @@ class ShutdownPlan:
             )
         elif mode.waits and drain < SHORT_DRAIN:
             warnings.append(
-                f"only {drain:g} s are left for requests in flight; what does not finish is handed off to other workers"
+                f"only {drain:g} s are left for requests in flight; those that do not finish are handed off to other "
+                "workers"
             )
         return cls(
             total=total,

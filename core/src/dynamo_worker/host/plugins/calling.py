@@ -1,4 +1,4 @@
-"""Calling the hooks of several plugins: none of them can harm another or hang the host."""
+"""Calling the hooks of several plugins in isolation: none can affect another or hang the host."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def call_concurrently(
         for task in late:
             _abandon(task, hook, tasks[task])
     finally:
-        # Only if this call itself was cancelled: leave nothing running unnoticed.
+        # Not empty only if this call itself was cancelled: do not leave the tasks running.
         for task in pending:
             task.cancel()
             _abandoned.add(task)

@@ -70,7 +70,7 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
         if not identifiers or (local_spec(name) is None and not module_exists(name)):
             known = sorted({record.name for record in discover()})
             raise UnknownPluginError(
-                f"there is no engine, plugin or module {name!r}{suggestion(name, known)}",
+                f"no engine, plugin or module named {name!r}{suggestion(name, known)}",
                 hint=f"installed: {', '.join(known) or 'nothing'}; a module must be in the current directory",
             )
         attempt(lambda manager: load_module(manager, name, None))
@@ -137,7 +137,7 @@ class Plugins:
     # --- The hooks, in lifecycle order
 
     def prepare(self, arguments: Sequence[str]) -> None:
-        """Let every plugin begin slow work early; a failure is logged and the start goes on."""
+        """Let every plugin begin slow work early; a failure is logged and does not stop the start."""
         for record in self.records:
             try:
                 self._call(record.name, "prepare", arguments=arguments)

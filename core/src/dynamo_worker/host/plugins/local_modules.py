@@ -32,7 +32,7 @@ class _Local:
 
 
 def local_spec(name: str) -> ModuleSpec | None:
-    """Return the spec of the top-level module of this name in the current directory, None if there is none."""
+    """Return the spec of the top-level module of this name in the current directory, or None."""
     top = name.partition(".")[0]
     try:
         spec = PathFinder.find_spec(top, [os.getcwd()])

@@ -72,15 +72,15 @@ def install_hint(record: PluginRecord, missing: str) -> str:
 
 def where(error: BaseException) -> str:
     """Return the last line of a plugin in an exception's traceback, as ``file:line``."""
-    # A SyntaxError is not raised by a line of the plugin: it carries its own place.
+    # No line of the plugin raises a SyntaxError; it carries its location.
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     foreign = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_a_plugin(frame.filename)]
-    return f"{foreign[-1].filename}:{foreign[-1].lineno}" if foreign else "no line of the plugin was reached"
+    return f"{foreign[-1].filename}:{foreign[-1].lineno}" if foreign else "before any line of the plugin"
 
 
 def _is_of_a_plugin(filename: str) -> bool:
-    """Return whether a file is neither the host's, nor the kit's, nor of the machinery between them and the plugin."""
+    """Return whether a file is a plugin's: not of this package (except its engines), importlib or pluggy."""
     path = Path(filename).absolute()
     if filename.startswith("<frozen") or path.parent == Path(importlib.__file__).parent or "pluggy" in path.parts:
         return False

@@ -1,4 +1,4 @@
-"""What plugins may import from this package, and where a name went that an earlier release had elsewhere."""
+"""The modules that plugins may import, and the new places of names that moved between releases."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ _CANNOT_IMPORT: Final = re.compile(r"cannot import name '(?P<name>\w+)' from '(?
 
 
 def what_moved(error: BaseException) -> str | None:
-    """Return what is wrong with an import that failed because this package does not have it; None for other errors.
+    """Explain an import that failed because this package does not have the name; None for other errors.
 
     The text completes "engine 'x' from x-dist 1.0 ...".
 

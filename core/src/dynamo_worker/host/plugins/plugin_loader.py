@@ -62,7 +62,7 @@ def engine_entry(name: str) -> EntryPoint:
         raise UnknownPluginError(f"no engine was chosen ({listing})", hint="choose one with --engine NAME")
     if not found:
         raise UnknownPluginError(
-            f"there is no engine {name!r}{suggestion(name, installed)} ({listing})",
+            f"unknown engine {name!r}{suggestion(name, installed)} ({listing})",
             hint=f"install it (`pip install dynamo-worker-{name}`, if that is its package), or load your own module "
             f"with `-p {name}`",
         )
@@ -194,7 +194,7 @@ def _import(record: PluginRecord, module: str) -> ModuleType:
 def _module_missing(record: PluginRecord, module: str) -> WorkerError:
     if not record.dist:
         return UnknownPluginError(
-            f"-p {record.name}: there is no module {module!r} in the current directory or on the Python path",
+            f"-p {record.name}: no module {module!r} in the current directory or on the Python path",
             hint="change to the directory that contains it, or set PYTHONPATH",
         )
     return PluginError(

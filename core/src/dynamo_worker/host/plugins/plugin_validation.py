@@ -70,7 +70,7 @@ def _check_api(record: PluginRecord, plugin: object) -> None:
 def _check_hooks(manager: pluggy.PluginManager, record: PluginRecord, plugin: object) -> tuple[str, ...]:
     """Check each hook of a plugin against its specification and return their names, in lifecycle order.
 
-    A hook that does not exist here passes if it is marked ``optionalhook``: it is of a newer API version.
+    An unknown hook is accepted if it is marked ``optionalhook``: it belongs to a newer API version.
     """
     specs = hook_signatures()
     implemented, from_the_future = [], False
@@ -83,7 +83,7 @@ def _check_hooks(manager: pluggy.PluginManager, record: PluginRecord, plugin: ob
                 continue
             raise PluginError(
                 replace(record, status="incompatible"),
-                f"{record} implements a hook {hook!r} that does not exist{suggestion(hook, specs)} ({where})",
+                f"{record} implements an unknown hook {hook!r}{suggestion(hook, specs)} ({where})",
                 hint=f"the hooks are: {', '.join(specs)}; mark a hook of a newer API version with "
                 "@hookimpl(optionalhook=True)",
             )
@@ -122,7 +122,7 @@ def _check_arguments(
         if parameter.name not in specified:
             raise PluginError(
                 replace(record, status="broken"),
-                f"{record}: hook {attribute!r} has an argument {str(parameter)!r} that does not exist"
+                f"{record}: hook {attribute!r} has an unknown argument {str(parameter)!r}"
                 f"{suggestion(parameter.name, specified)} ({where})",
                 hint=f"the hook is {hook}({', '.join(specified)}); name only the arguments you want",
             )
