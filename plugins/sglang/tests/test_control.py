@@ -77,7 +77,7 @@ def test_paths_are_those_that_the_operator_allows(name: str, key: str, tmp_path:
         assert "not below a directory" in answer["message"]
         assert not calls
     answer, calls = operate(name, {key: root}, AllowedPaths())
-    assert "-root DIR allows it" in answer["message"]
+    assert "-root DIR allows a directory" in answer["message"]
     assert not calls
 
 

@@ -48,7 +48,7 @@ def test_adapters_are_loaded_from_where_the_operator_allows_it(tmp_path: Path) -
     (tmp_path / "adapter_config.json").write_text("{}")
     body = {"lora_name": "poet", "source": {"uri": f"file://{tmp_path}"}}
     answer, calls = operate("load_lora", body, AllowedPaths())
-    assert "--control-load-root DIR allows it" in answer["message"]
+    assert "--control-load-root DIR allows a directory" in answer["message"]
     assert not calls
     answer, (request,) = operate("load_lora", body, AllowedPaths([str(tmp_path)]))
     assert answer["status"] == "success"

@@ -288,7 +288,7 @@ class EchoProcessEngine(EchoEngine):
 class EchoPlugin(EnginePlugin):
     """The plugin of the echo engine."""
 
-    dynamo_worker_api = "1"
+    dynamo_worker_api = "1.1"
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
