@@ -2,8 +2,7 @@
 
 The field names are those of the runtime's own serializer; where a meaning is only inferred, it says so. Every field but
 ``token_ids`` may be missing, and every value inside the sections may be None. Clients that skip the frontend can put
-anything into a request: read values with the readers of :mod:`dynamo_worker.kit.translation`, which check types and
-limits.
+anything into a request: read values with the readers of :mod:`dynamo_worker.kit.fields`, which check types and limits.
 """
 
 from __future__ import annotations

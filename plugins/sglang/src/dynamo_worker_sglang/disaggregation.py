@@ -27,7 +27,7 @@ _PORTS: Final = 2**16
 
 
 class Role(disaggregation.Role):
-    """The share of each request that this worker does.
+    """The phase of each request that this worker runs.
 
     :ivar bootstrap: host and port of the bootstrap server of a prefill worker.
     """
