@@ -26,7 +26,7 @@ def cache_salt(request: Mapping[str, Any]) -> str | None:
 
 
 def priority(request: Mapping[str, Any]) -> int | None:
-    """Return the priority, None if there is none; the highest number goes first."""
+    """Return the priority, or None if it is not set; the highest number goes first."""
     value = section(request, "routing").get("priority")
     return None if value is None else integer("routing.priority", value)
 
