@@ -1,9 +1,8 @@
 """What a request contains: ``PreprocessedRequest`` of Dynamo 1.6.1 as an engine receives it.
 
-The field names are those of the runtime's own serializer; where a meaning is only inferred, it says so. Every field but
+The field names are those of the runtime's own serializer; inferred meanings are marked so. Every field but
 ``token_ids`` may be missing, and every value inside the sections may be None. Clients that skip the frontend can put
-anything into a request: read values with the readers of :mod:`dynamo_worker.kit.translation`, which check types and
-limits.
+anything into a request: read values with the readers of :mod:`dynamo_worker.kit.fields`, which check types and limits.
 """
 
 from __future__ import annotations
@@ -189,7 +188,7 @@ class AgentContext(TypedDict, total=False):
 
 
 class ExtraArgs(TypedDict, total=False):
-    """What the frontend passes on without a field of its own.
+    """What the frontend passes on without a separate field.
 
     :param sampling_options: sampling options that Dynamo has no field for, such as ``logit_bias``.
     :param nvext: the client's ``nvext`` object as far as the frontend does not use it.
@@ -228,7 +227,7 @@ class Request(_Prompt, total=False):
     :param encoder_result: what an encode worker handed over.
     :param kv_hint: what the orchestrator wants done with the request's KV blocks.
     :param require_reasoning: whether the model reasons before the constrained part of its answer.
-    :param extra_args: what the frontend passes on without a field of its own.
+    :param extra_args: what the frontend passes on without a separate field.
     :param agent_context: the agent session that the request belongs to.
     :param prompt_embeds: the prompt as embeddings (inferred).
     :param multi_modal_data: images, video and audio, by kind.

@@ -1,6 +1,6 @@
 """What an engine answers: chunks, ``LLMEngineOutput`` of Dynamo 1.6.1.
 
-The field names are those of the runtime's own serializer; where a meaning is only inferred, it says so. A chunk must be
+The field names are those of the runtime's own serializer; inferred meanings are marked so. A chunk must be
 JSON: keys are strings, numbers are finite. One value that JSON does not have makes the whole chunk fail.
 """
 

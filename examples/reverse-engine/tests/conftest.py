@@ -11,7 +11,7 @@ pytest_plugins = ["dynamo_worker.testing.plugin"]
 
 @pytest.fixture
 def subject() -> Subject:
-    # The prompts of the fault table have some 45 characters, so that a stream takes about 4 s.
+    # The prompts of the fault table have about 45 characters: a stream takes about 4 s.
     return Subject(
         "reverse",
         ["--tokens-per-second", "11"],

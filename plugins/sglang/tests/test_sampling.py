@@ -216,7 +216,7 @@ def test_a_canary_needs_no_decode_worker() -> None:
     """Nothing is announced for one: a router would send it on."""
     role = Role("prefill", ("10.0.0.1", 9000))
     request = translated()
-    role.prepare({**canary_request(None, None), **role.canary()}, request)
+    role.prepare({**canary_request(None, None), "bootstrap_info": role.canary()}, request)
     assert request.meeting is None
     assert request.options["bootstrap_room"] == 0
 

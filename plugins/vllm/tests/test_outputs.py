@@ -98,7 +98,7 @@ def test_a_client_that_is_gone_harms_nobody_else(harness: Harness) -> None:
 
 def test_a_request_that_has_ended_already_stays_in_its_mailbox(harness: Harness) -> None:
     harness.step(5, reason=FinishReason.LENGTH)
-    harness.processor.connect(harness.queue, lambda _: pytest.fail("sent"))()
+    assert harness.processor.connect(harness.queue, lambda _: pytest.fail("sent")) is None
     assert harness.queue.output is not None
 
 
@@ -143,5 +143,5 @@ def test_logprobs_are_json() -> None:
 
 
 def test_logprobs_that_do_not_match_are_left_out() -> None:
-    (chunk,) = OutputReader(2, 1, None).read(output([{4: Logprob(-0.5, 1, None)}], [9]))
+    (chunk,) = OutputReader(2, 1).read(output([{4: Logprob(-0.5, 1, None)}], [9]))
     assert "log_probs" not in chunk

@@ -64,4 +64,4 @@ def test_a_vllm_that_waits_otherwise_is_left_alone(
     monkeypatch.delattr(shm_broadcast, "sched_yield")
     with caplog.at_level(logging.WARNING):
         waiting.install()
-    assert "unknown version of vLLM" in caplog.text
+    assert "this version of vLLM is not supported" in caplog.text

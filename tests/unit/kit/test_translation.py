@@ -6,7 +6,6 @@ import functools
 import gc
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit import canary, fields, guided_decoding, request_metadata, translation
+from dynamo_worker.kit import fields, guided_decoding, request_metadata, translation
 from dynamo_worker.kit.translation import FRONTEND, ModelTable, RequestTable
 from dynamo_worker.requests import Request
 
@@ -203,22 +202,6 @@ def test_values_that_ask_for_nothing() -> None:
     assert read(sampling_options={"length_penalty": 1.0, "best_of": 1}, multi_modal_data=None, encoder_result={}) == {}
 
 
-@pytest.mark.parametrize(
-    ("read", "good", "bad"),
-    [
-        (fields.string, [("a", "a")], [1, None, ["a"]]),
-        (fields.rank, [(None, None), (0, 0), (2**32 - 1, 2**32 - 1)], ["0", -1, 2**32, [0]]),
-        (fields.mapping, [({"a": 1}, {"a": 1})], [[1], "a"]),
-    ],
-)
-def test_readers_for_what_only_one_engine_has(read: Any, good: list[Any], bad: list[Any]) -> None:
-    for value, expected in good:
-        assert read("x", value) == expected
-    for value in bad:
-        with pytest.raises(InvalidRequestError, match=r"x: expected .*, got "):
-            read("x", value)
-
-
 @pytest.mark.parametrize(("asked", "given"), [(None, 7), (5, 5), (7, 7), (8, 7), (0, None)])
 def test_an_answer_fits_into_the_context(asked: int | None, given: int | None) -> None:
     table = ModelTable(TABLE, {"temp": 0.1}, context_length=10)
@@ -258,109 +241,6 @@ def test_log_probabilities_of_a_whole_prompt(prompt: int, asked: int, error: str
         table.read({"token_ids": [1] * fits[0], "output_options": {"prompt_logprobs": fits[1]}})
 
 
-GUIDES: dict[str, Any] = {
-    "json": {"type": "object"},
-    "regex": "a+",
-    "choice": ["yes", "no"],
-    "grammar": 'root ::= "a"',
-}
-
-
-@pytest.mark.parametrize("kind", GUIDES)
-def test_guided_decoding(kind: str) -> None:
-    assert guided_decoding.read({kind: GUIDES[kind], "backend": None}) == {kind: GUIDES[kind]}
-
-
-def test_guided_decoding_by_structural_tag_is_json_text() -> None:
-    assert guided_decoding.read({"structural_tag": {"a": 1}}) == {"structural_tag": '{"a": 1}'}
-
-
-def test_guided_decoding_of_nothing() -> None:
-    assert guided_decoding.read(dict.fromkeys(GUIDES)) == {}
-    assert guided_decoding.read({"whitespace_pattern": " "}) == {}
-
-
-WRONG_GUIDES: dict[str, Any] = {
-    "a backend": {"json": {}, "backend": "outlines"},
-    "no choice": {"choice": []},
-    "choice of numbers": {"choice": [1]},
-    "no object": {"json": 3},
-    "no JSON": {"json": "{"},
-    "JSON, but no object": {"json": "[1]"},
-    "regex that is none": {"regex": 3},
-    "choice that is none": {"choice": {"a": 1}},
-    "structural tag that is none": {"structural_tag": [1]},
-    "structural tag that is no JSON": {"structural_tag": "{"},
-    "unknown": {"lark": "x"},
-    "not even an object": [1],
-    "itself": {"json": {"$ref": "#"}},
-    "in a circle": {
-        "json": {
-            "properties": {"a": {"$ref": "#/$defs/x"}},
-            "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x"}},
-        }
-    },
-}
-
-
-@pytest.mark.parametrize("case", WRONG_GUIDES)
-def test_wrong_guides(case: str) -> None:
-    with pytest.raises(InvalidRequestError, match="guided_decoding"):
-        guided_decoding.read(WRONG_GUIDES[case])
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}},
-        {"$ref": "#/nowhere"},
-        {"$ref": "other.json#/x"},
-        {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "string"}}},
-    ],
-)
-def test_schemas_that_get_on(schema: dict[str, Any]) -> None:
-    assert guided_decoding.read({"json": schema}) == {"json": schema}
-
-
-def test_priority() -> None:
-    assert request_metadata.priority({"routing": {"priority": 3}}) == 3
-    assert request_metadata.priority({"routing": None}) is None
-    with pytest.raises(InvalidRequestError, match="priority"):
-        request_metadata.priority({"routing": {"priority": "high"}})
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        {"routing": {"cache_salt": "s"}},
-        {"nvext": {"cache_salt": "s"}},
-        {"extra_args": {"nvext": {"cache_salt": "s"}}},
-    ],
-)
-def test_cache_salt(where: dict[str, Any]) -> None:
-    assert request_metadata.cache_salt(where) == "dynamo-cache-salt:s"
-    assert request_metadata.cache_salt({}) is None
-    for wrong in (3, "s" * 1025):
-        with pytest.raises(InvalidRequestError, match="cache_salt"):
-            request_metadata.cache_salt({"routing": {"cache_salt": wrong}})
-
-
-def test_data_parallel_ranks() -> None:
-    request = {"routing": {"dp_rank": 1, "prefill_dp_rank": 2}}
-    assert (request_metadata.dp_rank(request), request_metadata.prefill_dp_rank(request)) == (1, 2)
-    assert request_metadata.dp_rank({}) is None
-    for name, read in (("dp_rank", request_metadata.dp_rank), ("prefill_dp_rank", request_metadata.prefill_dp_rank)):
-        with pytest.raises(InvalidRequestError, match=rf"routing\.{name}: expected a data-parallel rank, got -1"):
-            read({"routing": {name: -1}})
-
-
-def test_kv_hints_are_bounded() -> None:
-    assert request_metadata.kv_hint({"kv_hint": {"actions": []}}) == {"actions": []}
-    assert request_metadata.kv_hint({}) is None
-    with pytest.raises(InvalidRequestError, match="kv_hint: 20000 values"):
-        request_metadata.kv_hint({"kv_hint": {"actions": [1] * 19_999}})
-
-
 def test_an_engine_states_only_where_it_differs() -> None:
     table = RequestTable.of_engine(
         sampling={"seed": ("random_seed", fields.integer)},
@@ -378,31 +258,6 @@ def test_an_engine_states_only_where_it_differs() -> None:
     }
     values = {"random_seed": 3, "top_k": 2, "limit": 5, "logprobs": 1, "bias": {1: 1.0}, "min_p": 0.5}
     assert table.read(request, {}) == values
-
-
-def test_session() -> None:
-    assert request_metadata.session_id({"agent_context": {"session_id": " a "}}) == "a"
-    assert request_metadata.session_id({"agent_context": {"session_id": ""}}) is None
-    with pytest.raises(InvalidRequestError, match="session_id: 1025 characters"):
-        request_metadata.session_id({"agent_context": {"session_id": "a" * 1025}})
-
-
-def test_the_routers_adapter_comes_before_the_model() -> None:
-    assert request_metadata.lora_name({"model": "m", "routing": {"lora_name": "a"}}) == "a"
-    assert request_metadata.lora_name({"model": "m"}) == "m"
-    assert request_metadata.lora_name({"model": None}) is None
-
-
-def test_a_canary() -> None:
-    tokenizer, config = SimpleNamespace(bos_token_id=None, eos_token_id=3), SimpleNamespace(bos_token_id=[1, 2])
-    assert canary.canary_request(tokenizer, config)["token_ids"] == [3]
-    assert canary.canary_request(tokenizer, SimpleNamespace(bos_token_id=7))["token_ids"] == [7]
-    both = SimpleNamespace(bos_token_id=5), SimpleNamespace(bos_token_id=7)
-    assert canary.canary_request(*both, prompt_tokens=2)["token_ids"] == [5, 5]
-    assert canary.canary_request(None, None)["token_ids"] == [0]
-    assert canary.canary_request(None, None)["stop_conditions"]["max_tokens"] == 1
-    assert canary.is_canary(canary.canary_request(None, None))
-    assert not canary.is_canary({"token_ids": [0]})
 
 
 json_values = st.recursive(

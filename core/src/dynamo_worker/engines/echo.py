@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 #: Configuration and tokenizer, with one token per byte and three special tokens.
 MODEL_DIR = Path(__file__).parent / "echo_model"
-#: Separates prompt and answer in the chat template. The tokens behind it were already sent: after a migration the new
+#: Separates prompt and answer in the chat template. Tokens after it have already been sent: after a migration the new
 #: worker continues in the middle of the text.
 ANSWER_TOKEN = 0
 EOS_TOKEN = 1
@@ -288,7 +288,7 @@ class EchoProcessEngine(EchoEngine):
 class EchoPlugin(EnginePlugin):
     """The plugin of the echo engine."""
 
-    dynamo_worker_api = "1"
+    dynamo_worker_api = "1.1"
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

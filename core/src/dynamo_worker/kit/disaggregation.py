@@ -1,4 +1,4 @@
-"""Disaggregated serving: prefill on one worker, decode on another, and what routers know of the two."""
+"""Disaggregated serving: prefill on one worker, decode on another, and what workers tell routers about their role."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: The router's annotations on a request that a decode worker should prefill itself.
+#: The router's annotations on a request that the decode worker should prefill itself.
 _BYPASS: Final = frozenset({"bypass-remote-prefill", "x-bypass-remote-prefill"})
 _NEEDS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {"prefill": (("decode",),), "decode": (("prefill",),)}
 
 
 class Role:
-    """The share of each request that a worker does.
+    """The phase of each request that a worker runs.
 
     :ivar mode: ``aggregated``, ``prefill`` or ``decode``.
     """
@@ -22,14 +22,14 @@ class Role:
         self.mode = mode
 
     def prepare(self, request: Mapping[str, Any], translated: Any) -> None:
-        """Fit a translated request to this worker's share; here nothing is left out.
+        """Adapt a translated request to this worker's phase; an aggregated worker changes nothing.
 
         :raises InvalidRequestError: the request cannot be disaggregated.
         """
 
     @property
     def needs(self) -> tuple[tuple[str, ...], ...]:
-        """The types of worker without which this one cannot serve, as in :class:`~dynamo_worker.EngineInfo`."""
+        """The types of workers that this one cannot serve without, as in :class:`~dynamo_worker.EngineInfo`."""
         return _NEEDS.get(self.mode, ())
 
     @property

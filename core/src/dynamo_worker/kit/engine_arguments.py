@@ -1,4 +1,4 @@
-"""What the command lines of engines have in common."""
+"""Flags, checks and settings that the command lines of several engines share."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def refuse_without_effect(
     given = [name for name in names if hasattr(args, name) and getattr(args, name) != defaults.get_default(name)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise StartError(
-            f"{flags} {'has' if len(given) == 1 else 'have'} no effect in a worker: {why}", hint="leave it out"
-        )
+        has, it = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise StartError(f"{flags} {has} no effect in a worker: {why}", hint=f"leave {it} out")
 
 
 def import_engine(module: str, *, name: str, install: str) -> Any:
@@ -83,7 +82,7 @@ def add_publish_kv_events(group: argparse._ArgumentGroup) -> None:
 
 
 def drop_unread_events(args: argparse.Namespace, context: EngineContext) -> None:
-    """Reset ``--publish-kv-events`` if no router would read the events, which reveal the tokens of prompts."""
+    """Reset ``--publish-kv-events`` if no router would read the events: they reveal the tokens of prompts."""
     if args.publish_kv_events and not context.events_wanted:
         log.warning("KV events are not published: the router of --frontend does not read them", next="--router-mode kv")
         args.publish_kv_events = False

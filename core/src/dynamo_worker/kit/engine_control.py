@@ -177,7 +177,7 @@ class EngineControl:
 
     @contextlib.contextmanager
     def lora_adapter(self, request: Mapping[str, Any]) -> Iterator[LoraAdapter | None]:
-        """Keep the LoRA adapter of a request loaded until the ``with`` block ends; None stands for the model itself.
+        """Keep the LoRA adapter of a request loaded until the ``with`` block ends; None for the model itself.
 
         :raises InvalidRequestError: no model or adapter has the name that the request asks for.
         """

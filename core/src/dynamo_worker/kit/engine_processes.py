@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.supervisor.linux import Process
 
-#: In the command lines of what ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start; an engine's processes
-#: look like this until they set their own title.
+#: Found in the command lines of processes that ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start, until
+#: those set their own titles.
 _SPAWNED = (b"multiprocessing.spawn", b"dynamo_worker.kit.preload")
 #: Seconds that leaders get once the processes below them are dead: they still unlink shared memory.
 _LEADERS_SECONDS = 0.3

@@ -13,7 +13,7 @@ from dynamo_worker.kit.json_schema import check_regex, check_schema, check_struc
 
 #: The keys of ``guided_decoding`` (Dynamo 1.6.1).
 KEYS: Final = ("json", "regex", "choice", "grammar", "whitespace_pattern", "structural_tag")
-#: The keys whose values are text in a language of their own.
+#: The limits of those keys that hold text which is only checked for its length.
 _TEXTS: Final = {
     "grammar": limits.GRAMMAR_CHARACTERS,
     "whitespace_pattern": limits.WHITESPACE_CHARACTERS,

@@ -1,4 +1,4 @@
-"""Checks of JSON that engines and their grammar compilers lack: its size, and where references and patterns lead.
+"""Checks of JSON that engines and their grammar compilers lack: its size, its references, and its patterns.
 
 The compilers recurse on the stack of the process: a long path through a schema or a pattern ends it with SIGSEGV.
 
@@ -17,8 +17,9 @@ from dynamo_worker.kit import request_limits as limits
 
 #: The keys of a structural tag that hold schemas.
 _SCHEMA_KEYS: Final = frozenset({"schema", "json_schema"})
-#: What makes a part of a regular expression optional or repeats it. Before it what holds the same characters: escapes,
-#: sets (one without an end takes all, or each of many would be looked for again) and groups without a number.
+#: Group 1 matches what makes a part of a regular expression optional or repeats it. The alternatives before it skip the
+#: same characters in escapes, in sets (an unclosed set skips the rest, which keeps the search linear), and after the
+#: opening parenthesis of a group.
 _QUANTIFIER: Final = re.compile(r"\\.|\[(?:\\.|[^]\\])*\]?|\(\?|([?*+{]|\|(?=[|)]|$)|(?<=[(|])\|)", re.DOTALL)
 
 
@@ -74,11 +75,11 @@ def _parsed(name: str, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
 def _walk(
     name: str, value: object, schema: Mapping[str, Any] | None = None
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]:
-    """Return every object in a value, level by level, with the schema that it is a part of.
+    """Return every object in a value, level by level, each with the schema that contains it, if any.
 
-    The limits are checked on the way: no more is looked at than they allow.
+    The limits are checked meanwhile, so a value that exceeds them is not read further.
 
-    :param schema: that ``value`` is a part of; None looks for schemas in it.
+    :param schema: the schema that contains ``value``; None if it may contain schemas itself.
     """
     objects: list[tuple[Mapping[str, Any], Mapping[str, Any] | None]] = []
     values = characters = levels = 0
@@ -113,7 +114,10 @@ def _walk(
 
 
 def _check_references(name: str, objects: list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> None:
-    """Follow every reference to something that is none, each of them once, and measure the longest way through them."""
+    """Refuse circular chains of references, and references that nest a schema too deeply.
+
+    :param objects: what :func:`_walk` returned.
+    """
     schemas = {id(schema): schema for _, schema in objects if schema is not None}
     references: dict[int, dict[str, Any]] = {number: {} for number in schemas}
     for node, schema in objects:
@@ -135,84 +139,87 @@ def _check_references(name: str, objects: list[tuple[Mapping[str, Any], Mapping[
         settled |= path
     for number, schema in schemas.items():
         if references[number]:
-            limits.JSON_WAY.check(name, _longest_way(schema, references[number]))
+            limits.JSON_WAY.check(name, _deepest_path(schema, references[number]))
 
 
-def _longest_way(schema: Mapping[str, Any], references: Mapping[str, Any]) -> int:
-    """Return how many levels a compiler may be deep in a schema, at most, if it follows each reference once.
+def _deepest_path(schema: Mapping[str, Any], references: Mapping[str, Any]) -> int:
+    """Return the most levels that a compiler recurses into a schema if it follows each reference once.
 
-    The schema falls into parts: itself and what references mean. Of parts that refer to each other in circles the sum
-    counts, because a way may lead through all of them.
+    The schema and each target of a reference are the vertices of a graph, weighted by their depth; an edge means that
+    one contains or references the other. A path may pass through every vertex of a cycle, so their weights are added.
     """
-    parts = {id(target): number for number, target in enumerate(references.values(), 1) if _holds(target)}
+    vertices = {id(target): number for number, target in enumerate(references.values(), 1) if _is_container(target)}
     weights = [0] * (len(references) + 1)
-    leads: list[set[int]] = [set() for _ in weights]
-    start = parts.get(id(schema), 0)
-    found = {start}
+    edges: list[set[int]] = [set() for _ in weights]
+    start = vertices.get(id(schema), 0)
+    seen = {start}
     waiting: list[tuple[Any, int, int]] = [(schema, start, 1)]
     while waiting:
-        node, part, depth = waiting.pop()
-        weights[part] = max(weights[part], depth)
+        node, vertex, depth = waiting.pop()
+        weights[vertex] = max(weights[vertex], depth)
         reference = _reference(node)
-        if reference is not None and id(references[reference]) in parts:
-            leads[part].add(parts[id(references[reference])])
+        if reference is not None and id(references[reference]) in vertices:
+            edges[vertex].add(vertices[id(references[reference])])
         for entry in node.values() if isinstance(node, Mapping) else node:
-            if not _holds(entry):
+            if not _is_container(entry):
                 continue
-            own = parts.get(id(entry))
-            if own is None:
-                waiting.append((entry, part, depth + 1))
+            other = vertices.get(id(entry))
+            if other is None:
+                waiting.append((entry, vertex, depth + 1))
                 continue
-            leads[part].add(own)
-            if own not in found:
-                found.add(own)
-                waiting.append((entry, own, 1))
-    return _heaviest_way(weights, leads)
+            edges[vertex].add(other)
+            if other not in seen:
+                seen.add(other)
+                waiting.append((entry, other, 1))
+    return _heaviest_path(weights, edges)
 
 
-def _heaviest_way(weights: Sequence[int], leads: Sequence[set[int]]) -> int:
-    """Return the sum of the weights on the heaviest way, where what lies on circles counts as one (Tarjan, 1972)."""
+def _heaviest_path(weights: Sequence[int], edges: Sequence[set[int]]) -> int:
+    """Return the weight of the heaviest path through a graph.
+
+    Each strongly connected component (found with Tarjan's algorithm, without recursion) counts as one vertex.
+    """
     count = 0
-    numbers, lowest, best = ([0] * len(weights) for _ in range(3))
-    unfinished: list[int] = []
-    is_unfinished = [True] * len(weights)
+    numbers, lowest, heaviest = ([0] * len(weights) for _ in range(3))
+    stack: list[int] = []
+    on_stack = [True] * len(weights)
     for start in range(len(weights)):
-        steps: list[tuple[int, Iterator[int]]] = []
+        path: list[tuple[int, Iterator[int]]] = []
         new: int | None = None if numbers[start] else start
-        while steps or new is not None:
+        while path or new is not None:
             if new is not None:
                 count += 1
                 numbers[new] = lowest[new] = count
-                unfinished.append(new)
-                steps.append((new, iter(leads[new])))
-            part, following = steps[-1]
+                stack.append(new)
+                path.append((new, iter(edges[new])))
+            vertex, successors = path[-1]
             new = None
-            for other in following:
+            for other in successors:
                 if not numbers[other]:
                     new = other
                     break
-                if is_unfinished[other]:
-                    lowest[part] = min(lowest[part], numbers[other])
+                if on_stack[other]:
+                    lowest[vertex] = min(lowest[vertex], numbers[other])
             if new is not None:
                 continue
-            steps.pop()
-            if steps:
-                lowest[steps[-1][0]] = min(lowest[steps[-1][0]], lowest[part])
-            if lowest[part] == numbers[part]:
-                circle = [unfinished.pop()]
-                while circle[-1] != part:
-                    circle.append(unfinished.pop())
-                for one in circle:
-                    is_unfinished[one] = False
-                beyond = max((best[other] for one in circle for other in leads[one]), default=0)
-                weight = sum(weights[one] for one in circle) + beyond
-                for one in circle:
-                    best[one] = weight
-    return max(best)
+            path.pop()
+            if path:
+                lowest[path[-1][0]] = min(lowest[path[-1][0]], lowest[vertex])
+            if lowest[vertex] == numbers[vertex]:
+                component = [stack.pop()]
+                while component[-1] != vertex:
+                    component.append(stack.pop())
+                for member in component:
+                    on_stack[member] = False
+                beyond = max((heaviest[other] for member in component for other in edges[member]), default=0)
+                weight = sum(weights[member] for member in component) + beyond
+                for member in component:
+                    heaviest[member] = weight
+    return max(heaviest)
 
 
-def _holds(node: object) -> bool:
-    """Return whether a value has parts."""
+def _is_container(node: object) -> bool:
+    """Return whether a value is an object or a list."""
     return isinstance(node, (Mapping, list, tuple))
 
 
@@ -222,7 +229,7 @@ def _reference(node: object) -> str | None:
 
 
 def _target(schema: Mapping[str, Any], reference: str) -> Any:
-    """Return what a reference means; None if it is not in the schema: the grammar compiler says what is wrong then."""
+    """Return the target of a reference, or None if the schema lacks it, which the grammar compiler reports."""
     if not reference.startswith("#"):
         return None
     current: Any = schema

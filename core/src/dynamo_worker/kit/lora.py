@@ -46,7 +46,7 @@ class LoraLoader(Protocol):
     """How an engine loads and unloads adapters."""
 
     async def load(self, adapter: LoraAdapter) -> None:
-        """Load the weights; raise whatever is wrong with them."""
+        """Load the weights; an exception tells the caller why they cannot be loaded."""
 
     async def unload(self, adapter: LoraAdapter) -> None:
         """Free the weights of an adapter that is no longer in use."""
@@ -65,8 +65,8 @@ class LoraAdapters:
         """Start with the adapters that the engine has loaded itself.
 
         :param context: limits where adapters may be loaded from, and registers them.
-        :param model_names: the names of the model itself: its path and those that clients use. Without any, every
-            unknown name is taken for the model's.
+        :param model_names: the names of the model itself: its path and those that clients use. If empty, every
+            unknown name means the model itself.
         :param loaded: directories of the loaded adapters' weights, by name.
         """
         self._loader = loader
@@ -84,7 +84,7 @@ class LoraAdapters:
         return {"load_lora": self.load, "unload_lora": self.unload, "list_loras": self.list}
 
     def begin(self, name: str | None) -> LoraAdapter | None:
-        """Return the adapter for a request, which stays loaded until :meth:`end`; None stands for the model itself.
+        """Return the adapter for a request, which stays loaded until :meth:`end`; None for the model itself.
 
         :raises InvalidRequestError: no model or adapter has this name.
         """

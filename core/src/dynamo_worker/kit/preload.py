@@ -50,7 +50,7 @@ _OWN: Final = frozenset(
 )
 #: Seconds after which an unused process exits.
 _PATIENCE = 120.0
-#: Our descriptors are moved above this number, so those that a process is given can keep theirs.
+#: This module moves its descriptors above this number: those passed to a process keep their own numbers.
 _HIGH = 200
 _LIMITS: Final = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 _spawnv = getattr(util, "spawnv_passfds", None)
@@ -110,7 +110,7 @@ def prepare(
             pid = _spawnv(path, [path, *options, *code_arguments(code)], [theirs.fileno()])
         environment = {**expected, **os.environ}
         _waiting.append(_Waiting(pid, ours, environment))
-        # Libraries may have changed the environment behind Python's back.
+        # Sent rather than inherited: libraries may have changed the environment without Python's knowledge.
         text = json.dumps(environment).encode()
         with contextlib.suppress(OSError):  # it has died, which shows when it is used
             ours.sendall(len(text).to_bytes(8, "big") + text)
@@ -168,7 +168,7 @@ def _changed(environment: dict[str, str]) -> list[str]:
 
 
 def main(connection: int, task: str) -> None:
-    """Import, wait, and become the process that is spawned."""
+    """Import the modules, wait, and become the process that the engine spawns."""
     levels, harmless, readers = json.loads(task)
     # It sets process titles, and finds the memory for them only while the environment is where the kernel put it.
     with contextlib.suppress(ImportError):
@@ -218,7 +218,7 @@ def _is_open(descriptor: int) -> bool:
 def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collection[str]) -> None:
     environment: dict[str, str] = order["environment"]
     numbers: list[int] = order["descriptors"]
-    # Out of the way of the numbers that they will get.
+    # Move them above the numbers that they will get.
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)
@@ -239,7 +239,7 @@ def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collect
     other_program = order["path"] != sys.executable
     if obstacles or in_the_way or limits or other_program:
         log.debug(
-            "Standby process begins anew",
+            "Preloaded process starts over",
             changed=",".join(obstacles),
             descriptors=len(in_the_way),
             limits=len(limits),

@@ -47,7 +47,7 @@ class LoadPublisher:
 class KvEvents(NamedTuple):
     """Where an engine publishes its KV events.
 
-    :param sources: the ZMQ address of each data-parallel rank; a wildcard host stands for this machine.
+    :param sources: the ZMQ address of each data-parallel rank; a wildcard host means this machine.
     :param topic: of the ZMQ messages.
     :param block_size: tokens in one block.
     """
@@ -58,7 +58,7 @@ class KvEvents(NamedTuple):
 
 
 def publish_kv_events(endpoint: Endpoint, events: KvEvents) -> list[KvEventPublisher]:
-    """Forward an engine's KV events to routers, each data-parallel rank through a publisher of its own.
+    """Forward an engine's KV events to routers, with one publisher for each data-parallel rank.
 
     :returns: the publishers, which work as long as they are referenced.
     """

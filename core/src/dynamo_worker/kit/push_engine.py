@@ -1,7 +1,7 @@
-"""The skeleton of an engine that pushes tokens: what surrounds its start, its requests, its drain and its end.
+"""The base class of engines that push chunks: what surrounds an engine's own start, requests, drain and shutdown.
 
-An engine derives from :class:`PushEngine` and adds what only it can know: how it launches, what it tells routers, and
-how it answers a translated request.
+An engine derives from :class:`PushEngine` and adds the rest: how it launches, what it tells routers, and how it answers
+a translated request.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dynamo_worker.kit.publishing import KvEvents
     from dynamo_worker.kit.translation import ModelTable
 
-#: Seconds between two looks at whether a prefill worker's KV blocks have been fetched.
+#: Seconds between two checks whether a prefill worker's KV blocks have been fetched.
 _DRAIN_POLL_SECONDS = 0.1
 
 
@@ -44,7 +44,7 @@ class Started:
     """The parts of an engine that exist from its launch to its shutdown; each engine adds its own.
 
     :ivar table: translates requests.
-    :ivar role: the share of each request that this worker does.
+    :ivar role: the phase of each request that this worker runs.
     :ivar control: the operations, LoRA adapters included.
     """
 
@@ -94,7 +94,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._publishers: list[KvEventPublisher] = []
 
-    # ------------------------------------------------------------------------------------------ what an engine adds
+    # ------------------------------------------------------------------------------ methods for engines to implement
 
     @abstractmethod
     async def launch(self) -> StartedT:
@@ -104,11 +104,11 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         """
 
     async def warm_up(self) -> None:
-        """Make requests whose first one would be slow; the worker's own warm-up request follows."""
+        """Make requests of kinds that are slow the first time; the worker's own warm-up request follows."""
 
     @abstractmethod
     def describe(self, started: StartedT) -> EngineInfo:
-        """Return what the engine knows of the model and its memory.
+        """Return what the engine knows about the model and its memory.
 
         The rest, about the role, the operations, LoRA adapters and KV events, is added by :meth:`start`.
         """

@@ -1,4 +1,4 @@
-"""How an engine starts Python processes of its own: without the current directory on their path."""
+"""The command with which an engine starts its own Python processes, without the current directory on their path."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where the ranks of an engine meet: PyTorch's store, which listens on all interfaces whatever address it is given.
+"""The rendezvous of an engine's ranks: PyTorch's store, which listens on all interfaces whatever address it is given.
 
 Anyone who can connect to the store can read and change the ranks' messages. On one machine, loopback is enough. The
-engine's own processes import this module, and nothing else of the worker.
+engine's own processes import this module, but no other part of the worker.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def listen_on_loopback() -> None:
     rendezvous = importlib.import_module("torch.distributed.rendezvous")
     original = getattr(rendezvous, "_create_c10d_store", None)
     if original is None:
-        log.warning("PyTorch's store listens on all interfaces: this version is not known")
+        log.warning("PyTorch's store listens on all interfaces: this version of PyTorch is not supported")
         return
 
     def create(hostname: str, port: int, rank: int, world_size: int, timeout: Any, use_libuv: bool = True) -> Any:

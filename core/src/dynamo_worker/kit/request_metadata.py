@@ -1,4 +1,4 @@
-"""What a request says about itself beside its parameters: priority, session, ranks, cache isolation, LoRA adapter."""
+"""Metadata of a request: priority, session, ranks, cache isolation, KV hints, LoRA adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynamo_worker.kit.json_schema import check_size
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: Marks our cache salts in KV events, where they stand untyped among other strings (Dynamo's convention).
+#: Marks cache salts in KV events, where they are untyped and among other strings (Dynamo's convention).
 _SALT_PREFIX: Final = "dynamo-cache-salt:"
 
 
@@ -26,7 +26,7 @@ def cache_salt(request: Mapping[str, Any]) -> str | None:
 
 
 def priority(request: Mapping[str, Any]) -> int | None:
-    """Return the priority, None if there is none; the highest number goes first."""
+    """Return the priority, or None if it is not set; the highest number goes first."""
     value = section(request, "routing").get("priority")
     return None if value is None else integer("routing.priority", value)
 

@@ -1,1 +1,1 @@
-"""The reverse engine as a plugin of dynamo-worker: an example of an engine that somebody else publishes."""
+"""The reverse engine as a plugin of dynamo-worker: an example of an engine that is published separately."""

@@ -1,7 +1,7 @@
-"""The engine itself, a process of its own: reverses prompts, one token of every request a step.
+"""The engine itself, in a separate process: it reverses prompts, one token of every request per step.
 
 It knows nothing of Dynamo: it reads JSON lines from a socket and writes JSON lines to it. A real engine would be in
-this place with its scheduler, its ranks and its GPU. Standard library only, so that it starts in a tenth of a second.
+this place with its scheduler, its ranks and its GPU. Standard library only: it starts in a tenth of a second.
 
 Run as ``python -m dynamo_worker_reverse.core DESCRIPTOR TOKENS_PER_SECOND USAGE_FILE``; the adapter starts it.
 """

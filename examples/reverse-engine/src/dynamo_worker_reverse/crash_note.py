@@ -36,7 +36,7 @@ async def on_fatal_error(engine: Any, error: BaseException) -> None:
 
 
 def write_note(directory: Path, note: dict[str, Any]) -> None:
-    """Write one note so that a reader never sees half of it."""
+    """Write one note atomically: a reader never sees half of it."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"crash-{note['pid']}.json"
     unfinished = path.with_suffix(".tmp")

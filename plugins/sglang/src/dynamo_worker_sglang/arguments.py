@@ -9,26 +9,21 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import rendezvous
-from dynamo_worker.kit.engine_arguments import (
-    add_publish_kv_events,
-    import_engine,
-    kv_events_config,
-    refuse_without_effect,
-)
+from dynamo_worker.kit import engine_arguments, rendezvous
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
     from pathlib import Path
 
     from sglang.srt.server_args import ServerArgs
 
 log = get_logger(__name__)
 
-#: With this variable something else places SGLang's ranks, possibly on other machines.
+#: If this variable is set, another program places SGLang's ranks, possibly on other machines.
 _PLACED_ELSEWHERE: Final = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+#: Flags of the tokenizer and the detokenizer.
+_OF_TOKENIZERS: Final = ("tokenizer_worker_num", "detokenizer_worker_num", "skip_tokenizer_init")
 #: Flags that only SGLang's HTTP and gRPC servers read (0.5.23).
 _OF_ITS_SERVERS: Final = (
     *("api_key", "admin_api_key"),
@@ -45,6 +40,14 @@ _OF_ITS_API: Final = (
     *("stream_response_default_include_usage", "enable_response_store", "file_storage_path"),
     *("asr_max_buffer_seconds", "asr_max_concurrent_sessions"),
 )
+#: Flags without effect in a worker, and why.
+_REFUSED: Final = {
+    _OF_TOKENIZERS: "the frontend tokenizes and detokenizes",
+    ("allow_auto_truncate",): "it rejects prompts that are too long",
+    _OF_ITS_SERVERS: "SGLang's own server does not run here; clients use the Dynamo frontend, operators the status "
+    "server (--control-token-file guards its control routes)",
+    _OF_ITS_API: "the Dynamo frontend serves the OpenAI API",
+}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     :raises StartError: SGLang is not installed, or its installation is broken.
     """
     group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
-    add_publish_kv_events(group)
+    engine_arguments.add_publish_kv_events(group)
     _server_args().add_cli_args(parser)
     # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
@@ -61,44 +64,30 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _server_args() -> Any:
     install = "pip install 'dynamo-worker-sglang[cuda]'"
-    return import_engine("sglang.srt.server_args", name="SGLang", install=install).ServerArgs
+    return engine_arguments.import_engine("sglang.srt.server_args", name="SGLang", install=install).ServerArgs
 
 
 def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     """Return SGLang's settings for the parsed flags.
 
     :param private_dir: directory for sockets.
-    :raises StartError: a flag has no use in a worker.
+    :raises StartError: a flag has no effect in a worker, or is not supported.
     """
-    for flag, value, only in (
-        ("--tokenizer-worker-num", args.tokenizer_worker_num, 1),
-        ("--detokenizer-worker-num", args.detokenizer_worker_num, 1),
-        ("--skip-tokenizer-init", args.skip_tokenizer_init, False),
-    ):
-        if value != only:
-            raise StartError(
-                f"{flag} has no use in a worker: the frontend tokenizes and detokenizes",
-                hint=f"leave {flag} out",
-            )
-    if args.allow_auto_truncate:
-        raise StartError("--allow-auto-truncate has no use in a worker: it rejects prompts that are too long")
     if args.is_embedding:
         raise StartError("--is-embedding is not supported: this plugin serves models that generate text")
-    add_flags = _server_args().add_cli_args
-    why = "SGLang's own server does not run here; clients use the Dynamo frontend, operators the status server"
-    refuse_without_effect(args, add_flags, _OF_ITS_SERVERS, f"{why} (--control-token-file guards its control routes)")
-    refuse_without_effect(args, add_flags, _OF_ITS_API, "the Dynamo frontend serves the OpenAI API")
+    for flags, why in _REFUSED.items():
+        engine_arguments.refuse_without_effect(args, _server_args().add_cli_args, flags, why)
     # Chunks carry only new tokens.
     args.incremental_streaming_output = True
     if args.disaggregation_bootstrap_port is None:
         args.disaggregation_bootstrap_port = _free_port()
     if args.publish_kv_events and args.kv_events_config is None:
-        args.kv_events_config = json.dumps(kv_events_config(private_dir))
+        args.kv_events_config = json.dumps(engine_arguments.kv_events_config(private_dir))
     if args.nnodes == 1 and args.dist_init_addr is None and _PLACED_ELSEWHERE not in os.environ:
         loopback = rendezvous.stay_on_loopback()
         if args.disaggregation_mode == "null" and args.host != loopback:
             # Only the ranks' rendezvous would listen there.
-            log.warning("--host is not used: no server of SGLang's runs in a worker", host=args.host)
+            log.warning("Ignoring --host: SGLang's server does not run in a worker", host=args.host)
             args.host = loopback
     # SGLang collects evidence of a dead process for up to a minute before it reports it.
     for variable in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"):
@@ -107,16 +96,6 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
     settings: ServerArgs = _server_args().from_cli_args(args)
     return settings
-
-
-def ranks(settings: Mapping[str, Any]) -> int:
-    """Return the number of KV caches, one for each data-parallel replica or rank of data-parallel attention.
-
-    Up to SGLang 0.5.21 both are ``dp_size``; in 0.5.23 the latter have their own setting.
-    """
-    replicas: int = settings["dp_size"]
-    attention: int = settings.get("attn_dp_size") or 1
-    return replicas * attention
 
 
 def _free_port() -> int:

@@ -29,7 +29,7 @@ _REGIONS = ("weights", "kv_cache", "cuda_graph")
 _MODES = ("abort", "in_place", "retract")
 #: Longest wait for a cache that is in use, in seconds.
 _LONGEST_FLUSH = 600
-#: Where SGLang writes profiles unless it is told otherwise.
+#: SGLang's default directory for profiles.
 _PROFILES = "/tmp"  # noqa: S108 - only if it is an allowed root
 
 
@@ -41,18 +41,15 @@ class LoraLoader:
 
     async def load(self, adapter: LoraAdapter) -> None:
         """Load the weights."""
-        _succeeded(
-            await self._manager.load_lora_adapter(
-                io_struct.LoadLoRAAdapterReqInput(lora_name=adapter.name, lora_path=adapter.path)
-            )
-        )
+        request = io_struct.LoadLoRAAdapterReqInput(lora_name=adapter.name, lora_path=adapter.path)
+        _check(await self._manager.load_lora_adapter(request))
 
     async def unload(self, adapter: LoraAdapter) -> None:
         """Free the weights."""
-        _succeeded(await self._manager.unload_lora_adapter(io_struct.UnloadLoRAAdapterReqInput(lora_name=adapter.name)))
+        _check(await self._manager.unload_lora_adapter(io_struct.UnloadLoRAAdapterReqInput(lora_name=adapter.name)))
 
 
-def _succeeded(result: Any) -> None:
+def _check(result: Any) -> None:
     if not result.success:
         raise RuntimeError(result.error_message)
 
@@ -112,7 +109,7 @@ class Control(EngineControl):
         return {"message": "memory released"}
 
     async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the memory back, and rejoin discovery once all of it is."""
+        """Allocate the released memory, or some ``tags`` of it, again; rejoin discovery once none is released."""
         tags = _tags(body)
         if not self.gate.reasons.intersection(tags):
             return {"message": "the memory is not released"}
@@ -160,7 +157,7 @@ class Control(EngineControl):
         return True
 
     async def update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Leave discovery, finish the requests in flight, and load other weights of the model from ``model_path``."""
+        """Leave discovery, finish the requests in flight, and load new weights from ``model_path``."""
         known = {"model_path", "load_format", "abort_all_requests", "weight_version", "flush_cache"}
         unknown = sorted(body.keys() - known)
         if unknown or not isinstance(body.get("model_path"), str):
@@ -190,7 +187,7 @@ class Control(EngineControl):
 
 
 def _tags(body: dict[str, Any]) -> list[str]:
-    """Return the regions of memory that are meant, all by default."""
+    """Return the regions of memory that a request names; all by default."""
     tags = body.get("tags", list(_REGIONS))
     if not (isinstance(tags, list) and tags and set(tags) <= set(_REGIONS)):
         raise refusal("tags", f"a list of {', '.join(_REGIONS)}", tags)

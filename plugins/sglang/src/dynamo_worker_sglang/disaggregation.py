@@ -1,7 +1,7 @@
 """Disaggregated serving: where the prefill and the decode worker meet.
 
 The decode worker fetches the KV cache from the prefill worker. Both name the same room on the bootstrap server inside
-the prefill worker. The router chooses the room, or else the prefill worker.
+the prefill worker. The router chooses the room; if it does not, the prefill worker does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PORTS: Final = 2**16
 
 
 class Role(disaggregation.Role):
-    """The share of each request that this worker does.
+    """The phase of each request that this worker runs.
 
     :ivar bootstrap: host and port of the bootstrap server of a prefill worker.
     """
@@ -61,12 +61,8 @@ class Role(disaggregation.Role):
                 raise InvalidRequestError(f"bootstrap_info: a decode worker needs {', '.join(missing)}")
         else:
             host, port = self.bootstrap or ("", 0)
-            room = given.get("bootstrap_room")
-            meeting = {
-                "bootstrap_host": host if given.get("bootstrap_host") is None else given["bootstrap_host"],
-                "bootstrap_port": port if given.get("bootstrap_port") is None else given["bootstrap_port"],
-                "bootstrap_room": random.randrange(_ROOMS) if room is None else room,
-            }
+            own = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": random.randrange(_ROOMS)}
+            meeting = {name: default if given.get(name) is None else given[name] for name, default in own.items()}
             translated.sampling["max_new_tokens"] = 1
             translated.sampling.pop("min_new_tokens", None)
         meeting = {name: read(f"bootstrap_info.{name}", meeting[name]) for name, read in _MEETING.items()}

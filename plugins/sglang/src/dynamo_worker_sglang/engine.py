@@ -20,16 +20,14 @@ from dynamo_worker_sglang.control import Control
 from dynamo_worker_sglang.disaggregation import Role
 from dynamo_worker_sglang.load import LoadReader
 from dynamo_worker_sglang.manager import (
-    KILLED_SECONDS,
-    TITLE,
     GenerateRequest,
     Manager,
     Processes,
     build,
-    in_lasting_thread,
     on_failed_process,
 )
 from dynamo_worker_sglang.outputs import Answer
+from dynamo_worker_sglang.processes import KILLED_SECONDS, TITLE
 from dynamo_worker_sglang.sampling import SamplingTable
 
 if TYPE_CHECKING:
@@ -61,14 +59,16 @@ class Started(push_engine.Started):
 
     @property
     def ranks(self) -> range:
-        """The data-parallel ranks of this engine."""
-        return range(arguments.ranks(self.settings))
+        """The data-parallel ranks of this engine: one for each KV cache.
+
+        SGLang 0.5.23 has a separate setting for the ranks of data-parallel attention, which 0.5.21 counts in `dp_size`.
+        """
+        return range(self.settings["dp_size"] * (self.settings.get("attn_dp_size") or 1))
 
     @property
     def block_size(self) -> int:
         """Tokens in one block as routers see it: with context parallelism the ranks share a block."""
-        size: int = self.settings["page_size"] * self.settings["dcp_size"]
-        return size
+        return int(self.settings["page_size"] * self.settings["dcp_size"])
 
 
 class SglangEngine(PushEngine[Started]):
@@ -78,7 +78,7 @@ class SglangEngine(PushEngine[Started]):
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
-        #: Set before the engine is started: their files must be removed even if the rest of the start fails.
+        #: Set before the start is complete: their files must be removed even if the rest of it fails.
         self._processes: Processes | None = None
         self._probe: asyncio.Task[Any] | None = None
         #: SGLang's ids of each request's answers.
@@ -91,7 +91,7 @@ class SglangEngine(PushEngine[Started]):
         """
         on_failed_process(self._fail)
         config = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
-        self._processes = await in_lasting_thread(lambda: build(config))
+        self._processes = await build(config)
         settings = config.resolved_dict()
         manager: Manager = self._processes.tokenizer_manager
         manager.auto_create_handle_loop()
@@ -117,7 +117,7 @@ class SglangEngine(PushEngine[Started]):
             self._processes.tokenizer_manager.fail("a process of SGLang reports that it has failed")
 
     def describe(self, started: Started) -> EngineInfo:
-        """Return what SGLang has found out about the model and its memory."""
+        """Return the model's properties and the size of the KV cache that SGLang has allocated."""
         settings, role, manager = started.settings, started.role, started.manager
         assert self._processes is not None
         tokens = self._processes._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]  # noqa: SLF001
@@ -143,10 +143,13 @@ class SglangEngine(PushEngine[Started]):
         )
 
     async def on_ready(self) -> None:
-        """Tell the other nodes of a multi-node engine that it serves: only now may they report ready."""
+        """Tell the other nodes of a multi-node engine that it serves: only now may they report ready.
+
+        The hook has a time limit and is called once, so the task outlives it.
+        """
         settings = self.started.settings
         if settings["nnodes"] > 1:
-            await nodes.announce(settings["dist_init_addr"])
+            self.run_beside(nodes.announce(settings["dist_init_addr"]))
 
     async def answer(self, started: Started, job: Job) -> None:
         """Let SGLang make all answers to one request."""
@@ -193,7 +196,7 @@ class SglangEngine(PushEngine[Started]):
             first = asyncio.ensure_future(manager.run(requests[0]))
             tasks = [first]
             try:
-                # The others then find the prompt in the KV cache.
+                # Once the first answer has begun, the others find the prompt in the KV cache.
                 begun = asyncio.ensure_future(answers[0].begun.wait())
                 await asyncio.wait({first, begun}, return_when=asyncio.FIRST_COMPLETED)
                 begun.cancel()
@@ -226,7 +229,7 @@ class SglangEngine(PushEngine[Started]):
         return request
 
     def progress(self) -> int:
-        """Return how often the engine was seen to advance: with outputs, or while it reads a long prompt."""
+        """Return the number of batches of outputs and of scheduler steps; the latter grow during a long prefill."""
         if self._started is None:
             return 0
         self._started.reader.read()
@@ -281,9 +284,7 @@ class SglangEngine(PushEngine[Started]):
 
 def _context_length(manager: Manager) -> int:
     """Return the longest sequence that SGLang accepts: it needs room for a token, and in the KV cache too."""
-    own: int = manager.context_len - manager.num_reserved_tokens
-    pool: int = manager.max_req_input_len + 1
-    return min(own, pool)
+    return int(min(manager.context_len - manager.num_reserved_tokens, manager.max_req_input_len + 1))
 
 
 def _bootstrap(settings: Mapping[str, Any]) -> tuple[str, int]:
@@ -300,7 +301,7 @@ def _bootstrap(settings: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _routing(started: Started, request: Mapping[str, Any], context: RequestContext) -> dict[str, Any]:
-    """Return the arguments that tell SGLang where a request belongs, and to whom."""
+    """Return a request's ranks, priority, session, cache salt and trace as arguments of ``GenerateReqInput``."""
     settings = started.settings
     priority = request_metadata.priority(request)  # Dynamo: the highest number goes first
     if priority is not None and settings["schedule_low_priority_values_first"]:

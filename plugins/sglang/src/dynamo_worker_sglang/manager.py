@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.entrypoints import engine as entrypoint
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput
@@ -30,13 +32,6 @@ if TYPE_CHECKING:
     from dynamo_worker_sglang.outputs import Answer
 
 log = get_logger(__name__)
-
-#: The titles of SGLang's processes begin like this: ``sglang::scheduler``, ``sglang::data_parallel_controller``.
-TITLE: Final = b"sglang::"
-#: Seconds until the kernel has also killed the processes below one that was killed.
-KILLED_SECONDS: Final = 0.3
-
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -184,21 +179,34 @@ class Processes(entrypoint.Engine):  # type: ignore[misc]
         """Do nothing: the original, which also runs at interpreter exit, kills everything below this process."""
 
 
-def build(settings: ServerArgs) -> Processes:
-    """Start SGLang's processes and wait until they are ready, which takes long.
+async def build(settings: ServerArgs) -> Processes:
+    """Start SGLang's processes and wait until they are ready: for seconds or minutes.
+
+    The thread that starts them never exits, because the kernel would kill them with it.
 
     :raises StartError: SGLang fails to start.
     """
+    result: Future[Processes] = Future()
+    result.set_running_or_notify_cancel()  # otherwise cancelling this task would make `set_result` raise
+
+    def work() -> None:
+        try:
+            result.set_result(Processes(server_args=settings))
+        except BaseException as error:
+            result.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=work, name="sglang", daemon=True).start()
     try:
-        return Processes(server_args=settings)
+        return await asyncio.wrap_future(result)
     except Exception as error:
         raise start_error("SGLang", error) from error
 
 
 def on_failed_process(fail: Callable[[], None]) -> None:
-    """Handle SIGQUIT, with which a failed process of SGLang would end the worker.
+    """Handle SIGQUIT, which a failed process of SGLang sends and which would end the worker.
 
-    The process sends it about a second before it exits, after it has logged the reason.
+    It arrives about a second before that process exits, after it has logged the reason.
     """
 
     def failed() -> None:
@@ -208,51 +216,14 @@ def on_failed_process(fail: Callable[[], None]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, failed)
 
 
-class _NoWatchdog:
-    """Replaces the thread that kills this process a second after one of SGLang's has died."""
-
-    def __init__(self, **_: Any) -> None:
-        pass
-
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
+def _no_watchdog(**_: Any) -> SimpleNamespace:
+    """Replace the thread that kills this process a second after one of SGLang's has died."""
+    return SimpleNamespace(start=lambda: None, stop=lambda: None)
 
 
 def _keep_logging(*_: Any) -> None:
     """Leave the worker's logging alone; SGLang's own processes configure theirs."""
 
 
-entrypoint.SubprocessWatchdog = _NoWatchdog
+entrypoint.SubprocessWatchdog = _no_watchdog
 entrypoint.configure_logger = _keep_logging
-
-
-async def in_lasting_thread(function: Callable[[], _T]) -> _T:
-    """Return the function's result from a thread that never exits: the kernel would kill SGLang's processes with it."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[_T] = loop.create_future()
-
-    def deliver(value: _T | None, error: BaseException | None) -> None:
-        if result.done():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)  # type: ignore[arg-type]
-
-    def work() -> None:
-        value, error = None, None
-        try:
-            value = function()
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(deliver, value, error)
-        except RuntimeError:  # the loop is closed
-            return
-        threading.Event().wait()
-
-    threading.Thread(target=work, name="sglang", daemon=True).start()
-    return await result

@@ -18,12 +18,14 @@ from dynamo_worker.kit.engine_lifecycle import start_error
 from dynamo_worker.kit.headless import HeadlessNode
 from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import arguments
-from dynamo_worker_sglang.manager import KILLED_SECONDS, TITLE, build, in_lasting_thread, on_failed_process
+from dynamo_worker_sglang.manager import build, on_failed_process
+from dynamo_worker_sglang.processes import KILLED_SECONDS, TITLE
 
 log = get_logger(__name__)
 
 _KEY: Final = "dynamo-worker/first-node"
 _POLL_SECONDS = 0.2
+_RETRY_SECONDS = 1.0
 
 
 def _store(address: str) -> TCPStore:
@@ -33,9 +35,17 @@ def _store(address: str) -> TCPStore:
 
 
 async def announce(address: str) -> None:
-    """Tell the followers that this first node serves."""
-    store = await asyncio.to_thread(_store, address)
-    await asyncio.to_thread(store.set, _KEY, "serves")
+    """Tell the followers that this first node serves; try again until the store has the key."""
+    while True:
+        try:
+            store = await asyncio.to_thread(_store, address)
+            await asyncio.to_thread(store.set, _KEY, "serves")
+            return
+        except RuntimeError as error:
+            log.warning(
+                "The other nodes still wait: cannot reach the store", address=address, error=error, next="retry"
+            )
+        await asyncio.sleep(_RETRY_SECONDS)
 
 
 class Follower(HeadlessNode):
@@ -51,7 +61,7 @@ class Follower(HeadlessNode):
         on_failed_process(lambda: None)
         settings = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
         # Kept for as long as this node runs.
-        self._processes = await in_lasting_thread(lambda: build(settings))
+        self._processes = await build(settings)
         log.info("Waiting for the first node", address=settings.dist_init_addr)
         try:
             store = await asyncio.to_thread(_store, settings.dist_init_addr)
@@ -59,5 +69,4 @@ class Follower(HeadlessNode):
                 await asyncio.sleep(_POLL_SECONDS)
         except RuntimeError as error:
             raise start_error("SGLang", f"the first node is gone: {error}") from error
-        name: str = settings.served_model_name or settings.model_path
-        return name
+        return str(settings.served_model_name or settings.model_path)

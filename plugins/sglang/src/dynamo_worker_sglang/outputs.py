@@ -57,7 +57,8 @@ class Answer:
         self._completion_tokens = 0
         self._state: Any = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._done.add_done_callback(_retrieve_error)
+        # Retrieve the error, or the event loop logs that of a request whose task was cancelled.
+        self._done.add_done_callback(lambda done: done.cancelled() or done.exception())
         #: Whether the scheduler has the request.
         self.submitted = False
         #: Set with the first chunk, or with the end.
@@ -135,7 +136,7 @@ class Answer:
     def _aborted(chunk: Chunk, reason: Mapping[str, Any]) -> None:
         status, message = reason.get("status_code"), reason.get("message") or "aborted"
         if status is None:
-            # Aborted by an operator or by us, so no one reads the answer.
+            # Aborted by an operator or by the worker: the answer is not read.
             chunk["finish_reason"] = "cancelled"
             chunk["token_ids"] = []
         elif status == _BAD_REQUEST:
@@ -181,9 +182,3 @@ def _first(entries: Sequence[Any] | None, number: int | None) -> Sequence[Any]:
     if not entries or number is None:
         return ()
     return entries if number < 0 else entries[:number]
-
-
-def _retrieve_error(done: asyncio.Future[None]) -> None:
-    """Keep the event loop from logging an error whose request was cancelled before it was raised."""
-    if not done.cancelled():
-        done.exception()

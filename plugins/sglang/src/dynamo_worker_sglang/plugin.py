@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 class SglangPlugin(EnginePlugin):
     """Connects SGLang with the worker's lifecycle."""
 
-    dynamo_worker_api = "1"
+    dynamo_worker_api = "1.1"
     engine = "dynamo_worker_sglang.engine:SglangEngine"
     headless_engine = "dynamo_worker_sglang.nodes:Follower"
     arguments = "dynamo_worker_sglang.arguments:add"
     preload = "dynamo_worker_sglang.processes:preload_processes"
 
     def is_headless(self, args: argparse.Namespace) -> bool:
-        """Return whether this node follows the one that serves."""
+        """Return whether this node follows the first one, which serves."""
         return bool(args.node_rank > 0)
 
 

@@ -1,4 +1,4 @@
-"""The processes that SGLang will start: how many, what they import, and in which environment."""
+"""The processes that SGLang starts: their titles, and their imports ahead of time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from dynamo_worker.kit.preload import Level
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: What they import before any of their own code runs.
+#: The titles of SGLang's processes begin like this: ``sglang::scheduler``, ``sglang::data_parallel_controller``.
+TITLE: Final = b"sglang::"
+#: Seconds until the kernel has also killed the processes below one that was killed.
+KILLED_SECONDS: Final = 0.3
+
+#: The modules that a scheduler and a data-parallel controller import first.
 _SCHEDULER = ("dynamo_worker_sglang.scheduler",)
 _CONTROLLER = ("sglang.srt.managers.data_parallel_controller", *_SCHEDULER)
 
-#: Variables that are set while SGLang starts and that nothing reads on import, most of them only read in the worker's
-#: own process.
+#: Variables that are set while SGLang starts and that no import reads.
 _HARMLESS: Final = frozenset(
     {
         *("SGLANG_RUN_ID", "SGLANG_BLOCK_NONZERO_RANK_CHILDREN", "SGLANG_PYSPY_DUMP_BEFORE_CRASH"),
         *("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "SGLANG_USE_CUDA_IPC_TRANSPORT", "GLOO_SOCKET_IFNAME"),
     }
 )
-#: Set with ``--enable-metrics``; this module reads it on import.
+#: A variable that ``--enable-metrics`` sets, and the only module that reads it on import.
 _READERS: Final = {"PROMETHEUS_MULTIPROC_DIR": "prometheus_client"}
 #: What SGLang sets by default. Where flags or the model change it, the preloaded processes restart.
 _EXPECTED: Final = {

@@ -1,4 +1,4 @@
-"""The translation table: what every field of a Dynamo request becomes in SGLang."""
+"""The translation table: the SGLang parameter for each field of a Dynamo request."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Translated:
     :param options: further arguments of ``GenerateReqInput``.
     :param top: number of likeliest tokens reported with each token; None for no log-probabilities.
     :param prompt_top: the same for the tokens of the prompt.
-    :param meeting: what a prefill worker tells the decode worker before its first token.
+    :param meeting: bootstrap address that a prefill worker sends before its first token; None if it sends none.
     """
 
     sampling: dict[str, Any]

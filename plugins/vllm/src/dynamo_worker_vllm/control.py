@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Why the engine is out of discovery.
+#: The reason for which a sleeping engine is out of discovery.
 _ASLEEP = "asleep"
 
 
@@ -40,7 +40,7 @@ class LoraLoader:
 
 
 def lora_request(adapter: LoraAdapter) -> LoRARequest:
-    """Return what vLLM gets with every request for an adapter."""
+    """Return vLLM's description of an adapter, which accompanies each request for it."""
     return LoRARequest(lora_name=adapter.name, lora_int_id=adapter.number, lora_path=adapter.path)
 
 
@@ -70,7 +70,7 @@ class Control(EngineControl):
         return {"message": f"the engine is asleep (level {level})"}
 
     async def wake_up(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the memory back and rejoin discovery."""
+        """Allocate the released memory again and rejoin discovery."""
         if not self.gate.reasons:
             return {"message": "the engine is awake"}
         tags = body.get("tags")

@@ -23,7 +23,7 @@ _COMPOSED = ("MultiConnector", "PdConnector")
 
 
 class Role(disaggregation.Role):
-    """The share of each request that this worker does."""
+    """The phase of each request that this worker runs."""
 
     def __init__(self, mode: str, config: VllmConfig) -> None:
         super().__init__(mode)

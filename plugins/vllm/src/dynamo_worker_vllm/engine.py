@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds between two lines of vLLM about its load.
+#: Seconds between two of vLLM's log lines about its load.
 _LOG_STATS_SECONDS = 10.0
 #: Seconds that vLLM's processes get to end by themselves. Nothing is in flight any more. They release their resources
 #: within milliseconds, but their interpreters need another 3 s to exit (measured).
 _TERMINATE_SECONDS = 1.0
-#: Constraints of requests that are compiled in parallel.
+#: Number of requests whose constraints are compiled in parallel.
 _GUIDE_THREADS = 2
-#: Requests that make vLLM compile what the first request would otherwise wait for: 13 s for the sampler on a CPU
+#: Options of requests that make vLLM compile its sampler; on a CPU the first client would otherwise wait 13 s for that
 #: (measured).
 _WARM_UP: tuple[dict[str, Any], ...] = (
     {"sampling_options": {"temperature": 1.0, "top_p": 0.9, "top_k": 10}, "output_options": {"logprobs": 1}},
@@ -73,7 +73,7 @@ class Started(push_engine.Started):
 
     @property
     def config(self) -> VllmConfig:
-        """VLLM's configuration."""
+        """The configuration that vLLM has completed."""
         return self.llm.vllm_config
 
     @property
@@ -134,12 +134,10 @@ class VllmEngine(PushEngine[Started]):
 
     async def warm_up(self) -> None:
         """Compile the sampler; the worker's own warm-up request is greedy."""
-        for number, request in enumerate(_WARM_UP):
-            warm_up = self.canary_request()
-            warm_up["stop_conditions"] = {"max_tokens": 2, "ignore_eos": True}
-            warm_up["sampling_options"] = request["sampling_options"]
-            warm_up["output_options"] = request.get("output_options", {})
-            async for _ in self.generate(warm_up, LocalContext(f"warm-up-{number}")):
+        for number, options in enumerate(_WARM_UP):
+            stop = {"max_tokens": 2, "ignore_eos": True}
+            request: Any = {**self.canary_request(), **options, "stop_conditions": stop}
+            async for _ in self.generate(request, LocalContext(f"warm-up-{number}")):
                 pass
         # vLLM looks up its environment variables for every token; from now on they do not change.
         envs.enable_envs_cache()
@@ -150,7 +148,7 @@ class VllmEngine(PushEngine[Started]):
         return [served] if isinstance(served, str) else list(served)
 
     def describe(self, started: Started) -> EngineInfo:
-        """Return what vLLM has found out about the model and its memory."""
+        """Return the model's properties and the size of the KV cache that vLLM has allocated."""
         config, ranks = started.config, started.ranks
         name, *aliases = self._served_names(config)
         blocks = config.cache_config.num_gpu_blocks
@@ -286,7 +284,7 @@ class VllmEngine(PushEngine[Started]):
         started = self.stop()
         tree = EngineProcesses(TITLE)
         if started is None or self._failed:
-            # An interrupted start, or a broken engine: an orderly shutdown is impossible.
+            # The start was interrupted or the engine is broken: an orderly shutdown is impossible.
             tree.signal_leaders()
             await tree.end(0.1, deadline)
         if started is None:

@@ -48,8 +48,7 @@ class HeadlessEngine(HeadlessNode):
                 if not all(process.is_alive() for process in self._manager.processes):
                     raise start_error("vLLM", "an EngineCore process exited")
                 await asyncio.sleep(_POLL_SECONDS)
-        model: str = config.model_config.model
-        return model
+        return str(config.model_config.model)
 
     @staticmethod
     def _build(config: VllmConfig) -> CoreEngineProcManager | MultiprocExecutor:

@@ -65,16 +65,16 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
         state.send = None
         state.generated = 0
 
-    def connect(self, mailbox: RequestOutputCollector, send: Send) -> Callable[[], None]:
+    def connect(self, mailbox: RequestOutputCollector, send: Send) -> Callable[[], None] | None:
         """Pass the chunks of a plain request straight to ``send`` from now on, except for the last one.
 
         The last chunk, errors, and the outputs of all other requests go into the mailbox.
 
-        :returns: the function that ends this.
+        :returns: the function that ends this; None if the request is not plain.
         """
         state = self.request_states.get(mailbox.request_id)
         if state is None or not state.plain:
-            return _nothing
+            return None
 
         def disconnect() -> None:
             state.send = None
@@ -156,15 +156,14 @@ class DeltaProcessor(OutputProcessor):  # type: ignore[misc]
 _NOTHING: Final = OutputProcessorOutput([], [])
 
 
-def _nothing() -> None:
-    """Disconnect nothing."""
-
-
 def install(llm: AsyncLLM) -> DeltaProcessor | None:
     """Give an engine that has no requests yet the fast path; return None if its version is unknown."""
     processor = llm.output_processor
     if type(processor) is not OutputProcessor or not all(hasattr(processor, name) for name in _FOUNDATION):
-        log.warning("Outputs take vLLM's own path: unknown version of vLLM", processor=type(processor).__name__)
+        log.warning(
+            "Outputs take vLLM's own path: this version of vLLM is not supported",
+            processor=type(processor).__name__,
+        )
         return None
     processor.__class__ = DeltaProcessor
     plain: DeltaProcessor = processor
@@ -174,15 +173,15 @@ def install(llm: AsyncLLM) -> DeltaProcessor | None:
 class OutputReader:
     """Makes the chunks of one request whose outputs take vLLM's own path."""
 
-    def __init__(self, prompt_tokens: int, top: int | None, decode: Callable[[int], str | None] | None = None) -> None:
+    def __init__(self, prompt_tokens: int, top: int | None, decode: Callable[[int], str | None] = no_text) -> None:
         """Start a request.
 
         :param top: number of likeliest tokens to report; None or a negative number for all that vLLM returns.
-        :param decode: returns the text of a token; None without a tokenizer.
+        :param decode: returns the text of a token.
         """
         self._prompt_tokens = prompt_tokens
         self._top = top if top is not None and top >= 0 else None
-        self._decode = decode or no_text
+        self._decode = decode
         self._completion_tokens = 0
         self._prompt_logprobs: list[Any] | None = None
 

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 class VllmPlugin(EnginePlugin):
     """Connects vLLM with the worker's lifecycle."""
 
-    dynamo_worker_api = "1"
+    dynamo_worker_api = "1.1"
     engine = "dynamo_worker_vllm.engine:VllmEngine"
     headless_engine = "dynamo_worker_vllm.headless:HeadlessEngine"
     arguments = "dynamo_worker_vllm.arguments:add"
     preload = "dynamo_worker_vllm.processes:preload_processes"
 
     def is_headless(self, args: argparse.Namespace) -> bool:
-        """Return whether this node only has ranks of an engine that serves elsewhere."""
+        """Return whether this node only runs ranks of an engine that serves from another node."""
         return bool(args.headless)
 
 

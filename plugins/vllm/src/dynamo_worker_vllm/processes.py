@@ -1,4 +1,4 @@
-"""The processes that vLLM starts: how to recognize them, and what they import."""
+"""The processes that vLLM starts: their titles, and their imports ahead of time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 #: The titles of vLLM's processes begin like this: ``VLLM::EngineCore``, ``VLLM::Worker_TP0``.
 TITLE: Final = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM").encode() + b"::"
 
-#: What an EngineCore and a worker below it import first, and what compiles the sampler.
+#: The modules that an EngineCore and a worker below it import first, and the one that compiles the sampler.
 _ENGINE_CORE = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 _WORKER = ("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.gpu_worker", "torch._inductor.compile_fx")
 
-#: Variables that vLLM or this plugin sets during the start, and that nothing reads on import.
+#: Variables that vLLM or this plugin sets during the start, and that no import reads.
 _HARMLESS: Final = frozenset(
     {
         waiting.MARK,
@@ -42,8 +42,8 @@ _OF_CPU_WORKERS: Final = frozenset(
 def preload_processes(arguments: Sequence[str]) -> None:
     """Let the processes that vLLM will start for this command line import vLLM now, in parallel with this one.
 
-    On a single GPU the EngineCore computes itself; with several it has a worker for each. On a CPU there are always
-    workers, whose environment is unknown until vLLM has read its settings.
+    On a single GPU the EngineCore runs the model itself; on several it starts a worker for each. On a CPU it always
+    starts workers, whose environment is unknown until vLLM has read its settings.
     """
     parser = EarlyParser()
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)

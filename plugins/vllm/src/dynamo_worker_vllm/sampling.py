@@ -1,4 +1,4 @@
-"""The translation table: what every field of a Dynamo request becomes in vLLM."""
+"""The translation table: the vLLM parameter for each field of a Dynamo request."""
 
 from __future__ import annotations
 
@@ -57,12 +57,7 @@ class GuidedParams(SamplingParams):  # type: ignore[misc]
         """
         try:
             self._validate_structured_outputs(model_config, structured_outputs_config, tokenizer)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            RecursionError,
-        ) as error:  # wrong types, or nested too deeply
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:  # wrong types, or nested too deeply
             raise InvalidRequestError(f"guided_decoding is invalid: {describe(error)}") from error
 
     def verify(
@@ -106,7 +101,7 @@ def kv_hints(request: Mapping[str, Any]) -> KvHintsEnvelope | None:
 
 
 def reasoning(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the frontend knows of the prompt's reasoning, as arguments of ``AsyncLLM.add_request``.
+    """Return the frontend's information about the prompt's reasoning part as arguments of ``AsyncLLM.add_request``.
 
     Anything of the wrong type, or an argument that vLLM's parsers lack, would end the engine's process.
 

@@ -40,7 +40,7 @@ def install() -> None:
     if hasattr(shm_broadcast, "sched_yield"):
         shm_broadcast.sched_yield = _nap
     else:
-        log.warning("vLLM's processes spin while they wait: unknown version of vLLM")
+        log.warning("vLLM's processes spin while they wait: this version of vLLM is not supported")
 
 
 def _nap() -> None:
