@@ -23,10 +23,10 @@ nox.options.sessions = ["lint", "types", "docs", "example", "tests(core)", "pyth
 ROOT = pathlib.Path(__file__).parent
 #: What `ai-dynamo-runtime` supports.
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-#: Every engine with a plugin in `plugins/NAME`. Its tests on a CPU install the `cpu` extra with the versions of
-#: `constraints.txt`, without what `overrides.txt` names, and then run `tests/install_shims.py` if there is one. Its
-#: tests on a GPU install the `cuda` extra.
-ENGINES = ["vllm", "sglang"]
+#: Every engine with a plugin in `plugins/NAME`. Its tests on a CPU install the `cpu` extra, or the stand-in for the
+#: engine in `tests/standin`, with the versions of `constraints.txt`, without what `overrides.txt` names, and then run
+#: `tests/install_shims.py` if there is one. Its tests on a GPU install the `cuda` extra.
+ENGINES = ["vllm", "sglang", "trtllm"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
@@ -53,9 +53,14 @@ def tests(session: nox.Session, suite: str) -> None:
         session.run("pytest", *(session.posargs or ["tests"]))
         return
     plugin = f"plugins/{suite}"
-    pinned = ["--constraint", f"{plugin}/constraints.txt", "--override", f"{plugin}/overrides.txt"]
-    _install(session, *pinned, "-e", f"{plugin}[cpu]", *TEST)
-    shims = ROOT / plugin / "tests" / "install_shims.py"
+    tests = ROOT / plugin / "tests"
+    pinned = ["--constraint", f"{plugin}/constraints.txt"]
+    if (ROOT / plugin / "overrides.txt").exists():
+        pinned += ["--override", f"{plugin}/overrides.txt"]
+    standin = (tests / "standin").exists()
+    engine = ["-e", plugin, "-e", f"{plugin}/tests/standin"] if standin else ["-e", f"{plugin}[cpu]"]
+    _install(session, *pinned, *engine, *TEST)
+    shims = tests / "install_shims.py"
     if shims.exists():
         session.run("python", str(shims))
     session.run("pytest", *(session.posargs or [f"{plugin}/tests"]))

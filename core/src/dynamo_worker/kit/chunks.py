@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from dynamo_worker.responses import Chunk, CompletionUsage, PromptLogprob, TopLogprob
 
@@ -60,6 +61,58 @@ def token_decoder(tokenizer: Any) -> Callable[[int], str | None]:
 
 def no_text(_: int) -> None:
     """Return None: the decoder of an engine without a tokenizer."""
+
+
+def add_logprobs(
+    chunk: Chunk,
+    positions: Sequence[Any],
+    top: int | None,
+    decode: Callable[[int], str | None],
+) -> None:
+    """Add the log-probabilities of a chunk's tokens; nothing if they do not match the tokens.
+
+    :param positions: for each token, a mapping from token ids to objects with ``logprob`` and ``rank``, as vLLM and
+        TensorRT-LLM have them. It contains the chosen token even if that is not among the likeliest.
+    :param top: number of likeliest tokens to report; None for all.
+    :param decode: returns the text of a token whose object has no ``decoded_token``.
+    """
+    tokens = chunk["token_ids"]
+    chosen, likeliest = [], []
+    for token, position in zip(tokens, positions, strict=False):
+        entry = position.get(token) if isinstance(position, Mapping) else None
+        if entry is None:
+            return
+        chosen.append(finite(entry.logprob))
+        likeliest.append(
+            [
+                top_logprob(other, value.logprob, value.rank or 0, _text(other, value, decode))
+                for other, value in position.items()
+                if top is None or (value.rank or 0) <= top
+            ]
+        )
+    if len(chosen) == len(tokens):
+        chunk["log_probs"] = chosen
+        chunk["top_logprobs"] = likeliest
+
+
+def prompt_logprobs(
+    positions: Iterable[Any], decode: Callable[[int], str | None]
+) -> list[dict[str, PromptLogprob] | None]:
+    """Return ``engine_data.prompt_logprobs`` from the same kind of mappings; None for a token without one."""
+    return [
+        {
+            str(token): prompt_logprob(value.logprob, value.rank, _text(token, value, decode))
+            for token, value in position.items()
+        }
+        if isinstance(position, Mapping)
+        else None
+        for position in positions
+    ]
+
+
+def _text(token: int, value: Any, decode: Callable[[int], str | None]) -> str | None:
+    text: str | None = getattr(value, "decoded_token", None)
+    return decode(token) if text is None else text
 
 
 def prompt_logprob(logprob: float, rank: int | None, text: str | None) -> PromptLogprob:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.errors import for_client
 from dynamo_worker.kit import request_metadata
+from dynamo_worker.kit.fields import refusal
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from dynamo_worker.engine import Discovery, EngineContext, Operation
     from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
@@ -72,6 +73,17 @@ def profile_routes(
         return {"message": "stopped profiling"}
 
     return {"start_profile": start_profile, "stop_profile": stop_profile}
+
+
+def regions(body: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """Return the regions of memory that the ``tags`` of a request name; all by default.
+
+    :raises InvalidRequestError: the engine does not know one.
+    """
+    tags = body.get("tags", list(known))
+    if not (isinstance(tags, list) and tags and set(tags) <= set(known)):
+        raise refusal("tags", f"a list of {', '.join(known)}", tags)
+    return tags
 
 
 class DiscoveryGate:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_worker.supervisor import linux, process_tree
+from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.supervisor.linux import Process
 
 #: Found in the command lines of processes that ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start, until
 #: those set their own titles.
@@ -27,6 +29,45 @@ def named(title: bytes) -> list[int]:
     Short-lived helpers such as resource trackers and compilers have no such title.
     """
     return [process.pid for process in process_tree.descendants(os.getpid()) if _command(process).startswith(title)]
+
+
+class Launched(NamedTuple):
+    """Processes that a launcher has started for an engine, such as the ranks below Open MPI's ``orted``.
+
+    :param launchers: children of this process.
+    :param children: the launchers' children: the engine's own processes.
+    :param helpers: everything below those.
+    """
+
+    launchers: list[Process]
+    children: list[Process]
+    helpers: list[Process]
+
+    @classmethod
+    def by(cls, launcher: str) -> Launched:
+        """Return what the launchers with a name have started: their children's command lines may vary.
+
+        :param launcher: the name in the process table.
+        """
+        tree = process_tree.descendants(os.getpid())
+        launchers = [one for one, stat in tree.items() if stat.name == launcher and stat.parent == os.getpid()]
+        pids = {process.pid for process in launchers}
+        children = [one for one, stat in tree.items() if stat.parent in pids]
+        belonging, helpers = {process.pid for process in children}, []
+        for process, stat in tree.items():  # parents come before their children
+            if stat.parent in belonging:
+                belonging.add(process.pid)
+                helpers.append(process)
+        return cls(launchers, children, helpers)
+
+
+async def kill(processes: Iterable[Process], deadline: Deadline) -> None:
+    """Kill processes, and wait until they are gone."""
+    processes = list(processes)
+    for process in processes:
+        linux.send_signal(process, signal.SIGKILL)
+    while any(map(linux.is_alive, processes)) and not deadline.passed:
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 async def end(title: bytes, number: signal.Signals, patience: float, deadline: Deadline) -> None:

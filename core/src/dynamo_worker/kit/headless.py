@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
@@ -13,10 +14,13 @@ from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
 
 if TYPE_CHECKING:
     import argparse
+    import subprocess
     from collections.abc import AsyncIterator, Iterable
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Chunk, EngineContext, Request, RequestContext
+
+_POLL_SECONDS = 0.05
 
 
 class HeadlessNode(EngineLifecycle, ABC):
@@ -61,3 +65,23 @@ class HeadlessNode(EngineLifecycle, ABC):
     async def shutdown(self, deadline: Deadline) -> None:
         """Ask the processes to end, wait, and kill the rest."""
         await engine_processes.end(self.TITLE, self.END_SIGNAL, self.END_SECONDS, deadline)
+
+
+class ChildNode(HeadlessNode):
+    """A node whose part of the engine is a single child process."""
+
+    TITLE: ClassVar = b""
+    child: subprocess.Popen[bytes] | None = None
+
+    def processes(self) -> Iterable[int]:
+        """Return the pid of the child."""
+        return [] if self.child is None else [self.child.pid]
+
+    async def shutdown(self, deadline: Deadline) -> None:
+        """Ask the child to end, wait, and kill it."""
+        if self.child is not None:
+            self.child.send_signal(self.END_SIGNAL)
+            patience = deadline.within(self.END_SECONDS)
+            while self.child.poll() is None and not patience.passed:
+                await asyncio.sleep(_POLL_SECONDS)
+            self.child.kill()

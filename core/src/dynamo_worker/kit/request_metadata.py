@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: Marks cache salts in KV events, where they are untyped and among other strings (Dynamo's convention).
-_SALT_PREFIX: Final = "dynamo-cache-salt:"
+SALT_PREFIX: Final = "dynamo-cache-salt:"
 
 
 def cache_salt(request: Mapping[str, Any]) -> str | None:
@@ -21,7 +21,7 @@ def cache_salt(request: Mapping[str, Any]) -> str | None:
         salt = source.get("cache_salt")
         if salt:
             limits.ID_CHARACTERS.check("cache_salt", len(string("cache_salt", salt)))
-            return f"{_SALT_PREFIX}{salt}"
+            return f"{SALT_PREFIX}{salt}"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers import io_struct
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit.engine_control import EngineControl, profile_routes
+from dynamo_worker.kit.engine_control import EngineControl, profile_routes, regions
 from dynamo_worker.kit.fields import refusal
 from dynamo_worker.kit.lora import LoraAdapters
 from dynamo_worker.logs import get_logger
@@ -90,7 +90,7 @@ class Control(EngineControl):
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery, end the requests in flight, and release the accelerator's memory, or some ``tags`` of it."""
-        tags, mode = _tags(body), _mode(body)
+        tags, mode = regions(body, _REGIONS), _mode(body)
 
         async def release() -> None:
             if "in_place" in (mode, *self.gate.reasons):
@@ -110,7 +110,7 @@ class Control(EngineControl):
 
     async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Allocate the released memory, or some ``tags`` of it, again; rejoin discovery once none is released."""
-        tags = _tags(body)
+        tags = regions(body, _REGIONS)
         if not self.gate.reasons.intersection(tags):
             return {"message": "the memory is not released"}
 
@@ -184,14 +184,6 @@ class Control(EngineControl):
         except TypeError as error:
             raise InvalidRequestError(str(error)) from error
         await self._manager.start_profile(request)
-
-
-def _tags(body: dict[str, Any]) -> list[str]:
-    """Return the regions of memory that a request names; all by default."""
-    tags = body.get("tags", list(_REGIONS))
-    if not (isinstance(tags, list) and tags and set(tags) <= set(_REGIONS)):
-        raise refusal("tags", f"a list of {', '.join(_REGIONS)}", tags)
-    return tags
 
 
 def _mode(body: dict[str, Any]) -> str:

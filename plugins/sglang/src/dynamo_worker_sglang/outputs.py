@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit import answer
 from dynamo_worker.kit.chunks import finite, no_text, prompt_logprob, top_logprob, usage
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _BAD_REQUEST: Final = 400
 
 
-class Answer:
+class Answer(answer.Answer):
     """One answer to one request: turns SGLang's outputs into chunks and sends them.
 
     It replaces the event that wakes the reader of a request: SGLang calls :meth:`set` after it has put outputs into the
@@ -47,7 +47,7 @@ class Answer:
         :param prompt_top: the same for the prompt.
         :param decode: returns the text of a token.
         """
-        self._send = send
+        super().__init__(send)
         self._index = index
         self._prompt_tokens = prompt_tokens
         self._stop_tokens = stop_tokens
@@ -56,33 +56,14 @@ class Answer:
         self._decode = decode
         self._completion_tokens = 0
         self._state: Any = None
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Retrieve the error, or the event loop logs that of a request whose task was cancelled.
-        self._done.add_done_callback(lambda done: done.cancelled() or done.exception())
         #: Whether the scheduler has the request.
         self.submitted = False
-        #: Set with the first chunk, or with the end.
-        self.begun = asyncio.Event()
         self.plain = top is None and prompt_top is None
 
     def follow(self, state: Any) -> None:
         """Take the place of the event in SGLang's record of the request."""
         self._state = state
         state.event = self
-
-    async def wait(self) -> None:
-        """Wait for the end.
-
-        :raises InvalidRequestError: SGLang rejects the request.
-        :raises Disconnected: SGLang could not finish it, but another worker can.
-        """
-        await self._done
-
-    def fail(self, error: BaseException) -> None:
-        """End the answer with an error."""
-        self.begun.set()
-        if not self._done.done():
-            self._done.set_exception(error)
 
     def set(self) -> None:
         """Send the outputs in the request's list."""
@@ -107,7 +88,7 @@ class Answer:
         :param cached_tokens: tokens of the prompt that were in the KV cache.
         :param meta: SGLang's further information about the tokens, unless the answer is plain.
         """
-        if self._done.done():
+        if self.over:
             return
         try:
             chunk: Chunk = {"token_ids": list(tokens), "index": self._index}
@@ -124,13 +105,13 @@ class Answer:
                 chunk["completion_usage"] = usage(self._prompt_tokens, self._completion_tokens, cached_tokens)
                 if meta is not None and self._prompt_top is not None:
                     chunk["engine_data"] = {"prompt_logprobs": self._prompt_logprobs(meta)}
-            self._send(chunk)
+            self.send(chunk)
         except Exception as error:  # such as a client that is gone; the other answers go on
             self.fail(error)
         else:
             self.begun.set()
             if reason is not None:
-                self._done.set_result(None)
+                self.complete()
 
     @staticmethod
     def _aborted(chunk: Chunk, reason: Mapping[str, Any]) -> None:

@@ -7,25 +7,24 @@ client's stream instead. Everything else (log-probabilities, several answers, KV
 
 from __future__ import annotations
 
-from itertools import compress
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.outputs import STREAM_FINISHED, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
-from dynamo_worker.kit.chunks import finite, no_text, prompt_logprob, top_logprob, usage
+from dynamo_worker.kit.chunks import add_logprobs, finite, no_text, prompt_logprobs, usage
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
     from dynamo_worker.engine import Send
-    from dynamo_worker.responses import Chunk, PromptLogprob
+    from dynamo_worker.responses import Chunk
 
 log = get_logger(__name__)
 
@@ -190,13 +189,13 @@ class OutputReader:
         if output is STREAM_FINISHED:
             return
         if output.prompt_logprobs:  # they come once, and belong to the last chunk
-            self._prompt_logprobs = [self._prompt_position(position) for position in output.prompt_logprobs]
+            self._prompt_logprobs = prompt_logprobs(output.prompt_logprobs, self._decode)
         for completion in output.outputs:
             tokens = list(completion.token_ids)
             self._completion_tokens += len(tokens)
-            chunk: dict[str, Any] = {"token_ids": tokens, "index": completion.index}
+            chunk: Any = {"token_ids": tokens, "index": completion.index}
             if completion.logprobs and tokens:
-                self._add_logprobs(chunk, tokens, completion.logprobs)
+                add_logprobs(chunk, completion.logprobs, self._top, self._decode)
             if completion.cumulative_logprob is not None:
                 chunk["cum_log_probs"] = finite(completion.cumulative_logprob)
             if completion.finish_reason is not None:
@@ -210,34 +209,3 @@ class OutputReader:
                 if output.kv_transfer_params is not None:
                     chunk["kv_transfer_params"] = output.kv_transfer_params
             yield chunk
-
-    def _add_logprobs(self, chunk: dict[str, Any], tokens: Sequence[int], logprobs: Sequence[Any]) -> None:
-        chosen, top = [], []
-        for token, position in zip(tokens, logprobs, strict=False):
-            entry = position.get(token)
-            if entry is None:  # the lists would not match the tokens
-                return
-            chosen.append(finite(entry.logprob))
-            # vLLM adds the chosen token even if it is not among the likeliest.
-            likeliest = (self._top is None or (value.rank or 0) <= self._top for value in position.values())
-            top.append(
-                [
-                    top_logprob(other, value.logprob, value.rank or 0, self._text(other, value))
-                    for other, value in compress(position.items(), likeliest)
-                ]
-            )
-        if len(chosen) == len(tokens):
-            chunk["log_probs"] = chosen
-            chunk["top_logprobs"] = top
-
-    def _prompt_position(self, position: Any) -> dict[str, PromptLogprob] | None:
-        if position is None:
-            return None
-        return {
-            str(token): prompt_logprob(value.logprob, value.rank, self._text(token, value))
-            for token, value in position.items()
-        }
-
-    def _text(self, token: int, value: Any) -> str | None:
-        text: str | None = value.decoded_token
-        return self._decode(token) if text is None else text

@@ -1,0 +1,306 @@
+"""The engine: starts TensorRT-LLM, hands requests over, sends the outputs, and ends TensorRT-LLM's processes.
+
+Every call that sends to a rank is made off the event loop: such a call blocks for ever if the rank has just died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import tensorrt_llm
+from dynamo_worker_trtllm.sampling import SamplingTable
+from tensorrt_llm.executor.utils import RequestError
+
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
+from dynamo_worker.kit import engine_processes, huggingface, push_engine
+from dynamo_worker.kit.blocking import Lane, in_thread
+from dynamo_worker.kit.canary import canary_request
+from dynamo_worker.kit.chunks import token_decoder
+from dynamo_worker.kit.engine_lifecycle import start_error
+from dynamo_worker.kit.engine_processes import Launched
+from dynamo_worker.kit.push_engine import Job, PushEngine
+from dynamo_worker.logs import get_logger
+from dynamo_worker_trtllm import arguments, nodes, outputs
+from dynamo_worker_trtllm.control import Control, lora_request
+from dynamo_worker_trtllm.disaggregation import Role
+from dynamo_worker_trtllm.load import KvEventForwarder, LoadReader
+from dynamo_worker_trtllm.outputs import Answers
+
+if TYPE_CHECKING:
+    import argparse
+    import subprocess
+    from collections.abc import Callable, Iterable
+
+    from dynamo.runtime import Endpoint
+
+    from dynamo_worker import Deadline, EngineContext, Request
+    from dynamo_worker.kit.huggingface import ModelFiles
+
+log = get_logger(__name__)
+
+#: Name of Open MPI's daemon, which starts the ranks. It is never killed: Open MPI would end this process too, about a
+#: second later, with exit code 205 (4.1.8, measured). It ends with this process.
+_DAEMON: Final = "orted"
+#: Seconds that TensorRT-LLM's own shutdown gets. It waits for the ranks without a bound, and releases nothing that the
+#: kernel does not release once they are killed.
+_SHUTDOWN_SECONDS: Final = 1.0
+#: Seconds until the kernel has removed ranks that were killed.
+_KILLED_SECONDS: Final = 0.5
+#: Seconds within which the engine has to acknowledge that it has aborted a request.
+_ABORT_SECONDS: Final = 5.0
+
+
+@dataclass
+class Started(push_engine.Started):
+    """The parts of a started TensorRT-LLM.
+
+    :ivar decode: returns the text of a token.
+    """
+
+    role: Role
+    llm: Any
+    model: ModelFiles
+    load: LoadReader
+    decode: Callable[[int], str | None]
+
+    @property
+    def ranks(self) -> range:
+        """The data-parallel ranks: with attention data parallelism, each tensor-parallel rank has its own KV cache."""
+        args = self.llm.args
+        return range(args.tensor_parallel_size if args.enable_attention_dp else 1)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in one block of the KV cache."""
+        return int(self.llm.args.kv_cache_config.tokens_per_block)
+
+    @property
+    def publishes_events(self) -> bool:
+        """Whether the ranks report what their KV caches hold."""
+        config = self.llm.args.kv_cache_config
+        return bool(config.event_buffer_max_size and config.enable_block_reuse)
+
+
+class TrtllmEngine(PushEngine[Started]):
+    """TensorRT-LLM as dynamo-worker drives it."""
+
+    NAME: ClassVar = "TensorRT-LLM"
+    METRICS: ClassVar = ("trtllm_",)
+
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
+        super().__init__(args, context)
+        self._stopping = self._failed = False
+        self._steps = 0
+        self._lane = Lane("trtllm-sender")
+        self._leader: subprocess.Popen[bytes] | None = None
+        #: Kept until this process ends: its destructor waits for the ranks.
+        self._llm: Any = None
+        #: TensorRT-LLM's result and our answers for each request that the engine works on.
+        self._running: dict[str, tuple[Any, Answers]] = {}
+        self._probe: asyncio.Future[bool] | None = None
+        self._events: KvEventForwarder | None = None
+
+    async def launch(self) -> Started:
+        """Start TensorRT-LLM's ranks and wait until the model is loaded."""
+        settings = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
+        role = Role(self.args.disaggregation_mode, settings)
+        self._leader = nodes.lead()
+        hook = sys.excepthook
+        try:
+            # Takes minutes, and cannot be interrupted.
+            self._llm = llm = await in_thread(lambda: tensorrt_llm.LLM(**settings), name="trtllm-start")
+        except Exception as error:
+            if self._stopping:
+                raise StartError("stopped during the start") from error
+            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+            raise start_error(self.NAME, f"{error}{cause}") from error
+        finally:
+            # TensorRT-LLM's waits for the ranks before an uncaught error ends this process.
+            sys.excepthook = hook
+        args, tokenizer = llm.args, getattr(llm.tokenizer, "tokenizer", llm.tokenizer)
+        model = await asyncio.to_thread(
+            huggingface.read, str(args.model), tokenizer, args.max_seq_len, trust_remote_code=args.trust_remote_code
+        )
+        return Started(
+            SamplingTable(model, args),
+            role,
+            Control(llm, self.context, (model.path, self._served_name(model)), self._running),
+            llm,
+            model,
+            LoadReader(llm, self.load),
+            token_decoder(tokenizer),
+        )
+
+    def _served_name(self, model: ModelFiles) -> str:
+        return str(self.args.served_model_name or model.path)
+
+    def describe(self, started: Started) -> EngineInfo:
+        """Return the model's properties and the size of the KV cache that TensorRT-LLM has allocated."""
+        args, model = started.llm.args, started.model
+        return EngineInfo(
+            model_name=self._served_name(model),
+            model_path=model.path,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            kv_block_size=started.block_size,
+            total_kv_blocks=_total_blocks(started.llm),
+            max_num_seqs=args.max_batch_size,
+            max_num_batched_tokens=args.max_num_tokens,
+            data_parallel_size=len(started.ranks),
+            max_loras=(getattr(args.lora_config, "max_loras", None) or 1) if args.enable_lora else None,
+            # A decode worker's cache says nothing about where a prefix was computed.
+            runtime_config={
+                "enable_local_indexer": started.role.mode != "decode",
+                "kv_event_publishing_enabled": started.publishes_events,
+            },
+        )
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    async def answer(self, started: Started, job: Job) -> None:
+        """Hand a request to TensorRT-LLM, and wait until its client has the last chunk."""
+        answers = Answers(
+            job.send,
+            prompt_tokens=len(job.request["token_ids"]),
+            top=job.params.top,
+            prompt_top=job.params.prompt_top,
+            decode=started.decode,
+            hand_over=started.role.hand_over(job.params),
+            on_step=self._step,
+        )
+        request_id = job.context.id()
+        submitted = self._lane.call(self._submit, started.llm, job)
+        try:
+            result = await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            # The engine may have it all the same, and has to be told that nobody waits.
+            submitted.add_done_callback(lambda done: self._abort_late(done, answers))
+            raise
+        self._running[request_id] = (result, answers)
+        answers.follow(result)
+        await answers.wait()
+        self._running.pop(request_id, None)
+
+    @staticmethod
+    def _submit(llm: Any, job: Job) -> Any:
+        try:
+            return llm.generate_async(
+                job.request["token_ids"],
+                job.params.params,
+                lora_request=None if job.lora is None else lora_request(job.lora),
+                streaming=True,
+                trace_headers=job.context.trace_headers(),
+                **job.params.options,
+            )
+        except (ValueError, TypeError, NotImplementedError, RequestError) as error:
+            raise InvalidRequestError(str(error)) from error
+        except Exception as error:
+            raise outputs.translated(error) from error
+
+    def _step(self) -> None:
+        self._steps += 1
+
+    async def abort(self, request_id: str) -> None:
+        """Stop the work for one request, and wait until the engine has acknowledged that."""
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            await self._abort(*running)
+
+    def _abort_late(self, submitted: asyncio.Future[Any], answers: Answers) -> None:
+        if not submitted.cancelled() and submitted.exception() is None:
+            answers.follow(submitted.result())
+            self.run_beside(self._abort(submitted.result(), answers))
+
+    async def _abort(self, result: Any, answers: Answers) -> None:
+        if self._started is not None and self._started.role.mode == "decode":
+            # An abort while the KV cache is on its way would take the prefill worker's blocks with it.
+            await answers.begun.wait()
+        if self._started is None or self._failed or answers.finished.is_set():
+            return
+        try:
+            await asyncio.wait_for(self._lane.call(result.abort), _ABORT_SECONDS)
+            await asyncio.wait_for(answers.finished.wait(), _ABORT_SECONDS)
+        except asyncio.TimeoutError:
+            log.warning("TensorRT-LLM has not acknowledged an abort", request=result.request_id, next="it computes on")
+
+    # -------------------------------------------------------------------------------------------------------- health
+
+    def processes(self) -> Iterable[int]:
+        """Return the pids of Open MPI's daemon and of all ranks on this node."""
+        launched = Launched.by(_DAEMON)
+        leader = [] if self._leader is None else [self._leader.pid]
+        return [*leader, *(process.pid for process in launched.launchers + launched.children)]
+
+    def canary_request(self) -> Request:
+        """Return a request for one token, which needs no other worker."""
+        request = canary_request(self.started.model.tokenizer, self.started.model.config)
+        # With attention data parallelism the ranks make requests of their own, and fail if one has the same prefix.
+        request["routing"] = {"cache_salt": "dynamo-worker-canary"}
+        return request
+
+    def progress(self) -> int:
+        """Return the number of steps that the engine has reported, for requests and in its statistics."""
+        return self._steps + (0 if self._started is None else self._started.load.steps)
+
+    async def check_health(self) -> None:
+        """Ask TensorRT-LLM whether it is well.
+
+        :raises EngineDeadError: it is not.
+        """
+        if self._started is None:
+            return
+        llm = self._started.llm
+        if self._probe is None or self._probe.done():  # one at a time
+            # Its check shuts the executor down if it fails.
+            self._probe = asyncio.ensure_future(in_thread(llm._check_health, name="trtllm-health"))  # noqa: SLF001
+        if not await asyncio.shield(self._probe):
+            error = getattr(llm._executor, "_fatal_error", None)  # noqa: SLF001
+            raise EngineDeadError(f"TensorRT-LLM reports that it has failed: {error or 'no reason given'}")
+
+    def mark_failed(self) -> None:
+        """Let :meth:`shutdown` kill the ranks without asking them first."""
+        self._failed = True
+
+    def pending_transfers(self, started: Started) -> int:
+        """Return the number of requests that the ranks hold, among them those whose KV cache is not fetched yet."""
+        return started.load.held()
+
+    # ------------------------------------------------------------------------------------------- routers and the end
+
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        """Publish load and KV events if a router may read them."""
+        await super().attach(endpoint, info)
+        started = self.started
+        if self.context.events_wanted and started.publishes_events:
+            self._events = KvEventForwarder(started.llm, endpoint, started.ranks, started.block_size)
+
+    async def shutdown(self, deadline: Deadline) -> None:
+        """End the ranks: let TensorRT-LLM try, unless the engine is broken, then kill them."""
+        self._stopping = True
+        started = self.stop()
+        if started is not None:
+            started.load.stop()
+        if self._events is not None:
+            self._events.stop()
+        if started is not None and not self._failed:
+            try:
+                limit = min(_SHUTDOWN_SECONDS, deadline.remaining())
+                await in_thread(started.llm.shutdown, name="trtllm-shutdown", limit=limit)
+            except asyncio.TimeoutError:
+                log.info("TensorRT-LLM's own shutdown takes too long", seconds=_SHUTDOWN_SECONDS, next="kill the ranks")
+            except Exception as error:
+                log.warning("TensorRT-LLM's own shutdown failed", error=error, next="kill the ranks")
+        launched = Launched.by(_DAEMON)
+        await engine_processes.kill(launched.children + launched.helpers, deadline.within(_KILLED_SECONDS))
+        if self._leader is not None:
+            self._leader.kill()  # `mpirun` or `srun` then ends the ranks on the other nodes
+
+
+def _total_blocks(llm: Any) -> int | None:
+    with contextlib.suppress(Exception):  # not every version and executor has it
+        return int(llm.get_kv_cache_capacity()["maxNumBlocks"])
+    return None

@@ -1,0 +1,173 @@
+"""From TensorRT-LLM's results to Dynamo's chunks, sent right where TensorRT-LLM reports a step.
+
+Its dispatcher puts every step of a request into the request's queue and sets the queue's event on the event loop, which
+would wake a task for each token of each request. :class:`Answers` takes the place of the event and sends the chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from dynamo.llm.exceptions import Disconnected
+from tensorrt_llm.executor.utils import EngineDeadError as TrtllmDeadError
+from tensorrt_llm.executor.utils import ErrorResponse, RequestError
+
+from dynamo_worker import EngineDeadError, InvalidRequestError
+from dynamo_worker.kit.answer import Answer
+from dynamo_worker.kit.chunks import add_logprobs, no_text, prompt_logprobs, usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_worker import Chunk
+    from dynamo_worker.engine import Send
+
+#: Dynamo's names of TensorRT-LLM's finish reasons. ``not_finished`` ends a prefill whose decode is elsewhere.
+FINISH_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "cancelled", "not_finished": "stop"}
+#: TensorRT-LLM reports some errors of the GPU or of the group of ranks as errors of a single request.
+_DEVICE_IS_GONE: Final = re.compile(
+    "cuda error|cudaerror|cublas_status|cudnn_status|illegal memory access|device-side assert|"
+    "unspecified launch failure|nccl error|ncclsystemerror|ncclremoteerror|uncorrectable ecc",
+    re.IGNORECASE,
+)
+#: An error about the request itself: another worker would refuse it too.
+_OF_THE_REQUEST: Final = re.compile(
+    "exceed|invalid|not supported|unsupported|must be|should be|too (long|large|many)|larger than|greater than",
+    re.IGNORECASE,
+)
+
+
+class Answers(Answer):
+    """All answers to one request, in place of the event of the request's queue.
+
+    :ivar finished: set once the engine has nothing more to report, whether anybody reads the answers or not.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        *,
+        prompt_tokens: int,
+        top: int | None = None,
+        prompt_top: int | None = None,
+        decode: Callable[[int], str | None] = no_text,
+        hand_over: Callable[[Any], dict[str, Any]] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the answers.
+
+        :param top: number of likeliest tokens reported with each; None for no log-probabilities.
+        :param prompt_top: the same for the prompt.
+        :param decode: returns the text of a token.
+        :param hand_over: returns what a decode worker needs from TensorRT-LLM's description of a prefill; None on
+            other workers.
+        :param on_step: called with every step of the engine for this request.
+        """
+        super().__init__(send)
+        self.finished = asyncio.Event()
+        self._prompt_tokens = prompt_tokens
+        self._top, self._prompt_top = top, prompt_top
+        self._decode = decode
+        self._hand_over = hand_over
+        self._on_step = on_step
+        self._result: Any = None
+        #: Number of tokens sent of each answer, and the answers that have ended.
+        self._sent: dict[int, int] = {}
+        self._ended: set[int] = set()
+
+    def follow(self, result: Any) -> None:
+        """Report the results: those that are there already, and from now on every one as it arrives."""
+        self._result = result
+        result.aqueue._event = self  # noqa: SLF001 - TensorRT-LLM has no public way to be told
+        self.set()
+
+    def set(self) -> None:
+        """Send what is in the queue."""
+        result, queue = self._result, self._result.aqueue
+        while not (queue.empty() or self.finished.is_set()):
+            self._on_step()
+            entry = queue._q[0]  # noqa: SLF001
+            error = entry[0] if type(entry) is tuple else entry
+            try:
+                if isinstance(error, (ErrorResponse, BaseException)):
+                    # TensorRT-LLM would shut its executor down right here, on the event loop, if it is a fatal one.
+                    self._give_up(translated(getattr(error, "error_msg", error)))
+                else:
+                    result.__anext__().send(None)  # never waits: the queue has an entry
+            except StopIteration:
+                self._report(result)
+            except StopAsyncIteration:
+                self._give_up(Disconnected("TensorRT-LLM ended the request without a last token"))
+            except Exception as failure:  # about this request; the others go on
+                self._give_up(translated(failure))
+
+    def clear(self) -> None:
+        """Do nothing: what was in the queue has been sent."""
+
+    def _give_up(self, error: BaseException) -> None:
+        self.finished.set()
+        self.fail(error)
+
+    def _report(self, result: Any) -> None:
+        if result.finished:
+            self.finished.set()
+        try:
+            for output in () if self.over else result.outputs:
+                self._add(result, output)
+        except Exception as error:  # such as a client that is gone; the engine's steps are still read
+            self.fail(error)
+        self.begun.set()
+        if result.finished:
+            self.complete()
+
+    def _add(self, result: Any, output: Any) -> None:
+        """Send the new tokens of one answer: TensorRT-LLM's list has all of them, and the last step may shorten it."""
+        index, tokens, reason = output.index, output.token_ids, output.finish_reason
+        sent = self._sent.get(index, 0)
+        if index in self._ended or (len(tokens) <= sent and reason is None):
+            return
+        chunk: Chunk = {"token_ids": tokens[sent:], "index": index}
+        self._sent[index] = max(sent, len(tokens))
+        if self._top is not None:
+            add_logprobs(chunk, output.logprobs[sent : len(tokens)], self._top, self._decode)
+        if reason is not None:
+            self._ended.add(index)
+            self._finish(chunk, result, output)
+        self.send(chunk)
+
+    def _finish(self, chunk: Chunk, result: Any, output: Any) -> None:
+        name = FINISH_REASONS.get(output.finish_reason)
+        if name is None:
+            # Not EngineShutdown, which takes the whole worker out of the frontends' rotation for 5 s (measured).
+            raise Disconnected(f"TensorRT-LLM ended the request: {output.finish_reason}")
+        chunk["finish_reason"] = name
+        if name == "cancelled":  # by an operator or by the worker: nobody reads the answer
+            chunk["token_ids"] = []
+        elif self._hand_over is not None:
+            chunk["disaggregated_params"] = self._hand_over(output.disaggregated_params)
+        if output.stop_reason is not None:
+            chunk["stop_reason"] = output.stop_reason
+        chunk["completion_usage"] = usage(self._prompt_tokens, sum(self._sent.values()), result.cached_tokens)
+        if self._prompt_top is not None:
+            chunk["engine_data"] = {"prompt_logprobs": prompt_logprobs(output.prompt_logprobs, self._decode)}
+
+
+def translated(error: Any) -> BaseException:
+    """Return the error that tells the worker and the client what an error of TensorRT-LLM means.
+
+    :param error: an exception, or the text of one.
+    """
+    if isinstance(error, (EngineDeadError, InvalidRequestError, Disconnected)):
+        return error
+    if isinstance(error, TrtllmDeadError):
+        return EngineDeadError(f"TensorRT-LLM reports that its engine is dead: {error}")
+    text = str(error)
+    if not isinstance(error, (str, RequestError)):
+        return EngineDeadError(f"TensorRT-LLM failed: {type(error).__name__}: {text}")
+    if _DEVICE_IS_GONE.search(text):
+        return EngineDeadError(f"TensorRT-LLM reports a lost device: {text}")
+    if _OF_THE_REQUEST.search(text):
+        return InvalidRequestError(text)
+    return Disconnected(f"TensorRT-LLM ended the request: {text}")
