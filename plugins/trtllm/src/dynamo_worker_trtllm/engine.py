@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import tensorrt_llm
 from dynamo_worker_trtllm.sampling import SamplingTable
 from tensorrt_llm.executor.utils import RequestError
+from tensorrt_llm.metrics import MetricsCollector
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
 from dynamo_worker.kit import engine_processes, huggingface, push_engine
@@ -103,6 +104,7 @@ class TrtllmEngine(PushEngine[Started]):
         self._running: dict[str, tuple[Any, Answers]] = {}
         self._probe: asyncio.Future[bool] | None = None
         self._events: KvEventForwarder | None = None
+        self._metrics: MetricsCollector | None = None
 
     async def launch(self) -> Started:
         """Start TensorRT-LLM's ranks and wait until the model is loaded."""
@@ -122,27 +124,29 @@ class TrtllmEngine(PushEngine[Started]):
             # TensorRT-LLM's waits for the ranks before an uncaught error ends this process.
             sys.excepthook = hook
         args, tokenizer = llm.args, getattr(llm.tokenizer, "tokenizer", llm.tokenizer)
+        if self.args.publish_metrics:
+            self._metrics = MetricsCollector({"model_name": self._served_name(args.model), "engine_type": "trtllm"})
         model = await asyncio.to_thread(
             huggingface.read, str(args.model), tokenizer, args.max_seq_len, trust_remote_code=args.trust_remote_code
         )
         return Started(
             SamplingTable(model, args),
             role,
-            Control(llm, self.context, (model.path, self._served_name(model)), self._running),
+            Control(llm, self.context, (model.path, self._served_name(model.path)), self._running),
             llm,
             model,
-            LoadReader(llm, self.load),
+            LoadReader(llm, self.load, self._metrics),
             token_decoder(tokenizer),
         )
 
-    def _served_name(self, model: ModelFiles) -> str:
-        return str(self.args.served_model_name or model.path)
+    def _served_name(self, path: Any) -> str:
+        return str(self.args.served_model_name or path)
 
     def describe(self, started: Started) -> EngineInfo:
         """Return the model's properties and the size of the KV cache that TensorRT-LLM has allocated."""
         args, model = started.llm.args, started.model
         return EngineInfo(
-            model_name=self._served_name(model),
+            model_name=self._served_name(model.path),
             model_path=model.path,
             context_length=model.context_length,
             vocab_size=model.vocab_size,
@@ -182,8 +186,11 @@ class TrtllmEngine(PushEngine[Started]):
             raise
         self._running[request_id] = (result, answers)
         answers.follow(result)
-        await answers.wait()
-        self._running.pop(request_id, None)
+        try:
+            await answers.wait()
+        finally:
+            if answers.finished.is_set():
+                self._running.pop(request_id, None)
 
     @staticmethod
     def _submit(llm: Any, job: Job) -> Any:
@@ -201,8 +208,10 @@ class TrtllmEngine(PushEngine[Started]):
         except Exception as error:
             raise outputs.translated(error) from error
 
-    def _step(self) -> None:
+    def _step(self, result: Any) -> None:
         self._steps += 1
+        if result.finished and self._metrics is not None:
+            self._metrics.log_request_metrics_dict(result.metrics_dict)
 
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request, and wait until the engine has acknowledged that."""
@@ -231,6 +240,8 @@ class TrtllmEngine(PushEngine[Started]):
 
     def processes(self) -> Iterable[int]:
         """Return the pids of Open MPI's daemon and of all ranks on this node."""
+        if self._llm is None:
+            return []
         launched = Launched.by(_DAEMON)
         leader = [] if self._leader is None else [self._leader.pid]
         return [*leader, *(process.pid for process in launched.launchers + launched.children)]

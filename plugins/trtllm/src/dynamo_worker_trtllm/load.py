@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from dynamo.runtime import Endpoint
+    from tensorrt_llm.metrics import MetricsCollector
 
     from dynamo_worker.kit.publishing import LoadPublisher
 
@@ -39,8 +40,13 @@ class LoadReader:
     :ivar steps: number of iterations reported.
     """
 
-    def __init__(self, llm: Any, publisher: LoadPublisher) -> None:
+    def __init__(self, llm: Any, publisher: LoadPublisher, metrics: MetricsCollector | None) -> None:
+        """Start to read.
+
+        :param metrics: also gets the statistics.
+        """
         self.steps = 0
+        self._metrics = metrics
         self._publisher = publisher
         self._held: dict[int, int] = {}
         self._poller = Poller(lambda: llm.get_stats(timeout=_TIMEOUT), self._take, "trtllm-stats")
@@ -54,6 +60,8 @@ class LoadReader:
         for stat in _decoded(stats):
             rank = int(stat.get("attentionDpRank") or 0)
             self.steps += 1
+            if self._metrics is not None:
+                self._metrics.log_iteration_stats(stat)
             self._held[rank] = int(stat.get("numActiveRequests") or 0) + int(stat.get("numQueuedRequests") or 0)
             blocks = (stat.get("kvCacheStats") or {}).get("usedNumBlocks")
             if blocks is not None:

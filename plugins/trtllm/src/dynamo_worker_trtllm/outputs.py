@@ -54,7 +54,7 @@ class Answers(Answer):
         prompt_top: int | None = None,
         decode: Callable[[int], str | None] = no_text,
         hand_over: Callable[[Any], dict[str, Any]] | None = None,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[Any], None] = lambda _: None,
     ) -> None:
         """Start the answers.
 
@@ -63,7 +63,7 @@ class Answers(Answer):
         :param decode: returns the text of a token.
         :param hand_over: returns what a decode worker needs from TensorRT-LLM's description of a prefill; None on
             other workers.
-        :param on_step: called with every step of the engine for this request.
+        :param on_step: called with TensorRT-LLM's result after every step of the engine for this request.
         """
         super().__init__(send)
         self.finished = asyncio.Event()
@@ -87,7 +87,6 @@ class Answers(Answer):
         """Send what is in the queue."""
         result, queue = self._result, self._result.aqueue
         while not (queue.empty() or self.finished.is_set()):
-            self._on_step()
             entry = queue._q[0]  # noqa: SLF001
             error = entry[0] if type(entry) is tuple else entry
             try:
@@ -111,6 +110,7 @@ class Answers(Answer):
         self.fail(error)
 
     def _report(self, result: Any) -> None:
+        self._on_step(result)
         if result.finished:
             self.finished.set()
         try:
