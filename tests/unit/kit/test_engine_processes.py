@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from dynamo_worker import Deadline
-from dynamo_worker.kit.engine_processes import EngineProcesses, named
+from dynamo_worker.kit.engine_processes import EngineProcesses, Launched, kill, named
 from dynamo_worker.testing import eventually
 
 TITLE = b"TOY::"
@@ -99,3 +99,30 @@ def test_others_are_left_alone(started: list[subprocess.Popen[bytes]]) -> None:
 def test_nothing_to_end() -> None:
     assert named(b"NOBODY::") == []
     asyncio.run(EngineProcesses(b"NOBODY::").end(1.0, Deadline.after(5)))
+
+
+def name_of_this_process(name: str) -> str:
+    """Return code that gives a process its name in the process table, as ``orted`` has one."""
+    return f"open('/proc/self/comm', 'w').write({name!r}); "
+
+
+def test_what_a_launcher_has_started_is_found_by_its_parents(started: list[subprocess.Popen[bytes]]) -> None:
+    below = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); " + SLEEPS
+    launcher = (
+        name_of_this_process("toylauncher")
+        + f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {below!r}]); "
+        + SLEEPS
+    )
+    process = subprocess.Popen([sys.executable, "-c", launcher])
+    other = subprocess.Popen([sys.executable, "-c", SLEEPS])
+    started += [process, other]
+    eventually(lambda: len(Launched.by("toylauncher").helpers) == 1, 10, "the tree")
+    found = Launched.by("toylauncher")
+    assert [each.pid for each in found.launchers] == [process.pid]
+    assert len(found.children) == 1
+    pids = [each.pid for each in found.children + found.helpers]
+    asyncio.run(kill(found.children + found.helpers, Deadline.after(5)))
+    assert ended(*pids)
+    assert not ended(process.pid)
+    assert not ended(other.pid)
+    assert Launched.by("nobody") == ([], [], [])

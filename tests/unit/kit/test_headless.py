@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -16,9 +18,10 @@ from fakes import fake_context
 from dynamo_worker import EngineInfo, InvalidRequestError
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import LocalContext
-from dynamo_worker.kit.headless import HeadlessNode
+from dynamo_worker.kit.headless import ChildNode, HeadlessNode
 
 SPAWN = get_context("spawn")
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 
 
 def obedient() -> None:
@@ -99,3 +102,30 @@ def test_processes_are_asked_to_end_and_then_killed(*, kind: bool, exit_code: in
         assert node.process.exitcode == exit_code
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("code", "number"), [("", signal.SIGTERM), (DEAF, signal.SIGKILL)], ids=["hears", "deaf"])
+def test_a_single_child_is_asked_to_end_and_then_killed(code: str, number: signal.Signals) -> None:
+    class Alone(ChildNode):
+        END_SECONDS: ClassVar = 0.2
+
+        async def launch(self) -> str:
+            ready = f"{code}print('ready', flush=True); import time; time.sleep(60)"
+            self.child = subprocess.Popen([sys.executable, "-c", ready], stdout=subprocess.PIPE)
+            assert self.child.stdout is not None
+            with self.child.stdout as output:
+                output.readline()
+            return "toy"
+
+    async def check() -> None:
+        node = Alone(argparse.Namespace(), fake_context())
+        assert list(node.processes()) == []
+        await node.shutdown(Deadline.after(1))  # before the start
+        await node.start(1)
+        assert node.child is not None
+        assert list(node.processes()) == [node.child.pid]
+        await node.shutdown(Deadline.after(5))
+        assert node.child.wait(5) == -number
+        await node.shutdown(Deadline.after(5))
+
+    asyncio.run(check())

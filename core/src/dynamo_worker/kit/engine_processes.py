@@ -8,12 +8,12 @@ import signal
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_worker.supervisor import linux, process_tree
-from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dynamo_worker.deadline import Deadline
+    from dynamo_worker.supervisor.linux import Process
 
 #: Found in the command lines of processes that ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start, until
 #: those set their own titles.

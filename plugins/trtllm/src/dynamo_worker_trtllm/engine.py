@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import tensorrt_llm
-from dynamo_worker_trtllm.sampling import SamplingTable
 from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.metrics import MetricsCollector
 
@@ -30,6 +29,7 @@ from dynamo_worker_trtllm.control import Control, lora_request
 from dynamo_worker_trtllm.disaggregation import Role
 from dynamo_worker_trtllm.load import KvEventForwarder, LoadReader
 from dynamo_worker_trtllm.outputs import Answers
+from dynamo_worker_trtllm.sampling import SamplingTable
 
 if TYPE_CHECKING:
     import argparse
@@ -211,7 +211,10 @@ class TrtllmEngine(PushEngine[Started]):
     def _step(self, result: Any) -> None:
         self._steps += 1
         if result.finished and self._metrics is not None:
-            self._metrics.log_request_metrics_dict(result.metrics_dict)
+            try:
+                self._metrics.log_request_metrics_dict(result.metrics_dict)
+            except Exception as error:  # the client still gets its answer
+                log.warning("TensorRT-LLM's metrics failed", error=error)
 
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request, and wait until the engine has acknowledged that."""

@@ -115,9 +115,7 @@ class SamplingTable(ModelTable[Translated]):
         self._end_ids = model.end_ids
         self._guides = args.guided_decoding_backend
         self._chooses_rank = args.enable_attention_dp
-        self._keeps_sessions = bool(
-            getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", False)
-        )
+        self._keeps_sessions = bool(getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", False))
 
     def convert(self, values: dict[str, Any], request: Mapping[str, Any]) -> Translated:
         """Return the request in TensorRT-LLM's terms.
@@ -144,7 +142,9 @@ class SamplingTable(ModelTable[Translated]):
             )
         except (ValueError, TypeError) as error:
             raise InvalidRequestError(str(error)) from error
-        return Translated(params, params.n, self._options(request), **{"top": tops["logprobs"], "prompt_top": tops["prompt_logprobs"]})
+        return Translated(
+            params, params.n, self._options(request), top=tops["logprobs"], prompt_top=tops["prompt_logprobs"]
+        )
 
     def _number(self, name: str, top: int) -> int:
         number = self._vocabulary if top < 0 else top
