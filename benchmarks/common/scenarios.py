@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -158,11 +159,11 @@ def to_last_engine(worker: Worker) -> int:
 
 
 def to_named(title: str) -> Callable[[Worker], int]:
-    """Return what finds the engine's process whose command line begins with `title`."""
+    """Return what finds the engine's process whose command line begins with what the pattern `title` matches."""
 
     def find(worker: Worker) -> int:
         for pid in worker.engine_pids():
-            if command_line(pid) and command_line(pid)[0].startswith(title):
+            if re.match(title, " ".join(command_line(pid))):
                 return pid
         raise WorkbenchError(f"{worker.program.name} has no process {title}")
 

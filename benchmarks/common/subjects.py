@@ -105,7 +105,7 @@ class RealEngine:
     :param flags: engine flags, the same for both.
     :param variables: environment variables, the same for both.
     :param settings: further variables for start and load, by the name of the setting: both are measured in each.
-    :param processes: the engine's processes: a name, and what their command lines begin with.
+    :param processes: the engine's processes: a name, and a pattern of what their command lines begin with.
     :param peer_processes: the same of those that only the peer has.
     :param loading: what the engine logs once it is deep in its start.
     :param peer_packages: directory of the peer's packages, where the peer takes part.

@@ -1,0 +1,31 @@
+"""TensorRT-LLM with a tiny model, or its stand-in, on a machine with two cores and no GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import pytest
+
+from dynamo_worker.testing import Subject
+
+#: Whether `tensorrt_llm` is the stand-in of this folder (`standin/README.md`), whose processes are real ones.
+STANDIN = "standin" in importlib.metadata.version("tensorrt_llm")
+
+for _name, _value in {"HF_HUB_OFFLINE": "1"}.items():  # for this process and for the workers it starts
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture
+def subject(tiny_model: Path) -> Subject:
+    return Subject(
+        "trtllm",
+        ["--model-path", str(tiny_model), "--served-model-name", "tiny", "--max-batch-size", "64"],
+        model="tiny",
+        start_seconds=30.0 if STANDIN else 300.0,
+        processes={"rank": r"mpi4py\.futures|FlashInfer|TRTLLM:", "daemon": r"^orted "},
+        stream_tokens=1500,
+        start_stages=(r"Starting TensorRT-LLM",),
+        stall_timeout=5.0 if STANDIN else 15.0,
+    )

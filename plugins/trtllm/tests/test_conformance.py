@@ -1,0 +1,112 @@
+"""TensorRT-LLM keeps what every engine plugin has to keep."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from dynamo_worker import EngineDeadError, InvalidRequestError
+from dynamo_worker.deadline import Deadline
+from dynamo_worker.engine import Engine, LocalContext, PushesChunks
+from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.testing import Subject
+from dynamo_worker.testing.conformance import EngineConformance
+from dynamo_worker_trtllm.engine import TrtllmEngine
+
+
+class TestTrtllm(EngineConformance):
+    def test_an_aborted_request_ends_within_a_step(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
+        async def check() -> None:
+            assert isinstance(engine, PushesChunks)
+            async with self.started(subject, plugins, engine):
+                chunks: list[dict[str, Any]] = []
+                request = self.request(engine, 3000)
+                answer = asyncio.ensure_future(engine.push(request, LocalContext("long"), chunks.append))
+                while len(chunks) < 20:
+                    await asyncio.sleep(0.001)
+                before = len(chunks)
+                await engine.abort("long")
+                await asyncio.wait_for(answer, 10)
+                assert chunks[-1]["finish_reason"] == "cancelled"
+                # What was on its way, the step that had begun, and the end.
+                assert len(chunks) - before <= 3
+
+        asyncio.run(check())
+
+    @pytest.mark.parametrize("answers", [1, 3])
+    def test_a_cancelled_request_leaves_the_engine(
+        self, subject: Subject, plugins: Plugins, engine: Engine, answers: int
+    ) -> None:
+        async def check() -> None:
+            assert isinstance(engine, TrtllmEngine)
+            async with self.started(subject, plugins, engine):
+                chunks: list[dict[str, Any]] = []
+                request = self.request(engine, 3000)
+                request["sampling_options"] = {"temperature": 1.0, "n": answers}
+                answer = asyncio.ensure_future(engine.push(request, LocalContext("many"), chunks.append))
+                while {chunk["index"] for chunk in chunks} != set(range(answers)):
+                    await asyncio.sleep(0.001)
+                answer.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await answer
+                await engine.abort("many")
+                deadline = Deadline.after(5)
+                while engine.started.load.held():
+                    assert not deadline.passed, "TensorRT-LLM still works for a client that is gone"
+                    await asyncio.sleep(0.01)
+
+        asyncio.run(check())
+
+    def test_a_request_cancelled_while_it_is_handed_over_leaves_the_engine(
+        self, subject: Subject, plugins: Plugins, engine: Engine
+    ) -> None:
+        async def check() -> None:
+            assert isinstance(engine, TrtllmEngine)
+            async with self.started(subject, plugins, engine):
+                for number in range(20):
+                    name = str(number)
+                    push = engine.push(self.request(engine, 3000), LocalContext(name), lambda _: None)
+                    answer = asyncio.ensure_future(push)
+                    await asyncio.sleep(0)
+                    answer.cancel()
+                    await asyncio.wait({answer})
+                    await engine.abort(name)
+                chunks: list[Any] = []
+                await engine.push(self.request(engine, 5), LocalContext("after"), chunks.append)
+                deadline = Deadline.after(10)
+                while engine.started.load.held():
+                    assert not deadline.passed, "TensorRT-LLM still works for clients that are gone"
+                    await asyncio.sleep(0.01)
+
+        asyncio.run(check())
+
+    def test_one_bad_request_harms_no_other(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
+        async def check() -> None:
+            assert isinstance(engine, TrtllmEngine)
+            async with self.started(subject, plugins, engine):
+                chunks: list[Any] = []
+                good = asyncio.ensure_future(engine.push(self.request(engine, 500), LocalContext("a"), chunks.append))
+                for number in range(5):
+                    bad = self.request(engine, 5)
+                    bad["token_ids"] = []
+                    with pytest.raises(InvalidRequestError):
+                        await engine.push(bad, LocalContext(f"bad-{number}"), lambda _: None)
+                await good
+                assert sum(len(chunk["token_ids"]) for chunk in chunks) == 500
+
+        asyncio.run(check())
+
+    def test_health_is_what_the_engine_says(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
+        async def check() -> None:
+            assert isinstance(engine, TrtllmEngine)
+            async with self.started(subject, plugins, engine):
+                await engine.check_health()
+                engine.started.llm._executor._fatal_error = RuntimeError("a rank has gone mad")
+                with pytest.raises(EngineDeadError, match="a rank has gone mad"):
+                    await engine.check_health()
+                engine.mark_failed()
+
+        asyncio.run(check())

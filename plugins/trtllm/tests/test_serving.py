@@ -1,0 +1,77 @@
+"""Whole workers behind the real frontend: what every engine has to show, and what only TensorRT-LLM has."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import ClassVar
+
+import pytest
+
+from dynamo_worker.testing import Cluster, Subject, eventually
+from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
+
+pytestmark = pytest.mark.timeout(300)
+
+TRANSCEIVER = ("--cache-transceiver-config", '{"backend": "DEFAULT"}')
+
+
+class TestTrtllm(Serving):
+    METRICS: ClassVar = Metrics(
+        "trtllm_request_success_total",
+        "trtllm_generation_tokens_total",
+        "trtllm_num_requests_running",
+        flags=("--publish-metrics", "--guided-decoding-backend", "xgrammar"),
+    )
+    REFUSED: ClassVar = (({"temperature": 1.0, "use_beam_search": True}, "use_beam_search"),)
+    ADAPTERS: ClassVar = (
+        "--enable-lora",
+        *("--lora-config", '{"lora_target_modules": ["attn_q", "attn_v"], "max_lora_rank": 8}'),
+    )
+    PAUSES: ClassVar = (Pause("release_memory_occupation", "resume_memory_occupation", {"tags": ["kv_cache"]}),)
+    KV_EVENTS: ClassVar = ("--publish-kv-events", "--kv-block-size", "16")
+
+    @pytest.fixture
+    def division(self) -> Division:
+        """Let the KV cache go from one worker's rank to the other's."""
+        flags = (*TRANSCEIVER, "--disaggregation-mode")
+        return Division((*flags, "prefill"), (*flags, "decode"))
+
+    def test_operations(self, cluster: Cluster, subject: Subject, tmp_path) -> None:  # type: ignore[no-untyped-def]
+        worker = self.check_operations(cluster, subject, tmp_path, "--sleep-config", "{}")
+        assert worker.operate("reset_prefix_cache")["status"] == "success"
+        assert worker.operate("release_memory_occupation", {"tags": ["everything"]})["status"] == "error"
+        worker.stop()
+
+    @needs_gpus(2)
+    @pytest.mark.parametrize("flags", [(), ("--enable-attention-dp",)], ids=["tensor", "attention-dp"])
+    def test_two_ranks(self, cluster: Cluster, flags: tuple[str, ...]) -> None:
+        """The death of one is that of the worker, whatever becomes of the others."""
+        worker, spare = cluster.serve(2, "--tensor-parallel-size", "2", *flags)
+        cluster.wait_routed(spare)
+        ranks = [pid for pid, command in worker.children().items() if "mpi4py.futures" in command]
+        assert len(ranks) == 2
+        load = cluster.load(8, 500)
+        since = worker.signal(signal.SIGKILL, ranks[-1])
+        assert worker.wait_gone(5) == 1
+        print(f"gone after {time.monotonic() - since:.3f} s")
+        assert "Fatal error kind=EngineDeadError" in worker.log
+        assert all(result.ok for result in load.wait()), load.summary()
+        spare.stop()
+
+    @needs_gpus(2)
+    def test_kv_events_of_two_attention_ranks(self, cluster: Cluster) -> None:
+        """The router finds a prefix on the rank that holds it."""
+        flags = ("--tensor-parallel-size", "2", "--enable-attention-dp", *self.KV_EVENTS)
+        (worker,) = cluster.serve(1, *flags, frontend=("--router-mode", "kv"))
+        prompts = [str(number) * 200 for number in range(6)]
+        for prompt in prompts:
+            assert cluster.complete(prompt)[0] == 200
+
+        def hits() -> int:
+            answers = [cluster.complete(prompt + "x")[1] for prompt in prompts]
+            details = [answer["usage"].get("prompt_tokens_details") or {} for answer in answers]
+            return sum(bool(detail.get("cached_tokens")) for detail in details)
+
+        eventually(lambda: hits() == len(prompts), 20, "every repeated prefix to be found in a cache")
+        worker.stop()
