@@ -32,4 +32,4 @@ def test_every_hook_is_documented_and_has_a_method_on_the_facade():
 
 
 def test_api_version():
-    assert hookspecs.API_VERSION == (1, 1)
+    assert hookspecs.API_VERSION == (1, 2)

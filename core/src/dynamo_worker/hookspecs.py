@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Version of the plugin API, ``(major, minor)``: the hooks, and the public names that docs/plugins.md lists. Additions
 #: and deprecations raise the minor number; whatever breaks an existing plugin raises the major number.
-API_VERSION: Final = (1, 1)
+API_VERSION: Final = (1, 2)
 
 PROJECT_NAME: Final = "dynamo_worker"
 

@@ -51,7 +51,7 @@ class Result:
                 finish_reason=None,
                 stop_reason=None,
                 disaggregated_params=None,
-            )  # fmt: skip
+            )
             for index in range(answers)
         ]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class SglangPlugin(EnginePlugin):
     """Connects SGLang with the worker's lifecycle."""
 
-    dynamo_worker_api = "1.1"
+    dynamo_worker_api = "1.2"
     engine = "dynamo_worker_sglang.engine:SglangEngine"
     headless_engine = "dynamo_worker_sglang.nodes:Follower"
     arguments = "dynamo_worker_sglang.arguments:add"

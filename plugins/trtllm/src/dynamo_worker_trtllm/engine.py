@@ -111,6 +111,7 @@ class TrtllmEngine(PushEngine[Started]):
         settings = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
         role = Role(self.args.disaggregation_mode, settings)
         self._leader = nodes.lead()
+        log.info("Starting TensorRT-LLM", version=tensorrt_llm.__version__, model=settings["model"])
         hook = sys.excepthook
         try:
             # Takes minutes, and cannot be interrupted.

@@ -12,7 +12,6 @@ import secrets
 import socket
 from typing import TYPE_CHECKING
 
-from dynamo_worker.address import LOOPBACK
 from dynamo_worker.kit import mpi_job
 from dynamo_worker.kit.headless import ChildNode
 from dynamo_worker.logs import get_logger
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+_LOOPBACK = "127.0.0.1"
 _PREFIX = "TLLM_SPAWN_PROXY_PROCESS"
 
 
@@ -30,8 +30,8 @@ def lead() -> subprocess.Popen[bytes] | None:
     if not mpi_job.left():
         return None
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        address = f"tcp://{LOOPBACK}:{probe.getsockname()[1]}"
+        probe.bind((_LOOPBACK, 0))
+        address = f"tcp://{_LOOPBACK}:{probe.getsockname()[1]}"
     key = secrets.token_hex(32)
     os.environ |= {_PREFIX: "1", f"{_PREFIX}_IPC_ADDR": address, f"{_PREFIX}_IPC_HMAC_KEY": key}
     os.environ["tllm_mpi_size"] = str(mpi_job.size())  # noqa: SIM112 - TensorRT-LLM's name

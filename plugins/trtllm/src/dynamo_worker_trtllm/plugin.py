@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class TrtllmPlugin(EnginePlugin):
     """Connects TensorRT-LLM with the worker's lifecycle."""
 
-    dynamo_worker_api = "1.1"
+    dynamo_worker_api = "1.2"
     engine = "dynamo_worker_trtllm.engine:TrtllmEngine"
     headless_engine = "dynamo_worker_trtllm.nodes:Follower"
     arguments = "dynamo_worker_trtllm.arguments:add"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class VllmPlugin(EnginePlugin):
     """Connects vLLM with the worker's lifecycle."""
 
-    dynamo_worker_api = "1.1"
+    dynamo_worker_api = "1.2"
     engine = "dynamo_worker_vllm.engine:VllmEngine"
     headless_engine = "dynamo_worker_vllm.headless:HeadlessEngine"
     arguments = "dynamo_worker_vllm.arguments:add"
