@@ -30,8 +30,9 @@ def options(field: FieldInfo) -> dict[str, Any]:
     kinds = _kinds(field.annotation)
     choices = [value for kind in kinds for value in _values(kind)]
     text = " ".join((field.description or "").split()).replace("%", "%%")
-    if isinstance(field.default, (str, int, float)):
-        text += f" (default: {field.default})".replace("%", "%%")
+    default = field.default.value if isinstance(field.default, Enum) else field.default
+    if isinstance(default, (str, int, float)):
+        text += f" (default: {default})".replace("%", "%%")
     if len(kinds) == 1 and choices and all(isinstance(choice, str) for choice in choices):
         return {"choices": choices, "help": text}
     if not kinds.isdisjoint({str, Path}):
@@ -97,7 +98,7 @@ def validate(model: type[BaseModel], sources: Mapping[str, Mapping[str, Any]], s
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, first["loc"]))
-        where = next((name for name, source in reversed(sources.items()) if _has(source, first["loc"])), "")
+        where = next((name for name, source in reversed(list(sources.items())) if _has(source, first["loc"])), "")
         where = f"{where}: " if where else ""
         if first["type"] == "extra_forbidden":
             near = suggestion(str(first["loc"][-1]), _names(model))
