@@ -71,3 +71,16 @@ def test_wrong_guides(case: str) -> None:
 )
 def test_schemas_that_get_on(schema: dict[str, Any]) -> None:
     assert guided_decoding.read({"json": schema}) == {"json": schema}
+
+
+def test_one_constraint_as_text() -> None:
+    read_one = guided_decoding.read_one
+    assert read_one({"json": {"type": "object"}}) == {"json": '{"type": "object"}'}
+    assert read_one({"json": "{}"}) == {"json": "{}"}
+    assert read_one({"choice": ["yes", "n.o"]}) == {"regex": r"(yes|n\.o)"}
+    assert read_one({"grammar": 'root ::= "a"'}) == {"grammar": 'root ::= "a"'}
+    assert read_one({}) == {}
+    with pytest.raises(InvalidRequestError, match="only one of json, regex can be given"):
+        read_one({"regex": "a", "json": {}})
+    with pytest.raises(InvalidRequestError, match=r"whitespace_pattern is not supported by this engine; --flag$"):
+        read_one({"json": {}, "whitespace_pattern": " "}, whitespace="--flag")

@@ -139,6 +139,13 @@ def logprob_count(name: str, value: Any) -> int:
     return count
 
 
+def logprobs_per_token(name: str, count: int, vocabulary: int) -> int:
+    """Return the number that :func:`logprob_count` has read, where the whole vocabulary is not -1; limited."""
+    number = vocabulary if count < 0 else count
+    limits.LOGPROBS.check(name, number)
+    return number
+
+
 def token_count(name: str, value: Any) -> int:
     """Read a number of tokens or the like, for which engines use 32 bits."""
     count = integer(name, value)

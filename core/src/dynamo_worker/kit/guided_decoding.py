@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -59,6 +60,26 @@ def read(value: Any) -> dict[str, Any]:
         check_structural_tag("guided_decoding.structural_tag", tag)
         given["structural_tag"] = tag if isinstance(tag, str) else json.dumps(tag)
     return given if given.keys() - {"whitespace_pattern"} else {}
+
+
+def read_one(value: Any, *, whitespace: str = "") -> dict[str, str]:
+    """Return the constraint for an engine that takes one, as text.
+
+    It is ``json``, ``regex``, ``grammar`` or ``structural_tag``; ``choice`` becomes a regular expression. The result is
+    empty without a constraint.
+
+    :param whitespace: what to use instead of ``whitespace_pattern``, for the message.
+    :raises InvalidRequestError: as :func:`read` does, or there are several constraints or a ``whitespace_pattern``.
+    """
+    given = read(value)
+    if given.pop("whitespace_pattern", None) is not None:
+        instead = f"; {whitespace}" if whitespace else ""
+        raise InvalidRequestError(f"guided_decoding.whitespace_pattern is not supported by this engine{instead}")
+    if len(given) > 1:
+        raise InvalidRequestError(f"guided_decoding: only one of {', '.join(sorted(given))} can be given")
+    if "choice" in given:
+        return {"regex": "(" + "|".join(map(re.escape, given["choice"])) + ")"}
+    return {kind: entry if isinstance(entry, str) else json.dumps(entry) for kind, entry in given.items()}
 
 
 def _check_choices(choices: Any) -> None:

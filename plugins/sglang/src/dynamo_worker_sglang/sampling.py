@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,21 +31,9 @@ def _biases(name: str, value: Any) -> dict[str, float]:
 
 def _grammar(_: str, value: Any) -> dict[str, str]:
     """Return the only constraint on the text, by SGLang's name."""
-    constraint = guided_decoding.read(value)
-    if constraint.pop("whitespace_pattern", None) is not None:
-        raise InvalidRequestError(
-            "guided_decoding.whitespace_pattern is not supported by this engine; "
-            "--constrained-json-whitespace-pattern sets it for all requests"
-        )
-    if len(constraint) > 1:
-        raise InvalidRequestError(f"guided_decoding: only one of {', '.join(sorted(constraint))} can be given")
-    for kind, given in constraint.items():
-        if kind == "json":
-            return {"json_schema": given if isinstance(given, str) else json.dumps(given)}
-        if kind == "choice":
-            return {"regex": "(" + "|".join(map(re.escape, given)) + ")"}
-        return {{"grammar": "ebnf"}.get(kind, kind): given}
-    return {}
+    flag = "--constrained-json-whitespace-pattern sets it for all requests"
+    names = {"json": "json_schema", "grammar": "ebnf"}
+    return {names.get(kind, kind): given for kind, given in guided_decoding.read_one(value, whitespace=flag).items()}
 
 
 def _stop_regex(name: str, value: Any) -> None:
@@ -169,7 +155,8 @@ class SamplingTable(ModelTable[Translated]):
         if top is not None or prompt_top is not None:
             options["return_logprob"] = True
             options["top_logprobs_num"] = max(
-                self._number("output_options.logprobs", top), self._number("output_options.prompt_logprobs", prompt_top)
+                fields.logprobs_per_token("output_options.logprobs", top or 0, self._vocabulary),
+                fields.logprobs_per_token("output_options.prompt_logprobs", prompt_top or 0, self._vocabulary),
             )
             options["logprob_start_len"] = -1 if prompt_top is None else 0
         try:
@@ -182,10 +169,3 @@ class SamplingTable(ModelTable[Translated]):
                 "sampling_options.seed is not supported by this engine without --enable-deterministic-inference"
             )
         return Translated(values, n, options, top, prompt_top)
-
-    def _number(self, name: str, top: int | None) -> int:
-        if top is None:
-            return 0
-        number = self._vocabulary if top < 0 else top
-        limits.LOGPROBS.check(name, number)
-        return number

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +11,6 @@ from tensorrt_llm.scheduling_params import SchedulingParams
 
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit import fields, guided_decoding, request_metadata
-from dynamo_worker.kit import request_limits as limits
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
 if TYPE_CHECKING:
@@ -23,12 +20,12 @@ if TYPE_CHECKING:
 
     from dynamo_worker.kit.huggingface import ModelFiles
 
-#: What an answer ends with that no end-of-sequence token ends.
+#: The end token of an answer that none ends.
 _NO_TOKEN: Final = -1
-_LARGEST_FLOAT: Final = 3e38
+_LARGEST: Final = 3e38  # 32 bits
 
 
-def _within(least: float, most: float = _LARGEST_FLOAT) -> fields.Reader:
+def _within(least: float, most: float = _LARGEST) -> fields.Reader:
     """Return the reader of a number in a range; TensorRT-LLM's ranks use 32 bits for it."""
 
     def read(name: str, value: Any) -> float:
@@ -51,25 +48,14 @@ def _seed(name: str, value: Any) -> int:
 
 
 def _guide(_: str, value: Any) -> GuidedDecodingParams | None:
-    """Return the only constraint on the text."""
-    constraint = guided_decoding.read(value)
-    if constraint.pop("whitespace_pattern", None) is not None:
-        raise InvalidRequestError("guided_decoding.whitespace_pattern is not supported by this engine")
-    if len(constraint) > 1:
-        raise InvalidRequestError(f"guided_decoding: only one of {', '.join(sorted(constraint))} can be given")
-    for kind, given in constraint.items():
-        if kind == "json":
-            return GuidedDecodingParams(json=given if isinstance(given, str) else json.dumps(given))
-        if kind == "choice":
-            return GuidedDecodingParams(regex="(" + "|".join(map(re.escape, given)) + ")")
-        return GuidedDecodingParams(**{kind: given})
-    return None
+    constraint = guided_decoding.read_one(value)
+    return GuidedDecodingParams(**constraint) if constraint else None
 
 
 TABLE: Final = RequestTable.of_engine(
     sampling={
-        "presence_penalty": ("presence_penalty", _within(-_LARGEST_FLOAT)),
-        "frequency_penalty": ("frequency_penalty", _within(-_LARGEST_FLOAT)),
+        "presence_penalty": ("presence_penalty", _within(-_LARGEST)),
+        "frequency_penalty": ("frequency_penalty", _within(-_LARGEST)),
         "repetition_penalty": ("repetition_penalty", _within(1e-3)),
         "temperature": ("temperature", _within(0)),
         "top_p": ("top_p", _within(0, 1)),
@@ -111,19 +97,17 @@ class SamplingTable(ModelTable[Translated]):
     def __init__(self, model: ModelFiles, args: TorchLlmArgs) -> None:
         """Take the model's properties and the engine's settings."""
         super().__init__(TABLE, model.sampling, model.context_length)
-        self._vocabulary = model.vocab_size
-        self._end_ids = model.end_ids
-        self._guides = args.guided_decoding_backend
-        self._chooses_rank = args.enable_attention_dp
-        self._keeps_sessions = bool(getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", False))
+        self._vocabulary, self._end_ids = model.vocab_size, model.end_ids
+        self._guides, self._ranks = args.guided_decoding_backend, args.enable_attention_dp
+        # TensorRT-LLM keeps the requests of a session on one rank, and chooses that itself.
+        self._sessions = getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", None) is True
 
     def convert(self, values: dict[str, Any], request: Mapping[str, Any]) -> Translated:
         """Return the request in TensorRT-LLM's terms.
 
         :raises InvalidRequestError: TensorRT-LLM rejects the parameters.
         """
-        tops = {name: values.pop(name, None) for name in ("logprobs", "prompt_logprobs")}
-        numbers = {name: self._number(f"output_options.{name}", top) for name, top in tops.items() if top is not None}
+        top, prompt_top = values.pop("logprobs", None), values.pop("prompt_logprobs", None)
         self._check_guide(values.get("guided_decoding"))
         # No token beyond the vocabulary is ever generated, and the ranks have 32 bits for each.
         stop = [token for token in values.pop("stop_token_ids", ()) if 0 <= token < self._vocabulary]
@@ -132,43 +116,41 @@ class SamplingTable(ModelTable[Translated]):
         try:
             params = SamplingParams(
                 **values,
-                **numbers,
+                logprobs=self._number("output_options.logprobs", top),
+                prompt_logprobs=self._number("output_options.prompt_logprobs", prompt_top),
                 end_id=end,
                 pad_id=next(iter(self._end_ids), 0),
                 stop_token_ids=[*more, *stop] or None,
-                # Otherwise the last step takes tokens back that are sent; the frontend hides those of `stop`.
+                # Otherwise the last step takes back tokens that are sent; the frontend hides those that it should.
                 include_stop_str_in_output=True,
                 detokenize=False,
             )
         except (ValueError, TypeError) as error:
             raise InvalidRequestError(str(error)) from error
-        return Translated(
-            params, params.n, self._options(request), top=tops["logprobs"], prompt_top=tops["prompt_logprobs"]
-        )
+        return Translated(params, params.n, self._options(request), top, prompt_top)
 
-    def _number(self, name: str, top: int) -> int:
-        number = self._vocabulary if top < 0 else top
-        limits.LOGPROBS.check(name, number)
-        return max(1, number)  # TensorRT-LLM takes 0 for none
+    def _number(self, name: str, count: int | None) -> int | None:
+        # TensorRT-LLM takes 0 for none.
+        return None if count is None else max(1, fields.logprobs_per_token(name, count, self._vocabulary))
 
     def _check_guide(self, guide: GuidedDecodingParams | None) -> None:
-        backend = "xgrammar" if guide is not None and guide.structural_tag else self._guides
-        if guide is not None and (self._guides is None or self._guides != backend):
-            raise InvalidRequestError(
-                "sampling_options.guided_decoding is not supported by this engine without --guided-decoding-backend "
-                f"{backend or 'xgrammar'}"
-            )
+        if guide is None or self._guides == "xgrammar" or (self._guides and guide.structural_tag is None):
+            return
+        name, backend = ("", "NAME") if guide.structural_tag is None else (".structural_tag", "xgrammar")
+        raise InvalidRequestError(
+            f"guided_decoding{name} is not supported by this engine without --guided-decoding-backend {backend}"
+        )
 
     def _options(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a request's priority, cache salt, rank or session as arguments of ``LLM.generate_async``."""
-        options: dict[str, Any] = {"cache_salt": request_metadata.cache_salt(request)}
+        """Return a request's cache salt, priority, and session or rank as arguments of ``LLM.generate_async``."""
         priority, rank = request_metadata.priority(request), request_metadata.dp_rank(request)
         session = request_metadata.session_id(request)
+        options: dict[str, Any] = {"cache_salt": request_metadata.cache_salt(request)}
         if priority is not None:
             # From any integer to 0…1; Dynamo's 0 is TensorRT-LLM's 0.5.
             options["priority"] = (1 + priority / (1 + abs(priority))) / 2
-        if self._keeps_sessions and session is not None:
+        if self._sessions and session is not None:
             options["conversation_params"] = ConversationParams(conversation_id=session)
-        elif self._chooses_rank and not self._keeps_sessions and rank is not None:
+        if self._ranks and not self._sessions and rank is not None:
             options["scheduling_params"] = SchedulingParams(attention_dp_rank=rank, attention_dp_relax=False)
         return options
