@@ -83,7 +83,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add(group, "modality", type=_modality, default="text", metavar="text", help="what the model reads and writes")
     events = ("--publish-kv-events", "--publish-events-and-metrics")
     group.add_argument(*events, action="store_true", help="tell routers which prefixes the KV cache holds")
-    group.add_argument("--publish-metrics", action="store_true", help="accepted: metrics are always published")
+    group.add_argument("--publish-metrics", action="store_true", help="publish TensorRT-LLM's own metrics")
     own = parser.add_argument_group("TensorRT-LLM", "Its own arguments. Settings of several keys are JSON or YAML.")
     for name, field in _llm_args().model_fields.items():
         if name not in _OBJECTS:

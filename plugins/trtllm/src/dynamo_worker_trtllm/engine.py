@@ -108,7 +108,7 @@ class TrtllmEngine(PushEngine[Started]):
 
     async def launch(self) -> Started:
         """Start TensorRT-LLM's ranks and wait until the model is loaded."""
-        settings = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
+        settings = await asyncio.to_thread(arguments.configure, self.args)
         role = Role(self.args.disaggregation_mode, settings)
         self._leader = nodes.lead()
         log.info("Starting TensorRT-LLM", version=tensorrt_llm.__version__, model=settings["model"])
