@@ -86,8 +86,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--publish-metrics", action="store_true", help="accepted: metrics are always published")
     own = parser.add_argument_group("TensorRT-LLM", "Its own arguments. Settings of several keys are JSON or YAML.")
     for name, field in _llm_args().model_fields.items():
+        options = model_arguments.options(field)
+        if name in _SUPPORTED:
+            options.pop("choices", None)  # the reason is said later
         if name not in _OBJECTS:
-            _add(own, name, *_ALIASES.get(name, ()), **model_arguments.options(field))
+            _add(own, name, *_ALIASES.get(name, ()), **options)
 
 
 def configure(args: argparse.Namespace) -> dict[str, Any]:
