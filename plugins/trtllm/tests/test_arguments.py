@@ -44,10 +44,10 @@ def test_only_what_is_given_is_passed_on() -> None:
 
 
 def test_its_own_arguments_with_dashes_or_underscores() -> None:
-    found = settings("--tensor-parallel-size", "2", "--max_seq_len=512", "--enable-attention-dp", "--tokenizer", "12")
+    found = settings("--tensor-parallel-size", "2", "--max_seq_len=512", "--enable-attention-dp", "--revision", "12")
     assert (found["tensor_parallel_size"], found["max_seq_len"]) == (2, 512)
     assert found["enable_attention_dp"] is True
-    assert found["tokenizer"] == "12"  # a directory, not a number
+    assert found["revision"] == "12"  # a name, not a number
     assert settings("--enable-attention-dp", "false")["enable_attention_dp"] is False
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from tensorrt_llm.executor.request import DEFAULT_REQUEST_PRIORITY
 from tensorrt_llm.sampling_params import SamplingParams
 
 from dynamo_worker import InvalidRequestError
@@ -71,7 +72,7 @@ class TestTranslation(Translation):
         for name in ("max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs"):
             assert getattr(params, name) is None or 0 <= getattr(params, name) < 2**31
         assert params.seed is None or 0 <= params.seed < 2**63
-        assert 0 <= translated.options.get("priority", 0.5) <= 1
+        assert 0 <= translated.options["priority"] <= 1
         assert not params.detokenize
 
 
@@ -139,7 +140,7 @@ def test_every_seed_is_one_that_the_ranks_take(seed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("temperature", -0.1), ("top_p", 1.1), ("top_p", -0.1), ("min_p", 2), ("repetition_penalty", 0)],
+        *[("temperature", -0.1), ("top_p", 1.1), ("top_p", 0), ("min_p", 2), ("repetition_penalty", 0)],
         *[("top_k", -2), ("top_k", 2**31), ("temperature", 1e39), ("presence_penalty", -1e39), ("top_k", True)],
     ],
 )
@@ -191,7 +192,7 @@ def test_priorities_keep_their_order() -> None:
     found = [translated({"routing": {"priority": priority}}).options["priority"] for priority in given]
     assert found == sorted(set(found))
     assert (found[3], min(found) >= 0, max(found) <= 1) == (0.5, True, True)
-    assert "priority" not in translated().options
+    assert translated().options["priority"] == DEFAULT_REQUEST_PRIORITY
 
 
 def test_salts_keep_tenants_apart() -> None:

@@ -88,3 +88,10 @@ def test_sections() -> None:
     assert fields.section(request, "missing") == {}
     with pytest.raises(InvalidRequestError, match=r"list: expected an object, got a list of length 1"):
         fields.section(request, "list", "b")
+
+
+def test_the_whole_vocabulary_counts_as_its_number_of_tokens() -> None:
+    assert fields.logprobs_per_token("logprobs", -1, 100) == 100
+    assert fields.logprobs_per_token("logprobs", 0, 100) == 0
+    with pytest.raises(InvalidRequestError, match="logprobs: 129 log-probabilities are too many"):
+        fields.logprobs_per_token("logprobs", -1, 129)

@@ -30,7 +30,9 @@ def options(field: FieldInfo) -> dict[str, Any]:
     kinds = _kinds(field.annotation)
     choices = [value for kind in kinds for value in _values(kind)]
     text = " ".join((field.description or "").split()).replace("%", "%%")
-    default = field.default.value if isinstance(field.default, Enum) else field.default
+    default = field.default
+    if isinstance(default, Enum):
+        default = default.value if isinstance(default.value, str) else default.name
     if isinstance(default, (str, int, float)):
         text += f" (default: {default})".replace("%", "%%")
     if len(kinds) == 1 and choices and all(isinstance(choice, str) for choice in choices):

@@ -41,9 +41,7 @@ ALLOWED_TOKENS: Final = Limit(2**18, "tokens", "`allowed_token_ids`")
 BIASES: Final = Limit(4096, "tokens", "`logit_bias`")
 #: Each is a Python object, and those of a prompt are made at once on the event loop.
 PROMPT_LOGPROBS: Final = Limit(2**17, "log-probabilities", "the tokens of the prompt times `prompt_logprobs` + 1")
-LOGPROBS: Final = Limit(
-    128, "log-probabilities", "`logprobs` and `prompt_logprobs` with SGLang; vLLM: `--max-logprobs`"
-)
+LOGPROBS: Final = Limit(128, "log-probabilities", "`logprobs` and `prompt_logprobs` (vLLM: `--max-logprobs`)")
 JSON_CHARACTERS: Final = Limit(2**18, "characters", _JSON)
 JSON_VALUES: Final = Limit(2**14, "values", "the same: values at all levels together")
 #: Grammar compilers take time cubic in the levels of a schema: 0.05 s for 64 nested objects, 2.5 s for 256 (measured,

@@ -57,8 +57,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "TensorRT-LLM worker",
         "What dynamo-worker adds to TensorRT-LLM's own arguments. --override-engine-args and --trtllm take precedence "
-        "over --extra-engine-args, and that over all other flags; nested settings are merged key by key. The "
-        "environment variable DYN_TRTLLM_X is the default of --x.",
+        "over --extra-engine-args, and that over all other flags; nested settings are merged key by key. "
+        "Environment variables are defaults: DYN_TRTLLM_MAX_SEQ_LEN that of --max-seq-len.",
     )
     _add(group, "served_model_name", metavar="NAME", help="name clients ask for (default: the model)")
     _add(group, "extra_engine_args", metavar="FILE", help="YAML file of TensorRT-LLM's arguments, as for trtllm-serve")
@@ -78,16 +78,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     for name, key in _OF_CACHE.items():
         _add(group, name, type=model_arguments.value, metavar="NUMBER", help=f"`{key}` of --kv-cache-config")
-    help_text = "phase of each request that this worker runs: agg (both), prefill or decode (default: agg)"
-    _add(group, "disaggregation_mode", type=_mode, default="aggregated", metavar="MODE", help=help_text)
+    phases = "which phase of requests runs here: agg (both), or prefill or decode with --cache-transceiver-config"
+    _add(group, "disaggregation_mode", type=_mode, default="agg", metavar="MODE", help=f"{phases} (default: agg)")
     _add(group, "modality", type=_modality, default="text", metavar="text", help="what the model reads and writes")
     events = ("--publish-kv-events", "--publish-events-and-metrics")
     group.add_argument(*events, action="store_true", help="tell routers which prefixes the KV cache holds")
     group.add_argument("--publish-metrics", action="store_true", help="publish TensorRT-LLM's own metrics")
     own = parser.add_argument_group("TensorRT-LLM", "Its own arguments. Settings of several keys are JSON or YAML.")
     for name, field in _llm_args().model_fields.items():
+        options = model_arguments.options(field)
+        if name in _SUPPORTED:
+            options.pop("choices", None)  # the reason is said later
         if name not in _OBJECTS:
-            _add(own, name, *_ALIASES.get(name, ()), **model_arguments.options(field))
+            _add(own, name, *_ALIASES.get(name, ()), **options)
 
 
 def configure(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
 #: The end token of an answer that none ends.
 _NO_TOKEN: Final = -1
-_LARGEST: Final = 3e38  # 32 bits
 
 
-def _within(least: float, most: float = _LARGEST) -> fields.Reader:
+def _within(least: float, most: float = 3e38) -> fields.Reader:
     """Return the reader of a number in a range; TensorRT-LLM's ranks use 32 bits for it."""
 
     def read(name: str, value: Any) -> float:
@@ -42,11 +41,6 @@ def _top_k(name: str, value: Any) -> int:
     return 0 if value == -1 else fields.token_count(name, value)
 
 
-def _seed(name: str, value: Any) -> int:
-    """Read the seed; TensorRT-LLM has no negative ones."""
-    return fields.integer(name, value) % 2**63
-
-
 def _guide(_: str, value: Any) -> GuidedDecodingParams | None:
     constraint = guided_decoding.read_one(value)
     return GuidedDecodingParams(**constraint) if constraint else None
@@ -54,14 +48,14 @@ def _guide(_: str, value: Any) -> GuidedDecodingParams | None:
 
 TABLE: Final = RequestTable.of_engine(
     sampling={
-        "presence_penalty": ("presence_penalty", _within(-_LARGEST)),
-        "frequency_penalty": ("frequency_penalty", _within(-_LARGEST)),
+        "presence_penalty": ("presence_penalty", _within(-3e38)),
+        "frequency_penalty": ("frequency_penalty", _within(-3e38)),
         "repetition_penalty": ("repetition_penalty", _within(1e-3)),
         "temperature": ("temperature", _within(0)),
-        "top_p": ("top_p", _within(0, 1)),
+        "top_p": ("top_p", _within(1e-6, 1)),
         "top_k": ("top_k", _top_k),
         "min_p": ("min_p", _within(0, 1)),
-        "seed": ("seed", _seed),
+        "seed": ("seed", lambda name, value: fields.integer(name, value) % 2**63),  # there are no negative ones
         "guided_decoding": ("guided_decoding", _guide),
     },
     stop={
@@ -143,12 +137,11 @@ class SamplingTable(ModelTable[Translated]):
 
     def _options(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return a request's cache salt, priority, and session or rank as arguments of ``LLM.generate_async``."""
-        priority, rank = request_metadata.priority(request), request_metadata.dp_rank(request)
+        priority, rank = request_metadata.priority(request) or 0, request_metadata.dp_rank(request)
         session = request_metadata.session_id(request)
-        options: dict[str, Any] = {"cache_salt": request_metadata.cache_salt(request)}
-        if priority is not None:
-            # From any integer to 0…1; Dynamo's 0 is TensorRT-LLM's 0.5.
-            options["priority"] = (1 + priority / (1 + abs(priority))) / 2
+        # From any integer to 0…1; Dynamo's 0 is TensorRT-LLM's default, 0.5.
+        options: dict[str, Any] = {"priority": (1 + priority / (1 + abs(priority))) / 2}
+        options["cache_salt"] = request_metadata.cache_salt(request)
         if self._sessions and session is not None:
             options["conversation_params"] = ConversationParams(conversation_id=session)
         if self._ranks and not self._sessions and rank is not None:
