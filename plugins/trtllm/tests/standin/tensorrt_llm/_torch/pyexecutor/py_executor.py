@@ -108,6 +108,7 @@ class PyExecutor:
                 cache.enable_block_reuse,
                 cache.event_buffer_max_size,
                 rank if args.enable_attention_dp else None,
+                self.max_seq_len,
             )
             for rank in range(dp)
         ]
@@ -367,6 +368,14 @@ class PyExecutor:
 
     def _next_token(self, active: _Active, sequence: _Sequence) -> int:
         token = sequence.source.draw()
+        given = active.request.disaggregated_params
+        if (
+            not sequence.tokens
+            and given is not None
+            and given.request_type == "generation_only"
+            and given.first_gen_tokens is not None
+        ):
+            return given.first_gen_tokens[sequence.index]
         if active.guide is not None:
             position = len(sequence.tokens)
             if position < len(active.guide):
