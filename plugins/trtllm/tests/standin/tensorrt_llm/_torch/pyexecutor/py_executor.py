@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import threading
@@ -93,6 +94,7 @@ class PyExecutor:
         self._active: dict[int, _Active] = {}
         self._fetching: dict[int, tuple[_Active, list[Any]]] = {}
         self._sending: dict[bytes, tuple[_Active, float]] = {}
+        self._delivered: deque[bytes] = deque()
         self._sender: transfer.TransferSender | None = None
         self._stats: deque[dict[str, Any]] = deque(maxlen=args.max_stats_len if args.max_stats_len >= 0 else None)
         cache = args.kv_cache_config
@@ -107,11 +109,12 @@ class PyExecutor:
                 cache.enable_block_reuse,
                 cache.event_buffer_max_size,
                 rank if args.enable_attention_dp else None,
+                self.max_seq_len,
             )
             for rank in range(dp)
         ]
         if self._rank == 0 and args.cache_transceiver_config is not None:
-            self._sender = transfer.TransferSender(self._fetched)
+            self._sender = transfer.TransferSender(self._delivered.append)
 
     # Requests
 
@@ -226,7 +229,7 @@ class PyExecutor:
 
     def _iterate(self, started: float) -> list[LlmResponse]:
         responses = self._end_cancelled()
-        self._expire_transfers()
+        self._end_transfers()
         responses += self._finish_fetching()
         self._admit(responses)
         context, context_tokens = 0, 0
@@ -347,9 +350,11 @@ class PyExecutor:
         active.first_response = False
         if over:
             del self._active[request.id]
-            if context_only:
+            if context_only and deltas[0].finish_reason not in ("end_id", "stop_words"):
                 deltas[0].disaggregated_params = self._offer(active)
             else:
+                if context_only:
+                    deltas[0].disaggregated_params = dataclasses.replace(disaggregated)
                 self._store(active, request.prompt_token_ids + active.sequences[0].tokens[:-1])
                 self._release(active)
         return [
@@ -366,6 +371,14 @@ class PyExecutor:
 
     def _next_token(self, active: _Active, sequence: _Sequence) -> int:
         token = sequence.source.draw()
+        given = active.request.disaggregated_params
+        if (
+            not sequence.tokens
+            and given is not None
+            and given.request_type == "generation_only"
+            and given.first_gen_tokens is not None
+        ):
+            return given.first_gen_tokens[sequence.index]
         if active.guide is not None:
             position = len(sequence.tokens)
             if position < len(active.guide):
@@ -385,16 +398,16 @@ class PyExecutor:
         """Find out whether the last token ends the sequence."""
         params, tokens = active.request.sampling_params, sequence.tokens
         delta = OutputDelta(sequence.index)
-        if context_only:
-            delta.finish_reason = "not_finished"
-        elif tokens[-1] == params.end_id and not params.ignore_eos:
-            delta.finish_reason, delta.trim = "end_id", 1
+        if tokens[-1] == params.end_id and not params.ignore_eos:
+            delta.finish_reason = "end_id"
         elif len(tokens) >= (params.min_tokens or 0):
             for reason, words in params._stop_sequences():
                 if words and tokens[-len(words) :] == words:
                     delta.finish_reason, delta.stop_reason = "stop_words", reason
                     delta.trim = 0 if params.include_stop_str_in_output else len(words)
                     break
+        if delta.finish_reason is None and context_only:
+            delta.finish_reason = os.environ.get("TLLM_STANDIN_CONTEXT_FINISH", "length")
         if delta.finish_reason is None and len(tokens) >= active.max_tokens:
             delta.finish_reason = "length"
         sequence.done = delta.finish_reason is not None
@@ -441,13 +454,11 @@ class PyExecutor:
             schedule_style=given.schedule_style,
         )
 
-    def _fetched(self, key: bytes) -> None:
-        with self._lock:
-            entry = self._sending.pop(key, None)
+    def _end_transfers(self) -> None:
+        while self._delivered:
+            entry = self._sending.pop(self._delivered.popleft(), None)
             if entry is not None:
                 self._release(entry[0])
-
-    def _expire_transfers(self) -> None:
         now = time.monotonic()
         for key in [key for key, (_, deadline) in self._sending.items() if now >= deadline]:
             active, _ = self._sending.pop(key)
@@ -510,6 +521,7 @@ class PyExecutor:
                     "numContextRequests": context if first else 0,
                     "numGenRequests": len(generating),
                     "numPausedRequests": 0,
+                    "numPausedKvTokens": 0,
                     "numCtxTokens": context_tokens if first else 0,
                     "numCtxKvTokens": sum(active.cached_tokens for active in mine if active.remaining_prompt),
                     "numGenKvTokens": sum(
