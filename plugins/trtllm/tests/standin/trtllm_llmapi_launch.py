@@ -31,7 +31,7 @@ WORKER = [sys.executable, "-m", "tensorrt_llm.llmapi.mgmn_worker_node"]
 
 
 def _guard(command: list[str], environment: dict[str, str]) -> int:
-    """Run the command in a group of its own; SIGTERM, also at the launcher's death, ends it, SIGKILL does after a grace."""
+    """Run the command in a group of its own; SIGTERM, also at the launcher's death, ends it; after a grace SIGKILL."""
     os.setpgid(0, 0)
     child = subprocess.Popen(command, env=environment, preexec_fn=lambda: os.setpgid(0, 0))
 

@@ -17,7 +17,7 @@ import zmq
 from mpi4py import MPI
 from mpi4py.futures import MPICommExecutor, MPIPoolExecutor
 
-from ..executor.ipc import ZeroMqQueue
+from tensorrt_llm.executor.ipc import ZeroMqQueue
 
 #: What every spawned rank gets of the environment; the rest is what MPI saw when it began.
 FORWARDED = ("TRTLLM", "TLLM", "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_CUBIN_DIR")
