@@ -138,8 +138,8 @@ class GenerationExecutorWorker:
                 if not self._engine.idle():
                     responses = self._step()
                     self._active.difference_update(each.request_id for each in responses if each.final)
-                    self._send(responses)
                     self._collect(self._stats, self._engine.latest_stats())
+                    self._send(responses)
                 self._collect(self._events, self._engine.latest_kv_events())
         self._engine.shutdown()
 
