@@ -21,6 +21,8 @@ from tensorrt_llm.llmapi.tokenizer import tokenizer_factory
 from tensorrt_llm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from tensorrt_llm.conversation_params import ConversationParams
     from tensorrt_llm.scheduling_params import SchedulingParams
 
@@ -294,7 +296,7 @@ class BaseLLM:
         if session is not None and self._owns_mpi_session:
             session.shutdown()
 
-    def __enter__(self) -> BaseLLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,6 +29,10 @@ TOKENIZER_ALIASES = {
     "glm_moe_dsa": "tensorrt_llm.tokenizer.glm_moe_dsa.GlmMoeDsaTokenizer",
 }
 
+AllReduceStrategy = Literal[
+    "AUTO", "NCCL", "UB", "MINLATENCY", "ONESHOT", "TWOSHOT", "LOWPRECISION", "MNNVL", "NCCL_SYMMETRIC"
+]
+
 # Removed arguments that are still accepted and ignored.
 TORCH_LLMARGS_REMOVED_ARGS = frozenset({"sampler_type"})
 
@@ -473,10 +477,7 @@ class TorchLlmArgs(BaseLlmArgs):
     enable_min_latency: bool = False
     stream_interval: PositiveInt = 1
     force_dynamic_quantization: bool = False
-    allreduce_strategy: (
-        Literal["AUTO", "NCCL", "UB", "MINLATENCY", "ONESHOT", "TWOSHOT", "LOWPRECISION", "MNNVL", "NCCL_SYMMETRIC"]
-        | None
-    ) = "AUTO"
+    allreduce_strategy: AllReduceStrategy | None = "AUTO"
     checkpoint_loader: object | None = None
     checkpoint_format: str | None = None
     checkpoint_io_policy: Literal["auto", "native", "rank_striped_read_ahead"] = "auto"

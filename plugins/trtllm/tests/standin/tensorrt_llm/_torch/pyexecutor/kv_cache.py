@@ -42,12 +42,19 @@ class KvCacheManager:
     """
 
     def __init__(
-        self, max_blocks: int, tokens_per_block: int, reuse: bool, event_buffer: int, attention_dp_rank: int | None
+        self,
+        max_blocks: int,
+        tokens_per_block: int,
+        reuse: bool,
+        event_buffer: int,
+        attention_dp_rank: int | None,
+        window: int,
     ) -> None:
         self.max_blocks = max_blocks
         self.tokens_per_block = tokens_per_block
         self._reuse = reuse
         self._rank = attention_dp_rank
+        self._window = window
         self._tree: OrderedDict[int, _Block] = OrderedDict()
         self._in_use = 0
         self._events: deque[dict[str, Any]] | None = deque(maxlen=event_buffer) if event_buffer and reuse else None
@@ -180,7 +187,7 @@ class KvCacheManager:
     def _emit(self, data: dict[str, Any]) -> None:
         if self._events is None:
             return
-        event: dict[str, Any] = {"event_id": self._next_event, "data": data, "window_size": None}
+        event: dict[str, Any] = {"event_id": self._next_event, "data": data, "window_size": self._window}
         if self._rank is not None:
             event["attention_dp_rank"] = self._rank
         self._next_event += 1

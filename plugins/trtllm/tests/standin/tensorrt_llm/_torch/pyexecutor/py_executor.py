@@ -93,6 +93,7 @@ class PyExecutor:
         self._active: dict[int, _Active] = {}
         self._fetching: dict[int, tuple[_Active, list[Any]]] = {}
         self._sending: dict[bytes, tuple[_Active, float]] = {}
+        self._delivered: deque[bytes] = deque()
         self._sender: transfer.TransferSender | None = None
         self._stats: deque[dict[str, Any]] = deque(maxlen=args.max_stats_len if args.max_stats_len >= 0 else None)
         cache = args.kv_cache_config
@@ -107,11 +108,12 @@ class PyExecutor:
                 cache.enable_block_reuse,
                 cache.event_buffer_max_size,
                 rank if args.enable_attention_dp else None,
+                self.max_seq_len,
             )
             for rank in range(dp)
         ]
         if self._rank == 0 and args.cache_transceiver_config is not None:
-            self._sender = transfer.TransferSender(self._fetched)
+            self._sender = transfer.TransferSender(self._delivered.append)
 
     # Requests
 
@@ -226,7 +228,7 @@ class PyExecutor:
 
     def _iterate(self, started: float) -> list[LlmResponse]:
         responses = self._end_cancelled()
-        self._expire_transfers()
+        self._end_transfers()
         responses += self._finish_fetching()
         self._admit(responses)
         context, context_tokens = 0, 0
@@ -366,6 +368,14 @@ class PyExecutor:
 
     def _next_token(self, active: _Active, sequence: _Sequence) -> int:
         token = sequence.source.draw()
+        given = active.request.disaggregated_params
+        if (
+            not sequence.tokens
+            and given is not None
+            and given.request_type == "generation_only"
+            and given.first_gen_tokens is not None
+        ):
+            return given.first_gen_tokens[sequence.index]
         if active.guide is not None:
             position = len(sequence.tokens)
             if position < len(active.guide):
@@ -441,13 +451,11 @@ class PyExecutor:
             schedule_style=given.schedule_style,
         )
 
-    def _fetched(self, key: bytes) -> None:
-        with self._lock:
-            entry = self._sending.pop(key, None)
+    def _end_transfers(self) -> None:
+        while self._delivered:
+            entry = self._sending.pop(self._delivered.popleft(), None)
             if entry is not None:
                 self._release(entry[0])
-
-    def _expire_transfers(self) -> None:
         now = time.monotonic()
         for key in [key for key, (_, deadline) in self._sending.items() if now >= deadline]:
             active, _ = self._sending.pop(key)
