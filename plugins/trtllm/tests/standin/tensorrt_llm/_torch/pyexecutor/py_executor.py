@@ -518,6 +518,7 @@ class PyExecutor:
                     "numContextRequests": context if first else 0,
                     "numGenRequests": len(generating),
                     "numPausedRequests": 0,
+                    "numPausedKvTokens": 0,
                     "numCtxTokens": context_tokens if first else 0,
                     "numCtxKvTokens": sum(active.cached_tokens for active in mine if active.remaining_prompt),
                     "numGenKvTokens": sum(
