@@ -30,12 +30,17 @@ LEADER = [sys.executable, "-m", "tensorrt_llm.llmapi.mgmn_leader_node"]
 WORKER = [sys.executable, "-m", "tensorrt_llm.llmapi.mgmn_worker_node"]
 
 
-def _guard(command: list[str], environment: dict[str, str]) -> int:
-    """Run the command in a group of its own; SIGTERM, also at the launcher's death, ends it, SIGKILL does after a grace."""
+def _guard(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
+    """Run the command in a group of its own; SIGTERM, also at the launcher's death, ends it; after a grace SIGKILL.
+
+    Returns its status, and whether it was ended.
+    """
     os.setpgid(0, 0)
+    ended = threading.Event()
     child = subprocess.Popen(command, env=environment, preexec_fn=lambda: os.setpgid(0, 0))
 
     def end(*_: object) -> None:
+        ended.set()
         child.send_signal(signal.SIGTERM)
 
         def kill() -> None:
@@ -47,17 +52,16 @@ def _guard(command: list[str], environment: dict[str, str]) -> int:
 
     signal.signal(signal.SIGTERM, end)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    return child.wait()
+    return child.wait(), ended.is_set()
 
 
 def _run_command(command: list[str], environment: dict[str, str]) -> None:
-    """Run the command, then stop the leader, if it is still there; leave with the command's status."""
-    launcher = os.getppid()
+    """Run the command, then stop the leader, unless that one ended first; leave with the command's status."""
     if os.environ.get("TLLM_STANDIN_OLD_LAUNCHER") == "1":
-        status = subprocess.call(command, env=environment)
+        status, ended = subprocess.call(command, env=environment), False
     else:
-        status = _guard(command, environment)
-    if os.getppid() == launcher:
+        status, ended = _guard(command, environment)
+    if not ended:
         subprocess.call([*LEADER, "--action", "stop"], env=environment)
     os._exit(status if status >= 0 else 128 - status)
 
@@ -80,6 +84,11 @@ def main() -> None:
     if beside == 0:
         _run_command(command, clean)
     leader_status = subprocess.call(LEADER)
+    if leader_status and os.environ.get("TLLM_STANDIN_OLD_LAUNCHER") == "1":
+        raise SystemExit(leader_status)
+    if leader_status:
+        # The leader died with the world; the command has nobody to talk to.
+        os.kill(beside, signal.SIGTERM)
     _, wait_status = os.waitpid(beside, 0)
     raise SystemExit(os.waitstatus_to_exitcode(wait_status) or leader_status)
 

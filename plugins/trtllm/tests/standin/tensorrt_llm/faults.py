@@ -109,10 +109,10 @@ def at(moment: str, rank: int) -> None:
     for text in filter(None, os.environ.get("TLLM_STANDIN_FAULT", "").split(",")):
         match = _PATTERN.fullmatch(text.strip())
         if match is None or match[1] not in KINDS:
-            raise ValueError(
-                f"TLLM_STANDIN_FAULT: expected KIND@MOMENT[:RANK] with a kind of {list(KINDS)}, got {text!r}"
-            )
+            raise ValueError(f"TLLM_STANDIN_FAULT: expected KIND@MOMENT[:RANK] KIND of {list(KINDS)}, got {text!r}")
         if match[2] == moment and int(match[3] or 0) == rank:
+            if moment == "load":
+                time.sleep(0.3)  # ZMQ sends in the background: the identities have to get out
             print(f"stand-in: {match[1]} in rank {rank} at {moment}", file=sys.stderr, flush=True)
             KINDS[match[1]]()
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .utils import RequestError
 
 if TYPE_CHECKING:
-    from ..llmapi.llm_args import TorchLlmArgs
-    from ..llmapi.mpi_session import MpiSession
+    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
+    from tensorrt_llm.llmapi.mpi_session import MpiSession
+
     from .proxy import GenerationExecutorProxy
     from .request import GenerationRequest
     from .result import GenerationResult

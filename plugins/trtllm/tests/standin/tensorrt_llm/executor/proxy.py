@@ -12,8 +12,9 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from .. import faults
-from ..llmapi.mpi_session import MpiPoolSession, MpiSession, RemoteMpiCommSessionClient
+from tensorrt_llm import faults
+from tensorrt_llm.llmapi.mpi_session import MpiPoolSession, MpiSession, RemoteMpiCommSessionClient
+
 from .executor import GenerationExecutor, empty_async_iterable
 from .ipc import ZeroMqQueue
 from .queues import AsyncQueue, ManagedThread, _SyncQueue
@@ -33,7 +34,7 @@ from .worker_process_monitor import WorkerProcessIdentity, WorkerProcessMonitor
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
-    from ..llmapi.llm_args import TorchLlmArgs
+    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 
 #: What a dead engine gets at shutdown, twice: for its futures, and for the thread that reads results.
 DEAD_S = 5.0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..conversation_params import ConversationParams
-    from ..disaggregated_params import DisaggregatedParams
-    from ..sampling_params import SamplingParams
-    from ..scheduling_params import SchedulingParams
+    from tensorrt_llm.conversation_params import ConversationParams
+    from tensorrt_llm.disaggregated_params import DisaggregatedParams
+    from tensorrt_llm.sampling_params import SamplingParams
+    from tensorrt_llm.scheduling_params import SchedulingParams
 
 DEFAULT_REQUEST_PRIORITY = 0.5
 

@@ -14,9 +14,10 @@ from .queues import AsyncQueue, has_event_loop
 from .utils import EngineDeadError, ErrorResponse
 
 if TYPE_CHECKING:
-    from .._torch.pyexecutor.llm_response import LlmResponse, OutputDelta
-    from ..disaggregated_params import DisaggregatedParams
-    from ..sampling_params import SamplingParams
+    from tensorrt_llm._torch.pyexecutor.llm_response import LlmResponse, OutputDelta
+    from tensorrt_llm.disaggregated_params import DisaggregatedParams
+    from tensorrt_llm.sampling_params import SamplingParams
+
     from .executor import GenerationExecutor
     from .request import GenerationRequest
 

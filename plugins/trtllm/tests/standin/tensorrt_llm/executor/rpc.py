@@ -18,7 +18,7 @@ from .ipc import sign, verify
 
 
 def get_unique_ipc_addr() -> str:
-    """Name a socket file in the temporary directory; rank 0 binds it, and leaves it behind when it is killed."""
+    """Name a socket file in the temporary directory; rank 0 binds it, and ZMQ removes it never, closed or not."""
     return f"ipc://{tempfile.gettempdir()}/rpc_test_{uuid.uuid4()}"
 
 
@@ -73,7 +73,7 @@ class RPCServer:
             socket.send_multipart(parts)
 
     def shutdown(self) -> None:
-        """Stop serving and remove the socket's file."""
+        """Stop serving; the file of the socket stays, as libzmq leaves it."""
         self._reply([b""])
         self._thread.join()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .queues import has_event_loop
 
 if TYPE_CHECKING:
-    from ..llmapi.mpi_session import MpiCommSession, RemoteMpiCommSessionClient
+    from tensorrt_llm.llmapi.mpi_session import MpiCommSession, RemoteMpiCommSessionClient
 
 __all__ = [
     "EngineDeadError",
@@ -84,7 +84,7 @@ def get_spawn_proxy_process_ipc_hmac_key_env() -> bytes:
 
 def create_mpi_comm_session(n_workers: int) -> MpiCommSession | RemoteMpiCommSessionClient:
     """Use the ranks that `trtllm-llmapi-launch` or mpirun started."""
-    from ..llmapi.mpi_session import MpiCommSession, RemoteMpiCommSessionClient
+    from tensorrt_llm.llmapi.mpi_session import MpiCommSession, RemoteMpiCommSessionClient
 
     if not get_spawn_proxy_process_env():
         return MpiCommSession(n_workers=n_workers)

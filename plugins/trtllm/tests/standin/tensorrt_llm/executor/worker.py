@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
-from .. import faults
-from .._torch.pyexecutor.hang_detector import HangDetector, hard_kill_on_rank_crash, propagate_hard_kill
-from .._torch.pyexecutor.llm_response import LlmResponse
-from .._torch.pyexecutor.py_executor import PyExecutor
+from tensorrt_llm import faults
+from tensorrt_llm._torch.pyexecutor.hang_detector import HangDetector, hard_kill_on_rank_crash, propagate_hard_kill
+from tensorrt_llm._torch.pyexecutor.llm_response import LlmResponse
+from tensorrt_llm._torch.pyexecutor.py_executor import PyExecutor
+
 from .ipc import ZeroMqQueue
 from .request import CancellingRequest, GenerationRequest
 from .rpc import RPCServer
@@ -26,7 +27,7 @@ from .utils import ErrorResponse, RequestError, WorkerCommIpcAddrs
 from .worker_process_monitor import WorkerProcessIdentity, capture_worker_process_identity
 
 if TYPE_CHECKING:
-    from ..llmapi.llm_args import TorchLlmArgs
+    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 
 READY_SIGNAL = b"READY"
 IDENTITIES_SIGNAL = b"IDENTITIES"
@@ -137,8 +138,8 @@ class GenerationExecutorWorker:
                 if not self._engine.idle():
                     responses = self._step()
                     self._active.difference_update(each.request_id for each in responses if each.final)
-                    self._send(responses)
                     self._collect(self._stats, self._engine.latest_stats())
+                    self._send(responses)
                 self._collect(self._events, self._engine.latest_kv_events())
         self._engine.shutdown()
 

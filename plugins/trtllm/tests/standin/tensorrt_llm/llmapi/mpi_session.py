@@ -17,7 +17,7 @@ import zmq
 from mpi4py import MPI
 from mpi4py.futures import MPICommExecutor, MPIPoolExecutor
 
-from ..executor.ipc import ZeroMqQueue
+from tensorrt_llm.executor.ipc import ZeroMqQueue
 
 #: What every spawned rank gets of the environment; the rest is what MPI saw when it began.
 FORWARDED = ("TRTLLM", "TLLM", "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_CUBIN_DIR")
@@ -68,7 +68,7 @@ class MpiSession(abc.ABC):
         done.set_result(None)
         killer.join()
 
-    def release_exit_joins(self) -> None:
+    def release_exit_joins(self) -> None:  # noqa: B027 - nothing to do is fine
         """Let nothing wait for these ranks any more; for one who found them dead, owner or not."""
 
     def abandon(self) -> None:
@@ -217,7 +217,7 @@ class RemoteMpiCommSessionClient(MpiSession):
     _global_instance: RemoteMpiCommSessionClient | None = None
     _lock = threading.Lock()
 
-    def __new__(cls, addr: str, hmac_key: bytes) -> RemoteMpiCommSessionClient:
+    def __new__(cls, addr: str, hmac_key: bytes) -> RemoteMpiCommSessionClient:  # noqa: PYI034 - Self needs Python 3.11
         with cls._lock:
             if cls._global_instance is None or cls._global_instance.addr != addr:
                 instance = super().__new__(cls)

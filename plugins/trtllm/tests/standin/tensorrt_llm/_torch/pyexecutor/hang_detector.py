@@ -59,7 +59,7 @@ class HangDetector:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang_detector_loop", daemon=True)
 
-    def __enter__(self) -> HangDetector:
+    def __enter__(self) -> HangDetector:  # noqa: PYI034 - Self needs Python 3.11
         self._thread.start()
         return self
 
