@@ -45,8 +45,6 @@ _SUPPORTED: Final = {
 _WITHOUT_RANKS: Final = ("TLLM_DISABLE_MPI", "TLLM_WORKER_USE_SINGLE_PROCESS")
 #: KV events that a rank keeps until they are fetched; as many as with Dynamo's own worker.
 _EVENTS: Final = 100_000
-#: The interfaces over which the processes of Open MPI talk to each other. They listen on all of them all the same.
-_INTERFACES: Final = ("OMPI_MCA_oob_tcp_if_include", "OMPI_MCA_btl_tcp_if_include")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -134,8 +132,6 @@ def _llm_args() -> Any:
     """Import the model of the arguments, which joins an MPI job or makes one."""
     if mpi_job.size() == 1:
         rendezvous.stay_on_loopback()
-        for variable in _INTERFACES:
-            os.environ.setdefault(variable, "lo")
     mpi_job.leave()
     install = "pip install 'dynamo-worker-trtllm[cuda]'"
     module = engine_arguments.import_engine("tensorrt_llm.llmapi.llm_args", name="TensorRT-LLM", install=install)

@@ -27,25 +27,39 @@ class AsyncQueue:
         """The loop that the queue belongs to is closed."""
 
     def __init__(self) -> None:
-        self._items: collections.deque[Any] = collections.deque()
+        self._q: collections.deque[Any] = collections.deque()
         self._event = asyncio.Event()
-        self.loop = asyncio.get_running_loop()
         self.sync_q = _SyncQueue(self)
+
+    def empty(self) -> bool:
+        """Tell whether nothing waits."""
+        return not self._q
+
+    def put_nowait(self, item: Any) -> None:
+        """Add an item without waking the reader."""
+        self._q.append(item)
+
+    def notify(self) -> None:
+        """Wake the reader, unless it has taken everything already. Only on the loop."""
+        if self._q:
+            self._event.set()
 
     async def get(self, timeout: float | None = None) -> Any:
         """Wait up to `timeout` seconds for the next item; raise `asyncio.TimeoutError` without one."""
-        while not self._items:
-            self._event.clear()
+        while not self._q:
             await asyncio.wait_for(self._event.wait(), timeout)
-        return self._items.popleft()
+        item = self._q.popleft()
+        if not self._q:
+            self._event.clear()
+        return item
 
 
 class _SyncQueue:
     """The side of an `AsyncQueue` for other threads."""
 
     def __init__(self, aqueue: AsyncQueue) -> None:
-        self._aqueue = aqueue
-        self.loop = aqueue.loop
+        self._aq = aqueue
+        self.loop = asyncio.get_running_loop()
 
     def put(self, item: Any) -> None:
         """Add an item and wake the loop."""
@@ -54,31 +68,30 @@ class _SyncQueue:
 
     def put_nowait(self, item: Any) -> None:
         """Add an item without waking the loop; `notify_many` does that for several queues at once."""
-        self._aqueue._items.append(item)
+        self._aq.put_nowait(item)
 
     def get(self) -> Any:
         """Take the next item; raise `queue.Empty` without one."""
         try:
-            return self._aqueue._items.popleft()
+            return self._aq._q.popleft()
         except IndexError:
             raise queue.Empty from None
 
     def empty(self) -> bool:
         """Tell whether nothing waits."""
-        return not self._aqueue._items
+        return self._aq.empty()
 
     @staticmethod
     def notify_many(loop: asyncio.AbstractEventLoop, queues: list[_SyncQueue]) -> None:
-        """Wake every reader of these queues, all of the same loop, with one call into it."""
+        """Wake every reader of these queues, all of the same loop, with one coroutine."""
 
-        def wake() -> None:
-            for each in queues:
-                each._aqueue._event.set()
+        async def wake() -> None:
+            for each in frozenset(queues):
+                each._aq.notify()
 
-        try:
-            loop.call_soon_threadsafe(wake)
-        except RuntimeError as error:
-            raise AsyncQueue.EventLoopShutdownError(str(error)) from error
+        if not loop.is_running():
+            raise AsyncQueue.EventLoopShutdownError
+        asyncio.run_coroutine_threadsafe(wake(), loop)
 
 
 class ManagedThread(threading.Thread):

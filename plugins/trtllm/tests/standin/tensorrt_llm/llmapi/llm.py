@@ -107,7 +107,7 @@ class BaseLLM:
         if not self.args.skip_tokenizer_init:
             try:
                 self._tokenizer = tokenizer_factory(self.args.tokenizer or str(self.args.model))
-            except FileNotFoundError:
+            except OSError:
                 self._tokenizer = None
         self._check_gpus()
         world_size = self.args.world_size
