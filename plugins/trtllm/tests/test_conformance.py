@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import Any
 
 import pytest
@@ -12,12 +13,28 @@ from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import Engine, LocalContext, PushesChunks
 from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.supervisor import linux
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 from dynamo_worker_trtllm.engine import TrtllmEngine
 
 
 class TestTrtllm(EngineConformance):
+    def test_processes_are_gone_after_cleanup(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
+        """Except Open MPI's daemon, which belongs to this process and ends with it."""
+
+        async def check() -> list[int]:
+            async with self.started(subject, plugins, engine):
+                return list(engine.processes())
+
+        daemon, *ranks = asyncio.run(check())
+        stats = [linux.read_stat(pid) for pid in ranks]
+        assert ranks
+        assert all(stat is None or stat.ended for stat in stats), stats
+        stat = linux.read_stat(daemon)
+        assert stat is not None
+        assert (stat.name, stat.parent) == ("orted", os.getpid())
+
     def test_an_aborted_request_ends_within_a_step(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> None:
             assert isinstance(engine, PushesChunks)
