@@ -386,7 +386,7 @@ class TestDisaggregation:
         given = DisaggregatedParams(request_type="context_only", disagg_request_id=MIN_GLOBAL_ID)
         engine.enqueue(request(max_tokens=1, disaggregated_params=given, **kwargs))
         response = engine.step()[-1]
-        assert response.outputs[0].finish_reason == "not_finished"
+        assert response.outputs[0].finish_reason == "length"
         found = response.outputs[0].disaggregated_params
         assert found is not None
         return found
@@ -405,6 +405,25 @@ class TestDisaggregation:
             context.step()
             assert time.monotonic() < until
         assert context.latest_stats()[-1]["numActiveRequests"] == 0
+
+    def test_an_answer_that_ends_with_its_first_token_hands_nothing_over(
+        self, engine: Callable[..., PyExecutor]
+    ) -> None:
+        context = engine(cache_transceiver_config={"backend": "DEFAULT"})
+        first = made_up_answer(context.vocabulary, PROMPT, SamplingParams(end_id=2), 1)
+        given = DisaggregatedParams(request_type="context_only")
+        last = run(context, request(max_tokens=1, disaggregated_params=given, end_id=first[0]))[-1].outputs[0]
+        assert last.finish_reason == "end_id"
+        assert last.disaggregated_params is not None
+        assert last.disaggregated_params.opaque_state is None
+
+    def test_a_context_phase_may_end_as_not_finished(
+        self, engine: Callable[..., PyExecutor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TLLM_STANDIN_CONTEXT_FINISH", "not_finished")
+        context = engine(cache_transceiver_config={"backend": "DEFAULT"})
+        context.enqueue(request(disaggregated_params=DisaggregatedParams(request_type="context_only")))
+        assert context.step()[-1].outputs[0].finish_reason == "not_finished"
 
     def test_unfetched_blocks_are_freed_after_the_timeout(self, engine: Callable[..., PyExecutor]) -> None:
         context = engine(cache_transceiver_config={"backend": "DEFAULT", "kv_transfer_timeout_ms": 50})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import threading
@@ -349,9 +350,11 @@ class PyExecutor:
         active.first_response = False
         if over:
             del self._active[request.id]
-            if context_only:
+            if context_only and deltas[0].finish_reason not in ("end_id", "stop_words"):
                 deltas[0].disaggregated_params = self._offer(active)
             else:
+                if context_only:
+                    deltas[0].disaggregated_params = dataclasses.replace(disaggregated)
                 self._store(active, request.prompt_token_ids + active.sequences[0].tokens[:-1])
                 self._release(active)
         return [
@@ -395,16 +398,16 @@ class PyExecutor:
         """Find out whether the last token ends the sequence."""
         params, tokens = active.request.sampling_params, sequence.tokens
         delta = OutputDelta(sequence.index)
-        if context_only:
-            delta.finish_reason = "not_finished"
-        elif tokens[-1] == params.end_id and not params.ignore_eos:
-            delta.finish_reason, delta.trim = "end_id", 1
+        if tokens[-1] == params.end_id and not params.ignore_eos:
+            delta.finish_reason = "end_id"
         elif len(tokens) >= (params.min_tokens or 0):
             for reason, words in params._stop_sequences():
                 if words and tokens[-len(words) :] == words:
                     delta.finish_reason, delta.stop_reason = "stop_words", reason
                     delta.trim = 0 if params.include_stop_str_in_output else len(words)
                     break
+        if delta.finish_reason is None and context_only:
+            delta.finish_reason = os.environ.get("TLLM_STANDIN_CONTEXT_FINISH", "length")
         if delta.finish_reason is None and len(tokens) >= active.max_tokens:
             delta.finish_reason = "length"
         sequence.done = delta.finish_reason is not None
