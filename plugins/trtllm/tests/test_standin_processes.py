@@ -409,8 +409,8 @@ def test_uncaught_exception_shuts_down(run):
 LAUNCHED = """
 async def main():
     llm = make(tensor_parallel_size=2)
-    say(kind=type(llm.mpi_session).__name__, futures=llm._executor.mpi_futures, key=os.environ.get(
-        "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"))
+    key = os.environ.get("TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY")
+    say(session=[type(llm.mpi_session).__name__, llm._executor.mpi_futures, key])
     output = stream(llm, tokens=4)
     say(outcome=await outcome(output), tokens=len(output.outputs[0].token_ids))
     {then}
@@ -431,7 +431,7 @@ def launch(run, then: str, **environment: str) -> Program:
     command = (mpirun, "--oversubscribe", "-n", "2", str(Path(sys.executable).parent / "trtllm-llmapi-launch"))
     program = run(LAUNCHED.format(then=then), *command, **environment)
     program.pids.add(program.hear("main"))
-    assert program.hear("kind") == "RemoteMpiCommSessionClient"
+    assert program.hear("session") == ["RemoteMpiCommSessionClient", [], None]
     assert program.hear("outcome") == "length"
     return program
 
