@@ -178,7 +178,8 @@ def test_logprobs_that_do_not_match_the_tokens_are_left_out(logprobs: list[Any])
         (ErrorResponse(1, "beam_width must be 1", 1), InvalidRequestError),
         (ErrorResponse(1, "NCCL error in: all_reduce", 1), EngineDeadError),
         (TrtllmDeadError(RuntimeError("rank 1 (pid 5) exited unexpectedly")), EngineDeadError),
-        (KeyError("a bug"), EngineDeadError),
+        (RuntimeError("LLM is shutting down"), Disconnected),
+        (KeyError("a bug"), Disconnected),
     ],
 )
 def test_what_an_error_in_the_queue_means(error: Any, kind: type[Exception]) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker import Deadline, EngineContext, Request
     from dynamo_worker.kit.huggingface import ModelFiles
+    from dynamo_worker.supervisor.linux import Process
 
 log = get_logger(__name__)
 
@@ -51,6 +52,8 @@ _DAEMON: Final = "orted"
 _SHUTDOWN_SECONDS: Final = 1.0
 #: Seconds until the kernel has removed ranks that were killed.
 _KILLED_SECONDS: Final = 0.5
+#: Seconds between two looks at the ranks while they start, and until TensorRT-LLM must have said why one died.
+_WATCH_SECONDS, _REPORT_SECONDS = 0.25, 2.0
 #: Seconds within which the engine has to acknowledge that it has aborted a request.
 _ABORT_SECONDS: Final = 5.0
 
@@ -114,13 +117,7 @@ class TrtllmEngine(PushEngine[Started]):
         log.info("Starting TensorRT-LLM", version=tensorrt_llm.__version__, model=settings["model"])
         hook = sys.excepthook
         try:
-            # Takes minutes, and cannot be interrupted.
-            self._llm = llm = await in_thread(lambda: tensorrt_llm.LLM(**settings), name="trtllm-start")
-        except Exception as error:
-            if self._stopping:
-                raise StartError("stopped during the start") from error
-            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
-            raise start_error(self.NAME, f"{error}{cause}") from error
+            self._llm = llm = await self._construct(settings)
         finally:
             # TensorRT-LLM's waits for the ranks before an uncaught error ends this process.
             sys.excepthook = hook
@@ -139,6 +136,26 @@ class TrtllmEngine(PushEngine[Started]):
             LoadReader(llm, self.load, self._metrics),
             token_decoder(tokenizer),
         )
+
+    async def _construct(self, settings: dict[str, Any]) -> Any:
+        """Return a new ``LLM``. It takes minutes, cannot be interrupted, and may not notice that a rank has died."""
+        built = asyncio.ensure_future(in_thread(lambda: tensorrt_llm.LLM(**settings), name="trtllm-start"))
+        ranks: set[Process] = set()
+        while not built.done():
+            await asyncio.wait({built}, timeout=_WATCH_SECONDS)
+            dead = sorted(rank.pid for rank in ranks if not linux.is_alive(rank))
+            if dead:
+                await asyncio.wait({built}, timeout=_REPORT_SECONDS)  # it may know why
+                if not built.done():
+                    raise start_error(self.NAME, f"a rank died while it started (pid {dead[0]})")
+            ranks.update(Launched.by(_DAEMON).children)
+        try:
+            return built.result()
+        except Exception as error:
+            if self._stopping:
+                raise StartError("stopped during the start") from error
+            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+            raise start_error(self.NAME, f"{error}{cause}") from error
 
     def _served_name(self, path: Any) -> str:
         return str(self.args.served_model_name or path)
@@ -204,8 +221,8 @@ class TrtllmEngine(PushEngine[Started]):
                 trace_headers=job.context.trace_headers(),
                 **job.params.options,
             )
-        except (ValueError, TypeError, NotImplementedError, RequestError) as error:
-            raise InvalidRequestError(str(error)) from error
+        except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, RequestError) as error:
+            raise InvalidRequestError(str(error) or type(error).__name__) from error
         except Exception as error:
             raise outputs.translated(error) from error
 

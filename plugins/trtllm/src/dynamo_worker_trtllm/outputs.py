@@ -163,11 +163,10 @@ def translated(error: Any) -> BaseException:
         return error
     if isinstance(error, TrtllmDeadError):
         return EngineDeadError(f"TensorRT-LLM reports that its engine is dead: {error}")
-    text = str(error)
-    if not isinstance(error, (str, RequestError)):
-        return EngineDeadError(f"TensorRT-LLM failed: {type(error).__name__}: {text}")
+    text = str(error) or type(error).__name__
     if _DEVICE_IS_GONE.search(text):
         return EngineDeadError(f"TensorRT-LLM reports a lost device: {text}")
-    if _OF_THE_REQUEST.search(text):
+    if isinstance(error, (str, RequestError)) and _OF_THE_REQUEST.search(text):
         return InvalidRequestError(text)
+    # No error of one request ends the worker: what has befallen the ranks is for their pidfds and the health check.
     return Disconnected(f"TensorRT-LLM ended the request: {text}")
