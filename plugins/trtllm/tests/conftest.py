@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,14 @@ def subject(tiny_model: Path) -> Subject:
         start_stages=(r"Starting TensorRT-LLM",),
         stall_timeout=5.0 if STANDIN else 15.0,
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End this process as a worker ends: at exit, TensorRT-LLM and MPI wait for ranks that tests have killed."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if "tensorrt_llm" in sys.modules and reporter is not None and hasattr(reporter, "_session"):
+        code = int(reporter._session.exitstatus)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

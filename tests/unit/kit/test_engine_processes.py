@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from dynamo_worker import Deadline
-from dynamo_worker.kit.engine_processes import EngineProcesses, Launched, kill, named
+from dynamo_worker.kit.engine_processes import EngineProcesses, Launched, dead, kill, named
 from dynamo_worker.testing import eventually
 
 TITLE = b"TOY::"
@@ -123,6 +123,7 @@ def test_what_a_launcher_has_started_is_found_by_its_parents(started: list[subpr
     pids = [each.pid for each in found.children + found.helpers]
     asyncio.run(kill(found.children + found.helpers, Deadline.after(5)))
     assert ended(*pids)
+    assert dead(found.launchers + found.children + found.helpers) == pids
     assert not ended(process.pid)
     assert not ended(other.pid)
     assert Launched.by("nobody") == ([], [], [])

@@ -61,6 +61,11 @@ class Launched(NamedTuple):
         return cls(launchers, children, helpers)
 
 
+def dead(processes: Iterable[Process]) -> list[int]:
+    """Return the pids of those processes that have ended."""
+    return [process.pid for process in processes if not linux.is_alive(process)]
+
+
 async def kill(processes: Iterable[Process], deadline: Deadline) -> None:
     """Kill processes, and wait until they are gone."""
     processes = list(processes)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from dynamo_worker import Deadline, EngineContext, Request
     from dynamo_worker.kit.huggingface import ModelFiles
-    from dynamo_worker.supervisor.linux import Process
 
 log = get_logger(__name__)
 
@@ -54,6 +53,8 @@ _SHUTDOWN_SECONDS: Final = 1.0
 _KILLED_SECONDS: Final = 0.5
 #: Seconds between two looks at the ranks while they start, and until TensorRT-LLM must have said why one died.
 _WATCH_SECONDS, _REPORT_SECONDS = 0.25, 2.0
+#: Every ``LLM`` of this process, which ends without destroying them: their destructors wait for the ranks.
+_KEPT: Final[list[Any]] = []
 #: Seconds within which the engine has to acknowledge that it has aborted a request.
 _ABORT_SECONDS: Final = 5.0
 
@@ -101,7 +102,6 @@ class TrtllmEngine(PushEngine[Started]):
         self._steps = 0
         self._lane = Lane("trtllm-sender")
         self._leader: subprocess.Popen[bytes] | None = None
-        #: Kept until this process ends: its destructor waits for the ranks.
         self._llm: Any = None
         #: TensorRT-LLM's result and our answers for each request that the engine works on.
         self._running: dict[str, tuple[Any, Answers]] = {}
@@ -140,16 +140,17 @@ class TrtllmEngine(PushEngine[Started]):
     async def _construct(self, settings: dict[str, Any]) -> Any:
         """Return a new ``LLM``. It takes minutes, cannot be interrupted, and may not notice that a rank has died."""
         built = asyncio.ensure_future(in_thread(lambda: tensorrt_llm.LLM(**settings), name="trtllm-start"))
-        ranks: set[Process] = set()
+        ranks: list[Any] = []
         while not built.done():
             await asyncio.wait({built}, timeout=_WATCH_SECONDS)
-            dead = sorted(rank.pid for rank in ranks if not linux.is_alive(rank))
+            dead = engine_processes.dead(ranks)
             if dead:
                 await asyncio.wait({built}, timeout=_REPORT_SECONDS)  # it may know why
                 if not built.done():
                     raise start_error(self.NAME, f"a rank died while it started (pid {dead[0]})")
-            ranks.update(Launched.by(_DAEMON).children)
+            ranks = Launched.by(_DAEMON).children
         try:
+            _KEPT.append(built.result())
             return built.result()
         except Exception as error:
             if self._stopping:

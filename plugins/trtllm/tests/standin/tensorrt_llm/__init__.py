@@ -12,7 +12,6 @@ __version__ = "1.3.0rc29+standin"
 prepare_environment()
 
 from mpi4py import MPI as _MPI  # noqa: E402, F401 - the import is what starts orted
-
 from tensorrt_llm.conversation_params import ConversationParams  # noqa: E402
 from tensorrt_llm.disaggregated_params import DisaggregatedParams  # noqa: E402
 from tensorrt_llm.llmapi.llm import LLM, MultimodalEncoder, RequestOutput  # noqa: E402

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
-
 from tensorrt_llm import faults
 from tensorrt_llm._torch.pyexecutor.hang_detector import HangDetector, hard_kill_on_rank_crash, propagate_hard_kill
 from tensorrt_llm._torch.pyexecutor.llm_response import LlmResponse

@@ -21,10 +21,9 @@ from tensorrt_llm.llmapi.tokenizer import tokenizer_factory
 from tensorrt_llm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from tensorrt_llm.conversation_params import ConversationParams
     from tensorrt_llm.scheduling_params import SchedulingParams
+    from typing_extensions import Self
 
 __all__ = ["LLM", "BaseLLM", "MultimodalEncoder", "PreprocessedInputs", "RequestOutput", "SamplingParams"]
 

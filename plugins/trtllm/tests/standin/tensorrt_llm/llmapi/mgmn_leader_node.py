@@ -14,7 +14,6 @@ from tensorrt_llm.executor.utils import (
 def start() -> None:
     """Serve until told to stop."""
     from mpi4py import MPI
-
     from tensorrt_llm.llmapi.mpi_session import RemoteMpiCommSessionServer
 
     address = get_spawn_proxy_process_ipc_addr_env()

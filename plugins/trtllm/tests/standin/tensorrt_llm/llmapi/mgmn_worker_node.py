@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import tensorrt_llm  # noqa: F401 - the real one loads before the first task, too
 from mpi4py.futures import MPICommExecutor
 from mpi4py.MPI import COMM_WORLD
-
-import tensorrt_llm  # noqa: F401 - the real one loads before the first task, too
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import zmq
 from mpi4py import MPI
 from mpi4py.futures import MPICommExecutor, MPIPoolExecutor
-
 from tensorrt_llm.executor.ipc import ZeroMqQueue
 
 #: What every spawned rank gets of the environment; the rest is what MPI saw when it began.
