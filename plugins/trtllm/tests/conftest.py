@@ -14,6 +14,9 @@ from dynamo_worker.testing import Subject
 #: Whether `tensorrt_llm` is the stand-in of this folder (`standin/README.md`), whose processes are real ones.
 STANDIN = "standin" in importlib.metadata.version("tensorrt_llm")
 
+#: Patterns of the command lines of a rank, and of Open MPI's daemon that has started it.
+RANK, DAEMON = r"mpi4py\.futures|FlashInfer|TRTLLM:", r"^orted "
+
 for _name, _value in {"HF_HUB_OFFLINE": "1"}.items():  # for this process and for the workers it starts
     os.environ.setdefault(_name, _value)
 
@@ -24,8 +27,8 @@ def subject(tiny_model: Path) -> Subject:
         "trtllm",
         ["--model-path", str(tiny_model), "--served-model-name", "tiny", "--max-batch-size", "64"],
         model="tiny",
-        start_seconds=30.0 if STANDIN else 300.0,
-        processes={"rank": r"mpi4py\.futures|FlashInfer|TRTLLM:", "daemon": r"^orted "},
+        start_seconds=60.0 if STANDIN else 300.0,
+        processes={"rank": RANK},
         stream_tokens=1500,
         start_stages=(r"Starting TensorRT-LLM",),
         stall_timeout=5.0 if STANDIN else 15.0,

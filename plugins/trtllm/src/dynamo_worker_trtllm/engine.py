@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import tensorrt_llm
+from dynamo.llm.exceptions import Disconnected
 from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.metrics import MetricsCollector
 
@@ -53,6 +54,8 @@ _SHUTDOWN_SECONDS: Final = 1.0
 _KILLED_SECONDS: Final = 0.5
 #: Seconds between two looks at the ranks while they start, and until TensorRT-LLM must have said why one died.
 _WATCH_SECONDS, _REPORT_SECONDS = 0.25, 2.0
+#: Number of looks at the engine's health after it has failed a request.
+_LOOKS: Final = 4
 #: Every ``LLM`` of this process, which ends without destroying them: their destructors wait for the ranks.
 _KEPT: Final[list[Any]] = []
 #: Seconds within which the engine has to acknowledge that it has aborted a request.
@@ -207,9 +210,21 @@ class TrtllmEngine(PushEngine[Started]):
         answers.follow(result)
         try:
             await answers.wait()
+        except Disconnected:
+            await self._stays_well()  # or the request comes back to this worker until its migrations are used up
+            raise
         finally:
             if answers.finished.is_set():
                 self._running.pop(request_id, None)
+
+    async def _stays_well(self) -> None:
+        """Return after a moment: the failure of one request may be the first sign of a broken engine.
+
+        :raises EngineDeadError: it is one.
+        """
+        for _ in range(_LOOKS):
+            await self.check_health()
+            await asyncio.sleep(_WATCH_SECONDS)
 
     @staticmethod
     def _submit(llm: Any, job: Job) -> Any:
