@@ -1,8 +1,17 @@
-"""The phases of a drain that an operator requests (standard library only)."""
+"""A drain that an operator requests: its phases, and the names of its control routes.
+
+Standard library only: the command line imports it.
+"""
 
 from __future__ import annotations
 
 import enum
+from typing import Final
+
+#: Names of the control routes below ``/engine/``.
+DRAIN: Final = "control/drain"
+RESUME: Final = "control/resume"
+DRAIN_STATUS: Final = "control/drain_status"
 
 
 class DrainPhase(str, enum.Enum):

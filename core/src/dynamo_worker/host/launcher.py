@@ -354,14 +354,11 @@ class Launcher:
         await self._shutdown.unregister(self._plan.unregister_deadline(self._stop.at))
 
     def _enter_grace(self, _: State) -> None:
-        log.info("Grace period", seconds=self._grace.remaining(), in_flight=len(self._requests))
+        seconds = self._shutdown.grace_deadline(self._stop.at).remaining()
+        log.info("Grace period", seconds=seconds, in_flight=len(self._requests))
 
     async def _wait_for_routers(self) -> None:
-        await asyncio.sleep(self._grace.remaining())
-
-    @property
-    def _grace(self) -> Deadline:
-        return self._plan.grace_deadline(self._shutdown.out_since, self._stop.at)
+        await asyncio.sleep(self._shutdown.grace_deadline(self._stop.at).remaining())
 
     def _enter_draining(self, _: State) -> None:
         budget = self._plan.drain_deadline(self._stop.at).remaining()

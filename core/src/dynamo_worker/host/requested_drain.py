@@ -130,7 +130,7 @@ class RequestedDrain:
         :raises WorkerError: the worker does not serve.
         """
         async with self._lock:
-            self._require_service()
+            self.require_service()
             if self._request is None:
                 self._request = request
                 self._runtime.set_ready(False)
@@ -147,7 +147,7 @@ class RequestedDrain:
             if self.phase is DrainPhase.DRAINED or hurried == self._request:
                 return
             await self._cancel(self._draining)
-            self._require_service()
+            self.require_service()
             self._request = hurried
             log.info("Draining faster on request", mode=hurried.mode, budget_s=hurried.deadline.remaining())
             self._draining = asyncio.ensure_future(self._drain(hurried))
@@ -158,16 +158,16 @@ class RequestedDrain:
         :raises WorkerError: the worker does not serve, or discovery does not take it back. Then it stays drained.
         """
         async with self._lock:
-            self._require_service()
+            self.require_service()
             if self._request is None:
                 return
             await self._cancel(self._draining, self._leaving)
-            self._require_service()
+            self.require_service()
             self._enter(DrainPhase.RESUMING)
             self._requests.accept()
             self._entering = asyncio.ensure_future(self._runtime.discovery.enter())
             done, _ = await asyncio.wait({self._entering}, timeout=_ENTER)
-            self._require_service()
+            self.require_service()
             if not done:
                 await self._stay(f"it has not answered for {_ENTER:g} s")
             elif self._entering.cancelled() or self._entering.exception() is not None:
@@ -175,16 +175,18 @@ class RequestedDrain:
             self._request = self.left_at = None
             self._runtime.set_ready(True)
             self._enter(DrainPhase.SERVING)
-            log.info(
-                "Resumed on request", in_flight=len(self._requests), engine_paused=self._runtime.discovery.engine_out
-            )
+            log.info("Resumed on request", engine_paused=self._runtime.discovery.engine_out)
 
     async def give_way(self) -> None:
         """Stop whatever is in progress and refuse further requests: the worker shuts down."""
         self._closed = True
         await self._cancel(self._draining, self._leaving, self._entering, timeout=_GIVE_WAY)
 
-    def _require_service(self) -> None:
+    def require_service(self) -> None:
+        """Return if the worker serves, drained or not.
+
+        :raises WorkerError: it is starting or shutting down.
+        """
         state = self._state()
         if self._closed or state is not State.SERVING:
             doing = "starting" if state is State.STARTING else "shutting down"
@@ -193,6 +195,7 @@ class RequestedDrain:
     def _begin(self) -> None:
         """Start the tasks of a drain from its first phase, or from the one after leaving discovery."""
         assert self._request is not None
+        self._enter(DrainPhase.LEAVING if self.left_at is None else DrainPhase.DRAINING)
         self._leaving = asyncio.ensure_future(self._leave())
         self._draining = asyncio.ensure_future(self._drain(self._request))
 
@@ -202,7 +205,7 @@ class RequestedDrain:
         :raises WorkerError: always.
         """
         await self._cancel(self._entering)
-        self._require_service()
+        self.require_service()
         self._begin()
         log.warning("Cannot enter discovery; the worker stays drained", error=why)
         raise WorkerError(f"the worker stays drained: discovery does not take it back: {why}", hint="try again")
@@ -223,7 +226,6 @@ class RequestedDrain:
     async def _drain(self, request: DrainRequest) -> None:
         """Go through the phases; begun again, it skips what has been done."""
         if self.left_at is None:
-            self._enter(DrainPhase.LEAVING)
             assert self._leaving is not None
             await asyncio.wait({self._leaving}, timeout=UNREGISTER_LIMIT)
             self.left_at = time.monotonic()

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.containment import contained
+from dynamo_worker.deadline import Deadline
 from dynamo_worker.host import draining
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.requests.serving import SHUTTING_DOWN
@@ -15,7 +16,6 @@ from dynamo_worker.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine
     from dynamo_worker.host.config.drain_mode import Cut
     from dynamo_worker.host.config.settings import WorkerSettings
@@ -70,11 +70,16 @@ class Shutdown:
             without_us = "is withdrawn by the supervisor at the end" if self._supervised else "expires after the exit"
             log.warning("Discovery did not answer", next=f"the registration {without_us}")
 
-    @property
-    def out_since(self) -> float:
-        """When routers lost sight of the worker (monotonic): now, unless a requested drain came before."""
-        requested = self._parts.requested_drain
-        return time.monotonic() if requested is None or requested.left_at is None else requested.left_at
+    def grace_deadline(self, stop_at: float) -> Deadline:
+        """Return when the grace period ends: after a drain on request, earlier or at once.
+
+        :param stop_at: when the stop was requested (monotonic).
+        """
+        now, requested = time.monotonic(), self._parts.requested_drain
+        if self._parts.requests.refusing:
+            return Deadline(now)
+        left_at = None if requested is None else requested.left_at
+        return self._settings.shutdown_plan.grace_deadline(now if left_at is None else left_at, stop_at)
 
     async def try_to_unregister(self, deadline: Deadline) -> None:
         """Leave discovery as :meth:`unregister` does, and log a failure."""

@@ -8,6 +8,7 @@ from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import InvalidRequestError, WorkerError, shown
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.config.options import SECONDS
+from dynamo_worker.host.drain_phase import DRAIN, DRAIN_STATUS, RESUME
 from dynamo_worker.host.requested_drain import DrainRequest
 from dynamo_worker.suggest import suggestion
 
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import Operation
     from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.requested_drain import RequestedDrain
-
-#: Names of the routes below ``/engine/``.
-DRAIN: Final = "control/drain"
-RESUME: Final = "control/resume"
-STATUS: Final = "control/drain_status"
 
 #: Fields of the body of a drain.
 _FIELDS: Final = ("mode", "budget", "grace_period")
@@ -39,10 +35,10 @@ def drain_routes(drain: RequestedDrain, settings: WorkerSettings) -> dict[str, O
 
     async def status(body: Any) -> None:
         _check(body, ())
+        drain.require_service()
 
-    return {
-        name: _answering(drain, operation) for name, operation in ((DRAIN, begin), (RESUME, resume), (STATUS, status))
-    }
+    operations = {DRAIN: begin, RESUME: resume, DRAIN_STATUS: status}
+    return {name: _answering(drain, operation) for name, operation in operations.items()}
 
 
 def _answering(drain: RequestedDrain, operation: Callable[[Any], Awaitable[None]]) -> Operation:
