@@ -187,6 +187,7 @@ def test_a_request_that_does_not_end_keeps_the_worker_from_being_drained(world):
             world.stuck.set()
             with contextlib.suppress(asyncio.CancelledError):
                 await world.end.wait()
+        yield {"token_ids": [2], "finish_reason": "stop"}
 
     async def scenario(world):
         world.stuck, world.end = asyncio.Event(), asyncio.Event()
