@@ -14,6 +14,7 @@ import pytest
 from dynamo_worker.testing import Cluster, Load, Worker, eventually
 from dynamo_worker.testing.client import chat
 
+from .conftest import PLUGINS
 from .test_echo import echoed
 
 SLOW = ("--tokens-per-second", "50", "--grace-period", "0.5")
@@ -34,7 +35,9 @@ def resume(cluster: Cluster, worker: Worker) -> None:
 
 
 def in_discovery(cluster: Cluster, worker: Worker) -> bool:
-    return any(worker.instance in path.name for path in cluster.discovery.glob("v1/instances/*"))
+    """Return whether routers see the endpoint that serves the model."""
+    entries = [path.name for path in cluster.discovery.glob("v1/instances/*") if worker.instance in path.name]
+    return any("generate" in name for name in entries)
 
 
 def completed(worker: Worker) -> float:
@@ -198,3 +201,29 @@ def test_the_command_needs_the_token(cluster: Cluster) -> None:
     result = cluster.run("resume", address, DYN_WORKER_CONTROL_TOKEN="secret")
     assert result.returncode == 1
     assert "cannot be reached" in result.stderr
+
+
+def test_an_engine_that_sleeps_meanwhile(cluster: Cluster) -> None:
+    """Neither the engine nor the operator brings back what the other one keeps out."""
+    cluster.engine_args = ["--engine", "strict", "--grace-period", "0"]
+    worker = cluster.worker(PYTHONPATH=str(PLUGINS))
+    for sleep, drained_first in ((True, True), (True, False), (False, True)):
+        if sleep and not drained_first:
+            assert worker.operate("sleep")["status"] == "success"
+            assert not in_discovery(cluster, worker)
+        drain(cluster, worker)
+        if sleep and drained_first:
+            assert worker.operate("sleep")["status"] == "success"
+        result = cluster.run("resume", f"127.0.0.1:{worker.status_port}")
+        assert result.returncode == 0, result.stderr
+        assert ("the engine is paused" in result.stdout) is sleep
+        assert in_discovery(cluster, worker) is not sleep
+        if sleep:
+            assert worker.operate("wake_up")["status"] == "success"
+        assert in_discovery(cluster, worker)
+    drain(cluster, worker)
+    worker.operate("sleep")
+    worker.operate("wake_up")
+    assert not in_discovery(cluster, worker), "it is drained"
+    worker.stop()
+    assert "Cannot unregister endpoint" not in worker.log
