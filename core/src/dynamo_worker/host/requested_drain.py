@@ -166,12 +166,14 @@ class RequestedDrain:
             self._enter(DrainPhase.RESUMING)
             self._requests.accept()
             self._entering = asyncio.ensure_future(self._runtime.discovery.enter())
-            done, _ = await asyncio.wait({self._entering}, timeout=_ENTER)
+            await asyncio.wait({self._entering}, timeout=_ENTER)
             self.require_service()
-            if not done:
+            if not self._entering.done():
                 await self._stay(f"it has not answered for {_ENTER:g} s")
-            elif self._entering.cancelled() or self._entering.exception() is not None:
-                await self._stay(describe(self._entering.exception() or asyncio.CancelledError()))
+            try:
+                self._entering.result()
+            except (Exception, asyncio.CancelledError) as error:
+                await self._stay(describe(error))
             self._request = self.left_at = None
             self._runtime.set_ready(True)
             self._enter(DrainPhase.SERVING)
