@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import re
 import shutil
@@ -124,3 +125,31 @@ def test_discovery_lost(cluster: Cluster, etcd: Etcd) -> None:
     etcd.process.kill()
     assert worker.wait_gone(60) == 1
     assert "kind=DiscoveryLostError" in worker.log
+
+
+def test_a_drain_on_request_while_etcd_is_stopped(cluster: Cluster, etcd: Etcd) -> None:
+    """The worker refuses requests all the same, leaves once etcd answers, and a resume brings it back."""
+    worker = serving(cluster, etcd)
+    instance = base64.b64encode(b"v1/instances/").decode().rstrip("=")[:16]
+
+    def listed() -> bool:
+        keys = etcd.keys()
+        return instance in keys
+
+    assert listed()
+    etcd.process.send_signal(signal.SIGSTOP)
+    try:
+        assert worker.operate("control/drain", {"grace_period": 0})["status"] == "success"
+        eventually(lambda: worker.operate("control/drain_status")["phase"] == "drained", 5, "the drain")
+        assert worker.operate("control/drain_status")["in_discovery"]
+        assert worker.status("/health")[0] == 503
+    finally:
+        etcd.process.send_signal(signal.SIGCONT)
+    eventually(lambda: not worker.operate("control/drain_status")["in_discovery"], 20, "the worker to leave")
+    assert not listed()
+    assert worker.operate("control/resume")["status"] == "success"
+    assert listed()
+    assert worker.status("/health")[0] == 200
+    worker.signal(signal.SIGTERM)
+    assert worker.wait_gone() == 0
+    assert etcd.empty()

@@ -14,12 +14,22 @@ class FakeDiscovery:
     def __init__(self, calls: list[str] | None = None) -> None:
         self.calls: list[str] = [] if calls is None else calls
         self.refuses = False
+        self.present = True
+        self.engine_out = False
 
     async def withdraw(self) -> None:
         self._note("withdraw")
 
     async def rejoin(self) -> None:
         self._note("rejoin")
+
+    async def leave(self) -> None:
+        self._note("leave")
+        self.present = False
+
+    async def enter(self) -> None:
+        self._note("enter")
+        self.present = True
 
     async def register_adapter(self, name: str) -> None:
         self._note(f"register {name}")

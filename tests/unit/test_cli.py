@@ -251,7 +251,7 @@ def test_plan_takes_the_whole_command_line(command, site):
     refused(command("plan", "--grace-perid", "2"), 2, "did you mean --grace-period?")
 
 
-@pytest.mark.parametrize("name", ["engines", "check", "plan"])
+@pytest.mark.parametrize("name", ["engines", "check", "plan", "drain", "resume"])
 def test_commands_have_help(command, name):
     result = command(name, "--help")
     assert result.returncode == 0

@@ -69,7 +69,6 @@ class FakeRuntime:
     """Discovery and endpoints as the launcher sees them."""
 
     status_port = None
-    discovery = FakeDiscovery()
     worker_id = 0x4EC5
     problem = None
 
@@ -82,6 +81,7 @@ class FakeRuntime:
         self.withdrawn = True
         self.registered = []
         self.exposition = None
+        self.discovery = FakeDiscovery()
 
     def endpoint(self, name):
         return f"endpoint {name}"

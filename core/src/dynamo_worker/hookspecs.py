@@ -105,8 +105,9 @@ def check_health(engine: Engine) -> Awaitable[None] | None:
 def drain(engine: Engine, deadline: Deadline) -> Awaitable[None] | None:
     """Finish or move work inside the engine that no request in flight shows: KV transfers, offloads, batches.
 
-    Awaited once while the worker drains, all plugins concurrently, after new requests are refused. Must be idempotent.
-    A failure is logged with the plugin's name and affects no other plugin.
+    Awaited while the worker drains, all plugins concurrently, after new requests are refused: once in a shutdown, and
+    in each drain that an operator requests, after which the engine may serve again. Must be idempotent. A failure is
+    logged with the plugin's name and affects no other plugin.
 
     :param engine: the engine that drains.
     :param deadline: when the hook is cancelled.

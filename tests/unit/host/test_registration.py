@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import shutil
@@ -255,6 +256,33 @@ def test_what_was_lost_before_the_worker_leaves_is_still_lost(tmp_path, entries)
         await registration.close()
 
     asyncio.run(main())
+
+
+def test_an_entry_that_was_lost_before_the_worker_leaves_on_purpose_is_not_put_back(tmp_path, entries):
+    card = entries[1]
+    store = FileStore(str(tmp_path), INSTANCE)
+    store.adopt(())
+    registration = Registration(store, lambda error: None, timeout=30)
+
+    async def main():
+        for path in entries:
+            path.unlink()
+        registration.withdrawn = {"a/b/c"}
+        async with registration.changing() as lost:
+            assert lost == {"a/b/c"}
+        assert store.missing() == [str(card)]
+        await registration.close()
+
+    asyncio.run(main())
+
+
+def test_the_endpoint_of_an_entry(tmp_path):
+    files = FileStore(str(tmp_path), INSTANCE)
+    assert files.endpoint(f"{tmp_path}/v1/instances/a%2Fb%2Fc%2F{INSTANCE}") == "a/b/c"
+    assert files.endpoint(f"{tmp_path}/v1/mdc/a%2Fb%2Fc%2F{INSTANCE}") is None
+    keys = EtcdStore([], int(INSTANCE, 16))
+    assert keys.endpoint(base64.b64encode(f"v1/instances/a/b/c/{INSTANCE}".encode()).decode()) == "a/b/c"
+    assert keys.endpoint(base64.b64encode(f"v1/mdc/a/b/c/{INSTANCE}".encode()).decode()) is None
 
 
 def test_a_closed_registration_puts_nothing_back(tmp_path, entries):

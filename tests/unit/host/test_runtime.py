@@ -352,6 +352,25 @@ def test_unregistering_tries_every_endpoint_and_tells_whether_all_are_out(caplog
     assert record.fields["endpoint"] == "b"
 
 
+def test_what_has_left_already_is_not_unregistered_again(caplog):
+    """The runtime would report an error, and the supervisor would have to withdraw the rest."""
+
+    async def main():
+        fake, runtime = make()
+        serving = [runtime.serve(EndpointSpec(name), None) for name in ("generate", "other")]
+        await runtime.discovery.leave()
+        assert await runtime.unregister() is True
+        assert {path: endpoint.left for path, endpoint in fake.endpoints.items()} == {
+            "dynamo.backend.generate": 1,
+            "dynamo.backend.other": 1,
+        }
+        for task in serving:
+            task.cancel()
+
+    asyncio.run(main())
+    assert caplog.records == []
+
+
 def test_a_shutdown_that_does_not_end_is_bounded(caplog):
     async def main():
         _, runtime = make()

@@ -87,3 +87,136 @@ def test_a_worker_that_stops_is_not_put_back(world: World) -> None:
 
     asyncio.run(main())
     assert world.calls == ["out"]
+
+
+class Endpoint:
+    """One endpoint; ``calls`` is what happened to it. ``refuses`` makes discovery fail."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name = name
+        self.calls = calls
+        self.refuses = False
+
+    async def unregister_endpoint_instance(self) -> None:
+        await self._change("out")
+
+    async def register_endpoint_instance(self) -> None:
+        await self._change("in")
+
+    async def _change(self, what: str) -> None:
+        if self.refuses:
+            raise ConnectionError("discovery is gone")
+        self.calls.append(f"{self.name} {what}")
+
+
+class TwoEndpoints:
+    """A worker with two endpoints, of which ``m`` serves the model."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.main, self.other = Endpoint("m", self.calls), Endpoint("o", self.calls)
+        self.discovery = WorkerDiscovery(self.main, "n/c/m")  # type: ignore[arg-type]
+        self.discovery.add(self.other, "n/c/o")  # type: ignore[arg-type]
+        self.discovery.model = INFO
+
+    def did(self) -> list[str]:
+        """Return what has happened since the last time."""
+        calls, self.calls[:] = list(self.calls), []
+        return calls
+
+
+def test_the_operator_takes_every_endpoint_out() -> None:
+    two = TwoEndpoints()
+
+    async def main() -> None:
+        await two.discovery.leave()
+        assert two.did() == ["m out", "o out"]
+        assert not two.discovery.present
+        await two.discovery.leave()
+        assert two.did() == [], "once: discovery refuses to remove what is not there"
+        await two.discovery.enter()
+        assert two.did() == ["m in", "o in"]
+        await two.discovery.enter()
+        assert two.did() == []
+        assert two.discovery.present
+
+    asyncio.run(main())
+
+
+def test_a_paused_engine_stays_out_when_the_operator_is_done_and_the_other_way_round() -> None:
+    two = TwoEndpoints()
+
+    async def main() -> None:
+        await two.discovery.withdraw()
+        assert two.did() == ["m out"]
+        assert two.discovery.engine_out
+        await two.discovery.leave()
+        assert two.did() == ["o out"]
+        await two.discovery.enter()
+        assert two.did() == ["o in"], "the engine sleeps"
+        await two.discovery.leave()
+        await two.discovery.rejoin()
+        assert two.did() == ["o out"], "the worker is drained"
+        await two.discovery.withdraw()
+        await two.discovery.rejoin()
+        assert two.did() == []
+        await two.discovery.enter()
+        assert two.did() == ["m in", "o in"]
+
+    asyncio.run(main())
+
+
+def test_after_a_failure_everything_is_tried_again() -> None:
+    two = TwoEndpoints()
+
+    async def main() -> None:
+        two.main.refuses = True
+        with pytest.raises(ConnectionError):
+            await two.discovery.leave()
+        assert two.discovery.present
+        assert not two.discovery.withdrawn("n/c/m")
+        two.main.refuses = False
+        await two.discovery.leave()
+        assert two.did() == ["m out", "o out"]
+        two.other.refuses = True
+        with pytest.raises(ConnectionError):
+            await two.discovery.enter()
+        two.other.refuses = False
+        await two.discovery.leave()
+        assert two.did() == ["m in", "m out", "o out"], "nobody knows whether the second one entered"
+
+    asyncio.run(main())
+
+
+def test_one_change_at_a_time() -> None:
+    two = TwoEndpoints()
+
+    async def main() -> None:
+        await asyncio.gather(two.discovery.leave(), two.discovery.enter(), two.discovery.withdraw())
+        assert two.did() == ["m out", "o out", "m in", "o in", "m out"]
+
+    asyncio.run(main())
+
+
+def test_an_entry_that_has_vanished_need_not_be_removed() -> None:
+    two = TwoEndpoints()
+
+    class Watch:
+        def __init__(self) -> None:
+            self.withdrawn: set[str] = set()
+
+        @contextlib.asynccontextmanager
+        async def changing(self) -> AsyncIterator[set[str]]:
+            yield {"n/c/m"}
+
+    async def main() -> None:
+        watch = Watch()
+        two.discovery.registration = watch  # type: ignore[assignment]
+        await two.discovery.leave()
+        assert two.did() == ["o out"]
+        assert watch.withdrawn == {"n/c/m", "n/c/o"}, "neither is restored"
+        await two.discovery.enter()
+        assert two.did() == ["m in", "o in"]
+        assert watch.withdrawn == set()
+
+    asyncio.run(main())

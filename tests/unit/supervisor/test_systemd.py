@@ -84,6 +84,17 @@ def test_it_is_ready_once(systemd, told):
     ]
 
 
+def test_a_drain_on_request_is_shown(systemd, told):
+    for state in ("SERVING", "DRAINING"):
+        current = status(state)
+        current.drain = "drained"
+        systemd.report(current)
+    assert told() == [
+        "READY=1\nSTATUS=SERVING, drained on request, 2 in flight",
+        "STOPPING=1\nSTATUS=DRAINING, 2 in flight",
+    ]
+
+
 @pytest.mark.parametrize("state", ["UNREGISTERING", "GRACE", "DRAINING", "CLEANUP", "FATAL"])
 def test_it_stops(systemd, told, state):
     systemd.report(status(state))

@@ -34,6 +34,12 @@ def test_a_state(status):
     assert status.deadline is None, "a deadline is that of one state"
 
 
+@pytest.mark.parametrize(("told", "shown"), [("drained", "drained"), ("serving", ""), (None, ""), (7, "")])
+def test_the_phase_of_a_drain_on_request(status, told, shown):
+    status.take({"type": "state", "state": "SERVING", "drain": told}, 103.0)
+    assert status.drain == shown
+
+
 @pytest.mark.parametrize("state", [9, None, "NAPPING", "", ["SERVING"], "serving"])
 def test_an_unknown_state_changes_nothing(status, state):
     said(status, "SERVING")

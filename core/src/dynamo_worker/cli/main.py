@@ -93,6 +93,14 @@ def _dispatch(argv: list[str]) -> int:
         from dynamo_worker.cli import plan
 
         return plan.main(argv[1:])
+    if command == "drain":
+        from dynamo_worker.cli import drain
+
+        return drain.main(argv[1:])
+    if command == "resume":
+        from dynamo_worker.cli import resume
+
+        return resume.main(argv[1:])
     if command == "frontend":
         from dynamo_worker.host.frontend import main as frontend
 

@@ -10,6 +10,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.protocol import FORCED_STOP
 
 if TYPE_CHECKING:
+    from collections.abc import Sized
     from types import TracebackType
 
     from rich.live import Live
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.host.config.drain_mode import DrainMode
-    from dynamo_worker.host.requests.serving import RequestRegistry
 
 log = get_logger(__name__)
 
@@ -26,18 +26,31 @@ _LIVE_INTERVAL = 0.2
 _LOG_INTERVAL = 5.0
 
 
-class DrainProgress:
-    """Shows requests left, time left, and what a second signal does, while the ``with`` block runs."""
+#: What the next signal does during a shutdown.
+SECOND_SIGNAL = f"Ctrl-C again to stop within {FORCED_STOP:g} s."
 
-    def __init__(self, registry: RequestRegistry, deadline: Deadline, mode: DrainMode) -> None:
-        self._registry = registry
-        self._deadline = deadline
-        self._mode = mode
+
+class DrainProgress:
+    """Shows requests left, time left, and what Ctrl-C does, while the ``with`` block runs.
+
+    :ivar deadline: when the rest is ended.
+    :ivar mode: how it is ended.
+    """
+
+    def __init__(self, requests: Sized, deadline: Deadline, mode: DrainMode, hint: str = SECOND_SIGNAL) -> None:
+        """Show how many ``requests`` are left; nothing if there are none at the start.
+
+        :param hint: what Ctrl-C does, for a terminal.
+        """
+        self.deadline = deadline
+        self.mode = mode
+        self._requests = requests
+        self._hint = hint
         self._task: asyncio.Task[None] | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
-        if len(self._registry):
+        if len(self._requests):
             self._task = asyncio.ensure_future(self._show_live() if sys.stderr.isatty() else self._log())
         return self
 
@@ -52,7 +65,7 @@ class DrainProgress:
     async def _log(self) -> None:
         while True:
             await asyncio.sleep(_LOG_INTERVAL)
-            log.info("Still draining", in_flight=len(self._registry), left_s=self._deadline.remaining())
+            log.info("Still draining", in_flight=len(self._requests), left_s=self.deadline.remaining())
 
     async def _show_live(self) -> None:
         from rich.console import Console
@@ -61,13 +74,13 @@ class DrainProgress:
 
         with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as self._live:
             while True:
-                left = len(self._registry)
+                left = len(self._requests)
                 self._live.update(
                     Text.assemble(
                         ("Draining ", "bold"),
-                        f"{left} request{'s' if left != 1 else ''} left, {self._deadline.remaining():.0f} s until "
-                        f"the rest is {self._mode.remainder}. ",
-                        (f"Ctrl-C again to stop within {FORCED_STOP:g} s.", "dim"),
+                        f"{left} request{'s' if left != 1 else ''} left, {self.deadline.remaining():.0f} s until "
+                        f"the rest is {self.mode.remainder}. ",
+                        (self._hint, "dim"),
                     ),
                     refresh=True,
                 )

@@ -27,13 +27,15 @@ from dynamo_worker.host import native_output
 from dynamo_worker.host.config.drain_mode import Cut
 from dynamo_worker.host.config.shutdown_plan import ShutdownPlan
 from dynamo_worker.host.crash_report import print_crash
+from dynamo_worker.host.drain_phase import DrainPhase
+from dynamo_worker.host.draining import CUT_SECONDS
 from dynamo_worker.host.monitoring import start_monitors
 from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
 from dynamo_worker.host.monitors.process_watch import ProcessWatch
 from dynamo_worker.host.parts import WorkerParts
 from dynamo_worker.host.requests.egress import Egress
 from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
-from dynamo_worker.host.shutdown import CUT_SECONDS, RUNTIME_SECONDS, Shutdown
+from dynamo_worker.host.shutdown import RUNTIME_SECONDS, Shutdown
 from dynamo_worker.host.startup import Callbacks, Startup
 from dynamo_worker.host.status.metrics import WorkerMetrics
 from dynamo_worker.host.stop_requests import StopRequests
@@ -165,6 +167,7 @@ class Launcher:
         self._stage: asyncio.Task[None] | None = None
         self._stop = StopRequests(control, self._on_stop)
         self._deadline: Deadline | None = None
+        self._drain_phase = DrainPhase.SERVING
         self._exit_code: int = ExitCode.STOPPED
         #: The first fatal error, which is the cause of the others.
         self._error: BaseException | None = None
@@ -175,7 +178,13 @@ class Launcher:
         egress = Egress(self._on_fatal, slow_client_timeout=settings.slow_client_timeout)
         self._metrics.slow_clients.set_function(lambda: egress.slow_streams)
         self._parts = WorkerParts(self._requests, egress, self._metrics, ProcessWatch(self._on_fatal), MonitorTasks())
-        callbacks = Callbacks(lambda: self._state, self._on_fatal, self._on_found_dead, self._on_endpoint_closed)
+        callbacks = Callbacks(
+            lambda: self._state,
+            self._on_fatal,
+            self._on_found_dead,
+            self._on_endpoint_closed,
+            self._on_drain_phase,
+        )
         self._startup = Startup(settings, plugins, engine_args, self._parts, callbacks, supervised=control.supervised)
         self._shutdown = Shutdown(settings, plugins, self._parts, callbacks.state, supervised=control.supervised)
         self._ready: ReadyWorker | None = None
@@ -244,6 +253,7 @@ class Launcher:
             deadline=self._deadline.at if self._deadline else None,
             in_flight=len(self._requests),
             reason=self.reason if self._state in (State.FATAL, State.STOPPED) else None,
+            drain=self._drain_phase.value,
         )
 
     # --------------------------------------------------------------------------------------------------- events
@@ -292,6 +302,11 @@ class Launcher:
         else:
             log.warning("No more threads can be started; the shutdown continues", next=error.hint)
 
+    def _on_drain_phase(self, phase: DrainPhase) -> None:
+        self._drain_phase = phase
+        self._metrics.set_drain_phase(phase)
+        self._announce()
+
     def _on_endpoint_closed(self, name: str, task: asyncio.Task[None]) -> None:
         """Record that an endpoint has ended before the worker closed it: it failed, or discovery is lost."""
         if task.cancelled() or self._state not in (State.STARTING, State.SERVING, State.GRACE, State.UNREGISTERING):
@@ -339,10 +354,11 @@ class Launcher:
         await self._shutdown.unregister(self._plan.unregister_deadline(self._stop.at))
 
     def _enter_grace(self, _: State) -> None:
-        log.info("Grace period", seconds=self._plan.grace, in_flight=len(self._requests))
+        seconds = self._shutdown.grace_deadline(self._stop.at).remaining()
+        log.info("Grace period", seconds=seconds, in_flight=len(self._requests))
 
     async def _wait_for_routers(self) -> None:
-        await asyncio.sleep(self._plan.grace_deadline(time.monotonic(), self._stop.at).remaining())
+        await asyncio.sleep(self._shutdown.grace_deadline(self._stop.at).remaining())
 
     def _enter_draining(self, _: State) -> None:
         budget = self._plan.drain_deadline(self._stop.at).remaining()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
     from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
     from dynamo_worker.host.monitors.process_watch import ProcessWatch
+    from dynamo_worker.host.requested_drain import RequestedDrain
     from dynamo_worker.host.requests.egress import Egress
     from dynamo_worker.host.requests.serving import RequestRegistry
     from dynamo_worker.host.status.metrics import WorkerMetrics
@@ -32,6 +33,7 @@ class WorkerParts:
     :ivar frontend: the frontend process beside the worker.
     :ivar runtime: the connection to discovery and the request plane.
     :ivar engine: the engine, started or not.
+    :ivar requested_drain: takes the worker out of service and back, as its operator asks.
     """
 
     requests: RequestRegistry
@@ -44,6 +46,7 @@ class WorkerParts:
     frontend: EmbeddedFrontend | None = None
     runtime: Runtime | None = None
     engine: Engine | None = None
+    requested_drain: RequestedDrain | None = None
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.containment import contained
-from dynamo_worker.host.config.drain_mode import Cut, DrainMode
-from dynamo_worker.host.drain_progress import DrainProgress
+from dynamo_worker.deadline import Deadline
+from dynamo_worker.host import draining
+from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.requests.serving import SHUTTING_DOWN
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine
+    from dynamo_worker.host.config.drain_mode import Cut
     from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.parts import WorkerParts
     from dynamo_worker.host.plugins.facade import Plugins
@@ -24,12 +25,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds for requests that were cut to send their last message.
-CUT_SECONDS: Final = 1.0
 #: Seconds for the runtime to close its connections once nothing is in flight.
 RUNTIME_SECONDS: Final = 3.0
-#: Seconds between the deadline of the hooks and that of their stage: to cancel them, log and continue.
-_HOOK_MARGIN: Final = 0.3
 
 
 class Shutdown:
@@ -61,7 +58,9 @@ class Shutdown:
 
     async def unregister(self, deadline: Deadline) -> None:
         """Leave discovery by the deadline; a supervisor withdraws entries that could not be removed."""
-        runtime = self._parts.runtime
+        runtime, requested = self._parts.runtime, self._parts.requested_drain
+        if requested is not None:
+            await requested.give_way()
         if runtime is None or self._unregistered:
             return
         runtime.set_ready(False)
@@ -71,34 +70,31 @@ class Shutdown:
             without_us = "is withdrawn by the supervisor at the end" if self._supervised else "expires after the exit"
             log.warning("Discovery did not answer", next=f"the registration {without_us}")
 
+    def grace_deadline(self, stop_at: float) -> Deadline:
+        """Return when the grace period ends: after a drain on request, earlier or at once.
+
+        :param stop_at: when the stop was requested (monotonic).
+        """
+        now, requested = time.monotonic(), self._parts.requested_drain
+        if self._parts.requests.refusing:
+            return Deadline(now)
+        left_at = None if requested is None else requested.left_at
+        return self._settings.shutdown_plan.grace_deadline(now if left_at is None else left_at, stop_at)
+
     async def try_to_unregister(self, deadline: Deadline) -> None:
         """Leave discovery as :meth:`unregister` does, and log a failure."""
         await self._attempt("leave discovery", self.unregister(deadline))
 
     async def drain(self, engine: Engine, deadline: Deadline) -> None:
         """Refuse new requests; let those in flight finish until the deadline, or end them, depending on the mode."""
-        requests, mode = self._parts.requests, self._settings.drain
         self._drain_frontend()
-        requests.refuse("the worker is shutting down")
-        requests.cut(Cut.HANDOFF, graceful=False)
-        if not mode.waits:
-            requests.cut(mode.cut)
-        hooks = asyncio.ensure_future(self._plugins.drain(engine, deadline.reserve(_HOOK_MARGIN)))
-        idle = asyncio.ensure_future(requests.wait_idle())
-        with DrainProgress(requests, deadline, mode):
-            await asyncio.wait({hooks, idle}, timeout=deadline.remaining())
-        for task in (hooks, idle):
-            task.cancel()
+        how = draining.Order(self._settings.drain, deadline, SHUTTING_DOWN)
+        await draining.drain(self._parts.requests, self._plugins, engine, how)
 
     async def end_requests(self, how: Cut, reason: str) -> None:
         """Refuse new requests, end those in flight, and wait a moment for their last messages to be sent."""
-        requests = self._parts.requests
-        requests.refuse(reason)
-        cut = requests.cut(how)
-        if cut:
-            log.info("Handing off requests" if how is Cut.HANDOFF else "Aborting requests", requests=cut)
-        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(requests.wait_idle(), CUT_SECONDS)
+        self._parts.requests.refuse(reason)
+        await draining.end_requests(self._parts.requests, how)
 
     async def release(self, deadline: Deadline) -> str | None:
         """Release all parts, in order: connections, engine, frontend, files.
@@ -126,7 +122,7 @@ class Shutdown:
     async def _clean_up_engine(self, deadline: Deadline) -> None:
         if self._parts.engine is not None:
             limit = self._settings.engine_shutdown_timeout
-            hooks = self._plugins.cleanup(self._parts.engine, deadline.reserve(_HOOK_MARGIN), limit=limit)
+            hooks = self._plugins.cleanup(self._parts.engine, deadline.reserve(draining.HOOK_MARGIN), limit=limit)
             await self._attempt("clean up", hooks)
 
     def _drain_frontend(self) -> None:

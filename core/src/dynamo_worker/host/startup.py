@@ -30,10 +30,12 @@ from dynamo_worker.host.frontend.frontend_process import FrontendProcess
 from dynamo_worker.host.listening import listening_ports
 from dynamo_worker.host.monitors.threads import require_thread
 from dynamo_worker.host.parts import ReadyWorker
+from dynamo_worker.host.requested_drain import RequestedDrain
 from dynamo_worker.host.requests.canary import Canary
 from dynamo_worker.host.requests.engine_checks import EngineChecks
 from dynamo_worker.host.requests.serving import RequestHandler
 from dynamo_worker.host.status.control_routes import ControlAccess, read_token
+from dynamo_worker.host.status.drain_routes import drain_routes
 from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.protocol import RUN_DIR
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.discovery.registration import Registration
+    from dynamo_worker.host.drain_phase import DrainPhase
     from dynamo_worker.host.parts import WorkerParts
     from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.lifecycle import State
@@ -60,12 +63,14 @@ class Callbacks:
     :param on_fatal: called with an error that ends the worker.
     :param on_found_dead: called when a request finds the engine dead.
     :param on_endpoint_closed: called when an endpoint has ended, with its name and its task.
+    :param on_drain_phase: called with each new phase of a drain that the operator requests.
     """
 
     state: Callable[[], State]
     on_fatal: Callable[[BaseException], None]
     on_found_dead: Callable[[BaseException], None]
     on_endpoint_closed: Callable[[str, asyncio.Task[None]], None]
+    on_drain_phase: Callable[[DrainPhase], None]
 
 
 class Startup:
@@ -128,11 +133,17 @@ class Startup:
             self._callbacks.state,
             live_path=os.environ.get("DYN_SYSTEM_LIVE_PATH", "/live"),
             health_path=os.environ.get("DYN_SYSTEM_HEALTH_PATH", "/health"),
-            problem=lambda: None if parts.runtime is None else parts.runtime.problem,
+            problem=self._problem,
             access=ControlAccess(read_token(settings.control_token_file)),
         )
         port = await status.start(settings.system_host, settings.system_port)
         log.info("Status server listening", url=f"http://{Address(settings.system_host, port)}")
+
+    def _problem(self) -> str | None:
+        """Return why the serving worker is not ready; None if it is."""
+        parts = self._parts
+        drained = None if parts.requested_drain is None else parts.requested_drain.problem
+        return drained or (None if parts.runtime is None else parts.runtime.problem)
 
     def _private_directory(self) -> Path:
         """Return the supervisor's private directory or, without a supervisor, create one.
@@ -238,8 +249,21 @@ class Startup:
             parts.metrics.add_registry(engine.metrics_registry())
         if parts.status is not None:
             routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
-            parts.status.serve_routes(self._checks.mapping("control_routes", routes))
+            own = drain_routes(self._requested_drain(engine, runtime), self._settings)
+            parts.status.serve_routes({**self._checks.mapping("control_routes", routes), **own})
         runtime.expose_metrics(parts.metrics.exposition, endpoint=self._settings.endpoint)
+
+    def _requested_drain(self, engine: Engine, runtime: Runtime) -> RequestedDrain:
+        parts, callbacks = self._parts, self._callbacks
+        parts.requested_drain = RequestedDrain(
+            engine,
+            runtime,
+            parts.requests,
+            self._plugins,
+            state=callbacks.state,
+            on_phase=callbacks.on_drain_phase,
+        )
+        return parts.requested_drain
 
     async def _wait_for_frontend(self, info: EngineInfo) -> None:
         if self._parts.frontend is not None:

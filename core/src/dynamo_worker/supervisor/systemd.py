@@ -53,7 +53,8 @@ class Systemd:
 
     def report(self, status: WorkerStatus) -> None:
         """Pass on the state that the worker has just announced."""
-        text = f"STATUS={status.state}, {status.in_flight} in flight"
+        drain = f", {status.drain} on request" if status.drain and status.state is State.SERVING else ""
+        text = f"STATUS={status.state}{drain}, {status.in_flight} in flight"
         if status.state is State.SERVING and not self._ready:
             self._ready = True
             self.send("READY=1", text)

@@ -32,6 +32,8 @@ class WorkerStatus:
         self.deadline: float | None = None
         #: Requests in flight.
         self.in_flight = 0
+        #: The phase of a drain on request; empty while it takes part in none.
+        self.drain = ""
         #: Whether it has ever served.
         self.has_served = False
         self.grace_period = grace_period
@@ -76,6 +78,8 @@ class WorkerStatus:
             return False
         self.deadline = _number(message.get("deadline"))
         self.in_flight = _count(message.get("in_flight"))
+        phase = _text(message.get("drain"))
+        self.drain = "" if phase == "serving" else phase
         self.has_served = self.has_served or self.state is State.SERVING
         if self.state is State.FATAL and not self.reason:
             self.reason = _text(message.get("reason"))

@@ -37,7 +37,7 @@ DEFAULT_FRONTEND: Final = "127.0.0.1:8000"
 
 #: More than a week is a wrong unit, or meant as "never".
 _WEEK: Final = 7 * 24 * 3600
-_SECONDS: Final = Number(0, _WEEK, "seconds")
+SECONDS: Final = Number(0, _WEEK, "seconds")
 #: Nothing can happen in less than a hundredth of a second.
 _POSITIVE_SECONDS: Final = Number(0.01, _WEEK, "seconds")
 #: A healthy worker may well be silent for less than a second.
@@ -163,7 +163,7 @@ OPTIONS: Final = (
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",
         default_text="5 with --drain complete, otherwise 0",
         metavar="SECONDS",
-        number=_SECONDS,
+        number=SECONDS,
     ),
     Option(
         "engine_shutdown_timeout",

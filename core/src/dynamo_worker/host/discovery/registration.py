@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import unquote
 
 from dynamo_worker.errors import DiscoveryLostError
 from dynamo_worker.logs import get_logger
@@ -38,6 +39,8 @@ _ETCD_INTERVAL = 5.0
 _CONFIRM = 1.5
 #: Seconds for discovery to answer. With every backend, entries expire ten seconds after their last refresh.
 _PATIENCE = 10.0
+#: Where both backends keep the entries of endpoints.
+_INSTANCES = "v1/instances/"
 #: Seconds for one endpoint of etcd to answer.
 _ETCD_TIMEOUT = 2.0
 #: Age in seconds at which files are refreshed here. The runtime does so every 3.3 s (measured on 1.6.1).
@@ -73,6 +76,9 @@ class Store(Protocol):
 
     def restore(self, names: Collection[str]) -> None:
         """Write entries again as they were."""
+
+    def endpoint(self, name: str) -> str | None:
+        """Return the endpoint ``namespace/component/name`` that an entry stands for; None for other entries."""
 
     def close(self) -> None:
         """Restore nothing from now on, not even when a hanging call continues."""
@@ -130,6 +136,13 @@ class FileStore:
                 return
             os.rename(draft, path)
         self._learn()
+
+    def endpoint(self, name: str) -> str | None:
+        """Return the endpoint ``namespace/component/name`` that an entry stands for; None for other entries."""
+        directory, entry = os.path.split(name)
+        if os.path.relpath(directory, self._root) != _INSTANCES.rstrip("/"):
+            return None
+        return unquote(entry).rpartition("/")[0]
 
     def close(self) -> None:
         """Restore nothing from now on, not even when a hanging call continues."""
@@ -229,6 +242,11 @@ class EtcdStore:
             if not self._closed:
                 self._call("/v3/kv/put", {"key": key, "value": self._values[key], "lease": self._lease})
 
+    def endpoint(self, name: str) -> str | None:
+        """Return the endpoint ``namespace/component/name`` that an entry stands for; None for other entries."""
+        key = base64.b64decode(name).decode(errors="replace")
+        return key.removeprefix(_INSTANCES).rpartition("/")[0] if key.startswith(_INSTANCES) else None
+
     def close(self) -> None:
         """Restore nothing from now on, not even when a hanging call continues."""
         self._closed = True
@@ -266,6 +284,7 @@ class Registration:
     """Keeps the entries of one worker in discovery.
 
     :ivar problem: why the worker is out of discovery although it did not leave; None if it is not.
+    :ivar withdrawn: the endpoints ``namespace/component/name`` that the worker keeps out on purpose.
     """
 
     def __init__(self, store: Store, on_fatal: Callable[[WorkerError], None], *, timeout: float) -> None:
@@ -274,6 +293,7 @@ class Registration:
         :param on_fatal: called when the worker has been out of discovery for ``timeout`` seconds.
         """
         self.problem: str | None = None
+        self.withdrawn: Collection[str] = ()
         self._store = store
         self._on_fatal = on_fatal
         self._timeout = timeout
@@ -334,16 +354,20 @@ class Registration:
             await asyncio.sleep(_ENTER_INTERVAL)
 
     @contextlib.asynccontextmanager
-    async def changing(self) -> AsyncIterator[None]:
-        """Take changes inside this block for the worker's own; the entries afterwards are the expected ones."""
+    async def changing(self) -> AsyncIterator[set[str]]:
+        """Take changes inside this block for the worker's own; the entries afterwards are the expected ones.
+
+        Yields the endpoints whose entries have vanished. Those in :attr:`withdrawn` are not restored.
+        """
         async with self._lock:
             lost: list[str] = []
             with contextlib.suppress(OSError):
                 lost = await self._ask(self._store.missing)
+            endpoints = {name: self._store.endpoint(name) for name in lost}
             try:
-                yield
+                yield {endpoint for endpoint in endpoints.values() if endpoint is not None}
             finally:
-                self._unadopted = lost
+                self._unadopted = [name for name in lost if endpoints[name] not in self.withdrawn]
                 with contextlib.suppress(OSError):  # tried again before the next check
                     await self._adopt()
 

@@ -80,7 +80,7 @@ class Runtime:
         self._models = 0
         self._registration: Registration | None = None
         #: What the engine may change of these entries while it serves.
-        self.discovery = WorkerDiscovery(self.endpoint(settings.endpoint))
+        self.discovery = WorkerDiscovery(self.endpoint(settings.endpoint), self._entry(settings.endpoint))
         #: Port of the runtime's own status server; None if it is off.
         self.status_port = status_port
 
@@ -137,6 +137,10 @@ class Runtime:
             self._endpoints[name] = self._runtime.endpoint(path)
         return self._endpoints[name]
 
+    def _entry(self, name: str) -> str:
+        """Return the name of an endpoint in discovery."""
+        return f"{self._settings.namespace}/{self._settings.component}/{name}"
+
     def record_registration(self, run_dir: Path) -> None:
         """Record where this worker is registered, for a supervisor that has to withdraw it in the worker's place."""
         backend = self._settings.discovery_backend
@@ -153,6 +157,8 @@ class Runtime:
                 handler, graceful_shutdown=spec.graceful_shutdown, metrics_labels=list(spec.metrics_labels) or None
             )
 
+        if spec.name != self._settings.endpoint:
+            self.discovery.add(self.endpoint(spec.name), self._entry(spec.name))
         task = asyncio.ensure_future(serve())
         self._serving.add(task)
         return task
@@ -202,11 +208,16 @@ class Runtime:
         self.discovery.close()
         if self._registration is not None:
             await self._registration.close()
+        present = {
+            name: endpoint
+            for name, endpoint in self._endpoints.items()
+            if not self.discovery.withdrawn(self._entry(name))
+        }
         results = await asyncio.gather(
-            *(endpoint.unregister_endpoint_instance() for endpoint in self._endpoints.values()), return_exceptions=True
+            *(endpoint.unregister_endpoint_instance() for endpoint in present.values()), return_exceptions=True
         )
         failed = False
-        for name, result in zip(self._endpoints, results, strict=True):
+        for name, result in zip(present, results, strict=True):
             if isinstance(result, BaseException):
                 failed = True
                 log.warning("Cannot unregister endpoint", endpoint=name, error=result)

@@ -6,7 +6,7 @@ import asyncio
 import enum
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from dynamo.llm.exceptions import (
     Cancelled,
@@ -55,6 +55,8 @@ class RequestOutcome(str, enum.Enum):
     SLOW_CLIENT = "slow_client"
 
 
+#: Why a stopping worker refuses and ends requests.
+SHUTTING_DOWN: Final = "the worker is shutting down"
 #: Upper limit of token ids for a model whose vocabulary is unknown.
 _TOKEN_LIMIT = 2**31
 #: Size of a packed token in bytes.
@@ -76,13 +78,15 @@ _UNFINISHED = frozenset(
 class _InFlight:
     """One request in flight."""
 
-    __slots__ = ("cut", "gone", "graceful", "request_id", "task")
+    __slots__ = ("cut", "gone", "graceful", "reason", "request_id", "task")
 
     def __init__(self, request_id: str, graceful: bool, task: asyncio.Task[Any] | None) -> None:
         self.request_id = request_id
         self.graceful = graceful
         self.task = task
         self.cut: Cut | None = None
+        #: Why it is cut, for its client.
+        self.reason = ""
         #: Whether the client has disconnected.
         self.gone = False
 
@@ -115,6 +119,10 @@ class RequestRegistry:
         """Refuse new requests from now on, with an error that makes the frontend try another worker."""
         self._refusal = reason
 
+    def accept(self) -> None:
+        """Accept new requests again."""
+        self._refusal = None
+
     def admit(self, request_id: str, *, graceful: bool, refusal: str | None = None) -> _InFlight:
         """Register a request that the current task serves.
 
@@ -139,20 +147,21 @@ class RequestRegistry:
         if not self._entries:
             self._idle.set()
 
-    def cut(self, how: Cut, *, graceful: bool | None = None) -> int:
+    def cut(self, how: Cut, *, graceful: bool | None = None, reason: str = SHUTTING_DOWN) -> int:
         """End requests in flight and return their number.
 
         :param how: the error that they end with.
         :param graceful: end only those of endpoints with this ``graceful_shutdown``; None ends all.
+        :param reason: why, for their clients.
         """
-        return sum(self.cut_one(entry, how) for entry in self._entries if graceful in (None, entry.graceful))
+        return sum(self.cut_one(entry, how, reason) for entry in self._entries if graceful in (None, entry.graceful))
 
     @staticmethod
-    def cut_one(entry: _InFlight, how: Cut) -> bool:
+    def cut_one(entry: _InFlight, how: Cut, reason: str = "") -> bool:
         """End one request; return False if it is already ending."""
         if entry.cut is not None or entry.task is None:
             return False
-        entry.cut = how
+        entry.cut, entry.reason = how, reason
         entry.task.cancel()
         return True
 
@@ -272,9 +281,9 @@ class RequestHandler:
         if isinstance(error, EngineDeadError):
             self._on_dead(error)
         if entry.cut is Cut.ABORT:
-            return RequestOutcome.ABORTED, Cancelled("aborted: the worker is shutting down")
+            return RequestOutcome.ABORTED, Cancelled(f"aborted: {entry.reason}")
         if entry.cut is Cut.HANDOFF:
-            return RequestOutcome.HANDED_OFF, EngineShutdown("handed off: the worker is shutting down")
+            return RequestOutcome.HANDED_OFF, EngineShutdown(f"handed off: {entry.reason}")
         if out is not None and isinstance(out.error, SlowClientError):
             log.warning("Request cancelled", request_id=request_id, error=out.error)
             return RequestOutcome.SLOW_CLIENT, Cancelled(f"cancelled: {out.error}")

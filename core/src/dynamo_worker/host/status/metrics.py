@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dynamo_worker.host.drain_phase import DrainPhase
 from dynamo_worker.lifecycle import State
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ class WorkerMetrics:
         self._state = Gauge(
             "dynamo_worker_state", "1 for the state the worker is in, 0 for the others", ["state"], registry=registry
         )
+        self._drain_phase = Gauge(
+            "dynamo_worker_drain_phase",
+            "1 for the phase of a drain on request that the worker is in, 0 for the others",
+            ["phase"],
+            registry=registry,
+        )
         self.shutdown_stage_seconds = Gauge(
             "dynamo_worker_shutdown_stage_seconds", "Seconds spent in each stage of the shutdown", ["stage"],
             registry=registry,
@@ -73,11 +80,17 @@ class WorkerMetrics:
             "dynamo_worker_start_seconds", "Seconds from the start of the process to the first ready", registry=registry
         )
         self.set_state(State.STARTING)
+        self.set_drain_phase(DrainPhase.SERVING)
 
     def set_state(self, current: State) -> None:
         """Show ``current`` as the worker's state."""
         for state in State:
             self._state.labels(state.value).set(state is current)
+
+    def set_drain_phase(self, current: DrainPhase) -> None:
+        """Show ``current`` as the phase of a drain on request."""
+        for phase in DrainPhase:
+            self._drain_phase.labels(phase.value).set(phase is current)
 
     def add_registry(self, registry: CollectorRegistry) -> None:
         """Add an engine's own metrics."""
