@@ -44,7 +44,7 @@ class Standstills:
 
     #: What the worker says about it, and the signal.
     SIGNALS: Final = {
-        r"process \d+ \(.+\) used": signal.SIGRTMIN + 5,
+        r"process \d+ \(.+\) (used|runs)": signal.SIGRTMIN + 5,
         r"compiler cc1plus runs": signal.SIGRTMIN + 6,
     }
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -66,6 +67,22 @@ def test_cpu_time_of_a_rank_is_work_unless_it_only_naps(share, works):
     found = finding(used(RANK, share))
     assert found.works is works
     assert f"process {RANK} (python) used {2 * share:.1f} s of CPU time in 2.0 s" in found.reason
+
+
+@pytest.mark.parametrize(("states", "works"), [("RRRRRRRRRR", True), ("RRDRRRSRRR", True), ("RRSRRSSRRR", False)])
+def test_a_rank_that_is_ready_all_the_time_works_however_little_it_gets_of_crowded_cores(states, works):
+    found = finding(seen(*({RANK: {"state": state}} for state in states)))
+    assert found.works is works
+    assert not works or found.reason == f"process {RANK} (python) runs, or waits for a core, all the time"
+
+
+def test_a_few_samples_do_not_show_that_a_rank_is_ready_all_the_time():
+    assert not finding(seen(*[{RANK: {"state": "R"}}] * 4)).works
+    assert finding(seen(*[{RANK: {"state": "R"}}] * 5)).works
+
+
+def test_a_core_that_is_ready_all_the_time_waits_for_its_ranks():
+    assert not finding(seen(*[{CORE: {"state": "R"}}] * 10)).works
 
 
 def test_a_core_waits_for_its_ranks_and_may_spin_meanwhile():
@@ -231,19 +248,11 @@ def test_a_compiler(tmp_path):
 
 
 def test_an_engine_in_this_process():
-    over = threading.Event()
-
-    def work():
-        while not over.is_set():
+    with ThreadPoolExecutor(1) as executor:
+        found = executor.submit(observed, seconds=2 * SECONDS)
+        while not found.done():
             pass
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        assert observed(seconds=2 * SECONDS).works
-    finally:
-        over.set()
-        thread.join()
+    assert found.result().works
     assert not observed(seconds=2 * SECONDS).works, "the observation itself is no work"
 
 

@@ -28,8 +28,13 @@ COMPILERS: Final = frozenset(
 )
 
 #: Share of one core that a process uses while it works. One that only waits in short sleeps uses 0.06 of a core
-#: (vLLM's processes on a CPU, measured); one that compiles on crowded cores gets little more than this.
+#: (vLLM's processes on a CPU, measured).
 WORKING_SHARE: Final = 0.15
+#: Share of the samples in which the first thread of a process runs, or waits for a core, while it works: on crowded
+#: cores it may get less than ``WORKING_SHARE``. There, one that only waits in short sleeps was ready in 0.36 of them,
+#: one that works in all (seven runnable threads for each core, measured). Fewer samples than these tell nothing.
+READY_SHARE: Final = 0.8
+_LEAST_SAMPLES: Final = 5
 #: Times in an observation that the processes are looked at, unless that took more than one part in ``_COST`` of it.
 _SAMPLES: Final = 10
 _COST: Final = 20.0
@@ -86,11 +91,15 @@ def judge(samples: Sequence[Sample], engine: Collection[int], worker: int) -> Fi
                 return Finding(True, f"compiler {stat.name} runs (process {process.pid})")
     seconds = last.at - first.at
     working = _working(last, engine) if engine else {worker}
-    used = {
-        process: (stat.ticks - _first(samples, process).ticks) / _TICKS_PER_SECOND
-        for process, stat in last.processes.items()
-        if process.pid in working
-    }
+    used: dict[Process, float] = {}
+    ready: list[Process] = []
+    for process, stat in last.processes.items():
+        if process.pid not in working:
+            continue
+        stats = [sample.processes[process] for sample in samples if process in sample.processes]
+        used[process] = (stat.ticks - stats[0].ticks) / _TICKS_PER_SECOND
+        if len(stats) >= _LEAST_SAMPLES and sum(one.state == "R" for one in stats) >= READY_SHARE * len(stats):
+            ready.append(process)
     if not used:
         return Finding(False, "its processes are gone")
     busiest = max(used, key=lambda process: used[process])
@@ -98,11 +107,10 @@ def judge(samples: Sequence[Sample], engine: Collection[int], worker: int) -> Fi
     cpu += f"in {seconds:.1f} s"
     if used[busiest] >= WORKING_SHARE * seconds:
         return Finding(True, cpu)
+    for process in ready:
+        name = last.processes[process].name
+        return Finding(True, f"process {process.pid} ({name}) runs, or waits for a core, all the time")
     return Finding(False, f"no compiler runs, and the busiest {cpu}")
-
-
-def _first(samples: Sequence[Sample], process: Process) -> Stat:
-    return next(sample.processes[process] for sample in samples if process in sample.processes)
 
 
 def _working(sample: Sample, engine: Collection[int]) -> set[int]:
