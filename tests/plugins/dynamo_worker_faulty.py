@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import ctypes
+import re
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+
+import faulty_processes
 
 from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, EngineInfo, Request, RequestContext, hookimpl
 from dynamo_worker.engine import EndpointSpec, Send
@@ -128,6 +134,51 @@ class PushingFaultyEngine(FaultyEngine):
             send(chunk)
 
 
+class FaultyProcessEngine(FaultyEngine):
+    """The same, whose answers wait for a process tree that does what the prompt says (``faulty_processes.py``)."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self._pids: list[int] = []
+        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    async def start(self, worker_id: int) -> EngineInfo:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, faulty_processes.__file__, "core", str(theirs.fileno()), self.args.core_waits]
+            self._core = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._pids = [self._core.pid, int(await reader.readline())]
+        self._reader = asyncio.ensure_future(self._read(reader))
+        return await super().start(worker_id)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while await reader.readline():
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+
+    async def _ask(self, line: str) -> None:
+        answered = asyncio.get_running_loop().create_future()
+        self._waiting.append(answered)
+        self._writer.write(f"{line}\n".encode())
+        await answered
+
+    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
+        text = "".join(chr(token - 3) for token in request["token_ids"] if token >= 3)
+        asked = re.search(rf"({'|'.join(faulty_processes.FAULTS)}) [\d.]+", text)
+        await self._ask(asked[0] if asked else "nothing")
+        async for chunk in super().generate(request, context):
+            yield chunk
+
+    async def check_health(self) -> None:
+        if self.args.health_asks_rank:
+            await self._ask("nothing")
+
+    def processes(self) -> Sequence[int]:
+        return self._pids
+
+
 class FaultyPlugin:
     @hookimpl
     def prepare(self, arguments: Sequence[str]) -> None:
@@ -145,12 +196,16 @@ class FaultyPlugin:
         group.add_argument("--compile-seconds", type=float, default=0.0)
         group.add_argument("--silent-seconds", type=float, default=0.0)
         group.add_argument("--push", action="store_true")
+        group.add_argument("--core-waits", choices=["sleep", "spin"], help="answer from processes")
+        group.add_argument("--health-asks-rank", action="store_true")
         group.add_argument("--start-fault", choices=["block", "gil", "hang", "error", "bug"])
         group.add_argument("--hook-fault", action="append", default=[], metavar="PLACE=KIND")
 
     @hookimpl
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> FaultyEngine:
         raise_for("create_engine", args.hook_fault)
+        if args.core_waits:
+            return FaultyProcessEngine(args)
         return (PushingFaultyEngine if args.push else FaultyEngine)(args)
 
     @hookimpl
@@ -160,6 +215,7 @@ class FaultyPlugin:
     @hookimpl
     async def check_health(self, engine: FaultyEngine) -> None:
         await self._misbehave(engine, "check_health")
+        await engine.check_health()
         engine.task = asyncio.ensure_future(engine.work())
 
     @hookimpl

@@ -11,7 +11,9 @@ import uvloop
 from aio import settle, until
 
 from dynamo_worker.errors import EngineDeadError, EngineStalledError, WorkerError
+from dynamo_worker.host.monitors.engine_activity import Finding
 from dynamo_worker.host.monitors.engine_monitors import (
+    OBSERVED_SHARE,
     FrontendMonitor,
     HealthMonitor,
     Heartbeat,
@@ -65,14 +67,47 @@ class Pausing:
         return self.now
 
 
+IDLE = Finding(False, "no compiler runs")
+WORKS = Finding(True, "compiler nvcc runs (process 5)")
+
+
+class FakeActivity:
+    """Finds what a test says about the engine's processes, the last of it again and again."""
+
+    def __init__(self, *findings):
+        self.findings = findings or (IDLE,)
+        self.asked = 0
+        self.open = set()
+        self.windows = []
+
+    def observe(self, seconds, progress, *, after=0.0):
+        self.windows.append((seconds, after))
+        return FakeObservation(self, len(self.windows))
+
+
+class FakeObservation:
+    def __init__(self, activity, number):
+        self.activity, self.number = activity, number
+        activity.open.add(number)
+
+    def finding(self):
+        self.activity.asked += 1
+        return self.activity.findings[min(self.activity.asked, len(self.activity.findings)) - 1]
+
+    def close(self):
+        self.activity.open.discard(self.number)
+
+
 class Health:
-    def __init__(self, interval=0.01, timeout=1.0, engine="engine", **hooks):
+    def __init__(self, interval=0.01, timeout=1.0, engine="engine", activity=None, busy_timeout=0.0, **hooks):
         self.plugins = FakePlugins(**hooks)
-        self.metrics = WorkerMetrics(RequestRegistry())
+        registry = RequestRegistry()
+        self.metrics = WorkerMetrics(registry)
         self.reported = []
         self.monitor = HealthMonitor(
-            self.plugins, engine, self.metrics, self.reported.append, interval=interval, timeout=timeout
-        )
+            self.plugins, engine, registry, activity or FakeActivity(), self.metrics, self.reported.append,
+            interval=interval, timeout=timeout, busy_timeout=busy_timeout,
+        )  # fmt: skip
 
     def sample(self, name):
         lines = self.metrics.exposition().splitlines()
@@ -185,6 +220,53 @@ def test_a_check_of_a_paused_engine_may_take_its_time(ends_meanwhile):
     asyncio.run(main())
 
 
+def test_a_check_that_an_engine_has_no_time_for_is_not_fatal(caplog):
+    """It compiles: its scheduler answers nobody for a minute."""
+
+    async def main():
+        activity = FakeActivity(WORKS, WORKS, IDLE)
+        health = Health(toy=hang, timeout=0.03, activity=activity)
+        async with running(health.monitor) as task:
+            await asyncio.wait_for(task, 5)
+        assert health.plugins.rounds == activity.asked == 3
+        (error,) = health.reported
+        assert str(error).endswith("s: no compiler runs")
+        assert activity.windows[0] == pytest.approx((0.006, 0.024)), "the processes are observed at the end of a check"
+
+    asyncio.run(main())
+    said = [record.fields for record in caplog.records if record.getMessage().startswith("No answer to a health check")]
+    assert [(fields["plugin"], fields["sign"]) for fields in said] == [("toy", WORKS.reason)] * 2
+
+
+def test_a_check_without_an_answer_is_fatal_at_the_second_bound_however_busy_the_engine():
+    async def main():
+        health = Health(toy=hang, timeout=0.1, activity=FakeActivity(WORKS), busy_timeout=0.5)
+        async with running(health.monitor) as task:
+            started = time.monotonic()
+            await asyncio.wait_for(task, 5)
+            assert 0.5 <= time.monotonic() - started <= 0.8
+        (error,) = health.reported
+        assert isinstance(error, EngineStalledError)
+        assert "within 0.5" in str(error)
+        assert "although the engine works: compiler nvcc" in str(error)
+
+    asyncio.run(main())
+
+
+def test_an_answer_ends_the_patience_with_checks():
+    async def main():
+        async def every_other(_):
+            await asyncio.sleep(60 if health.plugins.rounds % 2 else 0)
+
+        health = Health(toy=every_other, timeout=0.05, activity=FakeActivity(WORKS), busy_timeout=0.08)
+        async with running(health.monitor) as task:
+            await until(lambda: health.plugins.rounds >= 8)
+            assert not task.done()
+        assert health.reported == []
+
+    asyncio.run(main())
+
+
 def test_outcomes_are_what_the_monitor_judges():
     """The fake above must not drift away from the real outcome."""
     assert HookOutcome("check_health", "toy", 0.1).ok
@@ -216,14 +298,18 @@ async def silent():
 
 
 class Stall:
-    def __init__(self, canary=silent, engine=None, timeout=TIMEOUT):
+    def __init__(self, canary=silent, engine=None, timeout=TIMEOUT, activity=None, busy_timeout=0.0):
+        self.activity = activity or FakeActivity()
         self.registry = RequestRegistry()
         self.reported = []
         self.canaries = 0
         self.cancelled = 0
         self.answer = canary
         self.started = time.monotonic()
-        self.monitor = StallMonitor(engine or Quiet(), self.registry, self.canary, self.report, timeout=timeout)
+        self.monitor = StallMonitor(
+            engine or Quiet(), self.registry, self.canary, self.activity, self.report,
+            timeout=timeout, busy_timeout=busy_timeout,
+        )  # fmt: skip
 
     async def canary(self):
         self.canaries += 1
@@ -256,6 +342,108 @@ def test_a_standstill_is_reported_within_the_timeout():
 def test_the_bound_holds_by_arithmetic():
     """Quiet time, canary and the ticks between them fit into the timeout, whatever it is."""
     assert StallMonitor.QUIET_SHARE + StallMonitor.CANARY_SHARE + 3 * StallMonitor.TICK_SHARE <= 1
+    assert pytest.approx(1) == StallMonitor.QUIET_SHARE + StallMonitor.CANARY_SHARE + StallMonitor.MARGIN_SHARE
+    assert OBSERVED_SHARE < StallMonitor.CANARY_SHARE, "the canary itself is work, too"
+    assert 2 * OBSERVED_SHARE + 3 * StallMonitor.TICK_SHARE <= 1, "from the last sign of work to the report"
+
+
+def test_a_standstill_says_what_the_processes_do():
+    async def main():
+        stall = Stall(activity=FakeActivity(Finding(False, "process 5 (VLLM::Worker) is stopped (state T)")))
+        async with running(stall.monitor) as task:
+            await asyncio.wait_for(task, 10)
+        ((error, _),) = stall.reported
+        assert str(error) == (
+            "the engine has made no progress for 0.3 s (0 requests in flight) and a canary request got no answer "
+            "within 0.15 s: process 5 (VLLM::Worker) is stopped (state T)"
+        )
+        assert stall.activity.windows == [pytest.approx((0.1, 0.05))], "the canary itself is work, too"
+        assert not stall.activity.open
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_works_is_left_alone_until_its_canary_is_answered(caplog):
+    """It compiles for several times the timeout, and the request that waits for it is the canary."""
+
+    async def main():
+        async def late():
+            await asyncio.sleep(4 * TIMEOUT if stall.canaries == 1 else 0)
+
+        stall = Stall(late, activity=FakeActivity(WORKS))
+        async with running(stall.monitor) as task:
+            await until(lambda: stall.canaries >= 2, timeout=10)
+            assert not task.done()
+        assert stall.reported == []
+        assert stall.cancelled == 0
+        assert not stall.activity.open
+
+    asyncio.run(main())
+    said = [(record.getMessage(), record.fields) for record in caplog.records if hasattr(record, "fields")]
+    assert [message for message, _ in said] == ["No progress, but the engine works"], "once"
+    assert said[0][1]["sign"] == WORKS.reason
+
+
+def test_an_engine_that_stops_to_work_is_reported_within_the_timeout():
+    async def main():
+        stall = Stall(activity=FakeActivity(*[WORKS] * 5, IDLE))
+        async with running(stall.monitor) as task:
+            await until(lambda: stall.activity.asked == 5, timeout=10)
+            stopped = time.monotonic()
+            await asyncio.wait_for(task, 10)
+            assert time.monotonic() - stopped <= TIMEOUT
+        ((error, took),) = stall.reported
+        assert took > 1.5 * TIMEOUT
+        assert str(error).endswith("s: no compiler runs")
+        assert stall.canaries == stall.cancelled == 1
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_works_forever_is_reported_at_the_second_bound():
+    """A dead-lock that spins."""
+
+    async def main():
+        stall = Stall(activity=FakeActivity(WORKS), busy_timeout=3 * TIMEOUT)
+        async with running(stall.monitor) as task:
+            await asyncio.wait_for(task, 10)
+        ((error, took),) = stall.reported
+        assert isinstance(error, EngineStalledError)
+        assert str(error).endswith("within 1.15 s, although the engine works: compiler nvcc runs (process 5)")
+        return took
+
+    took = asyncio.run(main())
+    assert 3 * TIMEOUT * 0.9 <= took <= 3 * TIMEOUT + 0.2, "the machine may be busy, but not that busy"
+
+
+@pytest.mark.parametrize("busy_timeout", [TIMEOUT / 2, TIMEOUT])
+def test_a_second_bound_that_is_no_longer_gives_no_time(busy_timeout):
+    async def main():
+        stall = Stall(activity=FakeActivity(WORKS), busy_timeout=busy_timeout)
+        async with running(stall.monitor) as task:
+            await asyncio.wait_for(task, 10)
+        ((_, took),) = stall.reported
+        return took
+
+    assert asyncio.run(main()) <= TIMEOUT + 0.2, "the machine may be busy, but not that busy"
+
+
+def test_progress_ends_the_patience_with_an_engine_that_works(caplog):
+    async def main():
+        stall = Stall(activity=FakeActivity(WORKS), busy_timeout=2 * TIMEOUT)
+        async with running(stall.monitor) as task:
+            for canaries in (1, 2, 3):
+                await until(lambda: stall.activity.asked >= 2, timeout=10)
+                assert stall.canaries == canaries
+                stall.registry.chunks += 1
+                stall.activity.asked = 0
+            await until(lambda: stall.cancelled == 3)
+            assert not task.done()
+        assert stall.reported == []
+
+    caplog.set_level("INFO")
+    asyncio.run(main())
+    assert caplog.text.count("The engine makes progress again") == 3
 
 
 async def busy_for(stall, seconds, step):

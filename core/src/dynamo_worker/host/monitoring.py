@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_worker.engine import HasCanary
+from dynamo_worker.host.monitors.engine_activity import EngineActivity
 from dynamo_worker.host.monitors.engine_monitors import HealthMonitor, Heartbeat, StallMonitor
 from dynamo_worker.host.monitors.threads import ThreadMonitor
 from dynamo_worker.host.requests.canary import Canary
@@ -37,11 +38,21 @@ def start_monitors(
     engine, requests, metrics, monitors = worker.engine, parts.requests, parts.metrics, parts.monitors
     interval, timeout = settings.health_check_interval, settings.health_check_timeout
     monitors.start(Heartbeat(control, requests, metrics, timeout=settings.heartbeat_timeout).run())
-    monitors.start(HealthMonitor(plugins, engine, metrics, on_fatal, interval=interval, timeout=timeout).run())
+    activity = EngineActivity(tuple(engine.processes()))
+    busy_timeout = settings.stall_timeout_busy
+    health = HealthMonitor(
+        plugins, engine, requests, activity, metrics, on_fatal,
+        interval=interval, timeout=timeout, busy_timeout=busy_timeout,
+    )  # fmt: skip
+    monitors.start(health.run())
     monitors.start(ThreadMonitor(on_no_threads, interval=interval).run())
     if settings.stall_timeout and isinstance(engine, HasCanary):
         canary = Canary(engine, engine.canary_request, requests)
-        monitors.start(StallMonitor(engine, requests, canary.send, on_fatal, timeout=settings.stall_timeout).run())
+        stalls = StallMonitor(
+            engine, requests, canary.send, activity, on_fatal,
+            timeout=settings.stall_timeout, busy_timeout=busy_timeout,
+        )  # fmt: skip
+        monitors.start(stalls.run())
     if worker.registration is not None:
         monitors.start(worker.registration.run())
     monitors.start(_call_on_ready(plugins, worker, timeout))

@@ -43,6 +43,8 @@ class Stat(NamedTuple):
     group: int
     threads: int
     start: int
+    #: CPU time that all of its threads have used, in clock ticks.
+    ticks: int
 
     @property
     def ended(self) -> bool:
@@ -115,7 +117,15 @@ def read_stat(pid: int) -> Stat | None:
     opening, closing = text.find(b"("), text.rfind(b")")  # the name may contain spaces and parentheses
     fields = text[closing + 2 :].split()
     name = text[opening + 1 : closing].decode("utf-8", "replace")
-    return Stat(name, chr(fields[0][0]), int(fields[1]), int(fields[2]), int(fields[17]), int(fields[19]))
+    return Stat(
+        name=name,
+        state=chr(fields[0][0]),
+        parent=int(fields[1]),
+        group=int(fields[2]),
+        threads=int(fields[17]),
+        start=int(fields[19]),
+        ticks=int(fields[11]) + int(fields[12]),
+    )
 
 
 def is_alive(process: Process) -> bool:

@@ -210,6 +210,16 @@ OPTIONS: Final = (
         number=_PATIENCE,
     ),
     Option(
+        "stall_timeout_busy",
+        HEALTH,
+        "Allow an engine this much time without progress and answers while its processes work, as when it compiles "
+        "kernels (0: any time).",
+        "DYN_WORKER_STALL_TIMEOUT_BUSY",
+        default=300.0,
+        metavar="SECONDS",
+        number=_PATIENCE,
+    ),
+    Option(
         "heartbeat_timeout",
         HEALTH,
         "Kill the worker if its event loop is blocked for this long while serving (0: never).",

@@ -123,6 +123,7 @@ class WorkerSettings(BaseSettings):
     health_check_interval: float = _option("health_check_interval")
     health_check_timeout: float = _option("health_check_timeout")
     stall_timeout: float = _option("stall_timeout")
+    stall_timeout_busy: float = _option("stall_timeout_busy")
     heartbeat_timeout: float = _option("heartbeat_timeout")
     slow_client_timeout: float = _option("slow_client_timeout")
     system_host: str = _option("system_host", lambda data: _status_host(data.get("frontend")))

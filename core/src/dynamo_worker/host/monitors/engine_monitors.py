@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.containment import contained
 from dynamo_worker.engine import Engine, MayPause, ReportsProgress
@@ -14,6 +15,7 @@ from dynamo_worker.host.plugins.calling import report
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
+    from dynamo_worker.host.monitors.engine_activity import EngineActivity, Finding
     from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.host.requests.serving import RequestRegistry
     from dynamo_worker.host.status.metrics import WorkerMetrics
@@ -25,6 +27,25 @@ OnFatal = Callable[[WorkerError], None]
 
 #: Seconds that a timer of the event loop may fire early (uvloop counts whole milliseconds).
 _TIMER_SLACK = 0.005
+#: Seconds of the shortest health check, the last one before the limit of an engine that works.
+_SHORTEST_CHECK = 0.01
+
+#: Share of a timeout at whose end the engine's processes are observed.
+OBSERVED_SHARE: Final = 0.2
+
+
+def _limit(timeout: float, busy_timeout: float) -> float:
+    """Return for how many seconds an engine that works may give no sign of progress."""
+    return max(timeout, busy_timeout) if busy_timeout else math.inf
+
+
+def _progress(engine: Engine, registry: RequestRegistry) -> tuple[int, int]:
+    """Return what grows with every step of the engine and every chunk of a request."""
+    return registry.chunks, engine.progress() if isinstance(engine, ReportsProgress) else 0
+
+
+def _although(finding: Finding) -> str:
+    return ", although the engine works" if finding.works else ""
 
 
 def _paused(engine: Engine) -> bool:
@@ -34,55 +55,98 @@ def _paused(engine: Engine) -> bool:
 class HealthMonitor:
     """Calls every plugin's ``check_health`` at an interval.
 
-    An EngineDeadError is fatal, and so is a check that does not return in time, unless the engine is paused. Other
-    errors are logged and counted: a broken check must not end a healthy engine.
+    An EngineDeadError is fatal, and so is a check that does not return in time, unless the engine is paused or works on
+    something else. Other errors are logged and counted: a broken check must not end a healthy engine.
     """
 
     def __init__(
         self,
         plugins: Plugins,
         engine: Engine,
+        registry: RequestRegistry,
+        activity: EngineActivity,
         metrics: WorkerMetrics,
         on_fatal: OnFatal,
         *,
         interval: float,
         timeout: float,
+        busy_timeout: float,
     ) -> None:
+        """Check ``engine``.
+
+        :param timeout: seconds for one check.
+        :param busy_timeout: most seconds without the answer to a check while the engine works; 0 for any number.
+        """
         self._plugins = plugins
         self._engine = engine
+        self._registry = registry
+        self._activity = activity
         self._metrics = metrics
         self._on_fatal = on_fatal
         self._interval = interval
         self._timeout = timeout
+        self._limit = _limit(timeout, busy_timeout)
+        #: When the first of the checks began that the engine had no time for (monotonic); None if it has answered.
+        self._late_since: float | None = None
 
     async def run(self) -> None:
         """Check until cancelled or until a check is fatal."""
         while True:
             await asyncio.sleep(self._interval)
-            started = time.monotonic()
-            paused = _paused(self._engine)
-            try:
-                outcomes = await self._plugins.check_health(self._engine, timeout=self._timeout)
-            except EngineDeadError as error:
+            error = await self._check()
+            if error is not None:
                 self._on_fatal(error)
                 return
-            finally:
-                self._metrics.health_check_seconds.observe(time.monotonic() - started)
-            paused = paused or _paused(self._engine)
-            for outcome in outcomes:
-                if outcome.error is None:
+
+    async def _check(self) -> WorkerError | None:
+        """Check once, and return the error that is fatal."""
+        started = time.monotonic()
+        since = started if self._late_since is None else self._late_since
+        timeout = self._timeout
+        if self._late_since is not None:
+            rest = since + self._limit - started
+            # The last check ends at the limit, and is long enough to observe the engine.
+            timeout = max(rest, _SHORTEST_CHECK) if rest < 1.5 * timeout else timeout
+        paused = _paused(self._engine)
+        observation = self._activity.observe(
+            timeout * OBSERVED_SHARE,
+            lambda: _progress(self._engine, self._registry),
+            after=timeout * (1 - OBSERVED_SHARE),
+        )
+        try:
+            outcomes = await self._plugins.check_health(self._engine, timeout=timeout)
+        except EngineDeadError as error:
+            return error
+        finally:
+            observation.close()
+            self._metrics.health_check_seconds.observe(time.monotonic() - started)
+        paused = paused or _paused(self._engine)
+        late = False
+        for outcome in outcomes:
+            if outcome.error is None:
+                continue
+            if isinstance(outcome.error, TimeoutError) and outcome.duration >= timeout - _TIMER_SLACK:
+                if paused:
                     continue
-                if isinstance(outcome.error, TimeoutError) and outcome.duration >= self._timeout - _TIMER_SLACK:
-                    if paused:
-                        continue
-                    self._on_fatal(
-                        EngineStalledError(
-                            f"the health check of {outcome.plugin} did not answer within {self._timeout:g} s"
-                        )
-                    )
-                    return
+                fatal = self._judge(outcome.plugin, time.monotonic() - since, observation.finding())
+                if fatal is not None:
+                    return fatal
+                late = True
+            else:
                 report(outcome)
                 self._metrics.health_check_failures.inc()
+        self._late_since = since if late else None
+        return None
+
+    def _judge(self, plugin: str, late: float, finding: Finding) -> WorkerError | None:
+        problem = f"the health check of {plugin} did not answer within {late:.3g} s"
+        if late >= self._limit - _TIMER_SLACK or not finding.works:
+            return EngineStalledError(f"{problem}{_although(finding)}: {finding.reason}")
+        log.warning(
+            "No answer to a health check, but the engine works",
+            plugin=plugin, seconds=late, sign=finding.reason, limit_s=self._limit,
+        )  # fmt: skip
+        return None
 
 
 class StallMonitor:
@@ -90,13 +154,16 @@ class StallMonitor:
 
     A chunk of any request is progress, and so is a step that the engine reports. Without progress, busy or idle, the
     monitor sends one canary request. The engine is stalled only if that produces no chunk either and nothing else has
-    moved meanwhile. A paused engine need not make progress.
+    moved meanwhile, and if its processes do not work either: engines compile kernels while they serve, for a minute and
+    more. One that works without progress has stalled at a second, longer timeout. A paused engine need not make
+    progress.
     """
 
     #: Share of the timeout after which a quiet engine gets a canary, and share for its answer. The rest allows for the
     #: granularity of the clock: the whole detection ends within the timeout.
     QUIET_SHARE = 0.6
     CANARY_SHARE = 0.3
+    MARGIN_SHARE = 0.1
     TICK_SHARE = 0.02
 
     def __init__(
@@ -104,24 +171,28 @@ class StallMonitor:
         engine: Engine,
         registry: RequestRegistry,
         canary: Callable[[], Awaitable[None]],
+        activity: EngineActivity,
         on_fatal: OnFatal,
         *,
         timeout: float,
+        busy_timeout: float,
     ) -> None:
         """Watch ``engine``.
 
         :param canary: sends one small request and returns when it is answered.
-        :param timeout: most seconds from the last progress to the report.
+        :param timeout: most seconds from the last progress, or from the last sign of work, to the report.
+        :param busy_timeout: most seconds from the last progress to the report while the engine works; 0 for no limit.
         """
         self._engine = engine
         self._registry = registry
         self._canary = canary
+        self._activity = activity
         self._on_fatal = on_fatal
         self._timeout = timeout
+        self._limit = _limit(timeout, busy_timeout)
 
     def _progress(self) -> tuple[int, int]:
-        steps = self._engine.progress() if isinstance(self._engine, ReportsProgress) else 0
-        return self._registry.chunks, steps
+        return _progress(self._engine, self._registry)
 
     async def run(self) -> None:
         """Watch until cancelled or until the engine has stalled."""
@@ -147,29 +218,55 @@ class StallMonitor:
                 now = since
 
     async def _answers(self, seen: tuple[int, int]) -> bool:
+        """Send a canary and wait for any progress; report the engine and return False if it has stalled."""
         canary = asyncio.ensure_future(contained(self._canary))
-        tick = self._timeout * self.TICK_SHARE
-        left = self._timeout * self.CANARY_SHARE
+        waited, left = 0.0, self._timeout * self.CANARY_SHARE
+        observed = self._timeout * OBSERVED_SHARE
+        observation = self._activity.observe(observed, self._progress, after=left - observed)
+        works = False
         try:
-            while left > 0:
-                started = time.monotonic()
-                await asyncio.wait({canary}, timeout=tick)
-                # Time in which this process was held up does not count here either.
-                left -= min(time.monotonic() - started, 2 * tick)
-                if self._progress() != seen or _paused(self._engine):
-                    return True
-                if canary.done():
-                    return self._judge(canary)
+            while not await self._moves(canary, seen, left):
+                waited += left
+                quiet = waited + self._timeout * self.QUIET_SHARE
+                finding = observation.finding()
+                observation.close()
+                rest = self._limit - self._timeout * self.MARGIN_SHARE - quiet
+                over = rest <= self._timeout * self.TICK_SHARE
+                if over or not finding.works:
+                    self._on_fatal(self._stalled(waited, finding))
+                    return False
+                if not works:
+                    log.warning(
+                        "No progress, but the engine works", seconds=quiet, sign=finding.reason, limit_s=self._limit
+                    )
+                works, left = True, observed if rest > 2 * observed else rest
+                observation = self._activity.observe(left, self._progress)
         finally:
+            observation.close()
             canary.cancel()
-        self._on_fatal(
-            EngineStalledError(
-                f"the engine has made no progress for {self._timeout * self.QUIET_SHARE:g} s "
-                f"({len(self._registry)} requests in flight) and a canary request got no answer within "
-                f"{self._timeout * self.CANARY_SHARE:g} s"
-            )
-        )
+        if works:
+            log.info("The engine makes progress again", seconds=waited + self._timeout * self.QUIET_SHARE)
+        return not canary.done() or self._judge(canary)
+
+    async def _moves(self, canary: asyncio.Future[None], seen: tuple[int, int], seconds: float) -> bool:
+        """Wait some seconds; return whether the canary was answered or something else has moved, as soon as it has."""
+        tick = self._timeout * self.TICK_SHARE
+        left = seconds
+        while left > 0:
+            started = time.monotonic()
+            await asyncio.wait({canary}, timeout=tick)
+            # Time in which this process was held up does not count here either.
+            left -= min(time.monotonic() - started, 2 * tick)
+            if canary.done() or self._progress() != seen or _paused(self._engine):
+                return True
         return False
+
+    def _stalled(self, waited: float, finding: Finding) -> EngineStalledError:
+        return EngineStalledError(
+            f"the engine has made no progress for {self._timeout * self.QUIET_SHARE:g} s "
+            f"({len(self._registry)} requests in flight) and a canary request got no answer within {waited:.3g} s"
+            f"{_although(finding)}: {finding.reason}"
+        )
 
     def _judge(self, canary: asyncio.Future[None]) -> bool:
         error = asyncio.CancelledError() if canary.cancelled() else canary.exception()
