@@ -79,7 +79,7 @@ def test_one_request_that_hangs_for_long_beside_an_idle_engine(faulty: FaultyClu
 def test_five_minutes_of_saturating_load(cluster: Cluster) -> None:
     """The issue's bar; run it with `-m slow`."""
     cluster.start_frontend()
-    worker = cluster.worker("--stall-timeout", "5", "--process-tree", "--tokens-per-second", "200")
+    worker = cluster.worker("--stall-timeout", "5", "--process-tree", "--tokens-per-second", "1000")
     cluster.wait_model()
     until = time.monotonic() + 300
     while time.monotonic() < until:
