@@ -32,6 +32,9 @@ TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
 BUILD = nox.project.dependency_groups(PYPROJECT, "build")
+#: Tests that run side by side: no worker of theirs is compared with what the rest of the machine does. Many of them wait,
+#: so there is one more than there are cores. All other tests run one after the other.
+SIDE_BY_SIDE = ["-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal", "tests/unit", "tests/conformance"]
 
 
 def _install(session: nox.Session, *packages: str) -> None:
@@ -50,7 +53,7 @@ def tests(session: nox.Session, suite: str) -> None:
     """Run all tests of the core or of one engine: `nox -s "tests(core)" -- tests/unit -k settings`."""
     if suite == "core":
         _install(session, *TEST)
-        session.run("pytest", *(session.posargs or ["tests"]))
+        _run_core_tests(session, "tests/integration", "tests/faults")
         return
     plugin = f"plugins/{suite}"
     pinned = ["--constraint", f"{plugin}/constraints.txt", "--override", f"{plugin}/overrides.txt"]
@@ -59,6 +62,16 @@ def tests(session: nox.Session, suite: str) -> None:
     if shims.exists():
         session.run("python", str(shims))
     session.run("pytest", *(session.posargs or [f"{plugin}/tests"]))
+
+
+def _run_core_tests(session: nox.Session, *others: str) -> None:
+    """Run the selection of the command line; without one, the tests that can run side by side and then others."""
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    session.run("pytest", *SIDE_BY_SIDE)
+    if others:
+        session.run("pytest", *others)
 
 
 @nox.session
@@ -134,7 +147,7 @@ def pythons(session: nox.Session) -> None:
     """Run the tests that take seconds on every Python that is installed."""
     _install(session, *TEST)
     session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "30")  # `tests(core)` has the rest
-    session.run("pytest", *(session.posargs or ["tests/unit", "tests/conformance", "tests/integration"]))
+    _run_core_tests(session, "tests/integration")
 
 
 @nox.session
@@ -142,7 +155,7 @@ def minimums(session: nox.Session) -> None:
     """Run the tests without an engine process against the oldest supported versions of the dependencies."""
     session.env["UV_RESOLUTION"] = "lowest-direct"
     _install(session, *TEST)
-    session.run("pytest", *(session.posargs or ["tests/unit", "tests/conformance"]))
+    _run_core_tests(session)
 
 
 @nox.session
