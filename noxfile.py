@@ -32,9 +32,8 @@ TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
 BUILD = nox.project.dependency_groups(PYPROJECT, "build")
-#: Tests that run side by side: no worker of theirs is compared with what the rest of the machine does. Many of them wait,
-#: so there is one more than there are cores. All other tests run one after the other.
-SIDE_BY_SIDE = ["-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal", "tests/unit", "tests/conformance"]
+#: As many processes as there are cores run tests side by side. ("auto" would count physical cores.)
+PROCESSES = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
 
 
 def _install(session: nox.Session, *packages: str) -> None:
@@ -69,7 +68,7 @@ def _run_core_tests(session: nox.Session, *others: str) -> None:
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    session.run("pytest", *SIDE_BY_SIDE)
+    session.run("pytest", *PROCESSES, "tests/unit", "tests/conformance")
     if others:
         session.run("pytest", *others)
 
