@@ -55,10 +55,10 @@ def test_free_ports_are_free_and_not_those_of_outgoing_connections():
 
 
 def test_processes_side_by_side_have_ports_of_their_own(monkeypatch):
-    monkeypatch.setattr("dynamo_worker.testing.cluster._PROCESSES", 3)
-    for process in range(3):
+    monkeypatch.setattr("dynamo_worker.testing.cluster._PROCESSES", 2)
+    for process in range(2):
         monkeypatch.setattr("dynamo_worker.testing.cluster._PROCESS", process)
-        assert free_port() % 3 == process
+        assert {free_port() % 2 for _ in range(20)} == {process}
 
 
 def test_a_worker_is_waited_for_by_what_it_logs(program):

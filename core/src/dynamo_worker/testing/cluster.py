@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -45,17 +46,13 @@ def free_port() -> int:
     of its own.
     """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        with socket.socket() as probe:
-            candidate = 10_000 + port % 20_000
-            if candidate % _PROCESSES != _PROCESS or candidate in _given:
-                continue
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", candidate))
-                _given.add(candidate)
-                return candidate
+        candidate = random.SystemRandom().randrange(10_000 + _PROCESS, 30_000, _PROCESSES)
+        if candidate in _given:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", candidate))
+            _given.add(candidate)
+            return candidate
 
 
 def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
