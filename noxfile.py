@@ -64,13 +64,16 @@ def tests(session: nox.Session, suite: str) -> None:
 
 
 def _run_core_tests(session: nox.Session, *others: str) -> None:
-    """Run the selection of the command line; without one, the tests that can run side by side and then others."""
+    """Run the selection of the command line; without one, the tests of single modules, and then those of workers.
+
+    The former measure times that the start of a worker beside them would stretch.
+    """
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
     session.run("pytest", *PROCESSES, "tests/unit", "tests/conformance")
     if others:
-        session.run("pytest", *others)
+        session.run("pytest", *PROCESSES, *others)
 
 
 @nox.session
