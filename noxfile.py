@@ -32,6 +32,8 @@ TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
 BUILD = nox.project.dependency_groups(PYPROJECT, "build")
+#: As many processes as there are cores run tests side by side. ("auto" would count physical cores.)
+PROCESSES = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
 
 
 def _install(session: nox.Session, *packages: str) -> None:
@@ -50,7 +52,7 @@ def tests(session: nox.Session, suite: str) -> None:
     """Run all tests of the core or of one engine: `nox -s "tests(core)" -- tests/unit -k settings`."""
     if suite == "core":
         _install(session, *TEST)
-        session.run("pytest", *(session.posargs or ["tests"]))
+        _run_core_tests(session, "tests/integration", "tests/faults")
         return
     plugin = f"plugins/{suite}"
     tests = ROOT / plugin / "tests"
@@ -64,6 +66,19 @@ def tests(session: nox.Session, suite: str) -> None:
     if shims.exists():
         session.run("python", str(shims))
     session.run("pytest", *(session.posargs or [f"{plugin}/tests"]))
+
+
+def _run_core_tests(session: nox.Session, *others: str) -> None:
+    """Run the selection of the command line; without one, the tests of single modules, and then those of workers.
+
+    The former measure times that the start of a worker beside them would stretch.
+    """
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    session.run("pytest", *PROCESSES, "tests/unit", "tests/conformance")
+    if others:
+        session.run("pytest", *PROCESSES, *others)
 
 
 @nox.session
@@ -139,7 +154,7 @@ def pythons(session: nox.Session) -> None:
     """Run the tests that take seconds on every Python that is installed."""
     _install(session, *TEST)
     session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "30")  # `tests(core)` has the rest
-    session.run("pytest", *(session.posargs or ["tests/unit", "tests/conformance", "tests/integration"]))
+    _run_core_tests(session, "tests/integration")
 
 
 @nox.session
@@ -147,7 +162,7 @@ def minimums(session: nox.Session) -> None:
     """Run the tests without an engine process against the oldest supported versions of the dependencies."""
     session.env["UV_RESOLUTION"] = "lowest-direct"
     _install(session, *TEST)
-    session.run("pytest", *(session.posargs or ["tests/unit", "tests/conformance"]))
+    _run_core_tests(session)
 
 
 @nox.session

@@ -18,7 +18,7 @@ def test_what_does_not_finish_in_time_is_handed_off(cluster: Cluster) -> None:
     slow = ["--tokens-per-second", "20", "--termination-grace-period", "10", "--grace-period", "0"]
     worker = cluster.worker(*slow)
     cluster.wait_model()
-    load = cluster.load(8, 240, prompt="0123456789")
+    load = cluster.load(8, 400, prompt="0123456789")
     cluster.wait_routed(cluster.worker("--tokens-per-second", "200"))
     since = worker.signal(signal.SIGTERM)
     assert worker.wait_gone(10) == 0
@@ -27,7 +27,7 @@ def test_what_does_not_finish_in_time_is_handed_off(cluster: Cluster) -> None:
     results = load.wait()
     for number, result in enumerate(results):
         assert result.ok, load.summary()
-        assert result.text == echoed(f"0123456789{number}", 240)
+        assert result.text == echoed(f"0123456789{number}", 400)
 
 
 def test_a_worker_killed_while_it_drains_leaves_no_model_behind(cluster: Cluster) -> None:

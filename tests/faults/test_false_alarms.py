@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dynamo_worker.testing import Cluster, Worker
+from dynamo_worker.testing import Cluster, Load, Worker
 from dynamo_worker.testing.fault_table import DEBOUNCE
 
 from .conftest import FaultyCluster
@@ -17,6 +17,11 @@ from .conftest import FaultyCluster
 STALL_TIMEOUT = "4"
 
 
+def received(load: Load) -> int:
+    """Return the number of chunks with text that all streams together have received."""
+    return sum(len(result.chunk_times) for result in load.results)
+
+
 def end(worker: Worker) -> None:
     assert "Fatal" not in worker.log
     worker.signal(signal.SIGTERM)
@@ -24,16 +29,18 @@ def end(worker: Worker) -> None:
 
 
 def test_saturating_load(cluster: Cluster) -> None:
-    """More work than two cores can do, for several stall timeouts."""
+    """More work than any machine can do, for several stall timeouts."""
+    streams, rate = 500, 1000  # the engine takes 1000 steps a second at most
     cluster.start_frontend()
-    worker = cluster.worker("--stall-timeout", STALL_TIMEOUT, "--process-tree", "--tokens-per-second", "200")
+    worker = cluster.worker("--stall-timeout", STALL_TIMEOUT, "--process-tree", "--tokens-per-second", str(rate))
     cluster.wait_model()
-    load = cluster.load(500, 2000)
-    time.sleep(15)
+    load = cluster.load(streams, 100 * rate)  # no stream can end by itself during this test
+    seconds, before = 15, received(load)
+    time.sleep(seconds)
     assert worker.running, worker.log
-    assert not any(result.finish_reason for result in load.results), (
-        "not saturated: streams end after 10 s at full rate"
-    )
+    share = (received(load) - before) / (streams * rate * seconds)
+    assert 0 < share < 0.5, f"not saturated, or stuck: the clients received {share:.1%} of the full rate"
+    assert not any(result.finish_reason or result.error for result in load.results), load.summary()
     assert "Fatal" not in worker.log
     for _ in range(2):  # do not wait for the streams
         worker.signal(signal.SIGTERM)
@@ -72,7 +79,7 @@ def test_one_request_that_hangs_for_long_beside_an_idle_engine(faulty: FaultyClu
 def test_five_minutes_of_saturating_load(cluster: Cluster) -> None:
     """The issue's bar; run it with `-m slow`."""
     cluster.start_frontend()
-    worker = cluster.worker("--stall-timeout", "5", "--process-tree", "--tokens-per-second", "200")
+    worker = cluster.worker("--stall-timeout", "5", "--process-tree", "--tokens-per-second", "1000")
     cluster.wait_model()
     until = time.monotonic() + 300
     while time.monotonic() < until:

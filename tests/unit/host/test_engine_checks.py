@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 from dataclasses import replace
 
 import pytest
@@ -201,7 +202,7 @@ def test_good_answers(checks, chunks):
         ([{**GOOD, "logits": object()}], "has a chunk that cannot be encoded (object is not a JSON type)"),
         ([{**GOOD, "logits": {object(): 1}}], "has a chunk that cannot be encoded"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in every process
 )
 def test_broken_answers(checks, chunks, message):
     with pytest.raises(StartError) as raised:

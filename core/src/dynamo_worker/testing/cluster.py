@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -33,25 +34,25 @@ _HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_H
 
 #: Ports already handed out; their owners may not be listening yet.
 _given: set[int] = set()
+#: The number of this process of pytest-xdist, and the number of processes; their ports must differ.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 def free_port() -> int:
     """Return a TCP port that is free on the loopback interface, and never the same port twice.
 
-    The port is below the range that the kernel uses for outgoing connections.
+    The port is below the range that the kernel uses for outgoing connections. With pytest-xdist each process has ports
+    of its own.
     """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        with socket.socket() as probe:
-            candidate = 10_000 + port % 20_000
-            if candidate in _given:
-                continue
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", candidate))
-                _given.add(candidate)
-                return candidate
+        candidate = random.SystemRandom().randrange(10_000 + _PROCESS, 30_000, _PROCESSES)
+        if candidate in _given:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", candidate))
+            _given.add(candidate)
+            return candidate
 
 
 def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
