@@ -15,6 +15,8 @@ from dynamo_worker.hookspecs import API_VERSION
 from dynamo_worker.host.plugins import plugin_validation
 from dynamo_worker.host.plugins.facade import Plugins
 
+HERE = ".".join(map(str, API_VERSION))
+
 
 def test_class_instead_of_object(site):
     site.module("toy_plugin", "class Plugin: pass\n")
@@ -33,10 +35,10 @@ def test_compatible_api(site, declared):
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ('"2"', f"needs version 2.0 of the plugin API; dynamo-worker {__version__} provides 1.1"),
-        ("(1, 7)", f"needs version 1.7 of the plugin API; dynamo-worker {__version__} provides 1.1"),
+        ('"2"', f"needs version 2.0 of the plugin API; dynamo-worker {__version__} provides {HERE}"),
+        ("(1, 7)", f"needs version 1.7 of the plugin API; dynamo-worker {__version__} provides {HERE}"),
         ("0", "needs version 0.0 of the plugin API"),
-        ('"new"', "expected a version such as \"1.1\" as dynamo_worker_api, got 'new'"),
+        ('"new"', f"expected a version such as \"{HERE}\" as dynamo_worker_api, got 'new'"),
     ],
 )
 def test_incompatible_api(site, declared, message):
