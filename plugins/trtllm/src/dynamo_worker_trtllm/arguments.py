@@ -107,13 +107,15 @@ def configure(args: argparse.Namespace) -> dict[str, Any]:
         "--trtllm": args.trtllm or {},
     }
     # The tokenizer is loaded although no text passes through: constraints and log-probabilities need it.
-    settings = model_arguments.merged({"enable_iter_perf_stats": True}, *sources.values())
+    # Metrics of requests cost some time in every step.
+    defaults = {"enable_iter_perf_stats": True, **({"return_perf_metrics": True} if args.publish_metrics else {})}
+    settings = model_arguments.merged(defaults, *sources.values())
     if not settings.get("model"):
         raise StartError("the model is missing", hint="--model NAME_OR_DIRECTORY")
-    defaults = {name: field.default for name, field in model.model_fields.items()}
+    unset = {name: field.default for name, field in model.model_fields.items()}
     for names, why in _WITHOUT_EFFECT.items():
         engine_arguments.refuse_without_effect(
-            argparse.Namespace(**settings), lambda parser: parser.set_defaults(**defaults), names, why
+            argparse.Namespace(**settings), lambda parser: parser.set_defaults(**unset), names, why
         )
     for name, (supported, why) in _SUPPORTED.items():
         if name in settings and settings[name] not in supported:

@@ -95,7 +95,7 @@ class GenerationResultBase:
         self.decoding_iter = 0
         self.cached_tokens = 0
         self.avg_decoded_tokens_per_iter: float | None = None
-        self.metrics_dict: dict[Any, float] = {}
+        self.metrics_dict: dict[str, Any] = {}
         self._context_logits = None
         self._done = False
         self._terminal_error: EngineDeadError | None = None
@@ -173,6 +173,12 @@ class GenerationResultBase:
             self._apply(delta)
         if self.decoding_iter:
             self.avg_decoded_tokens_per_iter = self._outputs[0].length / self.decoding_iter
+        if self._done and self.sampling_params.return_perf_metrics:
+            self.metrics_dict = {
+                "finished_reason": self._outputs[0].finish_reason,
+                "prompt_tokens": len(getattr(self, "prompt_token_ids", ())),
+                "generation_tokens": sum(output.length for output in self._outputs),
+            }
         self._report()
 
 

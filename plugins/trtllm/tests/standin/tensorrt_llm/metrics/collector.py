@@ -1,35 +1,37 @@
-"""The collector that a server feeds with the metrics of finished requests."""
+"""The collector that a server feeds with the metrics of finished requests and with the statistics of iterations."""
 
 from __future__ import annotations
 
 from typing import Any
 
-try:
-    from prometheus_client import Counter
-except ImportError:
-    Counter = None  # type: ignore[assignment, misc]
+from prometheus_client import Counter, Gauge
 
 
 class MetricsCollector:
-    """Count finished requests by finish reason, where `prometheus_client` is installed."""
+    """A few of the real collector's metrics, under their names."""
+
+    labelname_finish_reason = "finished_reason"
 
     def __init__(self, labels: dict[str, str]) -> None:
         self.labels = labels
-        self._finished: Any = None
-        if Counter is not None:
-            self._finished = Counter(
-                "trtllm_request_success", "Finished requests by reason", [*labels, "finished_reason"]
-            )
+        names = list(labels)
+        self._finished = Counter("trtllm_request_success_total", "Finished requests", [*names, "finished_reason"])
+        self._prompt = Counter("trtllm_prompt_tokens_total", "Prompt tokens", names)
+        self._generated = Counter("trtllm_generation_tokens_total", "Generated tokens", names)
+        self._running = Gauge("trtllm_num_requests_running", "Active requests", names)
+        self._waiting = Gauge("trtllm_num_requests_waiting", "Queued requests", names)
 
-    def log_metrics_dict(self, metrics_dict: dict[Any, Any]) -> None:
-        """Count one finished request."""
-        reason = next((value for key, value in metrics_dict.items() if "finish" in str(key).lower()), None)
-        if reason is not None and self._finished is not None:
-            self._finished.labels(**self.labels, finished_reason=str(reason)).inc()
+    def log_request_metrics_dict(self, metrics_dict: dict[str, Any]) -> None:
+        """Count one finished request; needs `return_perf_metrics`, without which there is no reason to count by."""
+        reason = metrics_dict.get(self.labelname_finish_reason)
+        if reason:
+            self._finished.labels(**self.labels, finished_reason=reason).inc()
+            self._prompt.labels(**self.labels).inc(metrics_dict.get("prompt_tokens", 0))
+            self._generated.labels(**self.labels).inc(metrics_dict.get("generation_tokens", 0))
 
-    def log_request_metrics_dict(self, metrics_dict: dict[Any, Any]) -> None:
-        """Count one finished request."""
-        self.log_metrics_dict(metrics_dict)
+    log_metrics_dict = log_request_metrics_dict
 
     def log_iteration_stats(self, iteration_stats: dict[str, Any]) -> None:
-        """Take the statistics of one iteration; the stand-in exports none of them."""
+        """Take the statistics of one iteration."""
+        self._running.labels(**self.labels).set(iteration_stats["numActiveRequests"])
+        self._waiting.labels(**self.labels).set(iteration_stats["numQueuedRequests"])
