@@ -32,7 +32,7 @@ TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
 BUILD = nox.project.dependency_groups(PYPROJECT, "build")
-#: As many processes as there are cores run tests side by side. ("auto" would count physical cores.)
+#: As many processes as there are cores run tests of workers side by side. ("auto" would count physical cores.)
 PROCESSES = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
 
 
@@ -71,12 +71,12 @@ def tests(session: nox.Session, suite: str) -> None:
 def _run_core_tests(session: nox.Session, *others: str) -> None:
     """Run the selection of the command line; without one, the tests of single modules, and then those of workers.
 
-    The former measure times that the start of a worker beside them would stretch.
+    The former measure times that anything beside them would stretch. The latter mostly wait, so they run side by side.
     """
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    session.run("pytest", *PROCESSES, "tests/unit", "tests/conformance")
+    session.run("pytest", "tests/unit", "tests/conformance")
     if others:
         session.run("pytest", *PROCESSES, *others)
 

@@ -13,6 +13,8 @@ from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, nee
 
 pytestmark = pytest.mark.timeout(300)
 
+#: Ports on which Open MPI's processes wait for each other: the first free ones (`btl_tcp_port_min_v4`).
+OPEN_MPI = range(1024, 1124)
 TRANSCEIVER = ("--cache-transceiver-config", '{"backend": "DEFAULT"}')
 
 
@@ -36,6 +38,18 @@ class TestTrtllm(Serving):
         """Let the KV cache go from one worker's rank to the other's."""
         flags = (*TRANSCEIVER, "--disaggregation-mode")
         return Division((*flags, "prefill"), (*flags, "decode"))
+
+    @pytest.mark.parametrize("router", ["round-robin", "kv"])
+    def test_all_is_on_loopback_with_a_frontend_there(self, cluster: Cluster, router: str) -> None:
+        """All but the sockets of Open MPI, which listen on all interfaces whatever they are told."""
+        published = self.KV_EVENTS if router == "kv" else ()
+        worker = cluster.worker_with_frontend("--router-mode", router, *published)
+        assert cluster.complete()[0] == 200
+        listening = [each for each in worker.listening() if each.port not in OPEN_MPI and " orted " not in each.process]
+        assert listening
+        open_doors = [each for each in listening if not (each.local if router == "kv" else each.on_loopback)]
+        assert not open_doors, open_doors
+        worker.stop()
 
     def test_operations(self, cluster: Cluster, subject: Subject, tmp_path) -> None:  # type: ignore[no-untyped-def]
         worker = self.check_operations(cluster, subject, tmp_path, "--sleep-config", "{}")
