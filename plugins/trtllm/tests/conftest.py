@@ -29,7 +29,7 @@ def subject(tiny_model: Path) -> Subject:
         model="tiny",
         start_seconds=60.0 if STANDIN else 300.0,
         processes={"rank": RANK},
-        stream_tokens=1500,
+        stream_tokens=800 if STANDIN else 1500,
         start_stages=(r"Starting TensorRT-LLM",),
         stall_timeout=5.0 if STANDIN else 15.0,
     )
