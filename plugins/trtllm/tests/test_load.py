@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_worker_trtllm import load
-from dynamo_worker_trtllm.load import KvEventForwarder, LoadReader
+from dynamo_worker.kit import kv_events
+from dynamo_worker_trtllm.load import LoadReader, forward_kv_events
 
 
 class Llm:
@@ -76,12 +76,15 @@ def forwarded(monkeypatch: pytest.MonkeyPatch, *events: Any, ranks: int = 1) -> 
         publishers[options["dp_rank"]] = Publisher(**options)
         return publishers[options["dp_rank"]]
 
-    monkeypatch.setattr(load, "KvEventPublisher", make)
+    monkeypatch.setattr(kv_events, "KvEventPublisher", make)
 
     async def run() -> None:
-        forwarder = KvEventForwarder(Llm(), None, range(ranks), 2)  # type: ignore[arg-type]
+        llm = Llm(events)
+        forwarder = forward_kv_events(llm, None, range(ranks), 2)  # type: ignore[arg-type]
+        while llm.news:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
         forwarder.stop()
-        forwarder.publish(events)
 
     asyncio.run(run())
     return {rank: publisher.published for rank, publisher in publishers.items()}

@@ -18,7 +18,7 @@ from tensorrt_llm.metrics import MetricsCollector
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
 from dynamo_worker.kit import engine_processes, huggingface, push_engine
-from dynamo_worker.kit.blocking import Lane, in_thread
+from dynamo_worker.kit.blocking import Lane, Poller, in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.engine_lifecycle import start_error
@@ -28,7 +28,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker_trtllm import arguments, nodes, outputs
 from dynamo_worker_trtllm.control import Control, lora_request
 from dynamo_worker_trtllm.disaggregation import Role
-from dynamo_worker_trtllm.load import KvEventForwarder, LoadReader
+from dynamo_worker_trtllm.load import LoadReader, forward_kv_events
 from dynamo_worker_trtllm.outputs import Answers
 from dynamo_worker_trtllm.sampling import SamplingTable
 
@@ -109,7 +109,7 @@ class TrtllmEngine(PushEngine[Started]):
         #: TensorRT-LLM's result and our answers for each request that the engine works on.
         self._running: dict[str, tuple[Any, Answers]] = {}
         self._probe: asyncio.Future[bool] | None = None
-        self._events: KvEventForwarder | None = None
+        self._events: Poller[Any] | None = None
         self._metrics: MetricsCollector | None = None
 
     async def launch(self) -> Started:
@@ -324,7 +324,7 @@ class TrtllmEngine(PushEngine[Started]):
         await super().attach(endpoint, info)
         started = self.started
         if self.context.events_wanted and started.publishes_events:
-            self._events = KvEventForwarder(started.llm, endpoint, started.ranks, started.block_size)
+            self._events = forward_kv_events(started.llm, endpoint, started.ranks, started.block_size)
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the ranks: let TensorRT-LLM try, unless the engine is broken, then kill them."""
