@@ -133,7 +133,7 @@ class TrtllmEngine(PushEngine[Started]):
         return Started(
             SamplingTable(model, args),
             role,
-            Control(llm, self.context, (model.path, self._served_name(model.path)), self._running),
+            Control(llm, self.context, (model.path, self._served_name(model.path)), self._idle),
             llm,
             model,
             LoadReader(llm, self.load, self._metrics),
@@ -255,6 +255,10 @@ class TrtllmEngine(PushEngine[Started]):
         running = self._running.pop(request_id, None)
         if running is not None:
             await self._abort(*running)
+
+    async def _idle(self) -> None:
+        while self._running:
+            await asyncio.sleep(0.05)
 
     def _abort_late(self, submitted: asyncio.Future[Any], answers: Answers) -> None:
         if not submitted.cancelled() and submitted.exception() is None:

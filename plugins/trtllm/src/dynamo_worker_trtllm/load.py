@@ -86,7 +86,9 @@ def kv_event(event: Mapping[str, Any]) -> KvEvent:
     elif data["type"] == "removed":
         change = Removed(data["block_hashes"])
     elif data["type"] == "stored":
-        blocks = [Block(block["block_hash"], [each["token_id"] for each in block["tokens"]]) for block in data["blocks"]]
+        blocks = [
+            Block(block["block_hash"], [each["token_id"] for each in block["tokens"]]) for block in data["blocks"]
+        ]
         salt = data.get("cache_salt") or data["blocks"][0].get("cache_salt")
         change = Stored(blocks, data.get("parent_hash"), data.get("lora_name"), salt)
     return KvEvent(int(event.get("attention_dp_rank") or 0), event["event_id"], change, event.get("window_size"))
