@@ -102,7 +102,7 @@ class KvEventForwarder:
 
     def publish(self, events: Iterable[KvEvent]) -> None:
         """Publish events, each rank's in its order; those of other ranks are dropped."""
-        batches: dict[int, list[dict[str, Any]]] = {}
+        batches: dict[int, list[Any]] = {}
         for event in events:
             if event.rank in self._publishers:
                 self._note_gap(event)

@@ -12,16 +12,27 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from dynamo_worker.containment import contained
-from dynamo_worker.errors import EngineDeadError
+from dynamo_worker.errors import EngineDeadError, StartError
+from dynamo_worker.kit import engine_processes
+from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.chunks import no_tokens
 from dynamo_worker.kit.engine_arguments import drop_unread_events
-from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
 from dynamo_worker.kit.metrics import engine_registry
 from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Coroutine,
+        Iterable,
+        Mapping,
+        Sequence,
+    )
 
     from dynamo.llm import KvEventPublisher
     from dynamo.runtime import Endpoint
@@ -34,9 +45,14 @@ if TYPE_CHECKING:
     from dynamo_worker.kit.lora import LoraAdapter
     from dynamo_worker.kit.publishing import KvEvents
     from dynamo_worker.kit.translation import ModelTable
+    from dynamo_worker.supervisor.linux import Process
 
 #: Seconds between two checks whether a prefill worker's KV blocks have been fetched.
 _DRAIN_POLL_SECONDS = 0.1
+#: Looks at the engine's health after it has failed a request, and the seconds after each.
+_LOOKS, _LOOK_SECONDS = 4, 0.25
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -90,6 +106,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self.args = args
         self.context = context
         self.load = LoadPublisher()
+        self._stopping = self._failed = False
         self._started: StartedT | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._publishers: list[KvEventPublisher] = []
@@ -160,6 +177,21 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             endpoints=started.control.endpoints(),
         )
 
+    async def construct(self, build: Callable[[], _T], processes: Callable[[], Iterable[Process]] = tuple) -> _T:
+        """Build the engine in a thread: that takes minutes and cannot be interrupted.
+
+        :param build: starts the engine's processes and waits until the model is loaded.
+        :param processes: returns those started so far, for engines that may not notice that one has died.
+        :raises StartError: the engine fails to start.
+        """
+        try:
+            return await engine_processes.while_alive(in_thread(build, name="engine-start"), processes)
+        except Exception as error:
+            if self._stopping:
+                raise StartError("stopped during the start") from error
+            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+            raise start_error(self.NAME, f"{error}{cause}") from error
+
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Translate one request and answer it; see :class:`~dynamo_worker.engine.PushesChunks`."""
         started = self.started
@@ -170,6 +202,17 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         started.role.prepare(request, params)
         with started.control.lora_adapter(request) as lora:
             await self.answer(started, Job(request, params, lora, context, send))
+
+    async def stays_well(self) -> None:
+        """Check the engine's health for a moment: the failure of one request may be the first sign of a broken engine.
+
+        Otherwise the request would come back to this worker until its migrations are used up.
+
+        :raises EngineDeadError: the engine is broken.
+        """
+        for _ in range(_LOOKS):
+            await self.check_health()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         """Return the chunks of one request, for callers inside this process."""
@@ -216,10 +259,15 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         while not deadline.passed and self.pending_transfers(started):
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
 
+    def mark_failed(self) -> None:
+        """Let the shutdown kill the engine's processes without asking them first."""
+        self._failed = True
+
     def stop(self) -> StartedT | None:
         """Refuse requests from now on and cancel the tasks; return the parts that :meth:`shutdown` has to end."""
         for task in self._tasks:
             task.cancel()
+        self._stopping = True
         started, self._started = self._started, None
         return started
 

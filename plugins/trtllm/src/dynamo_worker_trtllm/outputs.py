@@ -6,7 +6,6 @@ would wake a task for each token of each request. :class:`Answers` takes the pla
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,8 +14,8 @@ from tensorrt_llm.executor.utils import EngineDeadError as TrtllmDeadError
 from tensorrt_llm.executor.utils import ErrorResponse, RequestError
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
-from dynamo_worker.kit.answer import Answer
 from dynamo_worker.kit.chunks import add_logprobs, no_text, prompt_logprobs, usage
+from dynamo_worker.kit.in_flight import TrackedAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,11 +38,8 @@ _OF_THE_REQUEST: Final = re.compile(
 )
 
 
-class Answers(Answer):
-    """All answers to one request, in place of the event of the request's queue.
-
-    :ivar finished: set once the engine has nothing more to report, whether anybody reads the answers or not.
-    """
+class Answers(TrackedAnswer[Any]):
+    """All answers to one request, in place of the event of the request's queue."""
 
     def __init__(
         self,
@@ -66,7 +62,6 @@ class Answers(Answer):
         :param on_step: called with TensorRT-LLM's result after every step of the engine for this request.
         """
         super().__init__(send)
-        self.finished = asyncio.Event()
         self._prompt_tokens = prompt_tokens
         self._top, self._prompt_top = top, prompt_top
         self._decode = decode
@@ -92,22 +87,18 @@ class Answers(Answer):
             try:
                 if isinstance(error, (ErrorResponse, BaseException)):
                     # TensorRT-LLM would shut its executor down right here, on the event loop, if it is a fatal one.
-                    self._give_up(translated(getattr(error, "error_msg", error)))
+                    self.give_up(translated(getattr(error, "error_msg", error)))
                 else:
                     result.__anext__().send(None)  # never waits: the queue has an entry
             except StopIteration:
                 self._report(result)
             except StopAsyncIteration:
-                self._give_up(Disconnected("TensorRT-LLM ended the request without a last token"))
+                self.give_up(Disconnected("TensorRT-LLM ended the request without a last token"))
             except Exception as failure:  # about this request; the others go on
-                self._give_up(translated(failure))
+                self.give_up(translated(failure))
 
     def clear(self) -> None:
         """Do nothing: what was in the queue has been sent."""
-
-    def _give_up(self, error: BaseException) -> None:
-        self.finished.set()
-        self.fail(error)
 
     def _report(self, result: Any) -> None:
         self._on_step(result)
