@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynamo_worker.kit import kv_events
-from dynamo_worker_trtllm.load import LoadReader, forward_kv_events
+from dynamo_worker_trtllm.load import forward_kv_events, read_load
 
 
 class Llm:
@@ -57,11 +57,11 @@ def test_load() -> None:
             log_iteration_stats = seen.append
 
         news = ([json.dumps(stat(2, 5))], [], [stat(0, 3, rank=1), stat(1, 4, rank=0)])
-        reader = LoadReader(Llm(*news), publisher, Metrics)  # type: ignore[arg-type]
+        reader = read_load(Llm(*news), publisher, Metrics)  # type: ignore[arg-type]
         while reader.steps < 3:
             await asyncio.sleep(0.01)
         assert publisher.published == [(0, 5), (1, 3), (0, 4)]
-        assert reader.held() == 3
+        assert reader.requests() == 3
         assert len(seen) == 3
         reader.stop()
 

@@ -95,6 +95,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     Its command line has ``--publish-kv-events`` (:func:`~dynamo_worker.kit.engine_arguments.add_publish_kv_events`).
 
     :ivar load: what the engine reports about its KV cache.
+    :ivar at_stop: functions that :meth:`stop` calls, such as that of a :class:`~dynamo_worker.kit.blocking.Poller`.
     """
 
     #: The engine's name in messages.
@@ -106,6 +107,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self.args = args
         self.context = context
         self.load = LoadPublisher()
+        self.at_stop: list[Callable[[], object]] = []
         self._stopping = self._failed = False
         self._started: StartedT | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -264,7 +266,9 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self._failed = True
 
     def stop(self) -> StartedT | None:
-        """Refuse requests from now on and cancel the tasks; return the parts that :meth:`shutdown` has to end."""
+        """Refuse requests from now on, end what runs beside them, and return the parts that :meth:`shutdown` has to end."""
+        for function in self.at_stop:
+            function()
         for task in self._tasks:
             task.cancel()
         self._stopping = True

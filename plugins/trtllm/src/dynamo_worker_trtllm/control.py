@@ -10,7 +10,7 @@ from tensorrt_llm.executor.request import LoRARequest
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.engine_control import MemoryControl, profile_routes
-from dynamo_worker.kit.lora import LoraAdapters
+from dynamo_worker.kit.lora import LoraAdapters, OnDemand
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -20,17 +20,6 @@ if TYPE_CHECKING:
 
 #: Longest wait for the ranks' answer to an operation, or for the requests in flight, in seconds.
 _LIMIT_SECONDS: Final = 120.0
-
-
-class LoraLoader:
-    """Checks LoRA adapters: TensorRT-LLM loads one with its first request, and drops it when it needs the room."""
-
-    async def load(self, adapter: LoraAdapter) -> None:
-        """Check the adapter's files."""
-        await asyncio.to_thread(lora_request, adapter)
-
-    async def unload(self, adapter: LoraAdapter) -> None:
-        """Do nothing: no more requests name the adapter, so others take its room."""
 
 
 def lora_request(adapter: LoraAdapter) -> LoRARequest:
@@ -65,7 +54,7 @@ class Control(MemoryControl):
                 **profile_routes(self._start_profile, lambda: self._call("stop_profile")),
             },
             endpoints={"clear_kv_blocks": self.reset_prefix_cache},
-            lora=LoraAdapters(LoraLoader(), context, model_names) if llm.args.enable_lora else None,
+            lora=LoraAdapters(OnDemand(lora_request), context, model_names) if llm.args.enable_lora else None,
         )
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -17,19 +17,18 @@ from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.metrics import MetricsCollector
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
-from dynamo_worker.kit import engine_processes, huggingface, push_engine
+from dynamo_worker.kit import huggingface, mpi_job, push_engine
 from dynamo_worker.kit.blocking import OneAtATime, in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.engine_lifecycle import shut_down
-from dynamo_worker.kit.engine_processes import Launched
 from dynamo_worker.kit.in_flight import RequestsInFlight
 from dynamo_worker.kit.push_engine import Job, PushEngine
 from dynamo_worker.logs import get_logger
 from dynamo_worker_trtllm import arguments, nodes, outputs
 from dynamo_worker_trtllm.control import Control, lora_request
 from dynamo_worker_trtllm.disaggregation import Role
-from dynamo_worker_trtllm.load import LoadReader, forward_kv_events
+from dynamo_worker_trtllm.load import forward_kv_events, read_load
 from dynamo_worker_trtllm.outputs import Answers
 from dynamo_worker_trtllm.sampling import SamplingTable
 
@@ -42,14 +41,11 @@ if TYPE_CHECKING:
 
     from dynamo_worker import Deadline, EngineContext, Request
     from dynamo_worker.kit.answer import Answer
-    from dynamo_worker.kit.blocking import Poller
     from dynamo_worker.kit.huggingface import ModelFiles
+    from dynamo_worker.kit.publishing import LoadPoller
 
 log = get_logger(__name__)
 
-#: Name of Open MPI's daemon, which starts the ranks. It is never killed: Open MPI would end this process too, about a
-#: second later, with exit code 205 (4.1.8, measured). It ends with this process.
-_DAEMON: Final = "orted"
 #: Seconds that TensorRT-LLM's own shutdown gets. It waits for the ranks without a bound, and releases nothing that the
 #: kernel does not release once they are killed.
 _SHUTDOWN_SECONDS: Final = 1.0
@@ -69,7 +65,7 @@ class Started(push_engine.Started):
     role: Role
     llm: Any
     model: ModelFiles
-    load: LoadReader
+    load: LoadPoller[Any]
     decode: Callable[[int], str | None]
 
     @property
@@ -105,7 +101,6 @@ class TrtllmEngine(PushEngine[Started]):
         )
         # Its check shuts the executor down if it fails.
         self._health = OneAtATime(lambda: in_thread(self.started.llm._check_health, name="trtllm-health"))  # noqa: SLF001
-        self._events: Poller[Any] | None = None
         self._metrics: MetricsCollector | None = None
 
     async def launch(self) -> Started:
@@ -116,7 +111,7 @@ class TrtllmEngine(PushEngine[Started]):
         log.info("Starting TensorRT-LLM", version=tensorrt_llm.__version__, model=settings["model"])
         hook = sys.excepthook
         try:
-            llm = await self.construct(lambda: _build(settings), lambda: Launched.by(_DAEMON).children)
+            llm = await self.construct(lambda: _build(settings), lambda: mpi_job.launched().children)
         finally:
             # TensorRT-LLM's waits for the ranks before an uncaught error ends this process.
             sys.excepthook = hook
@@ -126,13 +121,15 @@ class TrtllmEngine(PushEngine[Started]):
         model = await asyncio.to_thread(
             huggingface.read, str(args.model), tokenizer, args.max_seq_len, trust_remote_code=args.trust_remote_code
         )
+        reader = read_load(llm, self.load, self._metrics)
+        self.at_stop.append(reader.stop)
         return Started(
             SamplingTable(model, args),
             role,
             Control(llm, self.context, (model.path, self._served_name(model.path)), self._requests.idle),
             llm,
             model,
-            LoadReader(llm, self.load, self._metrics),
+            reader,
             token_decoder(tokenizer),
         )
 
@@ -219,7 +216,7 @@ class TrtllmEngine(PushEngine[Started]):
         """Return the pids of Open MPI's daemon and of all ranks on this node."""
         if not _KEPT:
             return []
-        launched = Launched.by(_DAEMON)
+        launched = mpi_job.launched()
         leader = [] if self._leader is None else [self._leader.pid]
         return [*leader, *(process.pid for process in launched.launchers + launched.children)]
 
@@ -246,7 +243,7 @@ class TrtllmEngine(PushEngine[Started]):
 
     def pending_transfers(self, started: Started) -> int:
         """Return the number of requests that the ranks hold, among them those whose KV cache is not fetched yet."""
-        return started.load.held()
+        return started.load.requests()
 
     # ------------------------------------------------------------------------------------------- routers and the end
 
@@ -255,19 +252,15 @@ class TrtllmEngine(PushEngine[Started]):
         await super().attach(endpoint, info)
         started = self.started
         if self.context.events_wanted and started.publishes_events:
-            self._events = forward_kv_events(started.llm, endpoint, started.ranks, started.block_size)
+            events = forward_kv_events(started.llm, endpoint, started.ranks, started.block_size)
+            self.at_stop.append(events.stop)
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the ranks: let TensorRT-LLM try, unless the engine is broken, then kill them."""
         started = self.stop()
-        if self._events is not None:
-            self._events.stop()
-        if started is not None:
-            started.load.stop()
-            if not self._failed:
-                await shut_down(self.NAME, started.llm.shutdown, min(_SHUTDOWN_SECONDS, deadline.remaining()))
-        launched = Launched.by(_DAEMON)
-        await engine_processes.kill(launched.children + launched.helpers, deadline.within(_KILLED_SECONDS))
+        if started is not None and not self._failed:
+            await shut_down(self.NAME, started.llm.shutdown, min(_SHUTDOWN_SECONDS, deadline.remaining()))
+        await mpi_job.end(deadline.within(_KILLED_SECONDS))
         if self._leader is not None:
             self._leader.kill()  # `mpirun` or `srun` then ends the ranks on the other nodes
 

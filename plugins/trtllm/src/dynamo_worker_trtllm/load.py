@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.kit.blocking import Poller
 from dynamo_worker.kit.kv_events import Block, Created, KvEvent, KvEventForwarder, Removed, Stored
+from dynamo_worker.kit.publishing import LoadPoller, RankLoad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,42 +25,26 @@ if TYPE_CHECKING:
 _TIMEOUT: Final = 0.01
 
 
-def _decoded(entries: Iterable[Any]) -> list[dict[str, Any]]:
-    return [json.loads(entry) if isinstance(entry, (str, bytes)) else entry for entry in entries]
+def _decoded(entry: Any) -> Any:
+    return json.loads(entry) if isinstance(entry, (str, bytes)) else entry
 
 
-class LoadReader:
-    """Reads the statistics of the ranks' iterations.
+def read_load(llm: Any, publisher: LoadPublisher, metrics: MetricsCollector | None) -> LoadPoller[Any]:
+    """Read and publish the statistics of the ranks' iterations until the poller is stopped.
 
-    :ivar steps: number of iterations reported.
+    :param metrics: also gets the statistics.
     """
 
-    def __init__(self, llm: Any, publisher: LoadPublisher, metrics: MetricsCollector | None) -> None:
-        """Start to read.
+    def load(entry: Any) -> RankLoad:
+        stat = _decoded(entry)
+        if metrics is not None:
+            metrics.log_iteration_stats(stat)
+        requests = int(stat.get("numActiveRequests") or 0) + int(stat.get("numQueuedRequests") or 0)
+        return RankLoad(
+            int(stat.get("attentionDpRank") or 0), requests, (stat.get("kvCacheStats") or {}).get("usedNumBlocks")
+        )
 
-        :param metrics: also gets the statistics.
-        """
-        self.steps = 0
-        self._metrics = metrics
-        self._publisher = publisher
-        self._held: dict[int, int] = {}
-        self._poller = Poller(lambda: llm.get_stats(timeout=_TIMEOUT), self._take, "trtllm-stats")
-        self.stop = self._poller.stop
-
-    def held(self) -> int:
-        """Return the number of requests that the ranks had when they last reported."""
-        return sum(self._held.values())
-
-    def _take(self, stats: list[Any]) -> None:
-        for stat in _decoded(stats):
-            rank = int(stat.get("attentionDpRank") or 0)
-            self.steps += 1
-            if self._metrics is not None:
-                self._metrics.log_iteration_stats(stat)
-            self._held[rank] = int(stat.get("numActiveRequests") or 0) + int(stat.get("numQueuedRequests") or 0)
-            blocks = (stat.get("kvCacheStats") or {}).get("usedNumBlocks")
-            if blocks is not None:
-                self._publisher.publish(rank, int(blocks))
+    return LoadPoller(lambda: llm.get_stats(timeout=_TIMEOUT), load, publisher, "trtllm-stats")
 
 
 def forward_kv_events(llm: Any, endpoint: Endpoint, ranks: Iterable[int], block_size: int) -> Poller[list[Any]]:
@@ -72,7 +57,7 @@ def forward_kv_events(llm: Any, endpoint: Endpoint, ranks: Iterable[int], block_
     forwarder = KvEventForwarder(endpoint, ranks, block_size, advice=advice)
     return Poller(
         lambda: llm.get_kv_cache_events(timeout=_TIMEOUT),
-        lambda events: forwarder.publish(map(kv_event, _decoded(events))),
+        lambda events: forwarder.publish(map(kv_event, map(_decoded, events))),
         "trtllm-kv-events",
     )
 
