@@ -266,7 +266,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self._failed = True
 
     def stop(self) -> StartedT | None:
-        """Refuse requests from now on, end what runs beside them, and return the parts that :meth:`shutdown` has to end."""
+        """Refuse requests from now on, end what runs beside, and return the parts that :meth:`shutdown` has to end."""
         for function in self.at_stop:
             function()
         for task in self._tasks:
