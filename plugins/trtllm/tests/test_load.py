@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dynamo_worker.kit import kv_events
-from dynamo_worker_trtllm.load import forward_kv_events, read_load
+from dynamo_worker_trtllm.load import kv_events as events_of
+from dynamo_worker_trtllm.load import read_load
 
 
 class Llm:
@@ -17,6 +19,7 @@ class Llm:
 
     def __init__(self, *news: Any) -> None:
         self.news = list(news)
+        self.args: Any = None
 
     def get_stats(self, timeout: float) -> Any:
         assert timeout < 0.1
@@ -80,7 +83,12 @@ def forwarded(monkeypatch: pytest.MonkeyPatch, *events: Any, ranks: int = 1) -> 
 
     async def run() -> None:
         llm = Llm(events)
-        forwarder = forward_kv_events(llm, None, range(ranks), 2)  # type: ignore[arg-type]
+        llm.args = SimpleNamespace(
+            kv_cache_config=SimpleNamespace(event_buffer_max_size=9, enable_block_reuse=True, tokens_per_block=2)
+        )
+        source = events_of(llm, range(ranks))
+        assert source is not None
+        forwarder = source.forward(None)  # type: ignore[arg-type]
         while llm.news:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.02)
@@ -159,6 +167,14 @@ def test_a_tenants_blocks_have_its_salt(monkeypatch: pytest.MonkeyPatch, salt: s
         data["blocks"][0]["cache_salt"] = f"dynamo-cache-salt:{salt}"
     (found,) = forwarded(monkeypatch, event(1, data))[0]
     assert (found["cache_salt"], found["lora_name"]) == (salt, "adapter")
+
+
+@pytest.mark.parametrize("missing", ["event_buffer_max_size", "enable_block_reuse"])
+def test_ranks_without_a_buffer_or_reuse_report_nothing(missing: str) -> None:
+    config = {"event_buffer_max_size": 9, "enable_block_reuse": True, "tokens_per_block": 2, missing: 0}
+    llm = Llm()
+    llm.args = SimpleNamespace(kv_cache_config=SimpleNamespace(**config))
+    assert events_of(llm, range(1)) is None
 
 
 def test_a_gap_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -166,7 +166,7 @@ def test_the_start() -> None:
     assert engine.steps == ["launch", "warm-up of prefill"]
     assert (info.worker_type, info.endpoint_types, info.needs) == ("prefill", ("prefill",), (("decode",),))
     assert info.lora_adapters == ("poet",)
-    assert info.runtime_config == {"kv_event_publishing_enabled": True}
+    assert info.runtime_config == {"enable_local_indexer": True, "kv_event_publishing_enabled": True}
     assert [spec.name for spec in info.endpoints] == ["clear", "load_lora", "unload_lora", "list_loras"]
     plain = asyncio.run(Engine(Role("aggregated")).start(1))
     assert (plain.lora_adapters, plain.runtime_config) == ((), {"kv_event_publishing_enabled": False})

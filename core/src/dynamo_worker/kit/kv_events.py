@@ -5,15 +5,17 @@ An engine that publishes on ZMQ sockets needs :func:`~dynamo_worker.kit.publishi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dynamo.llm import KvEventPublisher
 
 from dynamo_worker.kit import request_metadata
+from dynamo_worker.kit.blocking import Poller
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from dynamo.runtime import Endpoint
 
@@ -152,6 +154,31 @@ class KvEventForwarder:
                 "lora_name": change.lora_name,
                 "cache_salt": None if salt is None else salt.removeprefix(request_metadata.SALT_PREFIX),
             }
+
+
+@dataclass(frozen=True)
+class KvEventSource:
+    """KV events that an engine hands out through a call that may block.
+
+    :param read: returns the new events; called in a thread.
+    :param translate: returns one event as it is here.
+    :param ranks: the data-parallel ranks, which have a KV cache each.
+    :param block_size: tokens in one block.
+    :param advice: what an operator can do if events are lost.
+    :param name: of the thread.
+    """
+
+    read: Callable[[], Iterable[Any]]
+    translate: Callable[[Any], KvEvent]
+    ranks: Iterable[int]
+    block_size: int
+    advice: str
+    name: str
+
+    def forward(self, endpoint: Endpoint) -> Poller[Iterable[Any]]:
+        """Forward the events to routers until the poller is stopped."""
+        forwarder = KvEventForwarder(endpoint, self.ranks, self.block_size, advice=self.advice)
+        return Poller(self.read, lambda events: forwarder.publish(map(self.translate, events)), self.name)
 
 
 def signed(value: int) -> int:

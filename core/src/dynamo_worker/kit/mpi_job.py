@@ -29,6 +29,8 @@ _DAEMON: Final = "orted"
 
 #: What :func:`leave` took out of the environment.
 _place: dict[str, str] = {}
+#: What :func:`join` has started.
+_joined: list[subprocess.Popen[bytes]] = []
 
 
 def leave() -> None:
@@ -47,7 +49,9 @@ def left() -> bool:
 
 def join(module: str) -> subprocess.Popen[bytes]:
     """Run a Python module in this worker's place in the job."""
-    return subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **_place})
+    child = subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **_place})
+    _joined.append(child)
+    return child
 
 
 def rank() -> int:
@@ -65,14 +69,24 @@ def launched() -> Launched:
     return Launched.by(_DAEMON)
 
 
+def processes() -> list[int]:
+    """Return the pids of those processes, and of the one in this worker's place."""
+    ranks = launched()
+    return [child.pid for child in _joined] + [process.pid for process in ranks.launchers + ranks.children]
+
+
 async def end(deadline: Deadline) -> None:
-    """Kill the ranks on this machine, and wait until they are gone.
+    """Kill the ranks on this machine, wait until they are gone, and kill the process in this worker's place.
+
+    Its launcher, ``mpirun`` or ``srun``, then ends the ranks on other machines.
 
     The daemon stays: if it were killed, Open MPI would end this process too, about a second later, with exit code 205
     (4.1.8, measured). It ends with this process.
     """
     ranks = launched()
     await engine_processes.kill(ranks.children + ranks.helpers, deadline)
+    for child in _joined:
+        child.kill()
 
 
 def _number(names: tuple[str, ...], default: int) -> int:

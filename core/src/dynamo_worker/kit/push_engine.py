@@ -7,6 +7,7 @@ a translated request.
 from __future__ import annotations
 
 import asyncio
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.chunks import no_tokens
 from dynamo_worker.kit.engine_arguments import drop_unread_events
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
+from dynamo_worker.kit.kv_events import KvEventSource
 from dynamo_worker.kit.metrics import engine_registry
 from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
 
@@ -136,8 +138,8 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     async def answer(self, started: StartedT, job: Job) -> None:
         """Send all chunks of one request."""
 
-    def kv_events(self, started: StartedT) -> KvEvents | None:  # noqa: ARG002 - for engines that have some
-        """Return where the engine publishes its KV events, or None if it does not."""
+    def kv_events(self, started: StartedT) -> KvEvents | KvEventSource | None:  # noqa: ARG002 - for some
+        """Return where the engine publishes its KV events, or how it hands them out; None if it does neither."""
         return None
 
     def reports_load(self) -> bool:
@@ -173,6 +175,8 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             needs=started.role.needs,
             lora_adapters=() if lora is None else lora.names(),
             runtime_config={
+                # A decode worker's cache says nothing about where a prefix was computed.
+                "enable_local_indexer": started.role.mode != "decode",
                 "kv_event_publishing_enabled": self.kv_events(started) is not None,
                 **info.runtime_config,
             },
@@ -186,6 +190,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         :param processes: returns those started so far, for engines that may not notice that one has died.
         :raises StartError: the engine fails to start.
         """
+        hook = sys.excepthook
         try:
             return await engine_processes.while_alive(in_thread(build, name="engine-start"), processes)
         except Exception as error:
@@ -193,6 +198,8 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
                 raise StartError("stopped during the start") from error
             cause = f": {error.__cause__}" if error.__cause__ is not None else ""
             raise start_error(self.NAME, f"{error}{cause}") from error
+        finally:
+            sys.excepthook = hook  # an engine's own may wait for its processes before an error ends this one
 
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Translate one request and answer it; see :class:`~dynamo_worker.engine.PushesChunks`."""
@@ -230,7 +237,9 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             first = info.data_parallel_start_rank
             await self.load.attach(endpoint, range(first, first + info.data_parallel_size))
         events = self.kv_events(self.started)
-        if events is not None:
+        if isinstance(events, KvEventSource):
+            self.at_stop.append(events.forward(endpoint).stop)
+        elif events is not None:
             self._publishers = publish_kv_events(endpoint, events)
 
     def metrics_registry(self) -> CollectorRegistry:

@@ -137,11 +137,7 @@ class SglangEngine(PushEngine[Started]):
             data_parallel_size=len(started.ranks),
             max_loras=settings["max_loras_per_batch"] if manager.enable_lora else None,
             bootstrap=role.bootstrap,
-            runtime_config={
-                # A decode worker's cache says nothing about where a prefix was computed.
-                "enable_local_indexer": role.mode != "decode",
-                **({"enable_eagle": True} if speculative in ("EAGLE", "EAGLE3") else {}),
-            },
+            runtime_config={"enable_eagle": True} if speculative in ("EAGLE", "EAGLE3") else {},
         )
 
     async def on_ready(self) -> None:

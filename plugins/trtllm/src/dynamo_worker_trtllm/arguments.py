@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
 from dynamo_worker.kit import engine_arguments, mpi_job, rendezvous
 from dynamo_worker.kit.model_arguments import CommandLine
+
+if TYPE_CHECKING:
+    import argparse
 
 #: The roles of a worker in disaggregated serving, by the names of Dynamo's own worker.
 _MODES: Final = {
@@ -30,6 +32,8 @@ _PARTS: Final = {
 _ALIASES: Final = {"model": ["--model-path"], "moe_expert_parallel_size": ["--expert-parallel-size"]}
 #: Arguments that are Python objects.
 _OBJECTS: Final = ("mpi_session", "batched_logits_processor", "decoding_config")
+#: Why nothing else is served.
+_TEXT: Final = "this plugin serves models that generate text"
 #: Arguments without effect in a worker, and why.
 _WITHOUT_EFFECT: Final = {
     ("num_postprocess_workers", "postprocess_tokenizer_dir", "post_processor_hook"): "the frontend detokenizes",
@@ -42,8 +46,10 @@ _SUPPORTED: Final = {
     "max_beam_width": ((1, None), "requests for beam search are refused"),
     "backend": (("pytorch", None), "this plugin is for the PyTorch backend"),
     "orchestrator_type": ((None,), "this plugin supervises the ranks of MPI"),
-    "encode_only": ((False, None), "this plugin serves models that generate text"),
+    "encode_only": ((False, None), _TEXT),
 }
+#: What other workers of Dynamo serve.
+_MODALITIES: Final = ("multimodal", "video_diffusion", "image_diffusion")
 #: Variables that make TensorRT-LLM run without MPI's ranks.
 _WITHOUT_RANKS: Final = ("TLLM_DISABLE_MPI", "TLLM_WORKER_USE_SINGLE_PROCESS")
 #: KV events that a rank keeps until they are fetched; as many as with Dynamo's own worker.
@@ -64,12 +70,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     line.add_flag(group, "served_model_name", metavar="NAME", help="name clients ask for (default: the model)")
     line.add_sources(group)
+    mode = engine_arguments.keyword(_MODES, "agg, prefill or decode", {"encode": _TEXT})
+    modality = engine_arguments.keyword({"text": "text"}, "text", dict.fromkeys(_MODALITIES, _TEXT))
     phases = "which phase of requests runs here: agg (both), or prefill or decode with --cache-transceiver-config"
     line.add_flag(
-        group, "disaggregation_mode", type=_mode, default="agg", metavar="MODE", help=f"{phases} (default: agg)"
+        group, "disaggregation_mode", type=mode, default="agg", metavar="MODE", help=f"{phases} (default: agg)"
     )
     line.add_flag(
-        group, "modality", type=_modality, default="text", metavar="text", help="what the model reads and writes"
+        group, "modality", type=modality, default="text", metavar="text", help="what the model reads and writes"
     )
     events = ("--publish-kv-events", "--publish-events-and-metrics")
     group.add_argument(*events, action="store_true", help="tell routers which prefixes the KV cache holds")
@@ -113,17 +121,3 @@ def _command_line() -> CommandLine:
         without_effect=_WITHOUT_EFFECT,
         supported=_SUPPORTED,
     )
-
-
-def _mode(text: str) -> str:
-    try:
-        return _MODES[text]
-    except KeyError:
-        reason = "is not supported: this plugin serves text" if text == "encode" else "is unknown"
-        raise argparse.ArgumentTypeError(f"{text} {reason}; expected agg, prefill or decode") from None
-
-
-def _modality(text: str) -> str:
-    if text != "text":
-        raise argparse.ArgumentTypeError(f"{text} is not supported: this plugin serves models that generate text")
-    return text

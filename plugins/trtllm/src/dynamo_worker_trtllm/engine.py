@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -28,20 +27,18 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker_trtllm import arguments, nodes, outputs
 from dynamo_worker_trtllm.control import Control, lora_request
 from dynamo_worker_trtllm.disaggregation import Role
-from dynamo_worker_trtllm.load import forward_kv_events, read_load
+from dynamo_worker_trtllm.load import kv_events, read_load
 from dynamo_worker_trtllm.outputs import Answers
 from dynamo_worker_trtllm.sampling import SamplingTable
 
 if TYPE_CHECKING:
     import argparse
-    import subprocess
     from collections.abc import Callable, Iterable, Mapping
-
-    from dynamo.runtime import Endpoint
 
     from dynamo_worker import Deadline, EngineContext, Request
     from dynamo_worker.kit.answer import Answer
     from dynamo_worker.kit.huggingface import ModelFiles
+    from dynamo_worker.kit.kv_events import KvEventSource
     from dynamo_worker.kit.publishing import LoadPoller
 
 log = get_logger(__name__)
@@ -74,17 +71,6 @@ class Started(push_engine.Started):
         args = self.llm.args
         return range(args.tensor_parallel_size if args.enable_attention_dp else 1)
 
-    @property
-    def block_size(self) -> int:
-        """Tokens in one block of the KV cache."""
-        return int(self.llm.args.kv_cache_config.tokens_per_block)
-
-    @property
-    def publishes_events(self) -> bool:
-        """Whether the ranks report what their KV caches hold."""
-        config = self.llm.args.kv_cache_config
-        return bool(config.event_buffer_max_size and config.enable_block_reuse)
-
 
 class TrtllmEngine(PushEngine[Started]):
     """TensorRT-LLM as dynamo-worker drives it."""
@@ -95,7 +81,6 @@ class TrtllmEngine(PushEngine[Started]):
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
         self._steps = 0
-        self._leader: subprocess.Popen[bytes] | None = None
         self._requests: RequestsInFlight[Any] = RequestsInFlight(
             "trtllm-sender", lambda result: result.abort(), may_abort=self._may_abort, run_beside=self.run_beside
         )
@@ -107,14 +92,9 @@ class TrtllmEngine(PushEngine[Started]):
         """Start TensorRT-LLM's ranks and wait until the model is loaded."""
         settings = await asyncio.to_thread(arguments.configure, self.args)
         role = Role(self.args.disaggregation_mode, settings)
-        self._leader = nodes.lead()
+        nodes.lead()
         log.info("Starting TensorRT-LLM", version=tensorrt_llm.__version__, model=settings["model"])
-        hook = sys.excepthook
-        try:
-            llm = await self.construct(lambda: _build(settings), lambda: mpi_job.launched().children)
-        finally:
-            # TensorRT-LLM's waits for the ranks before an uncaught error ends this process.
-            sys.excepthook = hook
+        llm = await self.construct(lambda: _build(settings), lambda: mpi_job.launched().children)
         args, tokenizer = llm.args, getattr(llm.tokenizer, "tokenizer", llm.tokenizer)
         if self.args.publish_metrics:
             self._metrics = MetricsCollector({"model_name": self._served_name(args.model), "engine_type": "trtllm"})
@@ -144,17 +124,12 @@ class TrtllmEngine(PushEngine[Started]):
             model_path=model.path,
             context_length=model.context_length,
             vocab_size=model.vocab_size,
-            kv_block_size=started.block_size,
+            kv_block_size=int(args.kv_cache_config.tokens_per_block),
             total_kv_blocks=_total_blocks(started.llm),
             max_num_seqs=args.max_batch_size,
             max_num_batched_tokens=args.max_num_tokens,
             data_parallel_size=len(started.ranks),
             max_loras=(getattr(args.lora_config, "max_loras", None) or 1) if args.enable_lora else None,
-            # A decode worker's cache says nothing about where a prefix was computed.
-            runtime_config={
-                "enable_local_indexer": started.role.mode != "decode",
-                "kv_event_publishing_enabled": started.publishes_events,
-            },
         )
 
     # ------------------------------------------------------------------------------------------------------ requests
@@ -214,11 +189,7 @@ class TrtllmEngine(PushEngine[Started]):
 
     def processes(self) -> Iterable[int]:
         """Return the pids of Open MPI's daemon and of all ranks on this node."""
-        if not _KEPT:
-            return []
-        launched = mpi_job.launched()
-        leader = [] if self._leader is None else [self._leader.pid]
-        return [*leader, *(process.pid for process in launched.launchers + launched.children)]
+        return mpi_job.processes() if _KEPT else []
 
     def canary_request(self) -> Request:
         """Return a request for one token, which needs no other worker."""
@@ -245,15 +216,11 @@ class TrtllmEngine(PushEngine[Started]):
         """Return the number of requests that the ranks hold, among them those whose KV cache is not fetched yet."""
         return started.load.requests()
 
-    # ------------------------------------------------------------------------------------------- routers and the end
+    def kv_events(self, started: Started) -> KvEventSource | None:
+        """Return how TensorRT-LLM hands out its KV events."""
+        return kv_events(started.llm, started.ranks)
 
-    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Publish load and KV events if a router may read them."""
-        await super().attach(endpoint, info)
-        started = self.started
-        if self.context.events_wanted and started.publishes_events:
-            events = forward_kv_events(started.llm, endpoint, started.ranks, started.block_size)
-            self.at_stop.append(events.stop)
+    # ------------------------------------------------------------------------------------------------------- the end
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the ranks: let TensorRT-LLM try, unless the engine is broken, then kill them."""
@@ -261,8 +228,6 @@ class TrtllmEngine(PushEngine[Started]):
         if started is not None and not self._failed:
             await shut_down(self.NAME, started.llm.shutdown, min(_SHUTDOWN_SECONDS, deadline.remaining()))
         await mpi_job.end(deadline.within(_KILLED_SECONDS))
-        if self._leader is not None:
-            self._leader.kill()  # `mpirun` or `srun` then ends the ranks on the other nodes
 
 
 def _build(settings: Mapping[str, Any]) -> Any:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker.kit.blocking import Poller
-from dynamo_worker.kit.kv_events import Block, Created, KvEvent, KvEventForwarder, Removed, Stored
+from dynamo_worker.kit.kv_events import Block, Created, KvEvent, KvEventSource, Removed, Stored
 from dynamo_worker.kit.publishing import LoadPoller, RankLoad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from dynamo.runtime import Endpoint
     from tensorrt_llm.metrics import MetricsCollector
 
     from dynamo_worker.kit.publishing import LoadPublisher
@@ -47,18 +45,18 @@ def read_load(llm: Any, publisher: LoadPublisher, metrics: MetricsCollector | No
     return LoadPoller(lambda: llm.get_stats(timeout=_TIMEOUT), load, publisher, "trtllm-stats")
 
 
-def forward_kv_events(llm: Any, endpoint: Endpoint, ranks: Iterable[int], block_size: int) -> Poller[list[Any]]:
-    """Forward TensorRT-LLM's KV events to routers until the poller is stopped.
-
-    :param ranks: the data-parallel ranks, which have a KV cache each.
-    :param block_size: tokens in one block.
-    """
-    advice = "raise kv_cache_config.event_buffer_max_size"
-    forwarder = KvEventForwarder(endpoint, ranks, block_size, advice=advice)
-    return Poller(
-        lambda: llm.get_kv_cache_events(timeout=_TIMEOUT),
-        lambda events: forwarder.publish(map(kv_event, map(_decoded, events))),
-        "trtllm-kv-events",
+def kv_events(llm: Any, ranks: Iterable[int]) -> KvEventSource | None:
+    """Return how TensorRT-LLM hands out the KV events of its data-parallel ranks; None if it does not."""
+    config = llm.args.kv_cache_config
+    if not (config.event_buffer_max_size and config.enable_block_reuse):
+        return None
+    return KvEventSource(
+        lambda: [_decoded(event) for event in llm.get_kv_cache_events(timeout=_TIMEOUT)],
+        kv_event,
+        ranks,
+        int(config.tokens_per_block),
+        advice="raise kv_cache_config.event_buffer_max_size",
+        name="trtllm-kv-events",
     )
 
 
