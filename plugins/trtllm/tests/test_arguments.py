@@ -144,7 +144,10 @@ def test_what_is_refused(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--disaggregation-mode", "encode"], "encode is not supported: this plugin serves text"),
+        (
+            ["--disaggregation-mode", "encode"],
+            "encode is not supported: this plugin serves .* text; expected agg, prefill or decode",
+        ),
         (["--disaggregation-mode", "decod"], "decod is unknown; expected agg, prefill or decode"),
         (["--modality", "multimodal"], "multimodal is not supported: this plugin serves models that generate text"),
         (["--guided-decoding-backend", "outlines"], "invalid choice: 'outlines' .*xgrammar"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dynamo_worker_trtllm import load
-from dynamo_worker_trtllm.load import KvEventForwarder, LoadReader
+from dynamo_worker.kit import kv_events
+from dynamo_worker_trtllm.load import kv_events as events_of
+from dynamo_worker_trtllm.load import read_load
 
 
 class Llm:
@@ -17,6 +19,7 @@ class Llm:
 
     def __init__(self, *news: Any) -> None:
         self.news = list(news)
+        self.args: Any = None
 
     def get_stats(self, timeout: float) -> Any:
         assert timeout < 0.1
@@ -57,11 +60,11 @@ def test_load() -> None:
             log_iteration_stats = seen.append
 
         news = ([json.dumps(stat(2, 5))], [], [stat(0, 3, rank=1), stat(1, 4, rank=0)])
-        reader = LoadReader(Llm(*news), publisher, Metrics)  # type: ignore[arg-type]
+        reader = read_load(Llm(*news), publisher, Metrics)  # type: ignore[arg-type]
         while reader.steps < 3:
             await asyncio.sleep(0.01)
         assert publisher.published == [(0, 5), (1, 3), (0, 4)]
-        assert reader.held() == 3
+        assert reader.requests() == 3
         assert len(seen) == 3
         reader.stop()
 
@@ -76,12 +79,20 @@ def forwarded(monkeypatch: pytest.MonkeyPatch, *events: Any, ranks: int = 1) -> 
         publishers[options["dp_rank"]] = Publisher(**options)
         return publishers[options["dp_rank"]]
 
-    monkeypatch.setattr(load, "KvEventPublisher", make)
+    monkeypatch.setattr(kv_events, "KvEventPublisher", make)
 
     async def run() -> None:
-        forwarder = KvEventForwarder(Llm(), None, range(ranks), 2)  # type: ignore[arg-type]
+        llm = Llm(events)
+        llm.args = SimpleNamespace(
+            kv_cache_config=SimpleNamespace(event_buffer_max_size=9, enable_block_reuse=True, tokens_per_block=2)
+        )
+        source = events_of(llm, range(ranks))
+        assert source is not None
+        forwarder = source.forward(None)  # type: ignore[arg-type]
+        while llm.news:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
         forwarder.stop()
-        forwarder.publish(events)
 
     asyncio.run(run())
     return {rank: publisher.published for rank, publisher in publishers.items()}
@@ -156,6 +167,14 @@ def test_a_tenants_blocks_have_its_salt(monkeypatch: pytest.MonkeyPatch, salt: s
         data["blocks"][0]["cache_salt"] = f"dynamo-cache-salt:{salt}"
     (found,) = forwarded(monkeypatch, event(1, data))[0]
     assert (found["cache_salt"], found["lora_name"]) == (salt, "adapter")
+
+
+@pytest.mark.parametrize("missing", ["event_buffer_max_size", "enable_block_reuse"])
+def test_ranks_without_a_buffer_or_reuse_report_nothing(missing: str) -> None:
+    config = {"event_buffer_max_size": 9, "enable_block_reuse": True, "tokens_per_block": 2, missing: 0}
+    llm = Llm()
+    llm.args = SimpleNamespace(kv_cache_config=SimpleNamespace(**config))
+    assert events_of(llm, range(1)) is None
 
 
 def test_a_gap_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dynamo_worker.kit.blocking import Lane, Poller, in_thread
+from dynamo_worker.kit.blocking import Lane, OneAtATime, Poller, in_thread
 
 
 def test_a_call_returns_or_raises_as_if_it_were_made_here() -> None:
@@ -45,6 +45,34 @@ def test_a_call_that_never_returns_does_not_hold_the_process() -> None:
         "asyncio.run(main())\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=20, check=False).returncode == 0
+
+
+def test_who_asks_while_a_question_is_open_gets_its_answer() -> None:
+    async def check() -> None:
+        replies: list[asyncio.Future[int]] = []
+
+        async def ask() -> int:
+            replies.append(asyncio.get_running_loop().create_future())
+            return await replies[-1]
+
+        question = OneAtATime(ask)
+        first, second = (asyncio.ensure_future(question.answer()) for _ in range(2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        replies[0].set_result(1)
+        assert await second == 1
+        assert len(replies) == 1
+        third = asyncio.ensure_future(question.answer())
+        await asyncio.sleep(0.01)
+        question.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await third
+        assert len(replies) == 2
+        OneAtATime(ask).cancel()
+
+    asyncio.run(check())
 
 
 def test_calls_in_a_lane_keep_their_order_and_see_the_loop() -> None:

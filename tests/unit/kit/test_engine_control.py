@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from aio import settle
 from fakes import FakeDiscovery, fake_context
 
+from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit import engine_control
-from dynamo_worker.kit.engine_control import DiscoveryGate, EngineControl
+from dynamo_worker.kit.engine_control import DiscoveryGate, EngineControl, MemoryControl
 from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
 
 
@@ -247,3 +249,71 @@ def test_all_operations_of_an_engine(lora: LoraAdapters | None) -> None:
         assert discovery.calls == ["withdraw"]
 
     asyncio.run(main())
+
+
+class Memory(MemoryControl):
+    """An engine with two regions of memory that notes what is asked of it."""
+
+    REGIONS: ClassVar = ("weights", "kv_cache")
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        context: Any = SimpleNamespace(discovery=FakeDiscovery(), allowed_paths=None)
+        super().__init__(context, routes={"other": echo}, endpoints={})
+
+    async def release_memory(self, tags: list[str], body: dict[str, Any]) -> None:
+        self.calls.append(("release", tags, body.get("mode")))
+        if body.get("mode") == "fail":
+            raise RuntimeError("in use")
+
+    async def resume_memory(self, tags: list[str], body: dict[str, Any]) -> None:
+        self.calls.append(("resume", tags, body.get("mode")))
+
+
+def test_memory_is_released_and_resumed_region_by_region() -> None:
+    async def check() -> None:
+        control = Memory()
+        operate = control.routes()
+        assert operate.keys() == {"release_memory_occupation", "resume_memory_occupation", "other"}
+        release, resume = operate["release_memory_occupation"], operate["resume_memory_occupation"]
+        assert (await resume({}))["message"] == "the memory is not released"
+        assert (await release({"tags": ["weights"], "mode": "x"}))["message"] == "memory released"
+        assert control.paused()
+        assert (await release({}))["message"] == "memory released"
+        assert (await release({}))["message"] == "the memory is already released"
+        assert (await resume({"tags": ["kv_cache"]}))["message"] == "partly resumed; still released: ['weights']"
+        assert control.paused()
+        assert (await resume({}))["message"] == "memory resumed"
+        assert not control.paused()
+        assert control.calls == [
+            ("release", ["weights"], "x"),
+            ("release", ["kv_cache"], None),
+            ("resume", ["kv_cache"], None),
+            ("resume", ["weights"], None),
+        ]
+
+    asyncio.run(check())
+
+
+def test_an_engine_that_keeps_its_memory_serves_on() -> None:
+    async def check() -> None:
+        control = Memory()
+        release = control.routes()["release_memory_occupation"]
+        assert await release({"mode": "fail"}) == {"status": "error", "message": "in use"}
+        assert "tags: expected a list of weights, kv_cache" in (await release({"tags": ["all"]}))["message"]
+        assert not control.paused()
+        assert len(control.calls) == 1
+
+    asyncio.run(check())
+
+
+def test_where_operations_write() -> None:
+    async def check() -> None:
+        context: Any = SimpleNamespace(discovery=FakeDiscovery(), allowed_paths=SimpleNamespace(to_write=str.upper))
+        control = EngineControl(context, routes={}, endpoints={})
+        assert await control.output_directory("/x") == "/X"
+        for wrong in (None, 1, ["/x"]):
+            with pytest.raises(InvalidRequestError, match="output_dir: expected a directory, got"):
+                await control.output_directory(wrong)
+
+    asyncio.run(check())

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from dynamo_worker import Deadline
-from dynamo_worker.kit.engine_processes import EngineProcesses, Launched, dead, kill, named
+from dynamo_worker.kit import engine_processes
+from dynamo_worker.kit.engine_processes import EngineProcesses, Launched, dead, kill, named, while_alive
+from dynamo_worker.supervisor import process_tree
 from dynamo_worker.testing import eventually
 
 TITLE = b"TOY::"
@@ -127,3 +129,41 @@ def test_what_a_launcher_has_started_is_found_by_its_parents(started: list[subpr
     assert not ended(process.pid)
     assert not ended(other.pid)
     assert Launched.by("nobody") == ([], [], [])
+
+
+def test_work_that_waits_for_a_dead_process_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_processes, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(engine_processes, "_REPORT_SECONDS", 0.05)
+    child = subprocess.Popen([sys.executable, "-c", SLEEPS])
+    process = next(one for one in process_tree.descendants(os.getpid()) if one.pid == child.pid)
+
+    async def check() -> None:
+        assert await while_alive(asyncio.sleep(0.05, "done"), lambda: [process]) == "done"
+        with pytest.raises(ZeroDivisionError):
+            await while_alive(asyncio.to_thread(divmod, 1, 0), lambda: [process])
+        hanging = asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(while_alive(hanging, lambda: [process]))
+        await asyncio.sleep(0.05)
+        child.kill()
+        with pytest.raises(ChildProcessError, match=f"a process of the engine has died .pid {child.pid}."):
+            await asyncio.wait_for(waiting, 10)
+        hanging.cancel()
+
+    asyncio.run(check())
+    child.wait()
+
+
+def test_work_may_say_itself_why_a_process_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_processes, "_WATCH_SECONDS", 0.01)
+    child = subprocess.Popen([sys.executable, "-c", SLEEPS])
+    process = next(one for one in process_tree.descendants(os.getpid()) if one.pid == child.pid)
+
+    async def work() -> None:
+        await asyncio.sleep(0.05)
+        child.kill()
+        await asyncio.sleep(0.2)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(while_alive(work(), lambda: [process]))
+    child.wait()

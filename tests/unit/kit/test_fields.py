@@ -76,6 +76,14 @@ def test_a_repetition_penalty_of_zero_is_left_to_the_engine() -> None:
     assert fields.repetition_penalty("x", 0) == 0
 
 
+def test_a_number_within_a_range() -> None:
+    read = fields.number_within(0.5, 2)
+    assert [read("x", value) for value in (0.5, 1, 2)] == [0.5, 1, 2]
+    for value in (0.4, 2.1, math.inf, "1"):
+        with pytest.raises(InvalidRequestError, match=r"^x: expected a (number from 0\.5 to 2|finite number), got"):
+            read("x", value)
+
+
 def test_an_unsupported_value_is_named() -> None:
     with pytest.raises(InvalidRequestError, match="x = 2 is not supported by this engine"):
         fields.unsupported(1)("x", 2)

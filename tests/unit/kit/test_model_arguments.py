@@ -122,3 +122,59 @@ def test_a_file(tmp_path: Path) -> None:
         model_arguments.read_file("--file", "/dev/zero")
     with pytest.raises(StartError, match=f"--file {tmp_path}: .*directory"):
         model_arguments.read_file("--file", str(tmp_path))
+
+
+LINE = model_arguments.CommandLine(
+    Arguments,
+    "DYN_TOY_",
+    file=("file", "a file"),
+    objects={"overrides": "an object", "more": "another"},
+    parts={"fraction": ("cache", "fraction")},
+    aliases={"size": ["--length"]},
+    no_flags=("color",),
+    required={"model": "--model NAME"},
+    without_effect={("share",): "nobody is there"},
+    supported={"mode": (("auto", None), "it takes for ever")},
+)
+
+
+def read(*words: str, **defaults: Any) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    LINE.add_sources(parser.add_argument_group())
+    LINE.add_arguments(parser.add_argument_group())
+    return LINE.read(parser.parse_args(words), defaults)
+
+
+def test_where_arguments_come_from_and_which_take_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "arguments.yaml"
+    path.write_text("size: 2\ncache: {fraction: 0.2}\n")
+    assert read("--model", "m") == {"model": "m"}
+    assert read("--model", "m", "--length", "3", size=1, mode="auto") == {"model": "m", "size": 3, "mode": "auto"}
+    words = ["--model", "m", "--size", "1", "--fraction", "0.1", "--cache", "{reuse: false}", "--file", str(path)]
+    assert read(*words) == {"model": "m", "size": 2, "cache": {"fraction": 0.2, "reuse": False}}
+    words += ["--overrides", "{cache: {fraction: 0.3}, size: 3}", "--more", "{size: 4}"]
+    assert read(*words) == {"model": "m", "size": 4, "cache": {"fraction": 0.3, "reuse": False}}
+    monkeypatch.setenv("DYN_TOY_SIZE", "7")
+    monkeypatch.setenv("DYN_TOY_MORE", "{share: false}")
+    assert read("--model", "m") == {"model": "m", "size": 7, "share": False}
+    assert read("--model", "m", "--size", "8")["size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the model is missing\n  next: --model NAME"),
+        (["--model", "m", "--share"], "--share has no effect in a worker: nobody is there"),
+        (["--model", "m", "--mode", "slow"], "mode = 'slow' is not supported: it takes for ever"),
+        (["--model", "m", "--more", "{sise: 1}"], "--more: unknown argument sise, did you mean size"),
+        (["--model", "m", "--fraction", "x"], "the command line: cache.fraction: expected a valid number"),
+    ],
+)
+def test_arguments_that_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(StartError, match=message):
+        read(*words)
+
+
+def test_an_argument_that_no_text_can_state_has_no_flag() -> None:
+    with pytest.raises((argparse.ArgumentError, SystemExit)):
+        read("--model", "m", "--color", "red")

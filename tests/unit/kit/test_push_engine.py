@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from fakes import fake_context
 from prometheus_client import Counter
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import HasControlRoutes, HasMetrics, LocalContext, MayPause, PublishesEvents, PushesChunks
 from dynamo_worker.kit import push_engine
@@ -165,7 +166,7 @@ def test_the_start() -> None:
     assert engine.steps == ["launch", "warm-up of prefill"]
     assert (info.worker_type, info.endpoint_types, info.needs) == ("prefill", ("prefill",), (("decode",),))
     assert info.lora_adapters == ("poet",)
-    assert info.runtime_config == {"kv_event_publishing_enabled": True}
+    assert info.runtime_config == {"enable_local_indexer": True, "kv_event_publishing_enabled": True}
     assert [spec.name for spec in info.endpoints] == ["clear", "load_lora", "unload_lora", "list_loras"]
     plain = asyncio.run(Engine(Role("aggregated")).start(1))
     assert (plain.lora_adapters, plain.runtime_config) == ((), {"kv_event_publishing_enabled": False})
@@ -265,3 +266,36 @@ def test_what_runs_beside_the_requests_ends_with_them() -> None:
 def test_an_engine_without_an_answer() -> None:
     with pytest.raises(TypeError, match="answer"):
         PushEngine(argparse.Namespace(), fake_context())  # type: ignore[abstract]
+
+
+def test_an_engine_is_built_in_a_thread_and_says_why_it_cannot() -> None:
+    def fail() -> None:
+        raise RuntimeError("no room") from ValueError("0 blocks")
+
+    async def work(engine: Engine) -> None:
+        assert await engine.construct(threading.get_ident) != threading.get_ident()
+        with pytest.raises(StartError, match="Toy failed to start: no room: 0 blocks"):
+            await engine.construct(fail)
+        engine.stop()
+        with pytest.raises(StartError, match="stopped during the start"):
+            await engine.construct(fail)
+
+    run(work)
+
+
+def test_a_failed_request_is_a_reason_to_look_at_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_engine, "_LOOK_SECONDS", 0.001)
+
+    async def work(engine: Engine) -> None:
+        await engine.stays_well()
+        looks = iter((None, EngineDeadError("lost")))
+
+        async def check_health() -> None:
+            if (error := next(looks)) is not None:
+                raise error
+
+        monkeypatch.setattr(engine, "check_health", check_health)
+        with pytest.raises(EngineDeadError, match="lost"):
+            await engine.stays_well()
+
+    run(work)

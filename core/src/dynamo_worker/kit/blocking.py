@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 log = get_logger(__name__)
 
@@ -40,6 +40,25 @@ async def in_thread(function: Callable[..., _T], *arguments: Any, name: str, lim
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return await asyncio.wait_for(asyncio.wrap_future(result), limit)
+
+
+class OneAtATime(Generic[_T]):
+    """A question to an engine that answers one after the other: who asks meanwhile gets the same answer."""
+
+    def __init__(self, ask: Callable[[], Awaitable[_T]]) -> None:
+        self._ask = ask
+        self._asked: asyncio.Future[_T] | None = None
+
+    async def answer(self) -> _T:
+        """Return the next answer; a caller that gives up does not withdraw the question."""
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._asked)
+
+    def cancel(self) -> None:
+        """Withdraw the question."""
+        if self._asked is not None:
+            self._asked.cancel()
 
 
 class Lane:

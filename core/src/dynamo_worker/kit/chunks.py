@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from dynamo.llm.exceptions import Disconnected
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -123,3 +125,70 @@ def prompt_logprob(logprob: float, rank: int | None, text: str | None) -> Prompt
     if text is not None:
         entry["decoded_token"] = text
     return entry
+
+
+class ChunkBuilder:
+    """Builds the chunks of all answers to one request, and counts their tokens.
+
+    :ivar tokens: number of tokens in the chunks.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        finish_reasons: Mapping[str, str],
+        *,
+        prompt_tokens: int,
+        top: int | None = None,
+        prompt_top: int | None = None,
+        decode: Callable[[int], str | None] = no_text,
+    ) -> None:
+        """Start a request.
+
+        :param engine: its name in messages.
+        :param finish_reasons: Dynamo's names of the engine's finish reasons.
+        :param prompt_tokens: number of tokens in the prompt.
+        :param top: number of likeliest tokens reported with each; None for no log-probabilities.
+        :param prompt_top: the same for the prompt.
+        :param decode: returns the text of a token.
+        """
+        self.tokens = 0
+        self._engine, self._finish_reasons = engine, finish_reasons
+        self._prompt_tokens = prompt_tokens
+        self._top, self._prompt_top = top, prompt_top
+        self._decode = decode
+
+    def chunk(self, index: int, tokens: list[int], logprobs: Sequence[Any]) -> Chunk:
+        """Return the chunk of new tokens of one answer.
+
+        :param logprobs: the likeliest tokens at each position, as :func:`add_logprobs` takes them.
+        """
+        self.tokens += len(tokens)
+        chunk: Chunk = {"token_ids": tokens, "index": index}
+        if self._top is not None:
+            add_logprobs(chunk, logprobs, self._top, self._decode)
+        return chunk
+
+    def finish(
+        self, chunk: Chunk, reason: str, stop_reason: Any, cached_tokens: int | None, prompt: Iterable[Any]
+    ) -> None:
+        """Make a chunk the last one of its answer. Nobody reads the tokens of a cancelled one.
+
+        :param reason: the engine's finish reason.
+        :param stop_reason: the token that ended the answer; None without one.
+        :param cached_tokens: tokens of the prompt that were in the KV cache.
+        :param prompt: the likeliest tokens at each position of the prompt, as :func:`prompt_logprobs` takes them.
+        :raises Disconnected: the engine could not finish the answer, but another worker can.
+        """
+        name = self._finish_reasons.get(reason)
+        if name is None:
+            # Not EngineShutdown, which takes the whole worker out of the frontends' rotation for 5 s (measured).
+            raise Disconnected(f"{self._engine} ended the request: {reason}")
+        chunk["finish_reason"] = name
+        if name == "cancelled":
+            chunk["token_ids"] = []
+        if stop_reason is not None:
+            chunk["stop_reason"] = stop_reason
+        chunk["completion_usage"] = usage(self._prompt_tokens, self.tokens, cached_tokens)
+        if self._prompt_top is not None:
+            chunk["engine_data"] = {"prompt_logprobs": prompt_logprobs(prompt, self._decode)}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.kit.canary import is_canary
+from dynamo_worker.kit.fields import section
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -24,7 +28,27 @@ class Role:
     def prepare(self, request: Mapping[str, Any], translated: Any) -> None:
         """Adapt a translated request to this worker's phase; an aggregated worker changes nothing.
 
+        A canary concerns no other worker: both of its phases run here, and nobody would fetch its blocks.
+
         :raises InvalidRequestError: the request cannot be disaggregated.
+        """
+        if self.mode == "aggregated" or is_canary(request):
+            return
+        if self.mode == "prefill":
+            if translated.n > 1:
+                raise InvalidRequestError("sampling_options.n: a prefill worker makes only one answer")
+            self.prepare_prefill(translated)
+        elif not self.bypasses_prefill(request):
+            self.prepare_decode(translated, section(request, "prefill_result", "disaggregated_params"))
+
+    def prepare_prefill(self, translated: Any) -> None:
+        """Tell the engine to stop after the prefill, and to keep its result."""
+
+    def prepare_decode(self, translated: Any, handed_over: Mapping[str, Any]) -> None:
+        """Tell the engine where to fetch the result of the prefill.
+
+        :param handed_over: what the prefill worker has sent; empty if it has sent nothing.
+        :raises InvalidRequestError: that is not enough.
         """
 
     @property

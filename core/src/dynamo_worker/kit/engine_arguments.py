@@ -10,7 +10,7 @@ from dynamo_worker.errors import StartError
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from dynamo_worker.engine import EngineContext
@@ -97,6 +97,23 @@ def kv_events_config(private_dir: Path) -> dict[str, str]:
     :param private_dir: directory of the sockets.
     """
     return {"publisher": "zmq", "endpoint": f"ipc://{private_dir}/kv-events-inproc", "topic": ""}
+
+
+def keyword(values: Mapping[str, str], expected: str, unsupported: Mapping[str, str]) -> Callable[[str], str]:
+    """Return the ``type`` of a flag that takes one of some words.
+
+    :param values: what each word stands for; several may stand for the same.
+    :param expected: the words to recommend.
+    :param unsupported: words that Dynamo's own worker knows, and why they are not supported here.
+    """
+
+    def read(text: str) -> str:
+        if text not in values:
+            why = f"is not supported: {unsupported[text]}" if text in unsupported else "is unknown"
+            raise argparse.ArgumentTypeError(f"{text} {why}; expected {expected}")
+        return values[text]
+
+    return read
 
 
 def non_negative(text: str) -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, TypeVar
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dynamo_worker.engine import EndpointSpec
 from dynamo_worker.errors import for_client
@@ -202,18 +203,91 @@ class EngineControl:
         finally:
             self.lora.end(adapter)
 
+    async def output_directory(self, given: object) -> str:
+        """Return the directory ``output_dir`` that an operation is to write into.
+
+        :raises InvalidRequestError: it is no directory's name, or operations may not write there.
+        """
+        if not isinstance(given, str):
+            raise refusal("output_dir", "a directory", given)
+        return await asyncio.to_thread(self.allowed_paths.to_write, given)
+
     def paused(self) -> bool:
         """Return whether an operation has taken the engine out of service."""
         return self.gate.withdrawn
 
     def routes(self) -> Mapping[str, Operation]:
         """Return all control routes by name."""
-        return routes({**self._routes, **self._lora_operations()})
+        return routes({**self._own_routes(), **self._lora_operations()})
 
     def endpoints(self) -> list[EndpointSpec]:
         """Return the endpoints for Dynamo's own tools."""
         operations = {**self._endpoints, **self._lora_operations()}
         return [endpoint(name, operation) for name, operation in operations.items()]
 
+    def _own_routes(self) -> Mapping[str, Operation]:
+        return self._routes
+
     def _lora_operations(self) -> dict[str, Operation]:
         return {} if self.lora is None else self.lora.operations()
+
+
+class MemoryControl(EngineControl, ABC):
+    """The operations of an engine that can release its accelerator's memory while it stays up.
+
+    The released regions are reasons for being out of discovery.
+    """
+
+    #: The regions of memory that can be released separately.
+    REGIONS: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    async def release_memory(self, tags: list[str], body: dict[str, Any]) -> None:
+        """Release regions of memory, after the requests in flight have ended; the engine has left discovery.
+
+        :param tags: the regions, none of which is released already.
+        :param body: of the request for the operation.
+        """
+
+    @abstractmethod
+    async def resume_memory(self, tags: list[str], body: dict[str, Any]) -> None:
+        """Allocate released regions of memory again.
+
+        :param body: of the request for the operation.
+        """
+
+    async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Leave discovery, end the requests in flight, and release the accelerator's memory, or some ``tags`` of it."""
+        tags = regions(body, self.REGIONS)
+
+        async def release() -> None:
+            await self.release_memory([tag for tag in tags if tag not in self.gate.reasons], body)
+
+        if not await self.gate.withdraw(release, *tags):
+            return {"message": "the memory is already released"}
+        log.info("Memory released", tags=",".join(tags))
+        return {"message": "memory released"}
+
+    async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Allocate the released memory, or some ``tags`` of it, again; rejoin discovery once none is released."""
+        tags = regions(body, self.REGIONS)
+        if not self.gate.reasons.intersection(tags):
+            return {"message": "the memory is not released"}
+
+        async def resume() -> bool:
+            await self.resume_memory([tag for tag in tags if tag in self.gate.reasons], body)
+            return True
+
+        await self.gate.rejoin(resume, *tags)
+        released = sorted(self.gate.reasons.intersection(self.REGIONS))
+        if released:
+            return {"message": f"partly resumed; still released: {released}"}
+        log.info("Memory resumed")
+        return {"message": "memory resumed"}
+
+    def _own_routes(self) -> Mapping[str, Operation]:
+        return {
+            "release_memory_occupation": self.release_memory_occupation,
+            "resume_memory_occupation": self.resume_memory_occupation,
+            **super()._own_routes(),
+        }

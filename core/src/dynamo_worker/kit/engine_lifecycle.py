@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from dynamo_worker.errors import StartError
+from dynamo_worker.kit.blocking import in_thread
+from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dynamo_worker.deadline import Deadline
+
+
+log = get_logger(__name__)
 
 
 class EngineLifecycle:
@@ -33,6 +41,20 @@ class EngineLifecycle:
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the engine; do nothing when called again."""
+
+
+async def shut_down(name: str, function: Callable[[], object], limit: float) -> None:
+    """Call an engine's own shutdown in a thread, for an engine whose processes are killed afterwards.
+
+    :param name: the engine's name.
+    :param limit: longest wait in seconds.
+    """
+    try:
+        await in_thread(function, name=f"{name}-shutdown", limit=limit)
+    except asyncio.TimeoutError:
+        log.info("The engine's own shutdown takes too long", engine=name, seconds=limit, next="kill its processes")
+    except Exception as error:
+        log.warning("The engine's own shutdown failed", engine=name, error=error, next="kill its processes")
 
 
 def start_error(name: str, error: object) -> StartError:

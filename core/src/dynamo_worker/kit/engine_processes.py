@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dynamo_worker.supervisor import linux, process_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.supervisor.linux import Process
+
+_T = TypeVar("_T")
 
 #: Found in the command lines of processes that ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start, until
 #: those set their own titles.
@@ -21,6 +23,8 @@ _SPAWNED = (b"multiprocessing.spawn", b"dynamo_worker.kit.preload")
 #: Seconds that leaders get once the processes below them are dead: they still unlink shared memory.
 _LEADERS_SECONDS = 0.3
 _POLL_SECONDS = 0.01
+#: Seconds between two looks at processes, and until whoever waits for them must have said why one died.
+_WATCH_SECONDS, _REPORT_SECONDS = 0.25, 2.0
 
 
 def named(title: bytes) -> list[int]:
@@ -64,6 +68,25 @@ class Launched(NamedTuple):
 def dead(processes: Iterable[Process]) -> list[int]:
     """Return the pids of those processes that have ended."""
     return [process.pid for process in processes if not linux.is_alive(process)]
+
+
+async def while_alive(work: Awaitable[_T], find: Callable[[], Iterable[Process]]) -> _T:
+    """Return the result of ``work``, which may wait for ever for a process that has died.
+
+    :param find: returns the processes; called again and again, because they appear one by one.
+    :raises ChildProcessError: a process has died, and ``work`` does not end.
+    """
+    task = asyncio.ensure_future(work)
+    seen: list[Process] = []
+    while not task.done():
+        await asyncio.wait({task}, timeout=_WATCH_SECONDS)
+        gone = dead(seen)
+        if gone:
+            await asyncio.wait({task}, timeout=_REPORT_SECONDS)  # it may know why
+            if not task.done():
+                raise ChildProcessError(f"a process of the engine has died (pid {gone[0]})")
+        seen = list(find())
+    return task.result()
 
 
 async def kill(processes: Iterable[Process], deadline: Deadline) -> None:

@@ -69,6 +69,18 @@ def number(name: str, value: Any) -> float:
     return read
 
 
+def number_within(least: float, most: float) -> Reader:
+    """Return the reader of a number from ``least`` to ``most``, for engines that fail on others."""
+
+    def read(name: str, value: Any) -> float:
+        read = number(name, value)
+        if not least <= read <= most:
+            raise refusal(name, f"a number from {least:g} to {most:g}", value)
+        return read
+
+    return read
+
+
 def boolean(name: str, value: Any) -> bool:
     """Read true or false."""
     if not isinstance(value, bool):

@@ -16,7 +16,7 @@ from dynamo_worker.kit.fields import section
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from dynamo_worker.engine import EngineContext, Operation
 
@@ -50,6 +50,24 @@ class LoraLoader(Protocol):
 
     async def unload(self, adapter: LoraAdapter) -> None:
         """Free the weights of an adapter that is no longer in use."""
+
+
+class OnDemand:
+    """Checks adapters for an engine that loads one with its first request, and drops it when it needs the room."""
+
+    def __init__(self, check: Callable[[LoraAdapter], object]) -> None:
+        """Take the check.
+
+        :param check: raises an error for an adapter that the engine could not load; called in a thread.
+        """
+        self._check = check
+
+    async def load(self, adapter: LoraAdapter) -> None:
+        """Check the adapter's files."""
+        await asyncio.to_thread(self._check, adapter)
+
+    async def unload(self, adapter: LoraAdapter) -> None:
+        """Do nothing: no more requests name the adapter, so others take its room."""
 
 
 class LoraAdapters:

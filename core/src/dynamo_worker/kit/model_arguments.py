@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -14,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dynamo_worker.errors import StartError, describe, shown
+from dynamo_worker.kit.engine_arguments import refuse_without_effect
 from dynamo_worker.suggest import suggestion
 
 if TYPE_CHECKING:
@@ -22,15 +25,106 @@ if TYPE_CHECKING:
 _LARGEST_FILE: Final = 2**20
 
 
-def options(field: FieldInfo) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CommandLine:
+    """The command line of an engine whose arguments are the fields of a pydantic model.
+
+    The arguments come from flags, from a file and from objects; later ones take precedence, key by key. Environment
+    variables are defaults of flags.
+
+    :param model: describes the arguments.
+    :param prefix: of the environment variables: ``DYN_TOY_`` for ``DYN_TOY_MAX_SEQ_LEN``.
+    :param file: the flag that names a file of arguments, and its help.
+    :param objects: the flags that take an object of arguments, and their help.
+    :param parts: flags for single keys of an argument that is an object: the argument and the key.
+    :param aliases: further flags of an argument.
+    :param no_flags: arguments that no text can state.
+    :param required: arguments that have to be given, and how.
+    :param without_effect: arguments that nothing in a worker reads, and why.
+    :param supported: arguments of which only some values are supported: those, and why no others.
+    """
+
+    model: type[BaseModel]
+    prefix: str
+    file: tuple[str, str]
+    objects: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    no_flags: Collection[str] = ()
+    required: Mapping[str, str] = field(default_factory=dict)
+    without_effect: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    supported: Mapping[str, tuple[Collection[object], str]] = field(default_factory=dict)
+
+    def add_flag(self, group: argparse._ArgumentGroup, name: str, *aliases: str, **options: Any) -> None:
+        """Add one flag, whose default is in the environment.
+
+        :param options: as ``add_argument`` takes them.
+        """
+        given = os.environ.get(f"{self.prefix}{name.upper()}")
+        default = {"default": given} if given else {}
+        group.add_argument(_flag(name), *aliases, dest=name, **{**options, **default})
+
+    def add_sources(self, group: argparse._ArgumentGroup) -> None:
+        """Add the flags for the file, the objects and single keys."""
+        name, text = self.file
+        self.add_flag(group, name, metavar="FILE", help=text)
+        for name, text in self.objects.items():
+            self.add_flag(group, name, type=mapping, metavar="JSON", help=text)
+        for name, (argument, key) in self.parts.items():
+            self.add_flag(group, name, type=value, metavar="NUMBER", help=f"`{key}` of {_flag(argument)}")
+
+    def add_arguments(self, group: argparse._ArgumentGroup) -> None:
+        """Add a flag for each argument."""
+        for name, described in self.model.model_fields.items():
+            if name not in self.no_flags:
+                given = options(described)
+                if name in self.supported:
+                    given.pop("choices", None)  # `read` says the reason
+                self.add_flag(group, name, *self.aliases.get(name, ()), **given)
+
+    def read(self, args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all arguments that are given, and those that a worker sets itself.
+
+        :param defaults: what a worker sets unless the operator does.
+        :raises StartError: the file cannot be read, or an argument is missing, unknown, wrong, not supported or without
+            effect.
+        """
+        given, fields = vars(args), self.model.model_fields
+        flags = {name: given[name] for name in given if name in fields and given[name] is not None}
+        parts = [
+            {argument: {key: given[name]}} for name, (argument, key) in self.parts.items() if given[name] is not None
+        ]
+        file, path = _flag(self.file[0]), given[self.file[0]]
+        sources = {
+            "the command line": merged(flags, *parts),
+            f"{file} {path}": read_file(file, path) if path else {},
+            **{_flag(name): given[name] or {} for name in self.objects},
+        }
+        settings = merged(defaults, *sources.values())
+        for name, hint in self.required.items():
+            if not settings.get(name):
+                raise StartError(f"the {name} is missing", hint=hint)
+        usual = {name: described.default for name, described in fields.items()}
+        for names, why in self.without_effect.items():
+            refuse_without_effect(
+                argparse.Namespace(**settings), lambda parser: parser.set_defaults(**usual), names, why
+            )
+        for name, (supported, why) in self.supported.items():
+            if name in settings and settings[name] not in supported:
+                raise StartError(f"{name} = {shown(settings[name])} is not supported: {why}")
+        validate(self.model, sources, settings)
+        return settings
+
+
+def options(described: FieldInfo) -> dict[str, Any]:
     """Return the options of the flag for a field, as ``add_argument`` takes them.
 
     Only choices are checked when the flag is parsed, everything else by the model.
     """
-    kinds = _kinds(field.annotation)
+    kinds = _kinds(described.annotation)
     choices = [value for kind in kinds for value in _values(kind)]
-    text = " ".join((field.description or "").split()).replace("%", "%%")
-    default = field.default
+    text = " ".join((described.description or "").split()).replace("%", "%%")
+    default = described.default
     if isinstance(default, Enum):
         default = default.value if isinstance(default.value, str) else default.name
     if isinstance(default, (str, int, float)):
@@ -110,6 +204,10 @@ def validate(model: type[BaseModel], sources: Mapping[str, Mapping[str, Any]], s
         raise StartError(f"{where}{path}{': ' if path else ''}{message}{got}") from error
     except Exception as error:
         raise StartError(f"the engine rejects its arguments: {describe(error)}") from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _names(model: type[BaseModel]) -> set[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from dynamo.llm import KvEventPublisher, WorkerMetricsPublisher
 
 from dynamo_worker.address import LOOPBACK
+from dynamo_worker.kit.blocking import Poller
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from dynamo.runtime import Endpoint
 
 log = get_logger(__name__)
+
+_T = TypeVar("_T")
 
 
 class LoadPublisher:
@@ -42,6 +45,60 @@ class LoadPublisher:
             self._used[rank] = used_blocks
             if self._publisher is not None:
                 self._publisher.publish(rank, kv_used_blocks=used_blocks)
+
+
+class RankLoad(NamedTuple):
+    """One report of a data-parallel rank about its load.
+
+    :param requests: number of requests that it has, running or waiting.
+    :param used_blocks: number of KV blocks in use; None if the report does not say.
+    """
+
+    rank: int
+    requests: int
+    used_blocks: int | None
+
+
+class LoadPoller(Generic[_T]):
+    """Reads and publishes what an engine reports about its load, through calls that may block.
+
+    :ivar steps: number of reports.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Iterable[_T]],
+        translate: Callable[[_T], RankLoad],
+        publisher: LoadPublisher,
+        name: str,
+    ) -> None:
+        """Start to read.
+
+        :param read: returns the engine's new reports; called in a thread.
+        :param translate: returns what one report says; called on the event loop.
+        :param name: of the thread.
+        """
+        self.steps = 0
+        self._translate = translate
+        self._publisher = publisher
+        self._requests: dict[int, int] = {}
+        self._poller = Poller(read, self._take, name)
+
+    def stop(self) -> None:
+        """Stop reading."""
+        self._poller.stop()
+
+    def requests(self) -> int:
+        """Return the number of requests that the ranks had when they last reported."""
+        return sum(self._requests.values())
+
+    def _take(self, reports: Iterable[_T]) -> None:
+        for report in reports:
+            load = self._translate(report)
+            self.steps += 1
+            self._requests[load.rank] = load.requests
+            if load.used_blocks is not None:
+                self._publisher.publish(load.rank, load.used_blocks)
 
 
 class KvEvents(NamedTuple):

@@ -7,21 +7,34 @@ a translated request.
 from __future__ import annotations
 
 import asyncio
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from dynamo_worker.containment import contained
-from dynamo_worker.errors import EngineDeadError
+from dynamo_worker.errors import EngineDeadError, StartError
+from dynamo_worker.kit import engine_processes
+from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.chunks import no_tokens
 from dynamo_worker.kit.engine_arguments import drop_unread_events
-from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
+from dynamo_worker.kit.kv_events import KvEventSource
 from dynamo_worker.kit.metrics import engine_registry
 from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Coroutine,
+        Iterable,
+        Mapping,
+        Sequence,
+    )
 
     from dynamo.llm import KvEventPublisher
     from dynamo.runtime import Endpoint
@@ -34,9 +47,14 @@ if TYPE_CHECKING:
     from dynamo_worker.kit.lora import LoraAdapter
     from dynamo_worker.kit.publishing import KvEvents
     from dynamo_worker.kit.translation import ModelTable
+    from dynamo_worker.supervisor.linux import Process
 
 #: Seconds between two checks whether a prefill worker's KV blocks have been fetched.
 _DRAIN_POLL_SECONDS = 0.1
+#: Looks at the engine's health after it has failed a request, and the seconds after each.
+_LOOKS, _LOOK_SECONDS = 4, 0.25
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -79,6 +97,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     Its command line has ``--publish-kv-events`` (:func:`~dynamo_worker.kit.engine_arguments.add_publish_kv_events`).
 
     :ivar load: what the engine reports about its KV cache.
+    :ivar at_stop: functions that :meth:`stop` calls, such as that of a :class:`~dynamo_worker.kit.blocking.Poller`.
     """
 
     #: The engine's name in messages.
@@ -90,6 +109,8 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self.args = args
         self.context = context
         self.load = LoadPublisher()
+        self.at_stop: list[Callable[[], object]] = []
+        self._stopping = self._failed = False
         self._started: StartedT | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._publishers: list[KvEventPublisher] = []
@@ -117,8 +138,8 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     async def answer(self, started: StartedT, job: Job) -> None:
         """Send all chunks of one request."""
 
-    def kv_events(self, started: StartedT) -> KvEvents | None:  # noqa: ARG002 - for engines that have some
-        """Return where the engine publishes its KV events, or None if it does not."""
+    def kv_events(self, started: StartedT) -> KvEvents | KvEventSource | None:  # noqa: ARG002 - for some
+        """Return where the engine publishes its KV events, or how it hands them out; None if it does neither."""
         return None
 
     def reports_load(self) -> bool:
@@ -154,11 +175,31 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             needs=started.role.needs,
             lora_adapters=() if lora is None else lora.names(),
             runtime_config={
+                # A decode worker's cache says nothing about where a prefix was computed.
+                "enable_local_indexer": started.role.mode != "decode",
                 "kv_event_publishing_enabled": self.kv_events(started) is not None,
                 **info.runtime_config,
             },
             endpoints=started.control.endpoints(),
         )
+
+    async def construct(self, build: Callable[[], _T], processes: Callable[[], Iterable[Process]] = tuple) -> _T:
+        """Build the engine in a thread: that takes minutes and cannot be interrupted.
+
+        :param build: starts the engine's processes and waits until the model is loaded.
+        :param processes: returns those started so far, for engines that may not notice that one has died.
+        :raises StartError: the engine fails to start.
+        """
+        hook = sys.excepthook
+        try:
+            return await engine_processes.while_alive(in_thread(build, name="engine-start"), processes)
+        except Exception as error:
+            if self._stopping:
+                raise StartError("stopped during the start") from error
+            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+            raise start_error(self.NAME, f"{error}{cause}") from error
+        finally:
+            sys.excepthook = hook  # an engine's own may wait for its processes before an error ends this one
 
     async def push(self, request: Request, context: RequestContext, send: Send) -> None:
         """Translate one request and answer it; see :class:`~dynamo_worker.engine.PushesChunks`."""
@@ -170,6 +211,17 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         started.role.prepare(request, params)
         with started.control.lora_adapter(request) as lora:
             await self.answer(started, Job(request, params, lora, context, send))
+
+    async def stays_well(self) -> None:
+        """Check the engine's health for a moment: the failure of one request may be the first sign of a broken engine.
+
+        Otherwise the request would come back to this worker until its migrations are used up.
+
+        :raises EngineDeadError: the engine is broken.
+        """
+        for _ in range(_LOOKS):
+            await self.check_health()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         """Return the chunks of one request, for callers inside this process."""
@@ -185,7 +237,9 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             first = info.data_parallel_start_rank
             await self.load.attach(endpoint, range(first, first + info.data_parallel_size))
         events = self.kv_events(self.started)
-        if events is not None:
+        if isinstance(events, KvEventSource):
+            self.at_stop.append(events.forward(endpoint).stop)
+        elif events is not None:
             self._publishers = publish_kv_events(endpoint, events)
 
     def metrics_registry(self) -> CollectorRegistry:
@@ -216,10 +270,17 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         while not deadline.passed and self.pending_transfers(started):
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
 
+    def mark_failed(self) -> None:
+        """Let the shutdown kill the engine's processes without asking them first."""
+        self._failed = True
+
     def stop(self) -> StartedT | None:
-        """Refuse requests from now on and cancel the tasks; return the parts that :meth:`shutdown` has to end."""
+        """Refuse requests from now on, end what runs beside, and return the parts that :meth:`shutdown` has to end."""
+        for function in self.at_stop:
+            function()
         for task in self._tasks:
             task.cancel()
+        self._stopping = True
         started, self._started = self._started, None
         return started
 

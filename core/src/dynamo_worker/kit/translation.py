@@ -76,6 +76,22 @@ OUTPUT: Final[Fields] = {
 }
 
 
+@dataclass
+class Translated:
+    """A request in an engine's terms; each engine adds its own sampling parameters.
+
+    :param n: number of answers.
+    :param options: further arguments of the engine's method that takes requests.
+    :param top: number of likeliest tokens reported with each token; None for no log-probabilities.
+    :param prompt_top: the same for the tokens of the prompt.
+    """
+
+    n: int
+    options: dict[str, Any]
+    top: int | None
+    prompt_top: int | None
+
+
 @dataclass(frozen=True)
 class RequestTable:
     """The parameter of the engine that each field of a request becomes.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.managers import io_struct
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit.engine_control import EngineControl, profile_routes, regions
+from dynamo_worker.kit.engine_control import MemoryControl, profile_routes
 from dynamo_worker.kit.fields import refusal
 from dynamo_worker.kit.lora import LoraAdapters
 from dynamo_worker.logs import get_logger
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: What ``release_memory_occupation`` can release.
-_REGIONS = ("weights", "kv_cache", "cuda_graph")
 #: What ``pause_generation`` can do with requests in flight: end them, freeze them, or put them back in the queue.
 _MODES = ("abort", "in_place", "retract")
 #: Longest wait for a cache that is in use, in seconds.
@@ -54,11 +52,10 @@ def _check(result: Any) -> None:
         raise RuntimeError(result.error_message)
 
 
-class Control(EngineControl):
-    """All operations of one engine.
+class Control(MemoryControl):
+    """All operations of one engine. The mode of a pause is a reason for being out of discovery, too."""
 
-    Its reasons for being out of discovery are the released regions of memory, and the mode of a pause.
-    """
+    REGIONS: ClassVar = ("weights", "kv_cache", "cuda_graph")
 
     def __init__(self, manager: Manager, context: EngineContext, model_names: Collection[str]) -> None:
         self._manager = manager
@@ -67,8 +64,6 @@ class Control(EngineControl):
             context,
             routes={
                 "flush_cache": self.flush_cache,
-                "release_memory_occupation": self.release_memory_occupation,
-                "resume_memory_occupation": self.resume_memory_occupation,
                 "pause_generation": self.pause_generation,
                 "continue_generation": self.continue_generation,
                 "update_weights_from_disk": self.update_weights_from_disk,
@@ -89,42 +84,26 @@ class Control(EngineControl):
         return {"message": "cache flushed"}
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Leave discovery, end the requests in flight, and release the accelerator's memory, or some ``tags`` of it."""
-        tags, mode = regions(body, _REGIONS), _mode(body)
+        """Release memory; ``mode`` says what becomes of the requests in flight, as for ``pause_generation``."""
+        _mode(body)
+        return await super().release_memory_occupation(body)
 
-        async def release() -> None:
-            if "in_place" in (mode, *self.gate.reasons):
-                raise InvalidRequestError("requests paused in place may still use the memory")
-            await self._pause(mode)
-            new = [tag for tag in tags if tag not in self.gate.reasons]
-            try:
-                await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=new))
-            except BaseException:
-                await self._continue(body, ())
-                raise
+    async def release_memory(self, tags: list[str], body: dict[str, Any]) -> None:
+        """Pause generation, and release regions of the accelerator's memory."""
+        mode = _mode(body)
+        if "in_place" in (mode, *self.gate.reasons):
+            raise InvalidRequestError("requests paused in place may still use the memory")
+        await self._pause(mode)
+        try:
+            await self._manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput(tags=tags))
+        except BaseException:
+            await self._continue(body, ())
+            raise
 
-        if not await self.gate.withdraw(release, *tags):
-            return {"message": "the memory is already released"}
-        log.info("Memory released", tags=",".join(tags))
-        return {"message": "memory released"}
-
-    async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Allocate the released memory, or some ``tags`` of it, again; rejoin discovery once none is released."""
-        tags = regions(body, _REGIONS)
-        if not self.gate.reasons.intersection(tags):
-            return {"message": "the memory is not released"}
-
-        async def resume() -> bool:
-            released = [tag for tag in tags if tag in self.gate.reasons]
-            await self._manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=released))
-            return await self._continue(body, tags)
-
-        await self.gate.rejoin(resume, *tags)
-        released = sorted(self.gate.reasons.intersection(_REGIONS))
-        if released:
-            return {"message": f"partly resumed; still released: {released}"}
-        log.info("Memory resumed")
-        return {"message": "memory resumed"}
+    async def resume_memory(self, tags: list[str], body: dict[str, Any]) -> None:
+        """Allocate regions of memory again, and continue generation unless there is another reason not to."""
+        await self._manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput(tags=tags))
+        await self._continue(body, tags)
 
     async def pause_generation(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery and pause generation; ``mode`` is ``abort`` (default), ``in_place`` or ``retract``."""
@@ -173,9 +152,7 @@ class Control(EngineControl):
     async def _start_profile(self, body: dict[str, Any]) -> None:
         """Start SGLang's profiler with ``output_dir``, ``num_steps``, ``activities`` and so on as in SGLang."""
         directory = body.get("output_dir") or os.environ.get("SGLANG_TORCH_PROFILER_DIR", _PROFILES)
-        if not isinstance(directory, str):
-            raise refusal("output_dir", "a directory", directory)
-        directory = await asyncio.to_thread(self.allowed_paths.to_write, directory)
+        directory = await self.output_directory(directory)
         for name in ("profile_id", "profile_prefix"):
             if body.get(name) is not None:
                 self.allowed_paths.name(body[name])

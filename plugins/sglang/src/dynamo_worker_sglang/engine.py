@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamo_worker import EngineDeadError, EngineInfo
 from dynamo_worker.kit import engine_processes, push_engine, request_metadata
+from dynamo_worker.kit.blocking import OneAtATime
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.fields import section
@@ -80,7 +81,8 @@ class SglangEngine(PushEngine[Started]):
         super().__init__(args, context)
         #: Set before the start is complete: their files must be removed even if the rest of it fails.
         self._processes: Processes | None = None
-        self._probe: asyncio.Task[Any] | None = None
+        #: A second question would queue behind the first.
+        self._state = OneAtATime(lambda: self.started.manager.get_internal_state())
         #: SGLang's ids of each request's answers.
         self._answers: dict[str, list[str]] = {}
 
@@ -135,11 +137,7 @@ class SglangEngine(PushEngine[Started]):
             data_parallel_size=len(started.ranks),
             max_loras=settings["max_loras_per_batch"] if manager.enable_lora else None,
             bootstrap=role.bootstrap,
-            runtime_config={
-                # A decode worker's cache says nothing about where a prefix was computed.
-                "enable_local_indexer": role.mode != "decode",
-                **({"enable_eagle": True} if speculative in ("EAGLE", "EAGLE3") else {}),
-            },
+            runtime_config={"enable_eagle": True} if speculative in ("EAGLE", "EAGLE3") else {},
         )
 
     async def on_ready(self) -> None:
@@ -242,13 +240,9 @@ class SglangEngine(PushEngine[Started]):
         """
         if self._started is None:
             return
-        manager = self._started.manager
-        if manager.failure is not None:
-            raise EngineDeadError(manager.failure)
-        # One question at a time: a second one would queue behind the first.
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.ensure_future(manager.get_internal_state())
-        await asyncio.shield(self._probe)
+        if self._started.manager.failure is not None:
+            raise EngineDeadError(self._started.manager.failure)
+        await self._state.answer()
 
     def pending_transfers(self, started: Started) -> int:
         """Return the number of requests whose KV cache decode workers have not fetched yet."""
@@ -270,8 +264,7 @@ class SglangEngine(PushEngine[Started]):
 
     async def shutdown(self, deadline: Deadline) -> None:
         """Kill SGLang's processes: they hold nothing that needs an orderly shutdown, and ignore SIGTERM."""
-        if self._probe is not None:
-            self._probe.cancel()
+        self._state.cancel()
         self.stop()
         processes, self._processes = self._processes, None
         if processes is not None:

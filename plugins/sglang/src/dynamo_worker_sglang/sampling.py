@@ -9,7 +9,7 @@ import msgspec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, CustomParamValue, SamplingParams
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit import fields, guided_decoding, request_metadata
+from dynamo_worker.kit import fields, guided_decoding, request_metadata, translation
 from dynamo_worker.kit import request_limits as limits
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
@@ -85,22 +85,14 @@ _REQUEST_OPTIONS: Final[tuple[str, ...]] = ("max_thinking_tokens", "custom_logit
 
 
 @dataclass
-class Translated:
-    """A request in SGLang's terms.
+class Translated(translation.Translated):
+    """A request in SGLang's terms, with further arguments of ``GenerateReqInput``.
 
     :param sampling: the arguments of ``SamplingParams``.
-    :param n: number of answers.
-    :param options: further arguments of ``GenerateReqInput``.
-    :param top: number of likeliest tokens reported with each token; None for no log-probabilities.
-    :param prompt_top: the same for the tokens of the prompt.
     :param meeting: bootstrap address that a prefill worker sends before its first token; None if it sends none.
     """
 
     sampling: dict[str, Any]
-    n: int
-    options: dict[str, Any]
-    top: int | None
-    prompt_top: int | None
     meeting: dict[str, Any] | None = None
 
 
@@ -168,4 +160,4 @@ class SamplingTable(ModelTable[Translated]):
             raise InvalidRequestError(
                 "sampling_options.seed is not supported by this engine without --enable-deterministic-inference"
             )
-        return Translated(values, n, options, top, prompt_top)
+        return Translated(n, options, top, prompt_top, values)

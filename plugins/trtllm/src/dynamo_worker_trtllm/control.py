@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tensorrt_llm.executor.request import LoRARequest
 
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit.blocking import in_thread
-from dynamo_worker.kit.engine_control import EngineControl, profile_routes, regions
-from dynamo_worker.kit.fields import refusal
-from dynamo_worker.kit.lora import LoraAdapters
-from dynamo_worker.logs import get_logger
+from dynamo_worker.kit.engine_control import MemoryControl, profile_routes
+from dynamo_worker.kit.lora import LoraAdapters, OnDemand
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Awaitable, Callable, Collection
 
     from dynamo_worker import EngineContext
     from dynamo_worker.kit.lora import LoraAdapter
 
-log = get_logger(__name__)
-
-#: The parts of memory that TensorRT-LLM can release.
-_REGIONS: Final = ("kv_cache", "weights")
 #: Longest wait for the ranks' answer to an operation, or for the requests in flight, in seconds.
 _LIMIT_SECONDS: Final = 120.0
-_POLL_SECONDS: Final = 0.05
-
-
-class LoraLoader:
-    """Checks LoRA adapters: TensorRT-LLM loads one with its first request, and drops it when it needs the room."""
-
-    async def load(self, adapter: LoraAdapter) -> None:
-        """Check the adapter's files."""
-        await asyncio.to_thread(lora_request, adapter)
-
-    async def unload(self, adapter: LoraAdapter) -> None:
-        """Do nothing: no more requests name the adapter, so others take its room."""
 
 
 def lora_request(adapter: LoraAdapter) -> LoRARequest:
@@ -51,63 +33,44 @@ def lora_request(adapter: LoraAdapter) -> LoRARequest:
         raise InvalidRequestError(str(error)) from error
 
 
-class Control(EngineControl):
-    """All operations of one engine. Its reasons for being out of discovery are the released parts of memory."""
+class Control(MemoryControl):
+    """All operations of one engine."""
+
+    REGIONS: ClassVar = ("kv_cache", "weights")
 
     def __init__(
-        self, llm: Any, context: EngineContext, model_names: Collection[str], requests: Collection[object]
+        self, llm: Any, context: EngineContext, model_names: Collection[str], idle: Callable[[], Awaitable[None]]
     ) -> None:
         """Take the engine.
 
-        :param requests: those in flight.
+        :param idle: returns once the engine works on no request.
         """
         self._llm = llm
-        self._requests = requests
+        self._idle = idle
         super().__init__(
             context,
             routes={
-                "release_memory_occupation": self.release_memory_occupation,
-                "resume_memory_occupation": self.resume_memory_occupation,
                 "reset_prefix_cache": self.reset_prefix_cache,
                 **profile_routes(self._start_profile, lambda: self._call("stop_profile")),
             },
             endpoints={"clear_kv_blocks": self.reset_prefix_cache},
-            lora=LoraAdapters(LoraLoader(), context, model_names) if llm.args.enable_lora else None,
+            lora=LoraAdapters(OnDemand(lora_request), context, model_names) if llm.args.enable_lora else None,
         )
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Leave discovery, finish the requests in flight, and release the GPU's memory, or some ``tags`` of it."""
-        tags = regions(body, _REGIONS)
+        """Release memory, if the engine was started for that."""
         if getattr(self._llm.args, "sleep_config", None) is None:
             raise InvalidRequestError("the engine cannot release memory: start it with --sleep-config '{}'")
+        return await super().release_memory_occupation(body)
 
-        async def release() -> None:
-            await asyncio.wait_for(self._idle(), _LIMIT_SECONDS)
-            await self._call("sleep", tags)
+    async def release_memory(self, tags: list[str], body: dict[str, Any]) -> None:  # noqa: ARG002 - TensorRT-LLM needs no more
+        """Wait for the requests in flight, and release regions of the GPU's memory."""
+        await asyncio.wait_for(self._idle(), _LIMIT_SECONDS)
+        await self._call("sleep", tags)
 
-        if not await self.gate.withdraw(release, *tags):
-            return {"message": "the memory is already released"}
-        log.info("Memory released", tags=",".join(tags))
-        return {"message": "memory released"}
-
-    async def _idle(self) -> None:
-        while self._requests:
-            await asyncio.sleep(_POLL_SECONDS)
-
-    async def resume_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Allocate the released memory, or some ``tags`` of it, again; rejoin discovery once none is released."""
-        tags = [tag for tag in regions(body, _REGIONS) if tag in self.gate.reasons]
-        if not tags:
-            return {"message": "the memory is not released"}
-
-        async def resume() -> bool:
-            await self._call("wakeup", tags)
-            return True
-
-        if not await self.gate.rejoin(resume, *tags):
-            return {"message": f"partly resumed; still released: {sorted(self.gate.reasons)}"}
-        log.info("Memory resumed")
-        return {"message": "memory resumed"}
+    async def resume_memory(self, tags: list[str], body: dict[str, Any]) -> None:  # noqa: ARG002 - as above
+        """Allocate regions of memory again."""
+        await self._call("wakeup", tags)
 
     async def reset_prefix_cache(self, body: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - it has no parameters
         """Drop all cached prefixes."""
@@ -117,10 +80,7 @@ class Control(EngineControl):
 
     async def _start_profile(self, body: dict[str, Any]) -> None:
         """Start the profiler of every rank, which writes into ``output_dir``."""
-        directory = body.get("output_dir")
-        if not isinstance(directory, str):
-            raise refusal("output_dir", "a directory", directory)
-        await self._call("start_profile", await asyncio.to_thread(self.allowed_paths.to_write, directory))
+        await self._call("start_profile", await self.output_directory(body.get("output_dir")))
 
     async def _call(self, method: str, *arguments: Any) -> None:
         """Call a method of every rank, off the event loop: it waits for the answers.

@@ -13,8 +13,7 @@ from tensorrt_llm.llmapi.disagg_utils import get_global_disagg_request_id
 
 from dynamo_worker import InvalidRequestError, StartError
 from dynamo_worker.kit import disaggregation
-from dynamo_worker.kit.canary import is_canary
-from dynamo_worker.kit.fields import refusal, section
+from dynamo_worker.kit.fields import refusal
 from dynamo_worker.kit.json_schema import check_size
 
 if TYPE_CHECKING:
@@ -46,30 +45,24 @@ class Role(disaggregation.Role):
         #: Node and process in the ids of this worker's requests, which also contain the time.
         self._place = (random.randrange(_NODES), random.randrange(_PROCESSES))
 
-    def prepare(self, request: Mapping[str, Any], translated: Translated) -> None:
-        """Tell TensorRT-LLM to stop after the prefill, or where to fetch its result.
+    def prepare_prefill(self, translated: Translated) -> None:
+        """Tell TensorRT-LLM to stop after the prefill."""
+        translated.params.max_tokens = 1
+        translated.params.min_tokens = None
+        # Otherwise an end-of-sequence token ends the request here, and there is nothing to hand over.
+        translated.params.ignore_eos = True
+        translated.options["disaggregated_params"] = DisaggregatedParams(
+            request_type="context_only", disagg_request_id=get_global_disagg_request_id(*self._place)
+        )
 
-        A canary concerns no other worker.
+    def prepare_decode(self, translated: Translated, handed_over: Mapping[str, Any]) -> None:
+        """Tell TensorRT-LLM where to fetch the KV cache.
 
-        :raises InvalidRequestError: the request cannot be disaggregated.
+        :raises InvalidRequestError: no prefill worker has said where.
         """
-        if self.mode == "aggregated" or is_canary(request):
-            return
-        if self.mode == "prefill":
-            if translated.n > 1:
-                raise InvalidRequestError("sampling_options.n: a prefill worker makes only one answer")
-            translated.params.max_tokens = 1
-            translated.params.min_tokens = None
-            # Otherwise an end-of-sequence token ends the request here, and there is nothing to hand over.
-            translated.params.ignore_eos = True
-            translated.options["disaggregated_params"] = DisaggregatedParams(
-                request_type="context_only", disagg_request_id=get_global_disagg_request_id(*self._place)
-            )
-        elif not self.bypasses_prefill(request):
-            given = section(request, "prefill_result", "disaggregated_params")
-            if not given:
-                raise InvalidRequestError("prefill_result.disaggregated_params: expected a prefill worker's result")
-            translated.options["disaggregated_params"] = unpack(given)
+        if not handed_over:
+            raise InvalidRequestError("prefill_result.disaggregated_params: expected a prefill worker's result")
+        translated.options["disaggregated_params"] = unpack(handed_over)
 
     def hand_over(self, translated: Translated) -> Callable[[Any], dict[str, Any]] | None:
         """Return what turns TensorRT-LLM's description of a prefill into the router's; None without a prefill."""

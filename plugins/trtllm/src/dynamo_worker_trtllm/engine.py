@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -16,50 +15,41 @@ from dynamo.llm.exceptions import Disconnected
 from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.metrics import MetricsCollector
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
-from dynamo_worker.kit import engine_processes, huggingface, push_engine
-from dynamo_worker.kit.blocking import Lane, in_thread
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
+from dynamo_worker.kit import huggingface, mpi_job, push_engine
+from dynamo_worker.kit.blocking import OneAtATime, in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
-from dynamo_worker.kit.engine_lifecycle import start_error
-from dynamo_worker.kit.engine_processes import Launched
+from dynamo_worker.kit.engine_lifecycle import shut_down
+from dynamo_worker.kit.in_flight import RequestsInFlight
 from dynamo_worker.kit.push_engine import Job, PushEngine
 from dynamo_worker.logs import get_logger
 from dynamo_worker_trtllm import arguments, nodes, outputs
 from dynamo_worker_trtllm.control import Control, lora_request
 from dynamo_worker_trtllm.disaggregation import Role
-from dynamo_worker_trtllm.load import KvEventForwarder, LoadReader
+from dynamo_worker_trtllm.load import kv_events, read_load
 from dynamo_worker_trtllm.outputs import Answers
 from dynamo_worker_trtllm.sampling import SamplingTable
 
 if TYPE_CHECKING:
     import argparse
-    import subprocess
-    from collections.abc import Callable, Iterable
-
-    from dynamo.runtime import Endpoint
+    from collections.abc import Callable, Iterable, Mapping
 
     from dynamo_worker import Deadline, EngineContext, Request
+    from dynamo_worker.kit.answer import Answer
     from dynamo_worker.kit.huggingface import ModelFiles
+    from dynamo_worker.kit.kv_events import KvEventSource
+    from dynamo_worker.kit.publishing import LoadPoller
 
 log = get_logger(__name__)
 
-#: Name of Open MPI's daemon, which starts the ranks. It is never killed: Open MPI would end this process too, about a
-#: second later, with exit code 205 (4.1.8, measured). It ends with this process.
-_DAEMON: Final = "orted"
 #: Seconds that TensorRT-LLM's own shutdown gets. It waits for the ranks without a bound, and releases nothing that the
 #: kernel does not release once they are killed.
 _SHUTDOWN_SECONDS: Final = 1.0
 #: Seconds until the kernel has removed ranks that were killed.
 _KILLED_SECONDS: Final = 0.5
-#: Seconds between two looks at the ranks while they start, and until TensorRT-LLM must have said why one died.
-_WATCH_SECONDS, _REPORT_SECONDS = 0.25, 2.0
-#: Number of looks at the engine's health after it has failed a request.
-_LOOKS: Final = 4
 #: Every ``LLM`` of this process, which ends without destroying them: their destructors wait for the ranks.
 _KEPT: Final[list[Any]] = []
-#: Seconds within which the engine has to acknowledge that it has aborted a request.
-_ABORT_SECONDS: Final = 5.0
 
 
 @dataclass
@@ -72,7 +62,7 @@ class Started(push_engine.Started):
     role: Role
     llm: Any
     model: ModelFiles
-    load: LoadReader
+    load: LoadPoller[Any]
     decode: Callable[[int], str | None]
 
     @property
@@ -80,17 +70,6 @@ class Started(push_engine.Started):
         """The data-parallel ranks: with attention data parallelism, each tensor-parallel rank has its own KV cache."""
         args = self.llm.args
         return range(args.tensor_parallel_size if args.enable_attention_dp else 1)
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in one block of the KV cache."""
-        return int(self.llm.args.kv_cache_config.tokens_per_block)
-
-    @property
-    def publishes_events(self) -> bool:
-        """Whether the ranks report what their KV caches hold."""
-        config = self.llm.args.kv_cache_config
-        return bool(config.event_buffer_max_size and config.enable_block_reuse)
 
 
 class TrtllmEngine(PushEngine[Started]):
@@ -101,65 +80,38 @@ class TrtllmEngine(PushEngine[Started]):
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
-        self._stopping = self._failed = False
         self._steps = 0
-        self._lane = Lane("trtllm-sender")
-        self._leader: subprocess.Popen[bytes] | None = None
-        self._llm: Any = None
-        #: TensorRT-LLM's result and our answers for each request that the engine works on.
-        self._running: dict[str, tuple[Any, Answers]] = {}
-        self._probe: asyncio.Future[bool] | None = None
-        self._events: KvEventForwarder | None = None
+        self._requests: RequestsInFlight[Any] = RequestsInFlight(
+            "trtllm-sender", lambda result: result.abort(), may_abort=self._may_abort, run_beside=self.run_beside
+        )
+        # Its check shuts the executor down if it fails.
+        self._health = OneAtATime(lambda: in_thread(self.started.llm._check_health, name="trtllm-health"))  # noqa: SLF001
         self._metrics: MetricsCollector | None = None
 
     async def launch(self) -> Started:
         """Start TensorRT-LLM's ranks and wait until the model is loaded."""
         settings = await asyncio.to_thread(arguments.configure, self.args)
         role = Role(self.args.disaggregation_mode, settings)
-        self._leader = nodes.lead()
+        nodes.lead()
         log.info("Starting TensorRT-LLM", version=tensorrt_llm.__version__, model=settings["model"])
-        hook = sys.excepthook
-        try:
-            self._llm = llm = await self._construct(settings)
-        finally:
-            # TensorRT-LLM's waits for the ranks before an uncaught error ends this process.
-            sys.excepthook = hook
+        llm = await self.construct(lambda: _build(settings), lambda: mpi_job.launched().children)
         args, tokenizer = llm.args, getattr(llm.tokenizer, "tokenizer", llm.tokenizer)
         if self.args.publish_metrics:
             self._metrics = MetricsCollector({"model_name": self._served_name(args.model), "engine_type": "trtllm"})
         model = await asyncio.to_thread(
             huggingface.read, str(args.model), tokenizer, args.max_seq_len, trust_remote_code=args.trust_remote_code
         )
+        reader = read_load(llm, self.load, self._metrics)
+        self.at_stop.append(reader.stop)
         return Started(
             SamplingTable(model, args),
             role,
-            Control(llm, self.context, (model.path, self._served_name(model.path)), self._running),
+            Control(llm, self.context, (model.path, self._served_name(model.path)), self._requests.idle),
             llm,
             model,
-            LoadReader(llm, self.load, self._metrics),
+            reader,
             token_decoder(tokenizer),
         )
-
-    async def _construct(self, settings: dict[str, Any]) -> Any:
-        """Return a new ``LLM``. It takes minutes, cannot be interrupted, and may not notice that a rank has died."""
-        built = asyncio.ensure_future(in_thread(lambda: tensorrt_llm.LLM(**settings), name="trtllm-start"))
-        ranks: list[Any] = []
-        while not built.done():
-            await asyncio.wait({built}, timeout=_WATCH_SECONDS)
-            dead = engine_processes.dead(ranks)
-            if dead:
-                await asyncio.wait({built}, timeout=_REPORT_SECONDS)  # it may know why
-                if not built.done():
-                    raise start_error(self.NAME, f"a rank died while it started (pid {dead[0]})")
-            ranks = Launched.by(_DAEMON).children
-        try:
-            _KEPT.append(built.result())
-            return built.result()
-        except Exception as error:
-            if self._stopping:
-                raise StartError("stopped during the start") from error
-            cause = f": {error.__cause__}" if error.__cause__ is not None else ""
-            raise start_error(self.NAME, f"{error}{cause}") from error
 
     def _served_name(self, path: Any) -> str:
         return str(self.args.served_model_name or path)
@@ -172,17 +124,12 @@ class TrtllmEngine(PushEngine[Started]):
             model_path=model.path,
             context_length=model.context_length,
             vocab_size=model.vocab_size,
-            kv_block_size=started.block_size,
+            kv_block_size=int(args.kv_cache_config.tokens_per_block),
             total_kv_blocks=_total_blocks(started.llm),
             max_num_seqs=args.max_batch_size,
             max_num_batched_tokens=args.max_num_tokens,
             data_parallel_size=len(started.ranks),
             max_loras=(getattr(args.lora_config, "max_loras", None) or 1) if args.enable_lora else None,
-            # A decode worker's cache says nothing about where a prefix was computed.
-            runtime_config={
-                "enable_local_indexer": started.role.mode != "decode",
-                "kv_event_publishing_enabled": started.publishes_events,
-            },
         )
 
     # ------------------------------------------------------------------------------------------------------ requests
@@ -198,33 +145,11 @@ class TrtllmEngine(PushEngine[Started]):
             hand_over=started.role.hand_over(job.params),
             on_step=self._step,
         )
-        request_id = job.context.id()
-        submitted = self._lane.call(self._submit, started.llm, job)
         try:
-            result = await asyncio.shield(submitted)
-        except asyncio.CancelledError:
-            # The engine may have it all the same, and has to be told that nobody waits.
-            submitted.add_done_callback(lambda done: self._abort_late(done, answers))
-            raise
-        self._running[request_id] = (result, answers)
-        answers.follow(result)
-        try:
-            await answers.wait()
+            await self._requests.answer(job.context.id(), answers, lambda: self._submit(started.llm, job))
         except Disconnected:
-            await self._stays_well()  # or the request comes back to this worker until its migrations are used up
+            await self.stays_well()
             raise
-        finally:
-            if answers.finished.is_set():
-                self._running.pop(request_id, None)
-
-    async def _stays_well(self) -> None:
-        """Return after a moment: the failure of one request may be the first sign of a broken engine.
-
-        :raises EngineDeadError: it is one.
-        """
-        for _ in range(_LOOKS):
-            await self.check_health()
-            await asyncio.sleep(_WATCH_SECONDS)
 
     @staticmethod
     def _submit(llm: Any, job: Job) -> Any:
@@ -252,36 +177,19 @@ class TrtllmEngine(PushEngine[Started]):
 
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request, and wait until the engine has acknowledged that."""
-        running = self._running.pop(request_id, None)
-        if running is not None:
-            await self._abort(*running)
+        await self._requests.abort(request_id)
 
-    def _abort_late(self, submitted: asyncio.Future[Any], answers: Answers) -> None:
-        if not submitted.cancelled() and submitted.exception() is None:
-            answers.follow(submitted.result())
-            self.run_beside(self._abort(submitted.result(), answers))
-
-    async def _abort(self, result: Any, answers: Answers) -> None:
+    async def _may_abort(self, answer: Answer) -> bool:
         if self._started is not None and self._started.role.mode == "decode":
             # An abort while the KV cache is on its way would take the prefill worker's blocks with it.
-            await answers.begun.wait()
-        if self._started is None or self._failed or answers.finished.is_set():
-            return
-        try:
-            await asyncio.wait_for(self._lane.call(result.abort), _ABORT_SECONDS)
-            await asyncio.wait_for(answers.finished.wait(), _ABORT_SECONDS)
-        except asyncio.TimeoutError:
-            log.warning("TensorRT-LLM has not acknowledged an abort", request=result.request_id, next="it computes on")
+            await answer.begun.wait()
+        return self._started is not None and not self._failed
 
     # -------------------------------------------------------------------------------------------------------- health
 
     def processes(self) -> Iterable[int]:
         """Return the pids of Open MPI's daemon and of all ranks on this node."""
-        if self._llm is None:
-            return []
-        launched = Launched.by(_DAEMON)
-        leader = [] if self._leader is None else [self._leader.pid]
-        return [*leader, *(process.pid for process in launched.launchers + launched.children)]
+        return mpi_job.processes() if _KEPT else []
 
     def canary_request(self) -> Request:
         """Return a request for one token, which needs no other worker."""
@@ -299,53 +207,33 @@ class TrtllmEngine(PushEngine[Started]):
 
         :raises EngineDeadError: it is not.
         """
-        if self._started is None:
-            return
-        llm = self._started.llm
-        if self._probe is None or self._probe.done():  # one at a time
-            # Its check shuts the executor down if it fails.
-            self._probe = asyncio.ensure_future(in_thread(llm._check_health, name="trtllm-health"))  # noqa: SLF001
-        if not await asyncio.shield(self._probe):
-            error = getattr(llm._executor, "_fatal_error", None)  # noqa: SLF001
+        started = self._started
+        if started is not None and not await self._health.answer():
+            error = getattr(started.llm._executor, "_fatal_error", None)  # noqa: SLF001
             raise EngineDeadError(f"TensorRT-LLM reports that it has failed: {error or 'no reason given'}")
-
-    def mark_failed(self) -> None:
-        """Let :meth:`shutdown` kill the ranks without asking them first."""
-        self._failed = True
 
     def pending_transfers(self, started: Started) -> int:
         """Return the number of requests that the ranks hold, among them those whose KV cache is not fetched yet."""
-        return started.load.held()
+        return started.load.requests()
 
-    # ------------------------------------------------------------------------------------------- routers and the end
+    def kv_events(self, started: Started) -> KvEventSource | None:
+        """Return how TensorRT-LLM hands out its KV events."""
+        return kv_events(started.llm, started.ranks)
 
-    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Publish load and KV events if a router may read them."""
-        await super().attach(endpoint, info)
-        started = self.started
-        if self.context.events_wanted and started.publishes_events:
-            self._events = KvEventForwarder(started.llm, endpoint, started.ranks, started.block_size)
+    # ------------------------------------------------------------------------------------------------------- the end
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End the ranks: let TensorRT-LLM try, unless the engine is broken, then kill them."""
-        self._stopping = True
         started = self.stop()
-        if started is not None:
-            started.load.stop()
-        if self._events is not None:
-            self._events.stop()
         if started is not None and not self._failed:
-            try:
-                limit = min(_SHUTDOWN_SECONDS, deadline.remaining())
-                await in_thread(started.llm.shutdown, name="trtllm-shutdown", limit=limit)
-            except asyncio.TimeoutError:
-                log.info("TensorRT-LLM's own shutdown takes too long", seconds=_SHUTDOWN_SECONDS, next="kill the ranks")
-            except Exception as error:
-                log.warning("TensorRT-LLM's own shutdown failed", error=error, next="kill the ranks")
-        launched = Launched.by(_DAEMON)
-        await engine_processes.kill(launched.children + launched.helpers, deadline.within(_KILLED_SECONDS))
-        if self._leader is not None:
-            self._leader.kill()  # `mpirun` or `srun` then ends the ranks on the other nodes
+            await shut_down(self.NAME, started.llm.shutdown, min(_SHUTDOWN_SECONDS, deadline.remaining()))
+        await mpi_job.end(deadline.within(_KILLED_SECONDS))
+
+
+def _build(settings: Mapping[str, Any]) -> Any:
+    llm = tensorrt_llm.LLM(**settings)
+    _KEPT.append(llm)
+    return llm
 
 
 def _total_blocks(llm: Any) -> int | None:

@@ -10,14 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from typing import TYPE_CHECKING
 
 from dynamo_worker.kit import mpi_job
 from dynamo_worker.kit.headless import ChildNode
 from dynamo_worker.logs import get_logger
-
-if TYPE_CHECKING:
-    import subprocess
 
 log = get_logger(__name__)
 
@@ -25,10 +21,10 @@ _LOOPBACK = "127.0.0.1"
 _PREFIX = "TLLM_SPAWN_PROXY_PROCESS"
 
 
-def lead() -> subprocess.Popen[bytes] | None:
-    """Start the process that connects this engine with the ranks of the MPI job; None without a job."""
+def lead() -> None:
+    """Start the process that connects this engine with the ranks of the MPI job; do nothing without a job."""
     if not mpi_job.left():
-        return None
+        return
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         address = f"tcp://{_LOOPBACK}:{probe.getsockname()[1]}"
@@ -36,7 +32,7 @@ def lead() -> subprocess.Popen[bytes] | None:
     os.environ |= {_PREFIX: "1", f"{_PREFIX}_IPC_ADDR": address, f"{_PREFIX}_IPC_HMAC_KEY": key}
     os.environ["tllm_mpi_size"] = str(mpi_job.size())  # noqa: SIM112 - TensorRT-LLM's name
     log.info("Leading the ranks of an MPI job", ranks=mpi_job.size())
-    return mpi_job.join("tensorrt_llm.llmapi.mgmn_leader_node")
+    mpi_job.join("tensorrt_llm.llmapi.mgmn_leader_node")
 
 
 class Follower(ChildNode):

@@ -6,7 +6,6 @@ would wake a task for each token of each request. :class:`Answers` takes the pla
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,23 +14,17 @@ from tensorrt_llm.executor.utils import EngineDeadError as TrtllmDeadError
 from tensorrt_llm.executor.utils import ErrorResponse, RequestError
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
-from dynamo_worker.kit.answer import Answer
-from dynamo_worker.kit.chunks import add_logprobs, no_text, prompt_logprobs, usage
+from dynamo_worker.kit import device_errors
+from dynamo_worker.kit.chunks import ChunkBuilder
+from dynamo_worker.kit.in_flight import TrackedAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_worker import Chunk
     from dynamo_worker.engine import Send
 
 #: Dynamo's names of TensorRT-LLM's finish reasons. ``not_finished`` ends a prefill whose decode is elsewhere.
 FINISH_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "cancelled", "not_finished": "stop"}
-#: TensorRT-LLM reports some errors of the GPU or of the group of ranks as errors of a single request.
-_DEVICE_IS_GONE: Final = re.compile(
-    "cuda error|cudaerror|cublas_status|cudnn_status|illegal memory access|device-side assert|"
-    "unspecified launch failure|nccl error|ncclsystemerror|ncclremoteerror|uncorrectable ecc",
-    re.IGNORECASE,
-)
 #: An error about the request itself: another worker would refuse it too.
 _OF_THE_REQUEST: Final = re.compile(
     "exceed|invalid|not supported|unsupported|must be|should be|too (long|large|many)|larger than|greater than",
@@ -39,37 +32,26 @@ _OF_THE_REQUEST: Final = re.compile(
 )
 
 
-class Answers(Answer):
-    """All answers to one request, in place of the event of the request's queue.
-
-    :ivar finished: set once the engine has nothing more to report, whether anybody reads the answers or not.
-    """
+class Answers(TrackedAnswer[Any]):
+    """All answers to one request, in place of the event of the request's queue."""
 
     def __init__(
         self,
         send: Send,
         *,
-        prompt_tokens: int,
-        top: int | None = None,
-        prompt_top: int | None = None,
-        decode: Callable[[int], str | None] = no_text,
         hand_over: Callable[[Any], dict[str, Any]] | None = None,
         on_step: Callable[[Any], None] = lambda _: None,
+        **request: Any,
     ) -> None:
         """Start the answers.
 
-        :param top: number of likeliest tokens reported with each; None for no log-probabilities.
-        :param prompt_top: the same for the prompt.
-        :param decode: returns the text of a token.
         :param hand_over: returns what a decode worker needs from TensorRT-LLM's description of a prefill; None on
             other workers.
         :param on_step: called with TensorRT-LLM's result after every step of the engine for this request.
+        :param request: what the answers need to know about the request, as :class:`ChunkBuilder` takes it.
         """
         super().__init__(send)
-        self.finished = asyncio.Event()
-        self._prompt_tokens = prompt_tokens
-        self._top, self._prompt_top = top, prompt_top
-        self._decode = decode
+        self._chunks = ChunkBuilder("TensorRT-LLM", FINISH_REASONS, **request)
         self._hand_over = hand_over
         self._on_step = on_step
         self._result: Any = None
@@ -92,22 +74,18 @@ class Answers(Answer):
             try:
                 if isinstance(error, (ErrorResponse, BaseException)):
                     # TensorRT-LLM would shut its executor down right here, on the event loop, if it is a fatal one.
-                    self._give_up(translated(getattr(error, "error_msg", error)))
+                    self.give_up(translated(getattr(error, "error_msg", error)))
                 else:
                     result.__anext__().send(None)  # never waits: the queue has an entry
             except StopIteration:
                 self._report(result)
             except StopAsyncIteration:
-                self._give_up(Disconnected("TensorRT-LLM ended the request without a last token"))
+                self.give_up(Disconnected("TensorRT-LLM ended the request without a last token"))
             except Exception as failure:  # about this request; the others go on
-                self._give_up(translated(failure))
+                self.give_up(translated(failure))
 
     def clear(self) -> None:
         """Do nothing: what was in the queue has been sent."""
-
-    def _give_up(self, error: BaseException) -> None:
-        self.finished.set()
-        self.fail(error)
 
     def _report(self, result: Any) -> None:
         self._on_step(result)
@@ -128,30 +106,14 @@ class Answers(Answer):
         sent = self._sent.get(index, 0)
         if index in self._ended or (len(tokens) <= sent and reason is None):
             return
-        chunk: Chunk = {"token_ids": tokens[sent:], "index": index}
+        chunk = self._chunks.chunk(index, tokens[sent:], output.logprobs[sent : len(tokens)])
         self._sent[index] = max(sent, len(tokens))
-        if self._top is not None:
-            add_logprobs(chunk, output.logprobs[sent : len(tokens)], self._top, self._decode)
         if reason is not None:
             self._ended.add(index)
-            self._finish(chunk, result, output)
+            self._chunks.finish(chunk, reason, output.stop_reason, result.cached_tokens, output.prompt_logprobs)
+            if self._hand_over is not None and reason != "cancelled":
+                chunk["disaggregated_params"] = self._hand_over(output.disaggregated_params)
         self.send(chunk)
-
-    def _finish(self, chunk: Chunk, result: Any, output: Any) -> None:
-        name = FINISH_REASONS.get(output.finish_reason)
-        if name is None:
-            # Not EngineShutdown, which takes the whole worker out of the frontends' rotation for 5 s (measured).
-            raise Disconnected(f"TensorRT-LLM ended the request: {output.finish_reason}")
-        chunk["finish_reason"] = name
-        if name == "cancelled":  # by an operator or by the worker: nobody reads the answer
-            chunk["token_ids"] = []
-        elif self._hand_over is not None:
-            chunk["disaggregated_params"] = self._hand_over(output.disaggregated_params)
-        if output.stop_reason is not None:
-            chunk["stop_reason"] = output.stop_reason
-        chunk["completion_usage"] = usage(self._prompt_tokens, sum(self._sent.values()), result.cached_tokens)
-        if self._prompt_top is not None:
-            chunk["engine_data"] = {"prompt_logprobs": prompt_logprobs(output.prompt_logprobs, self._decode)}
 
 
 def translated(error: Any) -> BaseException:
@@ -164,7 +126,7 @@ def translated(error: Any) -> BaseException:
     if isinstance(error, TrtllmDeadError):
         return EngineDeadError(f"TensorRT-LLM reports that its engine is dead: {error}")
     text = str(error) or type(error).__name__
-    if _DEVICE_IS_GONE.search(text):
+    if device_errors.is_gone(text):
         return EngineDeadError(f"TensorRT-LLM reports a lost device: {text}")
     if isinstance(error, (str, RequestError)) and _OF_THE_REQUEST.search(text):
         return InvalidRequestError(text)

@@ -10,7 +10,7 @@ from tensorrt_llm.sampling_params import GuidedDecodingParams, SamplingParams
 from tensorrt_llm.scheduling_params import SchedulingParams
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit import fields, guided_decoding, request_metadata
+from dynamo_worker.kit import fields, guided_decoding, request_metadata, translation
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
 if TYPE_CHECKING:
@@ -22,18 +22,8 @@ if TYPE_CHECKING:
 
 #: The end token of an answer that none ends.
 _NO_TOKEN: Final = -1
-
-
-def _within(least: float, most: float = 3e38) -> fields.Reader:
-    """Return the reader of a number in a range; TensorRT-LLM's ranks use 32 bits for it."""
-
-    def read(name: str, value: Any) -> float:
-        number = fields.number(name, value)
-        if not least <= number <= most:
-            raise fields.refusal(name, f"a number from {least:g} to {most:g}", value)
-        return number
-
-    return read
+#: Largest number: the ranks have 32 bits for each.
+_MOST: Final = 3e38
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -48,13 +38,13 @@ def _guide(_: str, value: Any) -> GuidedDecodingParams | None:
 
 TABLE: Final = RequestTable.of_engine(
     sampling={
-        "presence_penalty": ("presence_penalty", _within(-3e38)),
-        "frequency_penalty": ("frequency_penalty", _within(-3e38)),
-        "repetition_penalty": ("repetition_penalty", _within(1e-3)),
-        "temperature": ("temperature", _within(0)),
-        "top_p": ("top_p", _within(1e-6, 1)),
+        "presence_penalty": ("presence_penalty", fields.number_within(-_MOST, _MOST)),
+        "frequency_penalty": ("frequency_penalty", fields.number_within(-_MOST, _MOST)),
+        "repetition_penalty": ("repetition_penalty", fields.number_within(1e-3, _MOST)),
+        "temperature": ("temperature", fields.number_within(0, _MOST)),
+        "top_p": ("top_p", fields.number_within(1e-6, 1)),
         "top_k": ("top_k", _top_k),
-        "min_p": ("min_p", _within(0, 1)),
+        "min_p": ("min_p", fields.number_within(0, 1)),
         "seed": ("seed", lambda name, value: fields.integer(name, value) % 2**63),  # there are no negative ones
         "guided_decoding": ("guided_decoding", _guide),
     },
@@ -68,21 +58,13 @@ TABLE: Final = RequestTable.of_engine(
 
 
 @dataclass
-class Translated:
-    """A request in TensorRT-LLM's terms.
+class Translated(translation.Translated):
+    """A request in TensorRT-LLM's terms, with further arguments of ``LLM.generate_async``.
 
     :param params: the sampling parameters, made for this request alone: TensorRT-LLM changes them.
-    :param n: number of answers.
-    :param options: further arguments of ``LLM.generate_async``.
-    :param top: number of likeliest tokens reported with each token; None for no log-probabilities.
-    :param prompt_top: the same for the tokens of the prompt.
     """
 
     params: SamplingParams
-    n: int
-    options: dict[str, Any]
-    top: int | None
-    prompt_top: int | None
 
 
 class SamplingTable(ModelTable[Translated]):
@@ -121,7 +103,7 @@ class SamplingTable(ModelTable[Translated]):
             )
         except (ValueError, TypeError) as error:
             raise InvalidRequestError(str(error)) from error
-        return Translated(params, params.n, self._options(request), top, prompt_top)
+        return Translated(params.n, self._options(request), top, prompt_top, params)
 
     def _number(self, name: str, count: int | None) -> int | None:
         # TensorRT-LLM takes 0 for none.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker import InvalidRequestError, StartError
+from dynamo_worker import StartError
 from dynamo_worker.kit import disaggregation
-from dynamo_worker.kit.canary import is_canary
 from dynamo_worker.kit.fields import section
 
 if TYPE_CHECKING:
@@ -30,24 +29,14 @@ class Role(disaggregation.Role):
         self._config = config
         self._connector = _connector(config) if mode != "aggregated" else None
 
-    def prepare(self, request: Mapping[str, Any], translated: SamplingParams) -> None:
-        """Tell the connector, through the sampling parameters, where the KV cache comes from or goes to.
+    def prepare_prefill(self, translated: SamplingParams) -> None:
+        """Tell the connector, through the sampling parameters, where the KV cache goes to."""
+        translated.max_tokens = translated.min_tokens = 1
+        self._set(translated, self._prefill_params())
 
-        A canary concerns no other worker: blocks held for one would be held until their lease expires.
-
-        :raises InvalidRequestError: the request cannot be disaggregated.
-        """
-        if self.mode == "aggregated" or is_canary(request):
-            return
-        if self.mode == "prefill":
-            if translated.n > 1:
-                raise InvalidRequestError("sampling_options.n: a prefill worker makes only one answer")
-            translated.max_tokens = translated.min_tokens = 1
-            self._set(translated, self._prefill_params())
-        elif not self.bypasses_prefill(request):
-            handed_over = section(request, "prefill_result", "disaggregated_params", "kv_transfer_params")
-            if handed_over:
-                self._set(translated, handed_over)
+    def prepare_decode(self, translated: SamplingParams, handed_over: Mapping[str, Any]) -> None:
+        """Tell the connector where the KV cache comes from, if it needs to know."""
+        self._set(translated, section(handed_over, "kv_transfer_params"))
 
     def hand_over(self, chunk: dict[str, Any], params: SamplingParams) -> None:
         """Add what the decode worker needs to a prefill worker's only chunk."""

@@ -15,12 +15,11 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.kit import engine_processes, push_engine, request_metadata
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
-from dynamo_worker.kit.engine_lifecycle import start_error
 from dynamo_worker.kit.engine_processes import EngineProcesses
 from dynamo_worker.kit.push_engine import Job, PushEngine
 from dynamo_worker.logs import get_logger
@@ -90,8 +89,6 @@ class VllmEngine(PushEngine[Started]):
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
-        self._stopping = False
-        self._failed = False
         #: Compiles the constraints of requests to find out whether they are valid.
         self._guides = ThreadPoolExecutor(_GUIDE_THREADS, thread_name_prefix="guides")
 
@@ -106,25 +103,20 @@ class VllmEngine(PushEngine[Started]):
         role = Role(self.args.disaggregation_mode, config)
         model = config.model_config
         table = sampling.SamplingTable(model.get_diff_sampling_param(), model.max_model_len)
-        llm = await asyncio.to_thread(self._build, config)
+        llm = await self.construct(lambda: self._build(config))
         control = Control(llm, self.context, (model.model, *self._served_names(config)))
         if llm.logger_manager is not None:
             self.run_beside(self._log_stats(llm))
         return Started(table, role, control, llm, outputs.install(llm), token_decoder(llm.tokenizer))
 
     def _build(self, config: VllmConfig) -> AsyncLLM:
-        try:
-            return AsyncLLM.from_vllm_config(
-                config,
-                enable_log_requests=self.args.enable_log_requests,
-                disable_log_stats=self.args.disable_log_stats,
-                aggregate_engine_logging=self.args.aggregate_engine_logging,
-                stat_loggers=[load.stat_logger(self.load)] if self.reports_load() else None,
-            )
-        except Exception as error:
-            if self._stopping:
-                raise StartError("stopped during the start") from error
-            raise start_error("vLLM", error) from error
+        return AsyncLLM.from_vllm_config(
+            config,
+            enable_log_requests=self.args.enable_log_requests,
+            disable_log_stats=self.args.disable_log_stats,
+            aggregate_engine_logging=self.args.aggregate_engine_logging,
+            stat_loggers=[load.stat_logger(self.load)] if self.reports_load() else None,
+        )
 
     @staticmethod
     async def _log_stats(llm: AsyncLLM) -> None:
@@ -262,10 +254,6 @@ class VllmEngine(PushEngine[Started]):
         if self._started is not None and self._started.llm.errored:
             raise EngineDeadError("vLLM reports that its engine is dead")
 
-    def mark_failed(self) -> None:
-        """Let :meth:`shutdown` kill the processes without asking them first."""
-        self._failed = True
-
     def pending_transfers(self, started: Started) -> int:  # noqa: ARG002 - part of the protocol
         """Return the blocks in use: vLLM keeps those of a finished prefill in its scheduler until they are fetched."""
         return self.load.held_blocks()
@@ -280,7 +268,6 @@ class VllmEngine(PushEngine[Started]):
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End vLLM's processes: ask them, wait, kill what is left."""
-        self._stopping = True
         started = self.stop()
         tree = EngineProcesses(TITLE)
         if started is None or self._failed:
