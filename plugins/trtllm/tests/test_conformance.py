@@ -71,7 +71,7 @@ class TestTrtllm(EngineConformance):
                     await answer
                 await engine.abort("many")
                 deadline = Deadline.after(5)
-                while engine.started.load.held():
+                while engine.started.load.requests():
                     assert not deadline.passed, "TensorRT-LLM still works for a client that is gone"
                     await asyncio.sleep(0.01)
 
@@ -94,7 +94,7 @@ class TestTrtllm(EngineConformance):
                 chunks: list[Any] = []
                 await engine.push(self.request(engine, 5), LocalContext("after"), chunks.append)
                 deadline = Deadline.after(10)
-                while engine.started.load.held():
+                while engine.started.load.requests():
                     assert not deadline.passed, "TensorRT-LLM still works for clients that are gone"
                     await asyncio.sleep(0.01)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from dynamo_worker import InvalidRequestError
+from dynamo_worker.kit.canary import MARK
 from dynamo_worker.kit.disaggregation import Role
 
 
@@ -37,3 +43,45 @@ def test_roles(mode, needs, types):
 def test_a_decode_worker_may_have_to_prefill(annotations, bypasses):
     assert Role("decode").bypasses_prefill({"annotations": annotations}) is bypasses
     assert not Role("decode").bypasses_prefill({})
+
+
+class Noting(Role):
+    """Notes what a request is prepared for."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.prepared: list[Any] = []
+
+    def prepare_prefill(self, translated: Any) -> None:
+        self.prepared.append("prefill")
+
+    def prepare_decode(self, translated: Any, handed_over: Mapping[str, Any]) -> None:
+        self.prepared.append(dict(handed_over))
+
+
+ONE = SimpleNamespace(n=1)
+HANDED_OVER = {"prefill_result": {"disaggregated_params": {"room": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "request_", "prepared"),
+    [
+        ("aggregated", HANDED_OVER, []),
+        ("prefill", {}, ["prefill"]),
+        ("prefill", {MARK: True}, []),
+        ("decode", HANDED_OVER, [{"room": 1}]),
+        ("decode", {}, [{}]),
+        ("decode", {MARK: True}, []),
+        ("decode", {"annotations": ["bypass-remote-prefill"]}, []),
+    ],
+)
+def test_a_request_is_prepared_for_the_workers_phase(mode: str, request_: Any, prepared: list[Any]) -> None:
+    role = Noting(mode)
+    role.prepare(request_, ONE)
+    assert role.prepared == prepared
+    Role(mode).prepare(request_, ONE)  # an engine may have nothing to do
+
+
+def test_a_prefill_makes_one_answer() -> None:
+    with pytest.raises(InvalidRequestError, match=r"sampling_options\.n: a prefill worker makes only one answer"):
+        Noting("prefill").prepare({}, SimpleNamespace(n=2))

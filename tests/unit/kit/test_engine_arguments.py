@@ -14,6 +14,7 @@ from dynamo_worker.kit.engine_arguments import (
     add_publish_kv_events,
     drop_unread_events,
     import_engine,
+    keyword,
     kv_events_config,
     non_negative,
     refuse_without_effect,
@@ -110,3 +111,12 @@ def test_numbers_of_at_least_0(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([f"--rate={wrong}"])
         assert message in capsys.readouterr().err
+
+
+def test_a_flag_of_words() -> None:
+    read = keyword({"agg": "both", "pd": "both", "prefill": "first"}, "agg or prefill", {"encode": "no images here"})
+    assert [read(text) for text in ("agg", "pd", "prefill")] == ["both", "both", "first"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^encode is not supported: no images here; expected agg or"):
+        read("encode")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^x is unknown; expected agg or prefill$"):
+        read("x")

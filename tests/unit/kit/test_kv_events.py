@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from dynamo_worker.kit import kv_events
-from dynamo_worker.kit.kv_events import Block, Created, KvEvent, KvEventForwarder, Removed, Stored, signed
+from dynamo_worker.kit.kv_events import (
+    Block,
+    Created,
+    KvEvent,
+    KvEventForwarder,
+    KvEventSource,
+    Removed,
+    Stored,
+    signed,
+)
 from dynamo_worker.kit.request_metadata import SALT_PREFIX
 
 
@@ -101,3 +111,32 @@ def test_a_gap_is_reported_with_what_to_do(monkeypatch: pytest.MonkeyPatch, capl
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (-1, -1)])
 def test_hashes_are_signed(value: int, expected: int) -> None:
     assert signed(value) == expected
+
+
+def test_events_that_an_engine_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    publishers: list[Publisher] = []
+
+    def make(**options: Any) -> Publisher:
+        publishers.append(Publisher(**options))
+        return publishers[-1]
+
+    monkeypatch.setattr(kv_events, "KvEventPublisher", make)
+    news: list[Any] = [["5"], [], ["6"]]
+
+    async def check() -> None:
+        source = KvEventSource(
+            lambda: news.pop(0) if news else [],
+            lambda event: KvEvent(0, int(event), Stored([Block(int(event), [1, 2])])),
+            range(1),
+            2,
+            advice="",
+            name="toy-events",
+        )
+        endpoint: Any = object()
+        poller = source.forward(endpoint)
+        while len(publishers[0].batches) < 2:
+            await asyncio.sleep(0.01)
+        poller.stop()
+
+    asyncio.run(asyncio.wait_for(check(), 10))
+    assert [each["block_hashes"] for batch in publishers[0].batches for each in batch] == [[5], [6]]

@@ -12,7 +12,7 @@ from fakes import FakeDiscovery, fake_context
 
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit import lora
-from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
+from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters, OnDemand
 
 #: The model itself: its names, and its path.
 MODEL_NAMES = ("model", "other", "/m")
@@ -213,3 +213,23 @@ def test_what_discovery_refuses_is_unloaded_again(world: World) -> None:
 def test_unloading_what_is_not_there(world: World) -> None:
     with pytest.raises(InvalidRequestError, match="painter"):
         asyncio.run(world.adapters.unload({"lora_name": "painter"}))
+
+
+def test_an_engine_that_loads_on_demand_only_checks() -> None:
+    checked: list[str] = []
+
+    def check(adapter: LoraAdapter) -> None:
+        checked.append(adapter.name)
+        if adapter.name == "broken":
+            raise InvalidRequestError("no such directory")
+
+    async def main() -> None:
+        loader = OnDemand(check)
+        poet = LoraAdapter("poet", "/poet", 1)
+        await loader.load(poet)
+        await loader.unload(poet)
+        with pytest.raises(InvalidRequestError, match="no such directory"):
+            await loader.load(LoraAdapter("broken", "/broken", 2))
+
+    asyncio.run(main())
+    assert checked == ["poet", "broken"]

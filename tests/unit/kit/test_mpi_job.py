@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+from dynamo_worker import Deadline
 from dynamo_worker.kit import mpi_job
+from dynamo_worker.kit.engine_processes import Launched
+from dynamo_worker.supervisor import process_tree
+from dynamo_worker.supervisor.linux import Process
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
@@ -28,6 +34,7 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.delenv(name)
     yield
     mpi_job._place.clear()
+    mpi_job._joined.clear()
 
 
 def test_a_worker_by_itself_is_in_no_job() -> None:
@@ -73,3 +80,27 @@ def test_a_child_takes_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: os.P
 def test_a_number_that_is_none_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4(x2)")
     assert mpi_job.size() == 1
+
+
+def test_what_runs_in_its_place_and_the_ranks_end_but_not_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> tuple[subprocess.Popen[bytes], Process]:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        return child, next(one for one in process_tree.descendants(os.getpid()) if one.pid == child.pid)
+
+    (daemon, of_daemon), (rank, of_rank), (helper, of_helper), (joined, _) = (start() for _ in range(4))
+    launched = Launched([of_daemon], [of_rank], [of_helper])
+    monkeypatch.setattr(mpi_job, "launched", lambda: launched)
+    monkeypatch.setattr(mpi_job, "_joined", [joined])
+    try:
+        assert mpi_job.processes() == [joined.pid, daemon.pid, rank.pid]
+        asyncio.run(mpi_job.end(Deadline(5)))
+        assert [child.wait(5) for child in (rank, helper, joined)] == [-signal.SIGKILL] * 3
+        assert daemon.poll() is None
+    finally:
+        for child in (daemon, rank, helper, joined):
+            child.kill()
+            child.wait()
+
+
+def test_nothing_was_launched() -> None:
+    assert mpi_job.launched() == ([], [], [])

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from dynamo_worker.kit import publishing
-from dynamo_worker.kit.publishing import KvEvents, LoadPublisher
+from dynamo_worker.kit.publishing import KvEvents, LoadPoller, LoadPublisher, RankLoad
 
 _PUBLISH = """
 import asyncio, json, os, sys
@@ -116,3 +116,23 @@ def test_a_wildcard_stands_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
     for options in made:
         assert options["endpoint"] is endpoint
         assert (options["kv_block_size"], options["zmq_topic"], options["enable_local_indexer"]) == (32, "topic", True)
+
+
+def test_load_that_an_engine_is_asked_for() -> None:
+    class Publisher:
+        published: ClassVar[list[tuple[int, int]]] = []
+
+        def publish(self, rank: int, blocks: int) -> None:
+            self.published.append((rank, blocks))
+
+    async def check() -> None:
+        publisher: Any = Publisher()
+        news = [[RankLoad(0, 2, 5)], [], [RankLoad(1, 4, None), RankLoad(0, 1, 6)]]
+        poller = LoadPoller(lambda: news.pop(0) if news else [], lambda load: load, publisher, "toy-load")
+        while poller.steps < 3:
+            await asyncio.sleep(0.01)
+        assert poller.requests() == 5
+        assert publisher.published == [(0, 5), (0, 6)]
+        poller.stop()
+
+    asyncio.run(asyncio.wait_for(check(), 10))

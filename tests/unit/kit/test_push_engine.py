@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ from dynamo_worker.engine import HasControlRoutes, HasMetrics, LocalContext, May
 from dynamo_worker.kit import push_engine
 from dynamo_worker.kit.disaggregation import Role
 from dynamo_worker.kit.engine_control import EngineControl
+from dynamo_worker.kit.kv_events import KvEventSource
 from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
 from dynamo_worker.kit.publishing import KvEvents
 from dynamo_worker.kit.push_engine import Job, PushEngine, Started
@@ -169,7 +171,10 @@ def test_the_start() -> None:
     assert info.runtime_config == {"enable_local_indexer": True, "kv_event_publishing_enabled": True}
     assert [spec.name for spec in info.endpoints] == ["clear", "load_lora", "unload_lora", "list_loras"]
     plain = asyncio.run(Engine(Role("aggregated")).start(1))
-    assert (plain.lora_adapters, plain.runtime_config) == ((), {"kv_event_publishing_enabled": False})
+    assert plain.lora_adapters == ()
+    assert plain.runtime_config == {"enable_local_indexer": True, "kv_event_publishing_enabled": False}
+    decode = asyncio.run(Engine(Role("decode")).start(1))
+    assert decode.runtime_config["enable_local_indexer"] is False
 
 
 def test_operations() -> None:
@@ -299,3 +304,23 @@ def test_a_failed_request_is_a_reason_to_look_at_the_engine(monkeypatch: pytest.
             await engine.stays_well()
 
     run(work)
+
+
+def test_events_that_an_engine_hands_out_are_forwarded_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(Role("aggregated"), context=replace(fake_context(), events_wanted=True))
+    published = Published(monkeypatch, engine)
+    calls: list[Any] = []
+    source = KvEventSource(list, lambda event: event, range(1), 16, advice="", name="toy-events")
+    stoppable = SimpleNamespace(stop=lambda: calls.append("stop"))
+    monkeypatch.setattr(KvEventSource, "forward", lambda _, endpoint: calls.append(endpoint) or stoppable)
+    monkeypatch.setattr(engine, "kv_events", lambda _: source)
+
+    async def check(engine: Engine) -> None:
+        endpoint: Any = "endpoint"
+        await engine.attach(endpoint, engine.describe(engine.started))
+        assert calls == ["endpoint"]
+        engine.stop()
+
+    run(check, engine)
+    assert calls[:2] == ["endpoint", "stop"]
+    assert published.events == []

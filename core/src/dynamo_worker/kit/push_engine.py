@@ -186,6 +186,9 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     async def construct(self, build: Callable[[], _T], processes: Callable[[], Iterable[Process]] = tuple) -> _T:
         """Build the engine in a thread: that takes minutes and cannot be interrupted.
 
+        The thread ends with the build, so the engine's processes must not ask the kernel to end with their parent
+        (``PR_SET_PDEATHSIG`` means the thread that has forked them).
+
         :param build: starts the engine's processes and waits until the model is loaded.
         :param processes: returns those started so far, for engines that may not notice that one has died.
         :raises StartError: the engine fails to start.
