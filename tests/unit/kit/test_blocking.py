@@ -135,3 +135,16 @@ def test_a_poller_hands_news_over_on_the_loop_and_survives_errors() -> None:
         assert sources == [[3]]
 
     asyncio.run(check())
+
+
+def test_a_thread_may_outlast_its_function() -> None:
+    """A process that it has started would otherwise end with it, if it has asked the kernel for that."""
+
+    async def check() -> None:
+        short = await in_thread(threading.current_thread, name="short")
+        lasting = await in_thread(threading.current_thread, name="lasting", lasting=True)
+        short.join(5)
+        await asyncio.sleep(0.1)
+        assert (short.is_alive(), lasting.is_alive()) == (False, True)
+
+    asyncio.run(check())

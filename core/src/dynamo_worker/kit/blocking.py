@@ -20,13 +20,17 @@ _T = TypeVar("_T")
 _PAUSE, _LONGEST_PAUSE = 0.01, 0.1
 
 
-async def in_thread(function: Callable[..., _T], *arguments: Any, name: str, limit: float | None = None) -> _T:
+async def in_thread(
+    function: Callable[..., _T], *arguments: Any, name: str, limit: float | None = None, lasting: bool = False
+) -> _T:
     """Run a function in a thread of its own, which the end of the process does not wait for, and return its result.
 
     :func:`asyncio.to_thread` has few threads, and a process joins them before it ends.
 
     :param name: of the thread.
     :param limit: longest wait in seconds; the thread goes on.
+    :param lasting: whether the thread stays when the function has returned, for a function that starts processes: the
+        kernel ends those that ask for it (``PR_SET_PDEATHSIG``) with the thread that has started them.
     :raises asyncio.TimeoutError: the function takes longer.
     """
     result: Future[_T] = Future()
@@ -37,6 +41,8 @@ async def in_thread(function: Callable[..., _T], *arguments: Any, name: str, lim
             result.set_result(function(*arguments))
         except BaseException as error:
             result.set_exception(error)
+        if lasting:
+            threading.Event().wait()
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return await asyncio.wait_for(asyncio.wrap_future(result), limit)

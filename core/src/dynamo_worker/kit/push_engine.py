@@ -184,10 +184,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         )
 
     async def construct(self, build: Callable[[], _T], processes: Callable[[], Iterable[Process]] = tuple) -> _T:
-        """Build the engine in a thread: that takes minutes and cannot be interrupted.
-
-        The thread ends with the build, so the engine's processes must not ask the kernel to end with their parent
-        (``PR_SET_PDEATHSIG`` means the thread that has forked them).
+        """Build the engine in a thread: that takes minutes and cannot be interrupted. The thread stays.
 
         :param build: starts the engine's processes and waits until the model is loaded.
         :param processes: returns those started so far, for engines that may not notice that one has died.
@@ -195,7 +192,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         """
         hook = sys.excepthook
         try:
-            return await engine_processes.while_alive(in_thread(build, name="engine-start"), processes)
+            return await engine_processes.while_alive(in_thread(build, name="engine-start", lasting=True), processes)
         except Exception as error:
             if self._stopping:
                 raise StartError("stopped during the start") from error
