@@ -21,7 +21,7 @@ from common.subjects import RealEngine
 TRTLLM = RealEngine(
     name="trtllm",
     model_flag="--model-path",
-    flags=("--max-batch-size", "64", "--max-seq-len", "4096"),
+    flags=("--max-batch-size", "64", "--max-seq-len", "4096", "--gpus-per-node", "1"),
     processes={"rank": r".*mpi4py\.futures", "orted": "orted "},
     loading="Starting TensorRT-LLM",
     variables={"HF_HUB_OFFLINE": "1"},

@@ -27,7 +27,14 @@ _NEEDED = ("uvloop>=0.21", "pydantic>=2.10.6,<=2.13.5", "typing-extensions")
 _CHECK = "import dynamo.common.backend.run, sys; from importlib.metadata import version; print(version('ai-dynamo'))"
 
 #: What NVIDIA's workers for engines import beside the engine: the module, and what to install where it is missing.
-_ENGINE_WORKER_NEEDS = {"redis": "redis==8.1.0", "blake3": "blake3==1.0.11", "torchvision": "torchvision==0.28.0"}
+_ENGINE_WORKER_NEEDS = {
+    "redis": "redis==8.1.0",
+    "blake3": "blake3==1.0.11",
+    "torchvision": "torchvision==0.28.0",
+    "msgspec": "msgspec==0.22.0",
+    "PIL": "pillow==13.0.0",
+    "zstandard": "zstandard==0.25.0",
+}
 #: What lets them be imported on a CPU, where operators are missing that only CUDA libraries, or a build of sgl-kernel
 #: for CPUs, define: torchvision from the package index looks for two, and the models that the worker for SGLang imports
 #: for four. Nothing here calls one. An environment that has torchvision has mended it, too.
