@@ -14,6 +14,8 @@ from dynamo_worker.testing import Subject
 #: Whether `tensorrt_llm` is the stand-in of this folder (`standin/README.md`), whose processes are real ones.
 STANDIN = "standin" in importlib.metadata.version("tensorrt_llm")
 
+#: The stand-in's own tests.
+collect_ignore = [] if STANDIN else ["test_standin_processes.py", "test_standin_surface.py"]
 #: Patterns of the command lines of a rank, and of Open MPI's daemon that has started it.
 RANK, DAEMON = r"mpi4py\.futures|FlashInfer|TRTLLM:", r"^orted "
 
