@@ -65,17 +65,7 @@ def tests(session: nox.Session, suite: str) -> None:
     shims = tests / "install_shims.py"
     if shims.exists():
         session.run("python", str(shims))
-    if session.posargs or not standin:
-        session.run("pytest", *(session.posargs or [str(tests)]))
-        return
-    # The processes of a stand-in mostly wait, too.
-    workers = [path for name in _OF_WORKERS for path in map(str, tests.glob(f"test_{name}.py"))]
-    session.run("pytest", str(tests), *(f"--ignore={path}" for path in workers))
-    session.run("pytest", *PROCESSES, *workers)
-
-
-#: Modules of a plugin's tests that start whole workers, or a stand-in's processes.
-_OF_WORKERS = ("faults", "serving", "nodes", "standin_processes")
+    session.run("pytest", *(session.posargs or [str(tests)]))
 
 
 def _run_core_tests(session: nox.Session, *others: str) -> None:

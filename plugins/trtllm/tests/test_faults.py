@@ -55,7 +55,10 @@ class TestDaemon:
 class TestRanks:
     """What a rank can do to itself, in mid-serving."""
 
-    @pytest.mark.parametrize("kind", ["exit", "raise", "fatal", "return", "abort"])
+    @pytest.mark.parametrize(
+        "kind",
+        ["raise", "abort", *(pytest.param(each, marks=pytest.mark.slow) for each in ("exit", "fatal", "return"))],
+    )
     def test_it_fails(self, cluster: Cluster, subject: Subject, kind: str) -> None:
         cluster.start_frontend()
         worker = cluster.start_worker(TLLM_STANDIN_FAULT=f"{kind}@step400").wait_ready(subject.start_seconds)
