@@ -380,7 +380,10 @@ def test_an_engine_that_works_is_left_alone_until_its_canary_is_answered(caplog)
 
     asyncio.run(main())
     said = [(record.getMessage(), record.fields) for record in caplog.records if hasattr(record, "fields")]
-    assert [message for message, _ in said] == ["No progress, but the engine works"], "once"
+    messages = [message for message, _ in said]
+    assert messages[0] == "No progress, but the engine works"
+    # The second canary may be answered before the test looks.
+    assert messages[1:] in ([], ["The engine makes progress again"]), "said once"
     assert said[0][1]["sign"] == WORKS.reason
 
 
