@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from dynamo_worker.testing import Cluster, Subject, eventually
+from dynamo_worker.testing import Cluster, Subject
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
 
 pytestmark = pytest.mark.timeout(300)
@@ -78,14 +78,5 @@ class TestTrtllm(Serving):
         """The router finds a prefix on the rank that holds it."""
         flags = ("--tensor-parallel-size", "2", "--enable-attention-dp", *self.KV_EVENTS)
         (worker,) = cluster.serve(1, *flags, frontend=("--router-mode", "kv"))
-        prompts = [str(number) * 200 for number in range(6)]
-        for prompt in prompts:
-            assert cluster.complete(prompt)[0] == 200
-
-        def hits() -> int:
-            answers = [cluster.complete(prompt + "x")[1] for prompt in prompts]
-            details = [answer["usage"].get("prompt_tokens_details") or {} for answer in answers]
-            return sum(bool(detail.get("cached_tokens")) for detail in details)
-
-        eventually(lambda: hits() == len(prompts), 20, "every repeated prefix to be found in a cache")
+        self.check_prefixes_are_found(cluster)
         worker.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from dynamo_worker.kit.answer import Answer
@@ -23,7 +24,7 @@ _ABORT_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.05
 
 
-class TrackedAnswer(Answer, Generic[_T]):
+class TrackedAnswer(Answer, ABC, Generic[_T]):
     """An answer whose request is in the engine until the engine says otherwise, even if nobody waits any more.
 
     :ivar finished: set once the engine has nothing more to report.
@@ -37,12 +38,12 @@ class TrackedAnswer(Answer, Generic[_T]):
         super().__init__(send)
         self.finished = asyncio.Event()
 
+    @abstractmethod
     def follow(self, handle: _T) -> None:
         """Report what the engine does from now on; each engine has its own way.
 
         :param handle: what the engine has returned for the request.
         """
-        raise NotImplementedError
 
     def give_up(self, error: BaseException) -> None:
         """End the answer with an error after which the engine reports nothing more."""

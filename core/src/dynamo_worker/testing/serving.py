@@ -307,6 +307,14 @@ class Serving:
         if not self.KV_EVENTS:
             pytest.skip("this engine publishes no KV events")
         workers = cluster.serve(2, *self.KV_EVENTS, *self.METRICS.flags, frontend=("--router-mode", "kv"))
+        self.check_prefixes_are_found(cluster)
+        served = [worker.metric(self.METRICS.requests) for worker in workers]
+        assert all(served), f"one worker got everything: {served}"
+        for worker in workers:
+            worker.stop()
+
+    def check_prefixes_are_found(self, cluster: Cluster) -> None:
+        """Check that each of several prompts goes where its prefix is cached when it is repeated."""
         prompts = [str(number) * 200 for number in range(8)]
         for prompt in prompts:
             assert cluster.complete(prompt)[0] == 200
@@ -317,10 +325,6 @@ class Serving:
             return sum(bool(detail.get("cached_tokens")) for detail in details)
 
         eventually(lambda: hits() == len(prompts), 20, "every repeated prefix to be found in a cache")
-        served = [worker.metric(self.METRICS.requests) for worker in workers]
-        assert all(served), f"one worker got everything: {served}"
-        for worker in workers:
-            worker.stop()
 
     def test_prefill_here_and_decode_there(self, cluster: Cluster, division: Division) -> None:
         """Two workers of each kind; one of each is killed with requests in flight, and nothing is lost."""
