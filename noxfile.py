@@ -249,11 +249,15 @@ def _environment(session: nox.Session, package: str) -> pathlib.Path:
 
 
 def _install_wheel(session: nox.Session, package: str) -> None:
-    """Install a built wheel into a new environment, with our other packages from `dist` as well."""
+    """Install a built wheel into a new environment, with the core's.
+
+    Both by their paths: of a wheel that uv finds by its name in a folder, it takes what it had unpacked of an earlier
+    build of the same version.
+    """
     environment = str(_environment(session, package))
-    wheel = next((ROOT / "dist").glob(f"{package.replace('-', '_')}-*.whl"))
+    wheels = {str(next((ROOT / "dist").glob(f"{name.replace('-', '_')}-*.whl"))) for name in ("dynamo-worker", package)}
     session.run("uv", "venv", "--quiet", "--clear", environment)
-    session.run("uv", "pip", "install", "--quiet", "--python", environment, "--find-links", "dist", str(wheel))
+    session.run("uv", "pip", "install", "--quiet", "--python", environment, *sorted(wheels))
 
 
 def _run_installed(session: nox.Session, package: str, *arguments: str) -> str:
