@@ -257,6 +257,21 @@ def test_an_engine_in_this_process():
     assert not observed(seconds=2 * SECONDS).works, "the observation itself is no work"
 
 
+def test_an_engine_in_this_process_that_lets_no_thread_run(monkeypatch):
+    monkeypatch.setattr("dynamo_worker.host.monitors.engine_activity.take_sample", lambda: time.sleep(3 * SECONDS))
+
+    async def main():
+        observation = EngineActivity([]).observe(SECONDS, lambda: 0)
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            sum(range(10_000))
+            await asyncio.sleep(0)
+        observation.close()
+        return observation.finding()
+
+    assert asyncio.run(main()).works
+
+
 def test_an_engine_that_makes_progress_is_not_held_up_by_work():
     steps = iter(range(10))
     with python("while True: pass") as pid:

@@ -148,7 +148,8 @@ class EngineActivity:
 
         :param progress: returns what changes when the engine makes progress.
         """
-        return Observation(self._sample, self._judge, progress, seconds / _SAMPLES, after)
+        own = None if self._engine else own_sample
+        return Observation(self._sample, self._judge, progress, seconds / _SAMPLES, after, own)
 
     async def _sample(self) -> Sample:
         return await asyncio.get_running_loop().run_in_executor(self._executor, take_sample)
@@ -167,8 +168,10 @@ class Observation:
         progress: Callable[[], object],
         pause: float,
         after: float,
+        own: Callable[[], Sample] | None,
     ) -> None:
         self._sample = sample
+        self._own = own
         self._judge = judge_samples
         self._progress = progress
         self._samples: list[Sample] = []
@@ -178,6 +181,8 @@ class Observation:
     async def _run(self, pause: float, after: float) -> None:
         await asyncio.sleep(after)
         self._before = self._progress()
+        if self._own is not None:
+            self._samples.append(self._own())
         # No thread can be started, or no descriptor is left: then nothing is known.
         with contextlib.suppress(RuntimeError, MemoryError, OSError):
             while True:
@@ -187,7 +192,8 @@ class Observation:
 
     def finding(self) -> Finding:
         """Return whether the engine has worked, without any progress, while it was observed."""
-        finding = self._judge(self._samples)
+        last = [self._own()] if self._samples and self._own is not None else []
+        finding = self._judge([*self._samples, *last])
         if finding.works and self._progress() != self._before:
             return Finding(False, "it makes progress otherwise")
         return finding
@@ -200,9 +206,12 @@ class Observation:
 def take_sample() -> Sample:
     """Look at the processes below this one, and at this one."""
     started = time.monotonic()
-    processes = process_tree.descendants(os.getpid())
-    own = linux.read_stat(os.getpid())
-    if own is not None:
-        processes[Process(os.getpid(), own.start)] = own
+    processes = {**process_tree.descendants(os.getpid()), **own_sample().processes}
     ended = time.monotonic()
     return Sample(ended, processes, ended - started)
+
+
+def own_sample() -> Sample:
+    """Look at this process only, without a thread: an engine that works in this process hardly lets another run."""
+    own = linux.read_stat(os.getpid())
+    return Sample(time.monotonic(), {} if own is None else {Process(os.getpid(), own.start): own})
