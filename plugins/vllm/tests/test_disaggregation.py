@@ -10,11 +10,11 @@ from vllm.sampling_params import SamplingParams
 
 from dynamo_worker import InvalidRequestError, StartError
 from dynamo_worker.kit.canary import canary_request
-from dynamo_worker_vllm.disaggregation import Role
+from dynamo_worker_vllm.disaggregation import Role, connector, connectors
 
 
-def role(mode: str, connector: str | None = "NixlConnector") -> Role:
-    config: Any = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=connector, engine_id="e"))
+def role(mode: str, name: str | None = "NixlConnector") -> Role:
+    config: Any = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=name, engine_id="e"))
     return Role(mode, config)
 
 
@@ -53,7 +53,32 @@ def test_a_decode_worker_fetches_them() -> None:
     assert transfer(alone) is None
 
 
-def test_disaggregation_needs_a_connector() -> None:
-    with pytest.raises(StartError, match="need a KV connector"):
+def test_prefill_needs_a_connector() -> None:
+    with pytest.raises(StartError, match="needs a KV connector"):
         role("prefill", None)
     assert role("aggregated", None).needs == ()
+
+
+def test_decode_without_one_computes_the_prompt_itself_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    decode = role("decode", None)
+    assert "The decode worker computes every prompt itself" in caplog.text
+    assert not decode.fetches
+    assert role("decode").fetches
+    params = SamplingParams()
+    decode.prepare({"prefill_result": {"disaggregated_params": {"kv_transfer_params": {"remote_port": 1}}}}, params)
+    assert transfer(params) is None
+
+
+@pytest.mark.parametrize("wrapper", ["MultiConnector", "PdConnector"])
+def test_connectors_that_combine_others(wrapper: str) -> None:
+    parts = [{"kv_connector": "LMCacheConnectorV1"}, {"kv_connector": "NixlConnector"}]
+    config: Any = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector=wrapper, kv_connector_extra_config={"connectors": parts})
+    )
+    assert connectors(config) == ["LMCacheConnectorV1", "NixlConnector"]
+    assert connector(config) == "NixlConnector"
+    config.kv_transfer_config.kv_connector_extra_config = {}
+    assert connectors(config) == [wrapper]
+    config.kv_transfer_config = None
+    assert connectors(config) == []
+    assert connector(config) is None

@@ -17,6 +17,7 @@ import pytest
 
 from dynamo_worker.host.monitors import engine_activity
 from dynamo_worker.host.monitors.engine_activity import COMPILERS, EngineActivity, Sample, judge
+from dynamo_worker.supervisor import process_tree
 from dynamo_worker.supervisor.linux import Process, Stat
 
 WORKER, CORE, RANK, OTHER_RANK, HELPER, FRONTEND = 10, 20, 30, 31, 40, 50
@@ -295,6 +296,17 @@ def test_it_takes_a_small_part_of_the_time(monkeypatch):
     )
     observed(RANK)
     assert len(times) <= 3
+
+
+def test_waiting_for_a_core_takes_no_part_of_it(monkeypatch):
+    """Otherwise an engine on crowded cores is looked at once, which tells nothing of it."""
+
+    def wait(_: int):
+        time.sleep(0.05)
+        return {}
+
+    monkeypatch.setattr(process_tree, "descendants", wait)
+    assert engine_activity.take_sample().cost < 0.02
 
 
 def test_a_file_system_that_hangs_stops_nothing(monkeypatch):

@@ -85,3 +85,38 @@ def test_a_request_is_prepared_for_the_workers_phase(mode: str, request_: Any, p
 def test_a_prefill_makes_one_answer() -> None:
     with pytest.raises(InvalidRequestError, match=r"sampling_options\.n: a prefill worker makes only one answer"):
         Noting("prefill").prepare({}, SimpleNamespace(n=2))
+
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 9}}
+
+
+def reported(mode: str, request: dict[str, Any]) -> Any:
+    """Return the details that a client reads of a request all of whose prompt the engine counts as cached."""
+    chunks: list[Any] = []
+    send = Role(mode).with_prefill_usage(request, chunks.append)
+    send({"token_ids": [1], "index": 0})
+    send({"token_ids": [2], "index": 0, "finish_reason": "stop", "completion_usage": dict(USAGE)})  # type: ignore[arg-type]
+    assert chunks[0] == {"token_ids": [1], "index": 0}
+    assert {**chunks[1]["completion_usage"], "prompt_tokens_details": None} == {**USAGE, "prompt_tokens_details": None}
+    return chunks[1]["completion_usage"]["prompt_tokens_details"]
+
+
+@pytest.mark.parametrize(
+    ("details", "expected"),
+    [({"cached_tokens": 4}, {"cached_tokens": 4}), ({"cached_tokens": 0}, None), ({}, None), (None, None)],
+    ids=str,
+)
+def test_what_was_cached_is_the_prefill_workers_to_say(details: Any, expected: Any) -> None:
+    request = {"prefill_result": {**HANDED_OVER["prefill_result"], "prompt_tokens_details": details}}
+    assert reported("decode", request) == expected
+    # Here the engine's own count is right.
+    for own in ({}, {"annotations": ["bypass-remote-prefill"], **request}, {MARK: True, **request}):
+        assert reported("decode", own) == USAGE["prompt_tokens_details"]
+    assert reported("aggregated", request) == USAGE["prompt_tokens_details"]
+
+
+@pytest.mark.parametrize("cached", [-1, "4", 2**40, [4]], ids=str)
+def test_a_count_that_is_none_is_refused_by_name(cached: Any) -> None:
+    request = {"prefill_result": {"disaggregated_params": {}, "prompt_tokens_details": {"cached_tokens": cached}}}
+    with pytest.raises(InvalidRequestError, match=r"prompt_tokens_details\.cached_tokens: expected"):
+        Role("decode").with_prefill_usage(request, lambda _: None)

@@ -24,6 +24,7 @@ class Plugin(EnginePlugin):
     headless_engine = "toy_serving:Node"
     arguments = "toy_serving:add"
     preload = "toy_serving:preload"
+    environment = {"TOY_SEED": "0", "TOY_REPORTS": "no"}
 
     def is_headless(self, args):
         return args.headless
@@ -32,6 +33,8 @@ plugin = Plugin()
 """
 
 ENGINE = """
+import os
+
 preloaded = []
 
 class Engine:
@@ -60,7 +63,7 @@ def add(parser):
     parser.add_argument("--headless", action="store_true")
 
 def preload(arguments):
-    preloaded.append(arguments)
+    preloaded.append((arguments, os.environ["TOY_SEED"], os.environ["TOY_REPORTS"]))
 """
 
 HOOKS = (
@@ -81,9 +84,12 @@ def plugins(site):
     sys.modules.pop("toy_serving", None)
 
 
-def test_modules_are_imported_when_they_are_needed(plugins):
+def test_modules_are_imported_when_they_are_needed(plugins, monkeypatch):
+    monkeypatch.setenv("TOY_SEED", "7")  # the operator's
+    monkeypatch.setenv("TOY_REPORTS", "")  # so that it is removed in the end
+    monkeypatch.delenv("TOY_REPORTS")
     plugins.prepare(["--headless"])
-    assert sys.modules["toy_serving"].preloaded == [["--headless"]]
+    assert sys.modules["toy_serving"].preloaded == [(["--headless"], "7", "no")]
     parser = argparse.ArgumentParser()
     plugins.add_arguments(parser)
     for flags, kind in (([], "Engine"), (["--headless"], "Node")):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from dynamo_worker.kit import in_flight
-from dynamo_worker.kit.answer import Answer
 from dynamo_worker.kit.in_flight import RequestsInFlight, TrackedAnswer
 
 
@@ -33,13 +32,15 @@ class Engine:
     def __init__(self) -> None:
         self.aborted: list[str] = []
         self.takes_aborts = True
+        self.fetches = False
         self.tasks: list[Any] = []
         self.requests: RequestsInFlight[str] = RequestsInFlight(
-            "toy", self.aborted.append, may_abort=self.may_abort, run_beside=self.run_beside
+            "toy",
+            self.aborted.append,
+            may_abort=lambda: self.takes_aborts,
+            run_beside=self.run_beside,
+            fetches=lambda: self.fetches,
         )
-
-    async def may_abort(self, answer: Answer) -> bool:
-        return self.takes_aborts
 
     def run_beside(self, work: Any) -> None:
         self.tasks.append(asyncio.ensure_future(work))
@@ -108,6 +109,23 @@ def test_a_request_whose_client_leaves_while_it_is_handed_over_is_aborted() -> N
         release.set()
         await until(lambda: engine.aborted == ["late"])
         assert reply.followed == "late"
+        reply.end()
+        await asyncio.gather(*engine.tasks)
+
+    run(check)
+
+
+def test_an_abort_waits_for_a_kv_cache_that_is_on_its_way_but_nobody_waits_for_the_abort() -> None:
+    async def check(engine: Engine) -> None:
+        engine.fetches = True
+        task, reply = engine.start()
+        await until(lambda: reply.followed)
+        task.cancel()
+        await engine.requests.abort("id")
+        await asyncio.sleep(0.02)
+        assert engine.aborted == []
+        reply.begun.set()
+        await until(lambda: engine.aborted == ["handle"])
         reply.end()
         await asyncio.gather(*engine.tasks)
 

@@ -20,6 +20,7 @@ from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, Star
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import HasControlRoutes, HasMetrics, LocalContext, MayPause, PublishesEvents, PushesChunks
 from dynamo_worker.kit import push_engine
+from dynamo_worker.kit.chunks import usage
 from dynamo_worker.kit.disaggregation import Role
 from dynamo_worker.kit.engine_control import EngineControl
 from dynamo_worker.kit.kv_events import KvEventSource
@@ -117,6 +118,16 @@ def test_a_request_is_translated_fitted_to_the_role_and_answered() -> None:
     assert chunk == {"token_ids": [1, 2, 3], "adapter": None, "id": "a"}
     (half,) = run(lambda engine: answer(engine, stop_conditions={"max_tokens": 4}), Engine(Halving("decode")))
     assert half["token_ids"] == [1, 2]
+
+
+def test_a_decode_worker_reports_what_the_prefill_worker_found_in_its_cache() -> None:
+    class Counting(Engine):
+        async def answer(self, started: Started, job: Job) -> None:
+            job.send({"token_ids": [1], "completion_usage": usage(4, 1, 4)})
+
+    result = {"disaggregated_params": {"room": 1}, "prompt_tokens_details": {"cached_tokens": 2}}
+    (chunk,) = run(lambda engine: answer(engine, prefill_result=result), Counting(Role("decode")))
+    assert chunk["completion_usage"] == usage(4, 1, 2)
 
 
 def test_a_request_for_no_tokens_does_not_reach_the_engine() -> None:

@@ -24,8 +24,9 @@ class TestWorkerEnvironment:
     def test_what_is_added(self, run_directory, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("LOGNAME", "ada")
-        for name in ("TORCHINDUCTOR_CACHE_DIR", "PYTHONSAFEPATH", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "PYTHONSAFEPATH", "PYTHONHASHSEED"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", raising=False)
         environment = worker_environment(run_directory, 7)
         added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
         assert added == {
@@ -35,6 +36,7 @@ class TestWorkerEnvironment:
             "PYTHONSAFEPATH": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache/dynamo-worker/torchinductor_ada"),
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+            "PYTHONHASHSEED": "0",
         }
 
     def test_what_the_user_has_set_stays(self, run_directory, monkeypatch):
@@ -42,6 +44,7 @@ class TestWorkerEnvironment:
             "TORCHINDUCTOR_CACHE_DIR": "/elsewhere",
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "1",
             "PYTHONSAFEPATH": "yes",
+            "PYTHONHASHSEED": "random",
         }
         for name, value in own.items():
             monkeypatch.setenv(name, value)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.kit.canary import is_canary
-from dynamo_worker.kit.fields import section
+from dynamo_worker.kit.fields import section, token_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from dynamo_worker.engine import Send
+    from dynamo_worker.responses import Chunk, PromptTokensDetails
 
 #: The router's annotations on a request that the decode worker should prefill itself.
 _BYPASS: Final = frozenset({"bypass-remote-prefill", "x-bypass-remote-prefill"})
@@ -50,6 +53,31 @@ class Role:
         :param handed_over: what the prefill worker has sent; empty if it has sent nothing.
         :raises InvalidRequestError: that is not enough.
         """
+
+    def with_prefill_usage(self, request: Mapping[str, Any], send: Send) -> Send:
+        """Return what sends the chunks of a decode worker with the prefill worker's count of cached tokens.
+
+        The engine here counts whatever the prefill worker has handed over as cached.
+
+        :param send: takes the chunks; returned itself if no prefill worker took part.
+        :raises InvalidRequestError: the count is not one.
+        """
+        result = section(request, "prefill_result")
+        if self.mode != "decode" or not result or is_canary(request) or self.bypasses_prefill(request):
+            return send
+        cached = section(request, "prefill_result", "prompt_tokens_details").get("cached_tokens")
+        if cached is not None:
+            cached = token_count("prefill_result.prompt_tokens_details.cached_tokens", cached)
+
+        details: PromptTokensDetails | None = {"cached_tokens": cached} if cached else None
+
+        def send_with_usage(chunk: Chunk) -> None:
+            usage = chunk.get("completion_usage")
+            if usage is not None:
+                usage["prompt_tokens_details"] = details
+            send(chunk)
+
+        return send_with_usage
 
     @property
     def needs(self) -> tuple[tuple[str, ...], ...]:

@@ -6,14 +6,16 @@ imports an engine. Each hook imports what it needs.
 
 from __future__ import annotations
 
+import os
 import pkgutil
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamo_worker.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine, EngineContext
@@ -37,6 +39,8 @@ class EnginePlugin:
     arguments: ClassVar[str] = ""
     #: ``preload(arguments)`` starts what can be started before the command line is read.
     preload: ClassVar[str] = ""
+    #: Environment variables to set before the engine is imported, in its processes too, unless the operator has.
+    environment: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def is_headless(self, args: argparse.Namespace) -> bool:  # noqa: ARG002 - for engines that have such nodes
         """Return whether this node belongs to an engine that serves its requests elsewhere."""
@@ -44,7 +48,9 @@ class EnginePlugin:
 
     @hookimpl
     def prepare(self, arguments: Sequence[str]) -> None:
-        """Start what can be started before the command line is read."""
+        """Set the engine's variables, and start what can be started before the command line is read."""
+        for name, value in self.environment.items():
+            os.environ.setdefault(name, value)
         if self.preload:
             _load(self.preload)(arguments)
 

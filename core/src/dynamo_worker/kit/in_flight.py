@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from dynamo_worker.kit.answer import Answer
 from dynamo_worker.kit.blocking import Lane
+from dynamo_worker.kit.deferred_aborts import DeferredAborts
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Callable, Coroutine
 
     from dynamo_worker.engine import Send
 
@@ -63,19 +64,22 @@ class RequestsInFlight(Generic[_T]):
         name: str,
         abort: Callable[[_T], object],
         *,
-        may_abort: Callable[[Answer], Awaitable[bool]],
+        may_abort: Callable[[], bool],
         run_beside: Callable[[Coroutine[Any, Any, None]], None],
+        fetches: Callable[[], bool] = lambda: False,
     ) -> None:
         """Begin without requests.
 
         :param name: of the thread.
         :param abort: tells the engine to stop the work for a request; called in the thread.
-        :param may_abort: returns once an abort is harmless; False if the engine can take none any more.
+        :param may_abort: returns whether the engine can take aborts.
         :param run_beside: runs the aborts that nobody waits for
             (:meth:`~dynamo_worker.kit.push_engine.PushEngine.run_beside`).
+        :param fetches: returns whether a request's KV cache comes from another worker: its abort waits for that.
         """
         self._lane = Lane(name)
         self._abort, self._may_abort, self._run_beside = abort, may_abort, run_beside
+        self._fetches, self._deferred = fetches, DeferredAborts(run_beside)
         #: What the engine has returned for each request, and the request's answer.
         self._running: dict[str, tuple[_T, TrackedAnswer[_T]]] = {}
 
@@ -100,10 +104,13 @@ class RequestsInFlight(Generic[_T]):
                 self._running.pop(request_id, None)
 
     async def abort(self, request_id: str) -> None:
-        """Stop the work for one request, and wait until the engine has acknowledged that."""
+        """Stop the work for one request, and wait until the engine has acknowledged that.
+
+        Do not wait for a request that fetches its KV cache and has not begun.
+        """
         running = self._running.pop(request_id, None)
         if running is not None:
-            await self._acknowledged(request_id, *running)
+            await self._end(request_id, *running)
 
     async def idle(self) -> None:
         """Return once the engine works on no request."""
@@ -113,10 +120,16 @@ class RequestsInFlight(Generic[_T]):
     def _abort_late(self, request_id: str, submitted: asyncio.Future[_T], answer: TrackedAnswer[_T]) -> None:
         if not submitted.cancelled() and submitted.exception() is None:
             answer.follow(submitted.result())
-            self._run_beside(self._acknowledged(request_id, submitted.result(), answer))
+            self._run_beside(self._end(request_id, submitted.result(), answer))
+
+    async def _end(self, request_id: str, handle: _T, answer: TrackedAnswer[_T]) -> None:
+        if self._fetches():
+            await self._deferred.abort(request_id, answer.begun, lambda: self._acknowledged(request_id, handle, answer))
+        else:
+            await self._acknowledged(request_id, handle, answer)
 
     async def _acknowledged(self, request_id: str, handle: _T, answer: TrackedAnswer[_T]) -> None:
-        if not await self._may_abort(answer) or answer.finished.is_set():
+        if not self._may_abort() or answer.finished.is_set():
             return
         try:
             await asyncio.wait_for(self._lane.call(self._abort, handle), _ABORT_SECONDS)

@@ -209,6 +209,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             send(no_tokens())
             return
         started.role.prepare(request, params)
+        send = started.role.with_prefill_usage(request, send)
         with started.control.lora_adapter(request) as lora:
             await self.answer(started, Job(request, params, lora, context, send))
 

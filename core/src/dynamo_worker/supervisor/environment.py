@@ -24,6 +24,10 @@ _LASTING_CACHES: Final = (("TORCHINDUCTOR_CACHE_DIR", "torchinductor_{user}"),)
 #: are in the cache already.
 _NO_PRECOMPILED_HEADERS: Final = ("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
+#: The seed of Python's hashes: engines and their KV caches derive the keys of blocks from it, which have to be the same
+#: in all processes of all workers. It takes effect where an interpreter starts.
+HASH_SEED: Final = ("PYTHONHASHSEED", "0")
+
 
 def worker_environment(directory: RunDirectory, control: int) -> dict[str, str]:
     """Return the worker's environment.
@@ -39,6 +43,7 @@ def worker_environment(directory: RunDirectory, control: int) -> dict[str, str]:
             if place is not None:
                 environment[variable] = place
     environment.setdefault(*_NO_PRECOMPILED_HEADERS)
+    environment.setdefault(*HASH_SEED)
     environment.setdefault(interpreter.SAFE_PATH, "1")
     environment[CONTROL_FD] = str(control)
     environment[RUN_DIR] = directory.path

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from dynamo_worker import Deadline, EngineContext, Request
-    from dynamo_worker.kit.answer import Answer
     from dynamo_worker.kit.huggingface import ModelFiles
     from dynamo_worker.kit.kv_events import KvEventSource
     from dynamo_worker.kit.publishing import LoadPoller
@@ -82,7 +81,12 @@ class TrtllmEngine(PushEngine[Started]):
         super().__init__(args, context)
         self._steps = 0
         self._requests: RequestsInFlight[Any] = RequestsInFlight(
-            "trtllm-sender", lambda result: result.abort(), may_abort=self._may_abort, run_beside=self.run_beside
+            "trtllm-sender",
+            lambda result: result.abort(),
+            may_abort=lambda: self._started is not None and not self._failed,
+            run_beside=self.run_beside,
+            # An abort while the KV cache is on its way would take the prefill worker's blocks with it.
+            fetches=lambda: self._started is not None and self._started.role.mode == "decode",
         )
         # Its check shuts the executor down if it fails.
         self._health = OneAtATime(lambda: in_thread(self.started.llm._check_health, name="trtllm-health"))  # noqa: SLF001
@@ -178,12 +182,6 @@ class TrtllmEngine(PushEngine[Started]):
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request, and wait until the engine has acknowledged that."""
         await self._requests.abort(request_id)
-
-    async def _may_abort(self, answer: Answer) -> bool:
-        if self._started is not None and self._started.role.mode == "decode":
-            # An abort while the KV cache is on its way would take the prefill worker's blocks with it.
-            await answer.begun.wait()
-        return self._started is not None and not self._failed
 
     # -------------------------------------------------------------------------------------------------------- health
 

@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, rendezvous
-from dynamo_worker_vllm import waiting
+from dynamo_worker.kit import engine_arguments, own_address, rendezvous
+from dynamo_worker_vllm import disaggregation, waiting
 
 if TYPE_CHECKING:
     import argparse
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 #: The roles of a worker in disaggregated serving.
 MODES: Final = ("aggregated", "prefill", "decode")
+
+#: The variable with the address at which NIXL's other side asks for the blocks of this one.
+NIXL_HOST: Final = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 
 #: Flags that only vLLM's own server reads (0.31).
 _OF_ITS_SERVER: Final = ("interleave_mm_strings", "default_mm_loras", "data_parallel_multi_port_external_lb")
@@ -32,8 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--disaggregation-mode",
         choices=MODES,
         default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE", "aggregated"),
-        help="the phase of each request that this worker runs; prefill and decode need --kv-transfer-config "
-        "(default: aggregated)",
+        help="the phase of each request that this worker runs; prefill needs --kv-transfer-config, decode without it "
+        "computes every prompt itself (default: aggregated)",
     )
     engine_arguments.add_publish_kv_events(group)
     group.add_argument(
@@ -77,6 +80,9 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
         config: VllmConfig = engine_args.create_engine_config(UsageContext.ENGINE_CONTEXT, headless=args.headless)
     except Exception as error:
         raise StartError(f"vLLM rejects these settings: {_first_lines(error)}") from error
+    if "NixlConnector" in disaggregation.connectors(config):
+        # vLLM's default is localhost: decode workers in other pods would ask themselves.
+        own_address.advertise(NIXL_HOST)
     return config
 
 

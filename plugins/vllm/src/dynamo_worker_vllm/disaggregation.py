@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from dynamo_worker import StartError
 from dynamo_worker.kit import disaggregation
 from dynamo_worker.kit.fields import section
+from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+
+log = get_logger(__name__)
 
 #: Connectors whose workers find each other's blocks by content and exchange no parameters.
 _BY_CONTENT = ("ExampleConnector", "LMCacheConnectorV1", "LMCacheMPConnector", "OffloadingConnector")
@@ -25,9 +28,18 @@ class Role(disaggregation.Role):
     """The phase of each request that this worker runs."""
 
     def __init__(self, mode: str, config: VllmConfig) -> None:
+        """Take the role.
+
+        :raises StartError: it is prefill, and no connector transfers the KV cache.
+        """
         super().__init__(mode)
         self._config = config
-        self._connector = _connector(config) if mode != "aggregated" else None
+        self._connector = connector(config)
+        if mode != "aggregated" and self._connector is None:
+            hint = '--kv-transfer-config \'{"kv_connector": "NixlConnector", "kv_role": "kv_both"}\''
+            if mode == "prefill":
+                raise StartError("--disaggregation-mode prefill needs a KV connector", hint=hint)
+            log.warning("The decode worker computes every prompt itself: it has no KV connector", next=hint)
 
     def prepare_prefill(self, translated: SamplingParams) -> None:
         """Tell the connector, through the sampling parameters, where the KV cache goes to."""
@@ -36,7 +48,13 @@ class Role(disaggregation.Role):
 
     def prepare_decode(self, translated: SamplingParams, handed_over: Mapping[str, Any]) -> None:
         """Tell the connector where the KV cache comes from, if it needs to know."""
-        self._set(translated, section(handed_over, "kv_transfer_params"))
+        if self._connector is not None:
+            self._set(translated, section(handed_over, "kv_transfer_params"))
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the KV caches of requests come from another worker."""
+        return self.mode == "decode" and self._connector is not None
 
     def hand_over(self, chunk: dict[str, Any], params: SamplingParams) -> None:
         """Add what the decode worker needs to a prefill worker's only chunk."""
@@ -76,19 +94,18 @@ class Role(disaggregation.Role):
             params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": dict(transfer)}
 
 
-def _connector(config: VllmConfig) -> str:
-    """Return the name of the connector that transfers the KV cache.
-
-    :raises StartError: none is configured.
-    """
+def connectors(config: VllmConfig) -> list[str]:
+    """Return the names of the connectors that transfer the KV cache; those of a connector that combines others."""
     transfer = config.kv_transfer_config
     if transfer is None or not transfer.kv_connector:
-        raise StartError(
-            "--disaggregation-mode prefill and decode need a KV connector",
-            hint='--kv-transfer-config \'{"kv_connector": "NixlConnector", "kv_role": "kv_both"}\'',
-        )
+        return []
     name: str = transfer.kv_connector
-    if name in _COMPOSED:
-        parts = [part["kv_connector"] for part in transfer.kv_connector_extra_config.get("connectors", ())]
-        return next((part for part in parts if part not in _BY_CONTENT), parts[0] if parts else name)
-    return name
+    if name not in _COMPOSED:
+        return [name]
+    return [part["kv_connector"] for part in transfer.kv_connector_extra_config.get("connectors", ())] or [name]
+
+
+def connector(config: VllmConfig) -> str | None:
+    """Return the name of the connector that needs to know about each transfer, or else of any; None without one."""
+    names = connectors(config)
+    return next((name for name in names if name not in _BY_CONTENT), names[0] if names else None)

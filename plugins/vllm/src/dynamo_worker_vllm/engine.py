@@ -20,6 +20,7 @@ from dynamo_worker.engine import LocalContext
 from dynamo_worker.kit import engine_processes, push_engine, request_metadata
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
+from dynamo_worker.kit.deferred_aborts import DeferredAborts
 from dynamo_worker.kit.engine_processes import EngineProcesses
 from dynamo_worker.kit.push_engine import Job, PushEngine
 from dynamo_worker.logs import get_logger
@@ -62,11 +63,13 @@ class Started(push_engine.Started):
     """The parts of a started vLLM.
 
     :ivar processor: the fast path for plain requests; None if this version of vLLM has none.
+    :ivar block_size: tokens in one block of the KV cache, as KV events state it.
     :ivar decode: returns the text of a token.
     """
 
     role: Role
     llm: AsyncLLM
+    block_size: int
     processor: DeltaProcessor | None
     decode: Callable[[int], str | None]
 
@@ -91,6 +94,7 @@ class VllmEngine(PushEngine[Started]):
         super().__init__(args, context)
         #: Compiles the constraints of requests to find out whether they are valid.
         self._guides = ThreadPoolExecutor(_GUIDE_THREADS, thread_name_prefix="guides")
+        self._deferred = DeferredAborts(self.run_beside)
 
     async def launch(self) -> Started:
         """Start vLLM's processes and wait until the model is loaded.
@@ -107,7 +111,8 @@ class VllmEngine(PushEngine[Started]):
         control = Control(llm, self.context, (model.model, *self._served_names(config)))
         if llm.logger_manager is not None:
             self.run_beside(self._log_stats(llm))
-        return Started(table, role, control, llm, outputs.install(llm), token_decoder(llm.tokenizer))
+        block_size = await load.block_size(llm)
+        return Started(table, role, control, llm, block_size, outputs.install(llm), token_decoder(llm.tokenizer))
 
     def _build(self, config: VllmConfig) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
@@ -150,7 +155,7 @@ class VllmEngine(PushEngine[Started]):
             model_aliases=aliases,
             context_length=config.model_config.max_model_len,
             vocab_size=vocab_size(config, started.llm.tokenizer),
-            kv_block_size=config.cache_config.block_size,
+            kv_block_size=started.block_size,
             total_kv_blocks=blocks // len(ranks) if blocks else None,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
@@ -225,7 +230,15 @@ class VllmEngine(PushEngine[Started]):
             raise _translated(error) from error
 
     async def abort(self, request_id: str) -> None:
-        """Stop the work for one request."""
+        """Stop the work for one request; if its KV cache is on its way, later."""
+        started = self._started
+        begun = outputs.not_begun(started.llm, request_id) if started is not None and started.role.fetches else None
+        if begun is None:
+            await self._abort(request_id)
+        else:
+            await self._deferred.abort(request_id, begun, lambda: self._abort(request_id))
+
+    async def _abort(self, request_id: str) -> None:
         if self._started is not None and not self._started.llm.errored:
             await self._started.llm.abort(request_id)
 
@@ -264,7 +277,7 @@ class VllmEngine(PushEngine[Started]):
 
     def kv_events(self, started: Started) -> KvEvents | None:
         """Return where vLLM's ranks publish."""
-        return load.kv_events(started.llm, started.ranks)
+        return load.kv_events(started.llm, started.ranks, started.block_size)
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End vLLM's processes: ask them, wait, kill what is left."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from dynamo_worker.kit.publishing import KvEvents
+from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from dynamo_worker.kit.publishing import LoadPublisher
+
+
+log = get_logger(__name__)
+
+#: vLLM's kinds of KV caches with a block for every token.
+_FULL_ATTENTION: Final = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
+#: Seconds within which an engine that has just started describes its KV caches.
+_ANSWER_SECONDS: Final = 30.0
 
 
 def stat_logger(load: LoadPublisher) -> Callable[[VllmConfig, int], StatLoggerBase]:
@@ -38,7 +48,33 @@ class _StatLogger(StatLoggerBase):  # type: ignore[misc]
         pass
 
 
-def kv_events(llm: AsyncLLM, ranks: Iterable[int]) -> KvEvents | None:
+async def block_size(llm: AsyncLLM) -> int:
+    """Return the number of tokens in one block of the KV cache, as KV events state it.
+
+    A model with several kinds of layers has as many KV caches, with blocks of different sizes. Routers follow the one
+    of full attention, in which every token of a prefix has its place. The configuration states another number.
+    """
+    configured: int = llm.vllm_config.cache_config.block_size
+    try:
+        question = llm.engine_core.call_utility_async("get_kv_cache_group_metadata")
+        groups = await asyncio.wait_for(question, _ANSWER_SECONDS)
+    except Exception as error:
+        log.warning("vLLM does not describe its KV caches", error=error, block_size=configured)
+        return configured
+    return main_block_size(groups, configured)
+
+
+def main_block_size(groups: Iterable[Mapping[str, Any]], default: int) -> int:
+    """Return the block size of the first KV cache of full attention.
+
+    :param groups: vLLM's description of its KV caches.
+    :param default: for a model without full attention.
+    """
+    sizes = (group.get("block_size") for group in groups if group.get("kind") in _FULL_ATTENTION)
+    return int(next(sizes, None) or default)
+
+
+def kv_events(llm: AsyncLLM, ranks: Iterable[int], block_size: int) -> KvEvents | None:
     """Return where each data-parallel rank publishes its KV events; None if it does not."""
     from vllm.distributed.kv_events import ZmqEventPublisher
 
@@ -51,4 +87,4 @@ def kv_events(llm: AsyncLLM, ranks: Iterable[int]) -> KvEvents | None:
         rank: known[rank].endpoint if rank in known else ZmqEventPublisher.offset_endpoint_port(events.endpoint, rank)
         for rank in ranks
     }
-    return KvEvents(sources, events.topic, llm.vllm_config.cache_config.block_size)
+    return KvEvents(sources, events.topic, block_size)

@@ -17,6 +17,7 @@ from dynamo_worker.kit.chunks import add_logprobs, finite, no_text, prompt_logpr
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterator
 
     from vllm.v1.engine import EngineCoreOutput
@@ -167,6 +168,17 @@ def install(llm: AsyncLLM) -> DeltaProcessor | None:
     processor.__class__ = DeltaProcessor
     plain: DeltaProcessor = processor
     return plain
+
+
+def not_begun(llm: AsyncLLM, request_id: str) -> asyncio.Event | None:
+    """Return the event of a request's first output; None if there has been one, or there is no such request."""
+    processor = llm.output_processor
+    for internal in processor.external_req_ids.get(request_id, ()):
+        state = processor.request_states.get(internal)
+        if state is not None and state.is_prefilling and state.queue is not None:
+            ready: asyncio.Event = state.queue.ready
+            return ready
+    return None
 
 
 class OutputReader:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 from dynamo_worker import EnginePlugin
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
 
 class VllmPlugin(EnginePlugin):
@@ -18,6 +20,8 @@ class VllmPlugin(EnginePlugin):
     headless_engine = "dynamo_worker_vllm.headless:HeadlessEngine"
     arguments = "dynamo_worker_vllm.arguments:add"
     preload = "dynamo_worker_vllm.processes:preload_processes"
+    # Otherwise vLLM reports the model, the hardware and its settings to its makers.
+    environment: ClassVar[Mapping[str, str]] = MappingProxyType({"VLLM_NO_USAGE_STATS": "1"})
 
     def is_headless(self, args: argparse.Namespace) -> bool:
         """Return whether this node only runs ranks of an engine that serves from another node."""
