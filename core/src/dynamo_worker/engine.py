@@ -90,6 +90,23 @@ class Undiscovered:
 #: caller gets the exception's message.
 Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
+
+@dataclass(frozen=True)
+class LargeOperation:
+    """A control operation that takes larger bodies than 64 KiB. Decoding one keeps the event loop busy.
+
+    :param operation: what it does.
+    :param most_body_bytes: size of the largest body.
+    """
+
+    operation: Operation
+    most_body_bytes: int
+
+    def __call__(self, body: dict[str, Any]) -> Awaitable[dict[str, Any]]:
+        """Run the operation."""
+        return self.operation(body)
+
+
 #: Answers one request with a stream of chunks.
 Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 

@@ -18,6 +18,7 @@ from aio import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dynamo_worker.engine import LargeOperation
 from dynamo_worker.errors import StartError
 from dynamo_worker.host.status import status_server
 from dynamo_worker.host.status.control_routes import ControlAccess
@@ -306,6 +307,48 @@ def test_control_routes_are_ours_alone(request_, status):
             served.server.stop_routes()
             assert (await served.send(request_)).startswith(b"HTTP/1.1 503 "), "it is about to go"
             assert not upstream.heads
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post("/engine/large", b" " * 100_000 + b"{}"), 200),
+        (post("/engine/large", length=150_001), 413),
+        (post("/engine/x", length=100_000), 413),
+        (post("/engine/none", length=100_000), 413),
+        (post("/engine/large", b"", "origin: http://evil.example", length=100_000), 403),
+    ],
+)
+def test_bodies_are_as_large_as_their_operation_takes(request_, status):
+    async def main():
+        async with worker() as served:
+            served.server.serve_routes({"large": LargeOperation(nothing, 150_000), "x": nothing})
+            assert (await served.send(request_)).startswith(b"HTTP/1.1 %d " % status)
+
+    asyncio.run(main())
+
+
+def test_few_large_bodies_are_read_at_once(monkeypatch):
+    monkeypatch.setattr(status_server, "_BODY_TIMEOUT", 60.0)
+    request_ = post("/engine/large", b" " * 100_000 + b"{}")
+
+    async def main():
+        async with worker() as served:
+            served.server.serve_routes({"large": LargeOperation(nothing, 150_000), "x": nothing})
+            clients = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(4)]
+            for _, writer in clients:
+                writer.write(request_[:-1])
+            await until(lambda: served.server._large_bodies == len(clients))
+            one_more = post("/engine/large", length=100_000)
+            assert (await served.send(one_more)).startswith(b"HTTP/1.1 503 ")
+            assert (await served.send(post("/engine/x"))).startswith(b"HTTP/1.1 200 ")
+            for reader, writer in clients:
+                writer.write(request_[-1:])
+                assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+                writer.close()
+            assert (await served.send(request_)).startswith(b"HTTP/1.1 200 ")
 
     asyncio.run(main())
 

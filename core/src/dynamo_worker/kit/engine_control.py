@@ -11,7 +11,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from dynamo_worker.engine import EndpointSpec
+from dynamo_worker.engine import EndpointSpec, LargeOperation
 from dynamo_worker.errors import for_client
 from dynamo_worker.kit import request_metadata
 from dynamo_worker.kit.fields import refusal
@@ -53,7 +53,7 @@ def _answering(name: str, operation: Operation) -> Operation:
             log.warning("Control operation failed", operation=name, error=error)
             return {"status": "error", "message": for_client(str(error)) or type(error).__name__}
 
-    return answer
+    return LargeOperation(answer, operation.most_body_bytes) if isinstance(operation, LargeOperation) else answer
 
 
 def profile_routes(
@@ -152,6 +152,26 @@ class DiscoveryGate:
                 return await work()
             finally:
                 await self._rejoin()
+
+    async def around(
+        self, work: Callable[[], Awaitable[_T]], *, leave: bool, reason: str, holds: Callable[[], bool]
+    ) -> _T:
+        """Run ``work()`` and return its result; other changes wait.
+
+        :param leave: whether the engine is out of discovery meanwhile.
+        :param reason: keeps the engine out afterwards if ``holds()``, even if ``work`` has failed; dropped if not.
+        """
+        async with self._lock:
+            try:
+                if leave and not self._reasons:
+                    await self._leave()
+                return await work()
+            finally:
+                self._reasons = self._reasons.union([reason]) if holds() else self._reasons.difference([reason])
+                if self._reasons and not self.withdrawn:
+                    await self._leave()
+                elif self.withdrawn and not self._reasons:
+                    await self._rejoin()
 
     async def _leave(self) -> None:
         self.withdrawn = True

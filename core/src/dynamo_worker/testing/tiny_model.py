@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
-def make(directory: Path) -> Path:
-    """Write the model and its tokenizer (600 kB), and return the directory."""
+def make(directory: Path, seed: int = 0) -> Path:
+    """Write the model and its tokenizer (600 kB), and return the directory.
+
+    :param seed: of the random weights; another seed makes another model with the same tokenizer.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,7 +39,7 @@ def make(directory: Path) -> Path:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(directory)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         # Exactly the tokenizer's tokens: every token has text.
         vocab_size=len(wrapped),

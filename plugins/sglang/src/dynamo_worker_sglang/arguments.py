@@ -9,7 +9,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, rendezvous
+from dynamo_worker.kit import engine_arguments, rendezvous, weights
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
     engine_arguments.add_publish_kv_events(group)
+    weights.add_enable_rl(group, "DYN_SGL_ENABLE_RL")
     _server_args().add_cli_args(parser)
     # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)

@@ -53,6 +53,7 @@ class Started(push_engine.Started):
     """
 
     role: Role
+    control: Control
     manager: Manager
     settings: Mapping[str, Any]
     reader: LoadReader
@@ -107,7 +108,12 @@ class SglangEngine(PushEngine[Started]):
         return Started(
             table,
             Role(settings["disaggregation_mode"], _bootstrap(settings)),
-            Control(manager, self.context, (manager.model_path, settings["served_model_name"])),
+            Control(
+                manager,
+                self.context,
+                (manager.model_path, settings["served_model_name"]),
+                trainers=self.args.enable_rl,
+            ),
             manager,
             settings,
             LoadReader(manager, settings["page_size"]),
@@ -155,6 +161,7 @@ class SglangEngine(PushEngine[Started]):
         translated: Translated = job.params
         if manager.failure is not None:
             raise EngineDeadError(manager.failure)
+        started.control.weights.check_usable()
         if translated.meeting is not None:
             # The router forwards the request to a decode worker as soon as it knows where the two meet.
             job.send({"token_ids": [], "index": 0, "disaggregated_params": translated.meeting})
@@ -242,6 +249,7 @@ class SglangEngine(PushEngine[Started]):
             return
         if self._started.manager.failure is not None:
             raise EngineDeadError(self._started.manager.failure)
+        self._started.control.weights.check_alive()
         await self._state.answer()
 
     def pending_transfers(self, started: Started) -> int:

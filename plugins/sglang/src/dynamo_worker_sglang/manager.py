@@ -81,10 +81,18 @@ class Manager(TokenizerManager):  # type: ignore[misc]
     def fail(self, reason: str) -> None:
         """End all requests, because no more outputs will come."""
         self.failure = self.failure or reason
+        self._fail_answers(EngineDeadError(reason))
+
+    async def end_requests(self, error: BaseException) -> None:
+        """End all requests with an error, and stop the work for them."""
+        self._fail_answers(error)
+        self.abort_request(abort_all=True)
+
+    def _fail_answers(self, error: BaseException) -> None:
         for state in list(self.rid_to_state.values()):
             answer = getattr(state.obj, "answer", None)
             if answer is not None:
-                answer.fail(EngineDeadError(reason))
+                answer.fail(error)
 
     def stop(self) -> None:
         """Stop receiving."""
@@ -110,6 +118,21 @@ class Manager(TokenizerManager):  # type: ignore[misc]
 
         :raises InvalidRequestError: SGLang rejects the request.
         """
+        if not self.is_pause or request.answer is None:
+            await self._run(request)
+            return
+        # It waits for the end of the pause, where its answer's own end does not reach it.
+        run = asyncio.ensure_future(self._run(request))
+        end = asyncio.ensure_future(request.answer.wait())
+        try:
+            await asyncio.wait({run, end}, return_when=asyncio.FIRST_COMPLETED)
+            await (end if end.done() and end.exception() is not None else run)
+        finally:
+            run.cancel()
+            end.cancel()
+            await asyncio.wait({run, end})
+
+    async def _run(self, request: GenerateRequest) -> None:
         try:
             async for _ in self.generate_request(request):
                 pass

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, own_address, rendezvous
+from dynamo_worker.kit import engine_arguments, own_address, rendezvous, weights
 from dynamo_worker_vllm import disaggregation, waiting
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "computes every prompt itself (default: aggregated)",
     )
     engine_arguments.add_publish_kv_events(group)
+    weights.add_enable_rl(group, "DYN_ENABLE_RL")
     group.add_argument(
         "--headless",
         action="store_true",

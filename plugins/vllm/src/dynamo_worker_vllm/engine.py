@@ -68,6 +68,7 @@ class Started(push_engine.Started):
     """
 
     role: Role
+    control: Control
     llm: AsyncLLM
     block_size: int
     processor: DeltaProcessor | None
@@ -108,7 +109,7 @@ class VllmEngine(PushEngine[Started]):
         model = config.model_config
         table = sampling.SamplingTable(model.get_diff_sampling_param(), model.max_model_len)
         llm = await self.construct(lambda: self._build(config))
-        control = Control(llm, self.context, (model.model, *self._served_names(config)))
+        control = Control(llm, self.context, (model.model, *self._served_names(config)), trainers=self.args.enable_rl)
         if llm.logger_manager is not None:
             self.run_beside(self._log_stats(llm))
         block_size = await load.block_size(llm)
@@ -167,6 +168,7 @@ class VllmEngine(PushEngine[Started]):
 
     async def answer(self, started: Started, job: Job) -> None:
         """Hand a request to vLLM, and send what arrives in its mailbox until it is complete."""
+        started.control.weights.check_usable()
         mailbox = await self._submit(started.llm, job)
         role, send = started.role, job.send
         params: SamplingParams = job.params
@@ -266,6 +268,8 @@ class VllmEngine(PushEngine[Started]):
         """Raise EngineDeadError once vLLM reports that its engine is dead."""
         if self._started is not None and self._started.llm.errored:
             raise EngineDeadError("vLLM reports that its engine is dead")
+        if self._started is not None:
+            self._started.control.weights.check_alive()
 
     def pending_transfers(self, started: Started) -> int:  # noqa: ARG002 - part of the protocol
         """Return the blocks in use: vLLM keeps those of a finished prefill in its scheduler until they are fetched."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from dynamo_worker.containment import contained
+from dynamo_worker.engine import LargeOperation
 from dynamo_worker.errors import UsageError, describe, for_client
 from dynamo_worker.host.status import http_message
 from dynamo_worker.host.status.http_message import HttpError
@@ -147,6 +148,15 @@ class ControlRoutes:
         self._routes = routes
         self._access = access
         self._running: set[asyncio.Task[dict[str, Any]]] = set()
+
+    def most_body_bytes(self, name: str, head: RequestHead) -> int:
+        """Return the size of the largest body that a route takes; 0 if it says nothing.
+
+        :raises HttpError: this client may not call routes.
+        """
+        self._access.check(head)
+        operation = self._routes.get(name)
+        return operation.most_body_bytes if isinstance(operation, LargeOperation) else 0
 
     async def call(self, name: str, head: RequestHead, body: bytes) -> bytes:
         """Call a route and return the answer. An operation continues if its client leaves.

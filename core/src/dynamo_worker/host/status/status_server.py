@@ -33,8 +33,11 @@ log = get_logger(__name__)
 _CONTROL = "/engine/"
 #: Largest request head in bytes.
 _MAX_HEAD = 16 * 1024
-#: Largest body of a control request in bytes; they hold a few names and numbers.
+#: Largest body of a control request in bytes, unless it is for a ``LargeOperation``: nearly all
+#: hold a few names and numbers.
 _MAX_BODY = 64 * 1024
+#: Most larger bodies that are read at once.
+_MOST_LARGE_BODIES = 4
 #: Seconds for a client to send its request head.
 _HEAD_TIMEOUT = 10.0
 #: Seconds for a client to send the body.
@@ -82,6 +85,7 @@ class StatusServer:
         self._server: asyncio.Server | None = None
         self._upstream: tuple[str, int] | None = None
         self._control: ControlRoutes | None = None
+        self._large_bodies = 0
         # In order of arrival: connections that have not sent a whole request yet, and those being answered.
         self._silent: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._answered: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -160,8 +164,7 @@ class StatusServer:
         try:
             data = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_TIMEOUT)
             head = RequestHead.parse(data)
-            takes_body = head.path.startswith(_CONTROL) and self._control is not None
-            body = await _body(head, reader) if takes_body else b""
+            body = await self._body(head, reader)
             self._silent.pop(task, None)
             self._answered[task] = writer
             answer = await self._answer(head, data, body, writer)
@@ -171,6 +174,28 @@ class StatusServer:
             answer = error.encode()
         if not writer.is_closing():  # the client reset the connection; uvloop would raise a RuntimeError
             writer.write(answer)
+
+    async def _body(self, head: RequestHead, reader: asyncio.StreamReader) -> bytes:
+        """Read the body of a control request.
+
+        :raises HttpError: it is too long.
+        :raises IncompleteReadError: the client has left before its end.
+        :raises TimeoutError: the client takes too long.
+        """
+        if not head.path.startswith(_CONTROL) or self._control is None:
+            return b""
+        if head.body_length <= _MAX_BODY:
+            return await asyncio.wait_for(reader.readexactly(head.body_length), _BODY_TIMEOUT)
+        most = max(_MAX_BODY, self._control.most_body_bytes(head.path.removeprefix(_CONTROL), head))
+        if head.body_length > most:
+            raise HttpError("413 Content Too Large", f"the body may have at most {most} bytes")
+        if self._large_bodies >= _MOST_LARGE_BODIES:
+            raise HttpError("503 Service Unavailable", "other large requests are being read", "retry-after: 5")
+        self._large_bodies += 1
+        try:
+            return await asyncio.wait_for(reader.readexactly(head.body_length), _BODY_TIMEOUT)
+        finally:
+            self._large_bodies -= 1
 
     async def _answer(self, head: RequestHead, data: bytes, body: bytes, writer: asyncio.StreamWriter) -> bytes:
         """Return the answer, or the part of it that was not sent yet.
@@ -201,19 +226,6 @@ class StatusServer:
         if problem is not None:
             body["reason"] = problem
         return http_message.answer(status, body)
-
-
-async def _body(head: RequestHead, reader: asyncio.StreamReader) -> bytes:
-    """Read the body of a request.
-
-    :raises HttpError: it is too long.
-    :raises IncompleteReadError: the client has left before its end.
-    :raises TimeoutError: the client takes too long.
-    """
-    length = head.body_length
-    if length > _MAX_BODY:
-        raise HttpError("413 Content Too Large", f"the body may have at most {_MAX_BODY} bytes")
-    return await asyncio.wait_for(reader.readexactly(length), _BODY_TIMEOUT)
 
 
 async def _forward(data: bytes, writer: asyncio.StreamWriter, host: str, port: int) -> bool:
