@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, rendezvous
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, rendezvous
 from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "(default: aggregated)",
     )
     engine_arguments.add_publish_kv_events(group)
+    forward_pass_metrics.add_flag(group)
     group.add_argument(
         "--headless",
         action="store_true",
