@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from dynamo_worker.containment import contained
 from dynamo_worker.errors import EngineDeadError, StartError
-from dynamo_worker.kit import engine_processes
+from dynamo_worker.kit import engine_processes, forward_pass_metrics
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.chunks import no_tokens
 from dynamo_worker.kit.engine_arguments import drop_unread_events
@@ -96,6 +96,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
 
     Its command line has ``--publish-kv-events`` (:func:`~dynamo_worker.kit.engine_arguments.add_publish_kv_events`).
 
+    :ivar worker_id: the Dynamo instance id of this worker, from the start on.
     :ivar load: what the engine reports about its KV cache.
     :ivar at_stop: functions that :meth:`stop` calls, such as that of a :class:`~dynamo_worker.kit.blocking.Poller`.
     """
@@ -108,6 +109,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         self.args = args
         self.context = context
+        self.worker_id = 0
         self.load = LoadPublisher()
         self.at_stop: list[Callable[[], object]] = []
         self._stopping = self._failed = False
@@ -162,8 +164,9 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             raise EngineDeadError(f"{self.NAME} is not started")
         return self._started
 
-    async def start(self, worker_id: int) -> EngineInfo:  # noqa: ARG002 - part of the protocol
+    async def start(self, worker_id: int) -> EngineInfo:
         """Launch the engine, warm it up, and return what it serves."""
+        self.worker_id = worker_id
         drop_unread_events(self.args, self.context)
         self._started = started = await self.launch()
         await self.warm_up()
@@ -231,7 +234,9 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
     # ------------------------------------------------------------------------------------------ routers and operators
 
     async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
-        """Publish load and KV events if a router may read them."""
+        """Publish load and KV events if a router may read them, and what the schedulers publish for the planner."""
+        for relay in forward_pass_metrics.relay(endpoint, self.context.private_dir):
+            self.at_stop.append(relay.shutdown)
         if not self.context.events_wanted:
             return
         if self.reports_load():

@@ -9,7 +9,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, rendezvous, weights
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, rendezvous, weights
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
     engine_arguments.add_publish_kv_events(group)
     weights.add_enable_rl(group, "DYN_SGL_ENABLE_RL")
+    forward_pass_metrics.add_flag(group)
     _server_args().add_cli_args(parser)
     # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
@@ -97,6 +98,17 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
     settings: ServerArgs = _server_args().from_cli_args(args)
     return settings
+
+
+def measure_forward_passes(args: argparse.Namespace, worker_id: int, private_dir: Path) -> None:
+    """Have SGLang publish what its schedulers do, if the operator asks for it with a flag of SGLang or of the worker.
+
+    :param private_dir: directory of the sockets.
+    """
+    if forward_pass_metrics.wanted(args) or args.enable_forward_pass_metrics:
+        args.enable_forward_pass_metrics = True
+        args.forward_pass_metrics_worker_id = str(worker_id)
+        args.forward_pass_metrics_ipc_name = forward_pass_metrics.address(private_dir)
 
 
 def _free_port() -> int:

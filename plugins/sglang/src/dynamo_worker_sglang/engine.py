@@ -93,6 +93,7 @@ class SglangEngine(PushEngine[Started]):
         The work runs in threads: meanwhile `/live` answers and signals are handled.
         """
         on_failed_process(self._fail)
+        arguments.measure_forward_passes(self.args, self.worker_id, self.context.private_dir)
         config = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
         self._processes = await build(config)
         settings = config.resolved_dict()

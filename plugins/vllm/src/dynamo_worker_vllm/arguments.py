@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, own_address, rendezvous, weights
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, own_address, rendezvous, weights
 from dynamo_worker_vllm import disaggregation, waiting
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     engine_arguments.add_publish_kv_events(group)
     weights.add_enable_rl(group, "DYN_ENABLE_RL")
+    forward_pass_metrics.add_flag(group)
     group.add_argument(
         "--headless",
         action="store_true",

@@ -17,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
 from dynamo_worker.engine import LocalContext
-from dynamo_worker.kit import engine_processes, push_engine, request_metadata
+from dynamo_worker.kit import engine_processes, forward_pass_metrics, push_engine, request_metadata
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.deferred_aborts import DeferredAborts
@@ -105,6 +105,8 @@ class VllmEngine(PushEngine[Started]):
         # Sockets between vLLM's processes; the default directory outlives a worker without a supervisor.
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(self.context.private_dir))
         config = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
+        if forward_pass_metrics.wanted(self.args):
+            load.measure_forward_passes(config, self.worker_id, self.context.private_dir)
         role = Role(self.args.disaggregation_mode, config)
         model = config.model_config
         table = sampling.SamplingTable(model.get_diff_sampling_param(), model.max_model_len)

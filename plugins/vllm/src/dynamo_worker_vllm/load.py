@@ -1,23 +1,27 @@
-"""What routers see of vLLM: load and KV events."""
+"""What routers and the planner see of vLLM: load, KV events and forward-pass metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from dynamo_worker.kit import forward_pass_metrics
 from dynamo_worker.kit.publishing import KvEvents
 from dynamo_worker.logs import get_logger
+from dynamo_worker_vllm import forward_passes, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from dynamo_worker.kit.publishing import LoadPublisher
-
 
 log = get_logger(__name__)
 
@@ -88,3 +92,23 @@ def kv_events(llm: AsyncLLM, ranks: Iterable[int], block_size: int) -> KvEvents 
         for rank in ranks
     }
     return KvEvents(sources, events.topic, block_size)
+
+
+def measure_forward_passes(config: VllmConfig, worker_id: int, private_dir: Path) -> None:
+    """Have the EngineCores that are started with this configuration publish what their schedulers do.
+
+    :param private_dir: directory of the sockets.
+    """
+    if config.parallel_config.data_parallel_backend == "ray":
+        # It starts them on any machine, with an environment of its own.
+        log.warning("Forward-pass metrics are not published: ray starts the EngineCores")
+        return
+    scheduler = config.scheduler_config
+    settings = {
+        "scheduler": scheduler.scheduler_cls,
+        "worker_id": str(worker_id),
+        "address": forward_pass_metrics.address(private_dir),
+    }
+    os.environ[waiting.FORWARD_PASSES] = json.dumps(settings)
+    made_by = forward_passes.measured_scheduler
+    scheduler.scheduler_cls = f"{made_by.__module__}.{made_by.__name__}"

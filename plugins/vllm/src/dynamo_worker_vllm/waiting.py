@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 #: Marks the environment of the processes that belong to a dynamo-worker.
 MARK: Final = "DYNAMO_WORKER_VLLM"
+#: Tells the EngineCores what :mod:`~dynamo_worker_vllm.forward_passes` needs: the class of the scheduler, the id of the
+#: worker and where to publish, as JSON.
+FORWARD_PASSES: Final = "DYNAMO_WORKER_VLLM_FORWARD_PASSES"
 #: Seconds; the kernel adds about as much.
 _NAP = 50e-6
 
