@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
@@ -95,7 +95,7 @@ def test_the_engine_adds_its_own():
     metrics = WorkerMetrics(RequestRegistry())
     registry = CollectorRegistry()
     Counter("vllm_prompt_tokens", "Prompt tokens", ["model"], registry=registry).labels('a "model"\n').inc(5)
-    metrics.add_registry(registry)
+    metrics.add_registry(registry, {})
     values = samples(metrics)
     assert values["vllm_prompt_tokens_total", 'a "model"\n'] == 5
     assert values["dynamo_worker_in_flight",] == 0
@@ -119,3 +119,18 @@ def test_an_engines_own_metrics_of_the_process_wide_registry():
         REGISTRY.unregister(other)
     assert "toy:kv_usage 0.5" in text
     assert "somebody_elses" not in text
+
+
+def test_the_engines_series_get_the_workers_labels_and_keep_their_own():
+    metrics = WorkerMetrics(RequestRegistry())
+    registry = CollectorRegistry()
+    Histogram("vllm:seconds", "Seconds", ["model_name"], registry=registry, buckets=(1,)).labels("theirs").observe(2)
+    metrics.add_registry(registry, {"model_name": "ours", "dynamo_component": "backend"})
+    found = {
+        sample.name: sample.labels
+        for family in text_string_to_metric_families(metrics.exposition())
+        for sample in family.samples
+        if family.name == "vllm:seconds"
+    }
+    assert found["vllm:seconds_sum"] == {"model_name": "theirs", "dynamo_component": "backend"}
+    assert found["vllm:seconds_bucket"]["le"] == "+Inf"
