@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
 from dynamo_worker.host.status.metrics import WorkerMetrics
-from dynamo_worker.kit.metrics import PrefixCollector
+from dynamo_worker.kit.metrics import ComponentCollector, PrefixCollector
 from dynamo_worker.lifecycle import State
 
 
@@ -134,3 +134,19 @@ def test_the_engines_series_get_the_workers_labels_and_keep_their_own():
     }
     assert found["vllm:seconds_sum"] == {"model_name": "theirs", "dynamo_component": "backend"}
     assert found["vllm:seconds_bucket"]["le"] == "+Inf"
+
+
+def test_dynamos_gauges_of_every_engine():
+    used = {0: 10}
+    registry = CollectorRegistry()
+    registry.register(ComponentCollector(2.5, {0: 40, 1: 40}, lambda: used, lambda: {1: 0.25}))
+    metrics = WorkerMetrics(RequestRegistry())
+    metrics.add_registry(registry, {"model": "m", "dynamo_component": "backend"})
+    values = samples(metrics)
+    assert values["dynamo_component_model_load_time_seconds", "backend", "m"] == 2.5
+    assert values["dynamo_component_total_blocks", "1", "backend", "m"] == 40
+    assert values["dynamo_component_gpu_cache_usage_percent", "0", "backend", "m"] == 0.25
+    assert ("dynamo_component_gpu_cache_usage_percent", "1", "backend", "m") not in values, "it does not report"
+    assert values["dynamo_component_kv_cache_hit_rate", "1", "backend", "m"] == 0.25
+    used[0] = 20
+    assert samples(metrics)["dynamo_component_gpu_cache_usage_percent", "0", "backend", "m"] == 0.5

@@ -1,15 +1,16 @@
-"""What routers see of vLLM: load and KV events."""
+"""What routers and operators see of vLLM: load, KV events, the hit rate of its prefix cache."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import REGISTRY
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from dynamo_worker.kit.publishing import KvEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,6 +37,17 @@ class _StatLogger(StatLoggerBase):  # type: ignore[misc]
 
     def log_engine_initialized(self) -> None:
         pass
+
+
+def hit_rates() -> Mapping[int, float]:
+    """Return which part of the prompts' tokens each rank's prefix cache had since the start, from vLLM's counters."""
+    counts: dict[str, dict[int, float]] = {"vllm:prefix_cache_queries": {}, "vllm:prefix_cache_hits": {}}
+    for family in REGISTRY.collect():
+        ranks = counts.get(family.name)
+        if ranks is not None:
+            ranks.update((int(s.labels["engine"]), s.value) for s in family.samples if s.name.endswith("_total"))
+    queries, hits = counts.values()
+    return {rank: hits.get(rank, 0.0) / count for rank, count in queries.items() if count}
 
 
 def kv_events(llm: AsyncLLM, ranks: Iterable[int]) -> KvEvents | None:
