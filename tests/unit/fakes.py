@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from dynamo_worker import EngineContext
@@ -19,6 +20,9 @@ class FakeDiscovery:
 
     async def withdraw(self) -> None:
         self._note("withdraw")
+
+    async def set_taints(self, taints: Collection[str]) -> None:
+        self._note(f"taints {sorted(taints)}")
 
     async def rejoin(self) -> None:
         self._note("rejoin")

@@ -280,3 +280,36 @@ def test_an_operation_goes_on_when_its_client_leaves_and_there_is_a_limit() -> N
         assert b"200 OK" in await routes.call("sleep", head(), b"{}")
 
     asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------- as in Dynamo's own workers
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sleep", {"status": "success", "level": 2}),
+        ("control/sleep", {"status": "ok", "level": 2}),
+        ("control/broken", {"status": "error", "message": "no"}),
+        ("control/drain", {"status": "success", "own": True}),
+    ],
+)
+def test_routes_have_the_peers_names_and_answers_too(name: str, expected: dict[str, Any]) -> None:
+    async def sleep(body: dict[str, Any]) -> dict[str, Any]:
+        return {"status": "success", "level": body["level"]}
+
+    async def broken(_: Any) -> dict[str, Any]:
+        return {"status": "error", "message": "no"}
+
+    async def drain(_: Any) -> dict[str, Any]:
+        return {"status": "success", "own": True}
+
+    routes = ControlRoutes({"sleep": sleep, "broken": broken, "control/drain": drain}, ControlAccess())
+    answer = asyncio.run(routes.call(name, head(), b'{"level": 2}'))
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == expected
+
+
+@pytest.mark.parametrize("name", ["control/nap", "control/control/sleep", "control/", "controls/sleep"])
+def test_other_names_are_unknown(name: str) -> None:
+    with pytest.raises(HttpError, match="unknown control route"):
+        asyncio.run(ControlRoutes({"sleep": None}, ControlAccess()).call(name, head(), b"{}"))  # type: ignore[dict-item]

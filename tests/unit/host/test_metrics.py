@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
 from dynamo_worker.host.status.metrics import WorkerMetrics
-from dynamo_worker.kit.metrics import PrefixCollector
+from dynamo_worker.kit.metrics import ComponentCollector, PrefixCollector
 from dynamo_worker.lifecycle import State
 
 
@@ -95,7 +95,7 @@ def test_the_engine_adds_its_own():
     metrics = WorkerMetrics(RequestRegistry())
     registry = CollectorRegistry()
     Counter("vllm_prompt_tokens", "Prompt tokens", ["model"], registry=registry).labels('a "model"\n').inc(5)
-    metrics.add_registry(registry)
+    metrics.add_registry(registry, {})
     values = samples(metrics)
     assert values["vllm_prompt_tokens_total", 'a "model"\n'] == 5
     assert values["dynamo_worker_in_flight",] == 0
@@ -119,3 +119,34 @@ def test_an_engines_own_metrics_of_the_process_wide_registry():
         REGISTRY.unregister(other)
     assert "toy:kv_usage 0.5" in text
     assert "somebody_elses" not in text
+
+
+def test_the_engines_series_get_the_workers_labels_and_keep_their_own():
+    metrics = WorkerMetrics(RequestRegistry())
+    registry = CollectorRegistry()
+    Histogram("vllm:seconds", "Seconds", ["model_name"], registry=registry, buckets=(1,)).labels("theirs").observe(2)
+    metrics.add_registry(registry, {"model_name": "ours", "dynamo_component": "backend"})
+    found = {
+        sample.name: sample.labels
+        for family in text_string_to_metric_families(metrics.exposition())
+        for sample in family.samples
+        if family.name == "vllm:seconds"
+    }
+    assert found["vllm:seconds_sum"] == {"model_name": "theirs", "dynamo_component": "backend"}
+    assert found["vllm:seconds_bucket"]["le"] == "+Inf"
+
+
+def test_dynamos_gauges_of_every_engine():
+    used = {0: 10}
+    registry = CollectorRegistry()
+    registry.register(ComponentCollector(2.5, {0: 40, 1: 40}, lambda: used, lambda: {1: 0.25}))
+    metrics = WorkerMetrics(RequestRegistry())
+    metrics.add_registry(registry, {"model": "m", "dynamo_component": "backend"})
+    values = samples(metrics)
+    assert values["dynamo_component_model_load_time_seconds", "backend", "m"] == 2.5
+    assert values["dynamo_component_total_blocks", "1", "backend", "m"] == 40
+    assert values["dynamo_component_gpu_cache_usage_percent", "0", "backend", "m"] == 0.25
+    assert ("dynamo_component_gpu_cache_usage_percent", "1", "backend", "m") not in values, "it does not report"
+    assert values["dynamo_component_kv_cache_hit_rate", "1", "backend", "m"] == 0.25
+    used[0] = 20
+    assert samples(metrics)["dynamo_component_gpu_cache_usage_percent", "0", "backend", "m"] == 0.5

@@ -75,6 +75,20 @@ def test_a_model_is_registered_with_what_the_engine_knows(monkeypatch):
     assert config.tool_call_parser == "hermes"
     assert config.reasoning_parser is None
     assert config.get_engine_specific("flavour") == "sour"
+    assert options["max_gpu_lora_count"] is None
+
+
+def test_frontends_learn_how_many_adapters_fit_before_there_is_one(monkeypatch):
+    ((_, options),) = register(monkeypatch, EngineInfo("m", "/m", max_loras=4))
+    assert options["max_gpu_lora_count"] == 4
+
+
+def test_where_the_worker_is(monkeypatch):
+    topology = {"topology_domains": {"zone": "a"}, "kv_transfer_domain": "zone", "kv_transfer_preferred_weight": None}
+    info = model_card.completed(EngineInfo("m", "/m"), WorkerSettings(engine="echo"), topology)
+    ((_, options),) = register(monkeypatch, info)
+    assert options["runtime_config"].topology_domains == {"zone": "a"}
+    assert options["runtime_config"].kv_transfer_domain == "zone"
 
 
 def test_the_settings_overrule_the_engines_surfaces(monkeypatch):

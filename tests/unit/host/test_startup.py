@@ -260,7 +260,12 @@ def test_everything_an_engine_offers_is_wired(world, caplog):
         answer = await ask(caplog, head + 'content-length: 8\r\n\r\n{"a": 1}')
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert answer.endswith(b'{"a": 1}')
-        assert "toy_kv_usage 0.5" in world.runtime.exposition()
+        (usage,) = [line for line in world.runtime.exposition().splitlines() if line.startswith("toy_kv_usage{")]
+        assert usage.endswith(" 0.5")
+        for label in ('dynamo_namespace="dynamo"', 'dynamo_component="backend"', 'dynamo_endpoint="generate"'):
+            assert label in usage
+        for label in ('worker_id="4ec5"', 'model="toy"', 'model_name="toy"'):
+            assert label in usage
         world.stop()
 
     assert world.run(scenario) == ExitCode.STOPPED

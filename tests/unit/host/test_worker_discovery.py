@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_worker import EngineInfo
+from dynamo_worker import EngineInfo, InvalidRequestError
 from dynamo_worker.host.discovery import worker_discovery as module
 from dynamo_worker.host.discovery.worker_discovery import WorkerDiscovery
 
@@ -220,3 +220,16 @@ def test_an_entry_that_has_vanished_need_not_be_removed() -> None:
         assert watch.withdrawn == set()
 
     asyncio.run(main())
+
+
+def test_taints_reach_the_runtime_and_whoever_watches(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def update(endpoint: Any, taints: set[str]) -> None:
+        world.calls.append(f"taints {sorted(taints)}")
+
+    monkeypatch.setattr(module, "update_model_taints", update)
+    world.discovery.registration = world  # type: ignore[assignment]
+    asyncio.run(world.discovery.set_taints(["b", "a"]))
+    assert world.calls == ["changing", "taints ['a', 'b']", "changed"]
+    world.discovery.close()
+    with pytest.raises(InvalidRequestError, match="no registered model"):
+        asyncio.run(world.discovery.set_taints([]))

@@ -11,6 +11,7 @@ from dynamo_worker.cli import arguments
 from dynamo_worker.errors import WorkerError
 from dynamo_worker.host import open_files
 from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.status.metrics_in_memory import keep_in_memory
 from dynamo_worker.supervisor.environment import HASH_SEED
 from dynamo_worker.supervisor.interpreter import protect_multiprocessing
 from dynamo_worker.supervisor.text import without_secrets
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
         plugins.log_deprecations()
         open_files.raise_limit()  # before any child process starts, which inherits it
         os.environ.setdefault(*HASH_SEED)  # without a supervisor, at least the engine's processes have it
+        keep_in_memory()
         plugins.prepare(line.rest)
     parser = arguments.engine_parser(plugins)
     engine_args = arguments.parse_engine_args(parser, line.rest, config)

@@ -36,6 +36,8 @@ from dynamo_worker.host.requests.engine_checks import EngineChecks
 from dynamo_worker.host.requests.serving import RequestHandler
 from dynamo_worker.host.status.control_routes import ControlAccess, read_token
 from dynamo_worker.host.status.drain_routes import drain_routes
+from dynamo_worker.host.status.model_taints import taint_routes
+from dynamo_worker.host.status.scrape import Scrape
 from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.protocol import RUN_DIR
@@ -116,7 +118,7 @@ class Startup:
             await engine.attach(runtime.endpoint(self._settings.endpoint), runtime.completed(info))
         runtime.record_registration(private_dir)
         registration = await self._serve_endpoints(engine, runtime, info)
-        self._offer_metrics_and_control_routes(engine, runtime)
+        self._offer_metrics_and_control_routes(engine, runtime, info)
         await self._wait_for_frontend(runtime.completed(info))
         # Not earlier: the runtime opens the port of a publisher some time after the publisher was created.
         runtime.close_to_others(earlier_ports)
@@ -240,18 +242,30 @@ class Startup:
         """Return the endpoints to serve; a worker without a model (a headless rank) serves only the engine's own."""
         if info.model_path is None:
             return list(info.endpoints)
-        labels = (("model", info.model_name),)
+        labels = _model_labels(info)
         return [EndpointSpec(self._settings.endpoint, metrics_labels=labels, registers_model=True), *info.endpoints]
 
-    def _offer_metrics_and_control_routes(self, engine: Engine, runtime: Runtime) -> None:
-        parts = self._parts
+    def _offer_metrics_and_control_routes(self, engine: Engine, runtime: Runtime, info: EngineInfo) -> None:
+        parts, settings = self._parts, self._settings
         if isinstance(engine, HasMetrics):
-            parts.metrics.add_registry(engine.metrics_registry())
+            labels = {
+                "dynamo_namespace": settings.namespace,
+                "dynamo_component": settings.component,
+                "dynamo_endpoint": settings.endpoint,
+                "worker_id": f"{runtime.worker_id:x}",
+                **dict(_model_labels(info)),
+            }
+            parts.metrics.add_registry(engine.metrics_registry(), labels)
+        scrape = Scrape(parts.metrics.exposition)
         if parts.status is not None:
             routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
-            own = drain_routes(self._requested_drain(engine, runtime), self._settings)
+            own = {
+                **drain_routes(self._requested_drain(engine, runtime), settings),
+                **taint_routes(runtime.discovery.set_taints),
+            }
             parts.status.serve_routes({**self._checks.mapping("control_routes", routes), **own})
-        runtime.expose_metrics(parts.metrics.exposition, endpoint=self._settings.endpoint)
+            parts.status.serve_metrics(scrape)
+        runtime.expose_metrics(scrape.text, endpoint=settings.endpoint)
 
     def _requested_drain(self, engine: Engine, runtime: Runtime) -> RequestedDrain:
         parts, callbacks = self._parts, self._callbacks
@@ -286,6 +300,11 @@ class Startup:
             header = "-H 'content-type: application/json'"
             hint = f"Try it: curl {frontend.url}/v1/chat/completions {header} -d '{body}'"
             log.info(hint)
+
+
+def _model_labels(info: EngineInfo) -> tuple[tuple[str, str], ...]:
+    """Return the labels that name the model, both that of OpenAI's APIs and that of engines."""
+    return (("model", info.model_name), ("model_name", info.model_name))
 
 
 def _freeze_garbage() -> None:

@@ -39,6 +39,10 @@ class LoadPublisher:
         """Return the number of blocks in use on all ranks, as last reported."""
         return sum(self._used.values())
 
+    def used_blocks(self) -> Mapping[int, int]:
+        """Return the number of blocks in use on each rank, as last reported."""
+        return dict(self._used)
+
     def publish(self, rank: int, used_blocks: int) -> None:
         """Publish the number of blocks in use on a rank if it has changed."""
         if self._used.get(rank) != used_blocks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -20,7 +21,7 @@ from dynamo_worker.kit.chunks import no_tokens
 from dynamo_worker.kit.engine_arguments import drop_unread_events
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
 from dynamo_worker.kit.kv_events import KvEventSource
-from dynamo_worker.kit.metrics import engine_registry
+from dynamo_worker.kit.metrics import ComponentCollector, engine_registry
 from dynamo_worker.kit.publishing import LoadPublisher, publish_kv_events
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self._started: StartedT | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._publishers: list[KvEventPublisher] = []
+        self._gauges: ComponentCollector | None = None
+        self._ranks = range(1)
 
     # ------------------------------------------------------------------------------ methods for engines to implement
 
@@ -148,6 +151,14 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         """Return whether the engine fills :attr:`load`."""
         return True
 
+    def used_blocks(self) -> Mapping[int, int]:
+        """Return the KV blocks in use on each data-parallel rank that reports them; called in a thread, for metrics."""
+        return {**dict.fromkeys(self._ranks, 0), **self.load.used_blocks()} if self.reports_load() else {}
+
+    def hit_rates(self) -> Mapping[int, float]:
+        """Return which part of the prompts' tokens each rank's KV cache had; called in a thread, for metrics."""
+        return {}
+
     def pending_transfers(self, started: StartedT) -> int:  # noqa: ARG002 - for engines that transfer KV blocks
         """Return how much a prefill worker still holds for decode workers; 0 ends its drain."""
         return 0
@@ -168,9 +179,14 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         """Launch the engine, warm it up, and return what it serves."""
         self.worker_id = worker_id
         drop_unread_events(self.args, self.context)
+        begun = time.monotonic()
         self._started = started = await self.launch()
+        load_seconds = time.monotonic() - begun
         await self.warm_up()
         info, lora = self.describe(started), started.control.lora
+        self._ranks = _ranks(info)
+        blocks = {} if info.total_kv_blocks is None else dict.fromkeys(self._ranks, info.total_kv_blocks)
+        self._gauges = ComponentCollector(load_seconds, blocks, self.used_blocks, self.hit_rates)
         return replace(
             info,
             endpoint_types=started.role.endpoint_types,
@@ -240,8 +256,7 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         if not self.context.events_wanted:
             return
         if self.reports_load():
-            first = info.data_parallel_start_rank
-            await self.load.attach(endpoint, range(first, first + info.data_parallel_size))
+            await self.load.attach(endpoint, _ranks(info))
         events = self.kv_events(self.started)
         if isinstance(events, KvEventSource):
             self.at_stop.append(events.forward(endpoint).stop)
@@ -249,8 +264,11 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
             self._publishers = publish_kv_events(endpoint, events)
 
     def metrics_registry(self) -> CollectorRegistry:
-        """Return the engine's own metrics."""
-        return engine_registry(*self.METRICS)
+        """Return the engine's own metrics, and Dynamo's gauges about its model and its KV cache."""
+        registry = engine_registry(*self.METRICS)
+        if self._gauges is not None:
+            registry.register(self._gauges)
+        return registry
 
     def control_routes(self) -> Mapping[str, Operation]:
         """Return the operations under ``/engine/NAME``."""
@@ -289,6 +307,11 @@ class PushEngine(EngineLifecycle, ABC, Generic[StartedT]):
         self._stopping = True
         started, self._started = self._started, None
         return started
+
+
+def _ranks(info: EngineInfo) -> range:
+    first = info.data_parallel_start_rank
+    return range(first, first + info.data_parallel_size)
 
 
 async def pulled(

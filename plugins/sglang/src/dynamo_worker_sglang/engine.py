@@ -268,8 +268,15 @@ class SglangEngine(PushEngine[Started]):
         return load.kv_events(started.settings["kv_events_config"], started.ranks, started.block_size)
 
     def metrics_registry(self) -> CollectorRegistry:
-        """Return SGLang's own metrics."""
-        return load.metrics_registry()
+        """Return SGLang's own metrics, and Dynamo's gauges about its model and its KV cache."""
+        registry = super().metrics_registry()
+        if self.started.settings["enable_metrics"]:
+            load.add_metrics(registry)
+        return registry
+
+    def used_blocks(self) -> Mapping[int, int]:
+        """Return the KV blocks in use on each data-parallel rank."""
+        return {} if self._started is None else self._started.reader.used_blocks()
 
     async def shutdown(self, deadline: Deadline) -> None:
         """Kill SGLang's processes: they hold nothing that needs an orderly shutdown, and ignore SIGTERM."""

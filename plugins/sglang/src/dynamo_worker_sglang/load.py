@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, multiprocess
+from prometheus_client import multiprocess
 
-from dynamo_worker.kit.metrics import engine_registry
+from dynamo_worker.kit.metrics import PrefixCollector
 from dynamo_worker.kit.publishing import KvEvents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from prometheus_client import CollectorRegistry
 
     from dynamo_worker.kit.publishing import LoadPublisher
     from dynamo_worker_sglang.manager import Manager
@@ -37,14 +38,20 @@ class LoadReader:
 
     def read(self) -> dict[int, int]:
         """Return the number of KV blocks in use on each data-parallel rank."""
-        used = {}
-        for load in self._reader.read_all():
-            used[load.dp_rank] = -(-load.num_used_tokens // self._page_size)
+        loads = list(self._reader.read_all())
+        for load in loads:
             work = (load.num_used_tokens, load.total_prefill_uncached_tokens, load.total_prefill_busy_us)
             if self._seen.get(load.dp_rank) != work:
                 self._seen[load.dp_rank] = work
                 self.steps += 1
-        return used
+        return self._used_blocks(loads)
+
+    def used_blocks(self) -> dict[int, int]:
+        """Return the same without counting a reading; any thread may call it."""
+        return self._used_blocks(self._reader.read_all())
+
+    def _used_blocks(self, loads: Iterable[Any]) -> dict[int, int]:
+        return {load.dp_rank: -(-load.num_used_tokens // self._page_size) for load in loads}
 
     def in_flight(self) -> int:
         """Return the number of requests whose KV cache a prefill worker holds for decode workers."""
@@ -72,12 +79,11 @@ def kv_events(configuration: str | None, ranks: Iterable[int], block_size: int) 
     return KvEvents(sources, events.topic, block_size)
 
 
-def metrics_registry() -> CollectorRegistry:
-    """Return the metrics of all of SGLang's processes; empty without ``--enable-metrics``."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return CollectorRegistry()
-    # The schedulers write their metrics into files. Those of this process are in its own registry, because it imported
-    # prometheus_client before SGLang set the directory of the files.
-    registry = engine_registry(_PREFIX)
+def add_metrics(registry: CollectorRegistry) -> None:
+    """Add the metrics of all of SGLang's processes, which it has with ``--enable-metrics``.
+
+    The schedulers write theirs into files. Those of this process are in its own registry, because it imported
+    prometheus_client before SGLang set the directory of the files.
+    """
+    registry.register(PrefixCollector(_PREFIX))
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return registry

@@ -17,8 +17,9 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
 from dynamo_worker.engine import LocalContext
-from dynamo_worker.kit import engine_processes, forward_pass_metrics, push_engine, request_metadata
+from dynamo_worker.kit import child_metrics, engine_processes, forward_pass_metrics, push_engine, request_metadata
 from dynamo_worker.kit.canary import canary_request
+from dynamo_worker.kit.child_metrics import ChildCollector
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.deferred_aborts import DeferredAborts
 from dynamo_worker.kit.engine_processes import EngineProcesses
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Mapping
 
+    from prometheus_client import CollectorRegistry
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
@@ -50,6 +52,8 @@ _LOG_STATS_SECONDS = 10.0
 _TERMINATE_SECONDS = 1.0
 #: Number of requests whose constraints are compiled in parallel.
 _GUIDE_THREADS = 2
+#: How the names of metrics begin that other packages have in vLLM's processes.
+_OF_PLUGINS = ("lmcache:",)
 #: Options of requests that make vLLM compile its sampler; on a CPU the first client would otherwise wait 13 s for that
 #: (measured).
 _WARM_UP: tuple[dict[str, Any], ...] = (
@@ -89,13 +93,15 @@ class VllmEngine(PushEngine[Started]):
     """vLLM as dynamo-worker drives it."""
 
     NAME: ClassVar = "vLLM"
-    METRICS: ClassVar = ("vllm:", "lmcache:")  # the latter from a KV cache that plugs into vLLM
+    METRICS: ClassVar = ("vllm:",)
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
         #: Compiles the constraints of requests to find out whether they are valid.
         self._guides = ThreadPoolExecutor(_GUIDE_THREADS, thread_name_prefix="guides")
         self._deferred = DeferredAborts(self.run_beside)
+        #: Where vLLM's processes write the metrics of what plugs into them, such as LMCache.
+        self._metrics_directory = ""
 
     async def launch(self) -> Started:
         """Start vLLM's processes and wait until the model is loaded.
@@ -104,6 +110,7 @@ class VllmEngine(PushEngine[Started]):
         """
         # Sockets between vLLM's processes; the default directory outlives a worker without a supervisor.
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(self.context.private_dir))
+        self._metrics_directory = await asyncio.to_thread(child_metrics.share, self.context.private_dir)
         config = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
         if forward_pass_metrics.wanted(self.args):
             load.measure_forward_passes(config, self.worker_id, self.context.private_dir)
@@ -284,6 +291,17 @@ class VllmEngine(PushEngine[Started]):
     def kv_events(self, started: Started) -> KvEvents | None:
         """Return where vLLM's ranks publish."""
         return load.kv_events(started.llm, started.ranks, started.block_size)
+
+    def hit_rates(self) -> Mapping[int, float]:
+        """Return which part of the prompts' tokens each rank's prefix cache had."""
+        return load.hit_rates()
+
+    def metrics_registry(self) -> CollectorRegistry:
+        """Return vLLM's own metrics, and those of the KV caches that plug into it."""
+        registry = super().metrics_registry()
+        if self._metrics_directory:
+            registry.register(ChildCollector(self._metrics_directory, *_OF_PLUGINS))
+        return registry
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End vLLM's processes: ask them, wait, kill what is left."""

@@ -1,4 +1,4 @@
-"""What routers and the planner see of vLLM: load, KV events and forward-pass metrics."""
+"""What routers, the planner and operators see of vLLM: load, KV events, forward-pass metrics, cache hits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from prometheus_client import REGISTRY
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from dynamo_worker.kit import forward_pass_metrics
@@ -50,6 +51,17 @@ class _StatLogger(StatLoggerBase):  # type: ignore[misc]
 
     def log_engine_initialized(self) -> None:
         pass
+
+
+def hit_rates() -> Mapping[int, float]:
+    """Return which part of the prompts' tokens each rank's prefix cache had since the start, from vLLM's counters."""
+    counts: dict[str, dict[int, float]] = {"vllm:prefix_cache_queries": {}, "vllm:prefix_cache_hits": {}}
+    for family in REGISTRY.collect():
+        ranks = counts.get(family.name)
+        if ranks is not None:
+            ranks.update((int(s.labels["engine"]), s.value) for s in family.samples if s.name.endswith("_total"))
+    queries, hits = counts.values()
+    return {rank: hits.get(rank, 0.0) / count for rank, count in queries.items() if count}
 
 
 async def block_size(llm: AsyncLLM) -> int:

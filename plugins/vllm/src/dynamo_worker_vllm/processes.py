@@ -6,7 +6,7 @@ import os
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.kit import preload
+from dynamo_worker.kit import child_metrics, preload
 from dynamo_worker.kit.engine_arguments import EarlyParser
 from dynamo_worker.kit.preload import Level
 from dynamo_worker_vllm import waiting
@@ -56,12 +56,13 @@ def preload_processes(arguments: Sequence[str]) -> None:
         return
     cores = Level(_ENGINE_CORE, given.data_parallel_size_local or given.data_parallel_size)
     workers = given.tensor_parallel_size * given.pipeline_parallel_size
+    expected = child_metrics.expected()
     if _for_cpu():
-        preload.prepare([cores], _HARMLESS | _OF_CPU_WORKERS)
+        preload.prepare([cores], _HARMLESS | _OF_CPU_WORKERS, expected=expected)
     elif workers > 1:
-        preload.prepare([cores, Level(_WORKER, workers)], _HARMLESS)
+        preload.prepare([cores, Level(_WORKER, workers)], _HARMLESS, expected=expected)
     else:
-        preload.prepare([cores], _HARMLESS)
+        preload.prepare([cores], _HARMLESS, expected=expected)
 
 
 def _for_cpu() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.config.model_options import MODEL_OPTIONS
 from dynamo_worker.host.config.option_types import (
     CONTROL,
     DISCOVERY,
@@ -18,7 +19,6 @@ from dynamo_worker.host.config.option_types import (
     GROUPS,
     HEALTH,
     LOGGING,
-    MODEL,
     PLUGINS,
     SHUTDOWN,
     Number,
@@ -63,6 +63,7 @@ OPTIONS: Final = (
         "YAML file with settings. Keys are flag names with underscores; `engine_args:` holds the engine's own flags.",
         "DYN_WORKER_CONFIG",
         metavar="FILE",
+        alias="--worker-config",
     ),
     Option(
         "warmup",
@@ -310,37 +311,7 @@ OPTIONS: Final = (
         default="round-robin",
         choices=get_args(RouterMode),
     ),
-    Option(
-        "tool_call_parser",
-        MODEL,
-        "Frontend parser for tool calls in the output.",
-        "DYN_TOOL_CALL_PARSER",
-        metavar="NAME",
-    ),
-    Option(
-        "reasoning_parser",
-        MODEL,
-        "Frontend parser for reasoning in the output.",
-        "DYN_REASONING_PARSER",
-        metavar="NAME",
-    ),
-    Option(
-        "custom_jinja_template",
-        MODEL,
-        "Chat template to use instead of the model's own.",
-        "DYN_CUSTOM_JINJA_TEMPLATE",
-        default_text="the model's",
-        metavar="FILE",
-    ),
-    Option(
-        "endpoint_types",
-        MODEL,
-        "OpenAI APIs to register the model for, separated by commas (chat, completions, embedding, …).",
-        "DYN_ENDPOINT_TYPES",
-        default=(),
-        default_text="those the engine supports",
-        metavar="LIST",
-    ),
+    *MODEL_OPTIONS,
     Option(
         "plugin",
         PLUGINS,
@@ -379,6 +350,7 @@ OPTIONS: Final = (
         "DYN_WORKER_LOG_LEVEL",
         default="info",
         choices=get_args(LogLevel),
+        alias="--worker-log-level",
     ),
     Option(
         "log_format",

@@ -12,6 +12,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.errors import UsageError
 from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.config.model_options import (  # noqa: TC001 - pydantic evaluates the annotations
+    StructuralTagSchema,
+    StructuralTagScope,
+    ThinkingMode,
+)
 from dynamo_worker.host.config.option_types import plain
 from dynamo_worker.host.config.options import (
     BY_NAME,
@@ -25,11 +30,13 @@ from dynamo_worker.host.config.options import (
 )
 from dynamo_worker.host.config.origins import DEFAULT, Origin
 from dynamo_worker.host.config.setting_types import (  # noqa: TC001 - pydantic evaluates the annotations
+    EndpointPath,
     EndpointTypes,
     FrontendAddress,
     InstalledPlugins,
     LoadRoots,
     PathPart,
+    StructuralTag,
     Words,
     WriteRoots,
 )
@@ -137,8 +144,15 @@ class WorkerSettings(BaseSettings):
     # --- Model registration
     tool_call_parser: str | None = _option("tool_call_parser")
     reasoning_parser: str | None = _option("reasoning_parser")
+    default_thinking_mode: ThinkingMode | None = _option("default_thinking_mode")
+    exclude_tools_when_tool_choice_none: bool = _option("exclude_tools_when_tool_choice_none")
+    structural_tag: StructuralTag = _option("structural_tag")
+    enable_structural_tag: bool | None = _option("enable_structural_tag")
+    structural_tag_scope: StructuralTagScope | None = _option("structural_tag_scope")
+    structural_tag_schema: StructuralTagSchema | None = _option("structural_tag_schema")
     custom_jinja_template: Path | None = _option("custom_jinja_template")
     endpoint_types: EndpointTypes = _option("endpoint_types")
+    kv_state_endpoint: EndpointPath = _option("kv_state_endpoint")
 
     # --- Plugins
     plugin: Words = _option("plugin")
@@ -230,6 +244,13 @@ class WorkerSettings(BaseSettings):
                 f"{named(name)} has no effect without --frontend"
                 for name in ("migration_limit", "router_mode")
                 if self.origin(name).kind == "flag"
+            ]
+        enabled = self.structural_tag is not None and self.structural_tag is not False
+        if self.structural_tag is not None:
+            found += [
+                f"{named('structural_tag')} conflicts with {named(name)}: --dyn-structural-tag replaces the older flags"
+                for name in ("enable_structural_tag", "structural_tag_scope", "structural_tag_schema")
+                if getattr(self, name) not in (None, enabled)
             ]
         found += [
             f"{named('plugin', name)} conflicts with {named('no_plugin', name)}"

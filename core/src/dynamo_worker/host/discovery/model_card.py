@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 
@@ -13,7 +14,7 @@ from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dynamo.runtime import Endpoint
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 _MOST_TEMPLATE_BYTES = 1 << 20
 
 
-def completed(info: EngineInfo, settings: WorkerSettings) -> EngineInfo:
-    """Return the information to register: the engine's, completed by the worker's flags."""
+def completed(
+    info: EngineInfo, settings: WorkerSettings, topology: Mapping[str, Any] = MappingProxyType({})
+) -> EngineInfo:
+    """Return the information to register: the engine's, completed by the worker's flags and by where the worker is."""
     parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
     return replace(
         info,
         endpoint_types=settings.endpoint_types or info.endpoint_types,
-        runtime_config={**parsers, **info.runtime_config},
+        runtime_config={**parsers, **topology, **info.runtime_config},
     )
 
 
@@ -58,6 +61,8 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
             custom_template_path=str(template) if template else None,
             needs=_needs(info),
             model_aliases=list(info.model_aliases) or None,
+            # Frontends may place the first adapter on a worker that has none yet.
+            max_gpu_lora_count=info.max_loras,
         )
         for name in info.lora_adapters:
             await register_adapter(endpoint, info, name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime import DistributedRuntime, Endpoint
 
 from dynamo_worker.address import LOOPBACK, is_loopback
 from dynamo_worker.errors import StartError, describe
-from dynamo_worker.host.discovery import model_card
+from dynamo_worker.host.discovery import model_card, topology
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.registration import EtcdStore, FileStore, Registration
 from dynamo_worker.host.discovery.servers import wait_for_servers
@@ -22,7 +23,7 @@ from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.discovery import etcd_endpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from dynamo_worker.engine import EndpointSpec, EngineInfo
@@ -71,8 +72,15 @@ def connect(discovery_backend: str, request_plane: str, event_plane: str | None)
 class Runtime:
     """One worker's connection to the cluster."""
 
-    def __init__(self, runtime: DistributedRuntime, settings: WorkerSettings, status_port: int | None) -> None:
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        settings: WorkerSettings,
+        status_port: int | None,
+        topology: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._runtime = runtime
+        self._topology = topology
         self._settings = settings
         self._endpoints: dict[str, Endpoint] = {}
         self._serving: set[asyncio.Task[None]] = set()
@@ -88,10 +96,12 @@ class Runtime:
     async def create(cls, settings: WorkerSettings) -> Runtime:
         """Connect to discovery and start the runtime.
 
-        :raises StartError: a server that it needs cannot be reached within ``discovery_timeout``.
+        :raises StartError: a server that it needs cannot be reached within ``discovery_timeout``, or the deployment
+            does not say where this worker is although it should.
         :raises UsageError: the discovery directory cannot be written or is not safe.
         """
         await wait_for_servers(settings)
+        where = await topology.read()
         environment = {
             "DYN_SYSTEM_HOST": _status_host(settings),
             # The runtime's status server answers /live and /health alike, and reads its port as a signed 16-bit
@@ -118,7 +128,7 @@ class Runtime:
             if not started:
                 raise StartError(f"the runtime's status server is not listening on {_status_host(settings)}")
             status_port = started[0]
-        return cls(runtime, settings, status_port)
+        return cls(runtime, settings, status_port, where)
 
     @property
     def status_host(self) -> str:
@@ -165,7 +175,7 @@ class Runtime:
 
     def completed(self, info: EngineInfo) -> EngineInfo:
         """Return the information to register: the engine's, completed by the worker's flags."""
-        return model_card.completed(info, self._settings)
+        return model_card.completed(info, self._settings, self._topology)
 
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
         """Make the model known to frontends.

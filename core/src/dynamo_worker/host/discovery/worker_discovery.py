@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from dynamo.llm import unregister_model
+from dynamo.llm import unregister_model, update_model_taints
 
+from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.host.discovery.model_card import register_adapter
 
 if TYPE_CHECKING:
@@ -107,6 +108,16 @@ class WorkerDiscovery:
         async with self._changing():
             if self.model is not None and not self._closed:
                 await unregister_model(endpoint=self._endpoints[self._main], lora_name=name)
+
+    async def set_taints(self, taints: Collection[str]) -> None:
+        """Replace the taints of the registered model, except those that follow from where the worker is.
+
+        :raises InvalidRequestError: no model is registered, or the worker is stopping.
+        """
+        async with self._changing():
+            if self.model is None or self._closed:
+                raise InvalidRequestError("the worker has no registered model")
+            await update_model_taints(self._endpoints[self._main], set(taints))
 
     @contextlib.asynccontextmanager
     async def _changing(self) -> AsyncIterator[Collection[str]]:

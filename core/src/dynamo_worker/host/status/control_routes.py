@@ -1,5 +1,7 @@
 """The control routes ``/engine/NAME`` of the status server: access checks and dispatch.
 
+Each is also reached as ``/engine/control/NAME``, where Dynamo's own workers have such routes and answer like them.
+
 They put a worker to sleep, load weights and write profiles, and nothing but the network protects them. So a web page
 must not reach them through a visitor's browser, and an operator can require a token.
 """
@@ -36,6 +38,8 @@ log = get_logger(__name__)
 
 #: The environment variable that can hold the token.
 TOKEN_ENV: Final = "DYN_WORKER_CONTROL_TOKEN"  # noqa: S105 - its name
+#: What the names of routes begin with in Dynamo's own workers.
+PEER_PREFIX: Final = "control/"
 #: Most operations at once, including those whose clients have left.
 _MOST_OPERATIONS = 16
 #: Longest token file in bytes: a header has no room for more.
@@ -164,7 +168,7 @@ class ControlRoutes:
         :raises HttpError: the request is refused.
         """
         self._access.check(head)
-        operation = self._routes.get(name)
+        operation = self._operation(name)
         if operation is None:
             known = ", ".join(sorted(self._routes)) or "none"
             raise HttpError("404 Not Found", f"unknown control route {name!r:.80}; expected one of: {known}")
@@ -185,8 +189,26 @@ class ControlRoutes:
         except (Exception, asyncio.CancelledError) as error:
             raise HttpError("500 Internal Server Error", for_client(describe(error))) from error
 
+    def _operation(self, name: str) -> Operation | None:
+        """Return the operation of a route; None if there is none."""
+        operation = self._routes.get(name)
+        if operation is None and name.startswith(PEER_PREFIX):
+            own = self._routes.get(name.removeprefix(PEER_PREFIX))
+            return None if own is None else _like_the_peer(own)
+        return operation
+
     def _ended(self, task: asyncio.Task[dict[str, Any]]) -> None:
         self._running.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.warning("Control operation failed", error=error)
+
+
+def _like_the_peer(operation: Operation) -> Operation:
+    """Return an operation that says ``ok`` where ours says ``success``."""
+
+    async def answer(body: Any) -> dict[str, Any]:
+        result = await operation(body)
+        return {**result, "status": "ok"} if result.get("status") == "success" else result
+
+    return answer

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from dynamo_worker.host.drain_phase import DrainPhase
 from dynamo_worker.lifecycle import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from dynamo_worker.host.requests.serving import RequestRegistry
 
@@ -32,6 +33,23 @@ class _RegistryCollector(Collector):
         for outcome, count in self._requests.outcomes.items():
             outcomes.add_metric([outcome.value], count)
         yield outcomes
+
+
+class _LabelledCollector(Collector):
+    """Collects another registry's metrics with additional labels; those that a sample has already win."""
+
+    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
+        self._registry = registry
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            labelled = Metric(family.name, family.documentation, family.type, family.unit)
+            labelled.samples = [
+                Sample(sample.name, {**self._labels, **sample.labels}, sample.value, sample.timestamp, sample.exemplar)
+                for sample in family.samples
+            ]
+            yield labelled
 
 
 class WorkerMetrics:
@@ -92,9 +110,14 @@ class WorkerMetrics:
         for phase in DrainPhase:
             self._drain_phase.labels(phase.value).set(phase is current)
 
-    def add_registry(self, registry: CollectorRegistry) -> None:
-        """Add an engine's own metrics."""
-        self._registries.append(registry)
+    def add_registry(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
+        """Add an engine's own metrics.
+
+        :param labels: labels for each of their samples.
+        """
+        labelled = CollectorRegistry()
+        labelled.register(_LabelledCollector(registry, labels))
+        self._registries.append(labelled)
 
     def exposition(self) -> str:
         """Return everything in Prometheus' text format."""

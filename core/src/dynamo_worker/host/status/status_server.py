@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from dynamo_worker.engine import Operation
+    from dynamo_worker.host.status.scrape import Scrape
 
 log = get_logger(__name__)
 
 #: Prefix of the control routes.
 _CONTROL = "/engine/"
+#: Path of the metrics on the runtime's status server.
+_METRICS = "/metrics"
 #: Largest request head in bytes.
 _MAX_HEAD = 16 * 1024
 #: Largest body of a control request in bytes, unless it is for a ``LargeOperation``: nearly all
@@ -86,6 +89,7 @@ class StatusServer:
         self._upstream: tuple[str, int] | None = None
         self._control: ControlRoutes | None = None
         self._large_bodies = 0
+        self._scrape: Scrape | None = None
         # In order of arrival: connections that have not sent a whole request yet, and those being answered.
         self._silent: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._answered: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -118,6 +122,10 @@ class StatusServer:
         """Serve these control routes from now on."""
         self._control = ControlRoutes(routes, self._access)
 
+    def serve_metrics(self, scrape: Scrape) -> None:
+        """Render these metrics before the runtime is asked for them, from now on."""
+        self._scrape = scrape
+
     def stop_routes(self) -> None:
         """Stop serving control routes: the engine is about to end. Running operations continue."""
         self._control = None
@@ -126,6 +134,8 @@ class StatusServer:
         """Stop listening."""
         if self._server is not None:
             self._server.close()
+        if self._scrape is not None:
+            self._scrape.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -214,6 +224,8 @@ class StatusServer:
             raise HttpError("405 Method Not Allowed", "this path is read-only", "allow: GET, HEAD")
         if head.body_length:
             raise HttpError("400 Bad Request", "this path takes no body")
+        if head.path == _METRICS and self._scrape is not None:
+            await self._scrape.refresh()
         if self._upstream is None or not await _forward(data, writer, *self._upstream):
             # The runtime has not started yet, or has shut down.
             return self._report("503 Service Unavailable")
