@@ -307,6 +307,7 @@ BODIES = st.one_of(
         ["[" * 60_000, '{"a":' * 12_000, "1" * 60_000, " " * 65_536, " " * 65_537, '{"level": 1e999}', "{"]
     ),
     st.text(max_size=50),
+    st.just("{}"),
 ).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=50)
 
 
@@ -383,7 +384,7 @@ def test_control_routes(cluster: Cluster, tmp_path: Path) -> None:
 
         fuzz()
         assert statuses[200], statuses
-        assert len(drained) > 1, drained
+        assert {"drained", "serving"} <= drained.keys(), drained
         watched.worker.operate("wake_up")
         assert watched.worker.operate("control/resume", {})["phase"] == "serving"
         for adapter in watched.worker.operate("list_loras")["loras"]:
