@@ -274,6 +274,7 @@ def test_hundreds_of_clients_that_stall(cluster: Cluster, where: str) -> None:
 # --------------------------------------------------------------------------------------------------- control routes
 
 ROUTES = ["sleep", "wake_up", "save", "start_profile", "fail", "load_lora", "unload_lora", "list_loras"]
+DRAIN_ROUTES = ["control/drain", "control/resume", "control/drain_status"]
 JSON_LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30))
 JSON_VALUES = st.recursive(
     JSON_LEAVES, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=10), inner, max_size=5)
@@ -293,18 +294,28 @@ BODIES = st.one_of(
             "source": st.fixed_dictionaries({"uri": PLACES | JSON_VALUES}) | JSON_VALUES,
         },
     ).map(json.dumps),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "mode": st.sampled_from(["complete", "handoff", "abort", "ABORT", ""]) | JSON_VALUES,
+            "budget": st.sampled_from([0, 1, 0.5, -1, 1e308, 2**70, True, "1"]) | JSON_VALUES,
+            "grace_period": st.sampled_from([0, 0.01, 3600, -1, "0"]) | JSON_VALUES,
+        },
+    ).map(json.dumps),
     JSON_VALUES.map(json.dumps),
     st.sampled_from(
         ["[" * 60_000, '{"a":' * 12_000, "1" * 60_000, " " * 65_536, " " * 65_537, '{"level": 1e999}', "{"]
     ),
     st.text(max_size=50),
+    st.just("{}"),
 ).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=50)
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[bool, str, bytes]:
     """Return whether a call may be carried out, its route, and what is sent."""
-    route = draw(st.sampled_from(ROUTES) | st.sampled_from(["x", "", "sleep/", "../live", "sleep%00", "y" * 8000]))
+    unknown = ["x", "", "sleep/", "../live", "sleep%00", "control/", "control/drain/", "control/x", "y" * 8000]
+    route = draw(st.sampled_from(ROUTES) | st.sampled_from(DRAIN_ROUTES) | st.sampled_from(unknown))
     methods = ["POST"] * 8 + ["GET", "PUT", "post", "OPTIONS", "DELETE"]
     types = ["application/json"] * 6 + ["application/json; charset=utf-8", "text/plain", "application/jsonp", ""]
     hosts = ["localhost", "127.0.0.1:1", "[::1]", "LOCALHOST:80"] * 2 + ["x.example", "", "localhost.x.example", "["]
@@ -352,8 +363,11 @@ def test_control_routes(cluster: Cluster, tmp_path: Path) -> None:
         port = watched.worker.status_port
         for name in ROUTES * 3:
             watched.worker.operate(name, {"lora_name": "a", "source": {"uri": below}})
+        for name in DRAIN_ROUTES * 3:
+            watched.worker.operate(name, {})
         watched.begin()
         statuses: dict[int, int] = {}
+        drained: dict[str, int] = {}
 
         @FUZZ
         @given(st.lists(calls(), **AT_ONCE))
@@ -365,12 +379,16 @@ def test_control_routes(cluster: Cluster, tmp_path: Path) -> None:
                 assert allowed or status != 200, (message, answer)
                 if status == 200 and route == "save" and answer["status"] == "success":
                     assert Path(str(answer["path"])).is_relative_to(below), (message, answer)
+                if status == 200 and route in DRAIN_ROUTES:
+                    drained[str(answer.get("phase"))] = drained.get(str(answer.get("phase")), 0) + 1
 
         fuzz()
         assert statuses[200], statuses
+        assert {"drained", "serving"} <= drained.keys(), drained
         watched.worker.operate("wake_up")
+        assert watched.worker.operate("control/resume", {})["phase"] == "serving"
         for adapter in watched.worker.operate("list_loras")["loras"]:
             watched.worker.operate("unload_lora", {"lora_name": adapter})
         check_serving(client)
-        print(f"\n{sum(statuses.values())} calls: {statuses}")
+        print(f"\n{sum(statuses.values())} calls: {statuses}; drains: {drained}")
         watched.end()

@@ -1,0 +1,24 @@
+"""What runs under NVIDIA's SGLang worker runs here: upstream's launch scripts, recipes and manifests, flag for flag."""
+
+from __future__ import annotations
+
+import pytest
+from upstream_commands import Command, commands
+
+SCRIPTS = list(commands("sglang", "launch_scripts"))
+DEPLOYMENTS = list(commands("sglang", "deployments"))
+
+
+def marked(command: Command) -> object:
+    marks = [pytest.mark.xfail(reason="not yet", strict=False)] if command.not_yet else []
+    return pytest.param(command, marks=marks, id=command.name)
+
+
+@pytest.mark.parametrize("command", map(marked, [*SCRIPTS, *DEPLOYMENTS]))
+def test_accepted_or_refused_by_name(command: Command) -> None:
+    assert not command.problem(command.refusals("sglang"))
+
+
+def test_how_many_scripts() -> None:
+    """The ratio that docs/migrating-sglang.md promises."""
+    assert len([command for command in SCRIPTS if not command.refused]) >= 12
