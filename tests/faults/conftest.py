@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dynamo_worker.testing import Cluster, Worker
+
+from .etcd_server import Etcd
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 
@@ -33,3 +36,10 @@ class FaultyCluster:
 @pytest.fixture
 def faulty(cluster: Cluster) -> FaultyCluster:
     return FaultyCluster(cluster)
+
+
+@pytest.fixture
+def etcd(cluster: Cluster, tmp_path: Path) -> Iterator[Etcd]:
+    server = Etcd(tmp_path / "etcd", cluster.environment())
+    yield server
+    server.kill()

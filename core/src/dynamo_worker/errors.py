@@ -44,6 +44,12 @@ class StartError(WorkerError):
     exit_code = ExitCode.START_FAILED
 
 
+class ServerUnreachableError(WorkerError):
+    """A server that the worker needs (etcd, NATS, Kubernetes) cannot be reached (exit code 4). A restart may help."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+
 class EngineDeadError(WorkerError):
     """The engine failed and cannot recover (exit code 1). ``check_health`` and ``generate`` raise it."""
 

@@ -16,6 +16,8 @@ class ExitCode(enum.IntEnum):
     USAGE = 2
     #: The worker could not start (missing package, no GPU, no memory, port in use …). See the message.
     START_FAILED = 3
+    #: A server that the worker needs (etcd, NATS, Kubernetes) cannot be reached. Restart the worker.
+    UNREACHABLE = 4
     #: The worker did not stop by its deadline and was killed.
     DEADLINE = 6
 

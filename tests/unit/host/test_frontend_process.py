@@ -95,6 +95,7 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
         event_plane="zmq",
         migration_limit=7,
         router_mode="kv",
+        discovery_outage=45,
     )
     called = arguments(settings, tmp_path / "kv")
     command = [*module_command("dynamo_worker"), "frontend"][1:]
@@ -102,6 +103,8 @@ def test_it_is_started_with_the_workers_settings(arguments, tmp_path):
     args = frontend.parser().parse_args(called[len(command) :])
     assert vars(args) == {
         "http": str(address),
+        "discovery_timeout": 30.0,
+        "discovery_outage": 45.0,
         "discovery_backend": "file",
         "discovery_path": str(tmp_path / "kv"),
         "request_plane": "tcp",

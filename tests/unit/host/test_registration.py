@@ -14,9 +14,14 @@ import time
 import pytest
 from aio import until
 
-from dynamo_worker.errors import DiscoveryLostError
+from dynamo_worker.errors import DiscoveryLostError, ServerUnreachableError
+from dynamo_worker.host.discovery import file_store as file_module
 from dynamo_worker.host.discovery import registration as module
-from dynamo_worker.host.discovery.registration import EtcdStore, FileStore, Registration
+from dynamo_worker.host.discovery.etcd_store import EtcdStore
+from dynamo_worker.host.discovery.file_store import FileStore
+from dynamo_worker.host.discovery.registration import Registration
+from dynamo_worker.host.discovery.store import DiscoveryAwayError
+from dynamo_worker.supervisor.etcd import Gateway, entries_lease
 
 INSTANCE = "4b13168d7bd741fa"
 
@@ -280,7 +285,7 @@ def test_the_endpoint_of_an_entry(tmp_path):
     files = FileStore(str(tmp_path), INSTANCE)
     assert files.endpoint(f"{tmp_path}/v1/instances/a%2Fb%2Fc%2F{INSTANCE}") == "a/b/c"
     assert files.endpoint(f"{tmp_path}/v1/mdc/a%2Fb%2Fc%2F{INSTANCE}") is None
-    keys = EtcdStore([], int(INSTANCE, 16))
+    keys = EtcdStore(Gateway([], 1.0), int(INSTANCE, 16), ttl=60, runtime_ttl=600)
     assert keys.endpoint(base64.b64encode(f"v1/instances/a/b/c/{INSTANCE}".encode()).decode()) == "a/b/c"
     assert keys.endpoint(base64.b64encode(f"v1/mdc/a/b/c/{INSTANCE}".encode()).decode()) is None
 
@@ -393,45 +398,81 @@ def test_without_a_descriptor_nothing_is_taken_for_lost(tmp_path, entries, monke
     def fail(*args, **kwargs):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(module.os, "walk", fail)
+    monkeypatch.setattr(file_module.os, "walk", fail)
     entries[1].unlink()
     (tmp_path / "v1/mdc/other").write_text("a change, so that it has to look")
     assert store.missing() == [str(entries[1])]
 
 
 class FakeEtcd:
-    """The gateway of an etcd with one lease."""
+    """The gateway of an etcd: leases with their keys, and the lives of the leases."""
+
+    RUNTIMES = "77"
+    OURS = str(entries_lease(77))
 
     def __init__(self, monkeypatch):
         self.kvs = {"aQ==": "one", "bQ==": "two"}
-        self.ttl = 30
+        self.lease_of = dict.fromkeys(self.kvs, self.RUNTIMES)
+        self.ttl = {self.RUNTIMES: 600}
         self.down = set()
         self.logins = 0
         self.token_ends = False
         self.unreadable = set()
-        monkeypatch.setattr(module, "post", self.post)
-        monkeypatch.setattr(module, "etcd_headers", self.login)
+        self.calls = []
+        monkeypatch.setenv("ETCD_AUTH_USERNAME", "user")
+        monkeypatch.setattr(Gateway, "post", self.post)
 
-    def login(self, endpoint, timeout):
-        self.logins += 1
-        return {"Authorization": str(self.logins)}
+    def store(self, *endpoints, ttl=60):
+        return EtcdStore(Gateway(endpoints or ["a"], 1.0), 77, ttl=ttl, runtime_ttl=600)
 
-    def post(self, endpoint, path, body, headers, timeout):
+    def delete(self, *keys):
+        for key in keys or list(self.kvs):
+            del self.kvs[key], self.lease_of[key]
+
+    def end(self, lease):
+        del self.ttl[lease]
+        self.delete(*(key for key, holder in list(self.lease_of.items()) if holder == lease))
+
+    def put(self, key, value, lease):
+        assert lease in self.ttl
+        self.kvs[key], self.lease_of[key] = value, lease
+
+    def post(self, endpoint, path, body, headers):
+        self.calls.append(path)
         if endpoint in self.down:
             raise ConnectionRefusedError("connection refused")
+        if path == "/v3/auth/authenticate":
+            self.logins += 1
+            return 200, {"token": str(self.logins)}
+        assert headers["Authorization"] == str(self.logins)
         if self.token_ends:
             self.token_ends = False
-            return 401, {"message": "invalid auth token"}
+            return 401, {"message": "etcdserver: invalid auth token"}
         if path == "/v3/lease/timetolive":
-            assert body == {"ID": "77", "keys": True}
-            return 200, {"TTL": str(self.ttl), **({"keys": list(self.kvs)} if self.kvs else {})}
+            keys = [key for key, lease in self.lease_of.items() if lease == body["ID"]]
+            return 200, {"TTL": str(self.ttl.get(body["ID"], -1)), **({"keys": keys} if keys else {})}
+        if path == "/v3/lease/grant":
+            if body["ID"] in self.ttl:
+                return 400, {"message": "etcdserver: lease already exists"}
+            self.ttl[body["ID"]] = int(body["TTL"])
+            return 200, body
+        if path == "/v3/lease/keepalive":
+            return 200, {"result": {"TTL": str(self.ttl[body["ID"]])} if body["ID"] in self.ttl else {}}
+        if path == "/v3/lease/revoke":
+            if body["ID"] not in self.ttl:
+                return 404, {"message": "etcdserver: requested lease not found"}
+            self.end(body["ID"])
+            return 200, {}
         if path == "/v3/kv/range":
             if body["key"] in self.unreadable:
                 return 200, {"message": "half an answer"}
-            return 200, {"kvs": [{"key": body["key"], "value": self.kvs[body["key"]]}]}
+            return 200, {"kvs": [{"key": body["key"], "value": self.kvs[body["key"]], "mod_revision": "5"}]}
+        if path == "/v3/kv/txn":
+            assert body["compare"][0]["mod_revision"] == "5"
+            self.put(*(body["success"][0]["request_put"][name] for name in ("key", "value", "lease")))
+            return 200, {"succeeded": True}
         assert path == "/v3/kv/put"
-        assert body["lease"] == "77"
-        self.kvs[body["key"]] = body["value"]
+        self.put(body["key"], body["value"], body["lease"])
         return 200, {}
 
 
@@ -440,60 +481,163 @@ def etcd(monkeypatch):
     return FakeEtcd(monkeypatch)
 
 
-def test_keys_that_vanish_from_etcd_are_put_back_with_the_lease(etcd):
-    store = EtcdStore(["a"], 77)
+def test_the_keys_are_moved_to_a_short_lease_and_that_one_is_kept_alive(etcd):
+    store = etcd.store()
     store.adopt(())
-    etcd.kvs["cQ=="] = "adapter"
+    assert set(etcd.lease_of.values()) == {etcd.OURS}
+    etcd.put("cQ==", "adapter", etcd.RUNTIMES)
+    store._renewed -= 21  # a third of its life has passed
+    etcd.calls.clear()
+    assert store.missing() == []
+    assert "/v3/lease/keepalive" in etcd.calls
+    assert etcd.lease_of["cQ=="] == etcd.OURS
+    assert store.count == 3
+
+
+def test_keys_that_vanish_from_etcd_are_put_back_with_the_lease(etcd):
+    store = etcd.store()
+    store.adopt(())
+    etcd.put("cQ==", "adapter", etcd.OURS)
     assert store.missing() == []
     before = dict(etcd.kvs)
-    etcd.kvs.clear()
+    etcd.delete()
     missing = store.missing()
     assert sorted(missing) == sorted(before)
     store.restore(missing)
     assert etcd.kvs == before
+    assert set(etcd.lease_of.values()) == {etcd.OURS}
     assert store.missing() == []
-    del etcd.kvs["aQ=="]
+    etcd.delete("aQ==")
     store.adopt(())
     assert store.missing() == [], "the worker has taken it away"
     store.close()
-    etcd.kvs.clear()
+    etcd.delete()
     store.restore(["bQ=="])
     assert not etcd.kvs
 
 
+def test_an_etcd_that_has_lost_everything_gets_leases_and_keys_again(etcd):
+    """The runtime shuts down if its lease does not come back."""
+    store = etcd.store()
+    store.adopt(())
+    before = dict(etcd.kvs)
+    etcd.down = {"a"}
+    with pytest.raises(DiscoveryAwayError):
+        store.missing()
+    etcd.end(etcd.OURS)
+    etcd.end(etcd.RUNTIMES)
+    etcd.down = set()
+    missing = store.missing()
+    assert etcd.ttl == {etcd.RUNTIMES: 600}
+    store.restore(missing)
+    assert etcd.kvs == before
+    assert etcd.ttl == {etcd.RUNTIMES: 600, etcd.OURS: 60}
+
+
+def test_a_closed_store_grants_no_lease(etcd):
+    store = etcd.store()
+    store.adopt(())
+    store.close()
+    store.release()
+    etcd.end(etcd.RUNTIMES)
+    store.missing()
+    store.restore(["aQ=="])
+    store.release()
+    assert etcd.ttl == {}
+    assert etcd.kvs == {}
+
+
 def test_what_cannot_be_read_from_etcd_is_not_put_back_empty(etcd):
-    store = EtcdStore(["a"], 77)
+    store = etcd.store()
+    store.adopt(())
     etcd.unreadable = {"aQ=="}
     with pytest.raises(OSError, match="cannot be read"):
         store.adopt(())
     etcd.unreadable = set()
     store.adopt(())
-    etcd.kvs["cQ=="] = "adapter"
+    etcd.put("cQ==", "adapter", etcd.OURS)
     etcd.unreadable = {"cQ=="}
     assert store.missing() == []
-    del etcd.kvs["cQ=="]
+    etcd.delete("cQ==")
     assert store.missing() == []
 
 
-def test_an_etcd_that_does_not_answer_or_a_lease_that_has_ended_is_the_runtimes_business(etcd):
-    store = EtcdStore(["a", "b"], 77)
+def test_an_etcd_that_does_not_answer_says_nothing_about_the_keys(etcd):
+    store = etcd.store("a", "b")
     etcd.down = {"a"}
     store.adopt(())
+    interval = store.interval
     etcd.down = {"a", "b"}
-    assert store.missing() == []
+    with pytest.raises(DiscoveryAwayError, match="a: connection refused"):
+        store.missing()
+    assert store.interval < interval, "it is asked more often"
     etcd.down = set()
-    etcd.kvs.clear()
-    etcd.ttl = -1
     assert store.missing() == []
+    assert store.interval == interval
 
 
 def test_a_token_that_has_ended_is_renewed(etcd):
-    store = EtcdStore(["a"], 77)
+    store = etcd.store()
     store.adopt(())
     store.missing()
     assert etcd.logins == 1
     etcd.token_ends = True
-    del etcd.kvs["aQ=="]
-    assert store.missing() == []
+    etcd.delete("aQ==")
     assert store.missing() == ["aQ=="]
     assert etcd.logins == 2
+
+
+class AwayStore(HungStore):
+    """A discovery server that may be away, and one entry that may be missing."""
+
+    def __init__(self):
+        super().__init__()
+        self.away = False
+        self.there = True
+
+    def missing(self):
+        if self.away:
+            raise DiscoveryAwayError("nobody listens")
+        return [] if self.there else ["entry"]
+
+    def restore(self, names):
+        assert names == ["entry"]
+        self.there = True
+
+
+def test_an_outage_is_no_problem_of_the_worker_and_what_it_cost_is_restored_at_once(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_CONFIRM", 60.0)
+    store = AwayStore()
+
+    async def main():
+        async with watching(store) as (registration, fatal):
+            store.away = True
+            await until(lambda: "Discovery does not answer; the worker keeps serving" in caplog.text)
+            assert registration.problem is None
+            store.there = False
+            store.away = False
+            await until(lambda: "Discovery answers again" in caplog.text)
+            assert store.there
+            assert registration.problem is None
+            assert not fatal
+        assert caplog.text.count("keeps serving") == 1
+
+    asyncio.run(main())
+
+
+def test_an_outage_that_lasts_too_long_ends_the_worker():
+    store = AwayStore()
+
+    async def main():
+        fatal = []
+        registration = Registration(store, fatal.append, timeout=30.0, outage=0.1)
+        store.away = True
+        started = time.monotonic()
+        await asyncio.wait_for(registration.run(), 5)
+        assert time.monotonic() - started >= 0.1
+        (error,) = fatal
+        assert isinstance(error, ServerUnreachableError)
+        assert str(error).startswith("discovery has not answered for 0.1 s: nobody listens")
+        await registration.close()
+
+    asyncio.run(main())

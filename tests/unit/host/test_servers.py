@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.errors import ServerUnreachableError, StartError, UsageError
 from dynamo_worker.host.config.settings import WorkerSettings
 from dynamo_worker.host.discovery import servers
 
@@ -29,14 +29,57 @@ def closed_port():
         yield holder.getsockname()[1]
 
 
+def waiting(**values):
+    settings = worker_settings(**values)
+    return servers.wait_for_servers(
+        settings.discovery_backend, settings.request_plane, settings.event_plane, settings.discovery_timeout
+    )
+
+
 def wait(**values):
-    return asyncio.run(servers.wait_for_servers(worker_settings(**values)))
+    return asyncio.run(waiting(**values))
+
+
+class Server:
+    """A server that reads what it is sent and answers each time with the next of its lines."""
+
+    def __init__(self, *lines, greets=False):
+        self._lines = lines
+        self._greets = greets
+        self.received = b""
+        self._serving = []
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        await asyncio.gather(*self._serving)
+
+    async def _serve(self, reader, writer):
+        self._serving.append(asyncio.current_task())
+        lines = list(self._lines)
+        if self._greets:
+            writer.write(lines.pop(0))
+        while data := await reader.read(65536):
+            self.received += data
+            if lines:
+                writer.write(lines.pop(0))
+            if not lines and not self._greets:
+                break
+        writer.close()
+        await writer.wait_closed()
+
+
+ETCD_ANSWER = b"HTTP/1.0 200 OK\r\n\r\n{}"
 
 
 def test_an_unreachable_etcd_ends_the_start_with_address_and_reason(closed_port, monkeypatch, caplog):
     monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{closed_port}")
     started = time.monotonic()
-    with pytest.raises(StartError) as raised:
+    with pytest.raises(ServerUnreachableError) as raised:
         wait(discovery_backend="etcd", discovery_timeout=0.7)
     assert 0.7 <= time.monotonic() - started < 3
     message = str(raised.value)
@@ -48,33 +91,93 @@ def test_an_unreachable_etcd_ends_the_start_with_address_and_reason(closed_port,
 
 def test_all_addresses_are_tried_and_named(closed_port, monkeypatch):
     monkeypatch.setenv("ETCD_ENDPOINTS", f"127.0.0.1:{closed_port}, http://localhost:{closed_port},")
-    with pytest.raises(StartError) as raised:
+    with pytest.raises(ServerUnreachableError) as raised:
         wait(discovery_backend="etcd", discovery_timeout=0.1)
     assert f"127.0.0.1:{closed_port}: Connection refused; http://localhost:{closed_port}: " in str(raised.value)
 
 
 def test_one_address_that_answers_is_enough(closed_port, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{closed_port},http://127.0.0.1:{port}")
-        wait(discovery_backend="etcd", discovery_timeout=5)
+    async def main():
+        async with Server(ETCD_ANSWER) as server:
+            monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{closed_port},http://127.0.0.1:{server.port}")
+            await waiting(discovery_backend="etcd", discovery_timeout=5)
+
+    asyncio.run(main())
 
 
 def test_a_server_that_starts_late_is_waited_for(monkeypatch):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{server.getsockname()[1]}")
+    """One that accepts connections and does not answer yet has not started."""
 
-        async def main():
-            waiting = asyncio.ensure_future(
-                servers.wait_for_servers(worker_settings(discovery_backend="etcd", discovery_timeout=30))
-            )
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            port = deaf.getsockname()[1]
+            monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{port}")
+            task = asyncio.ensure_future(waiting(discovery_backend="etcd", discovery_timeout=30))
             await asyncio.sleep(0.1)
-            assert not waiting.done()
-            server.listen()
-            await asyncio.wait_for(waiting, 5)
+            assert not task.done()
+        async with Server(ETCD_ANSWER) as server:
+            monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{server.port}")
+            task.cancel()
+            await asyncio.wait_for(waiting(discovery_backend="etcd", discovery_timeout=30), 5)
 
-        asyncio.run(main())
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("variable", "scheme", "values"),
+    [("ETCD_ENDPOINTS", "http", {"discovery_backend": "etcd"}), ("NATS_SERVER", "nats", {"request_plane": "nats"})],
+)
+def test_a_server_that_accepts_and_never_answers_is_not_there(monkeypatch, variable, scheme, values):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"{scheme}://127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setenv(variable, address)
+        started = time.monotonic()
+        with pytest.raises(ServerUnreachableError) as raised:
+            wait(**{"discovery_backend": "file", "discovery_timeout": 0.5, **values})
+        assert time.monotonic() - started < 2
+        assert f"{address}: " in str(raised.value)
+        assert "accepted" in str(raised.value)
+        assert "did not answer" in str(raised.value)
+
+
+def test_etcd_that_rejects_the_user_is_not_waited_for(monkeypatch):
+    monkeypatch.setenv("ETCD_AUTH_USERNAME", "root")
+    refusal = b'HTTP/1.0 400 Bad\r\n\r\n{"message": "authentication failed, invalid user ID or password"}'
+
+    async def main():
+        async with Server(refusal) as server:
+            monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{server.port}")
+            with pytest.raises(StartError, match="rejects this user: authentication failed") as raised:
+                await waiting(discovery_backend="etcd", discovery_timeout=30)
+            assert "ETCD_AUTH_PASSWORD" in raised.value.hint
+
+    asyncio.run(main())
+
+
+def test_nats_gets_the_credentials_and_may_reject_them(monkeypatch):
+    async def main():
+        for answer in (b"PONG\r\n", b"-ERR 'Authorization Violation'\r\n"):
+            async with Server(b'INFO {"auth_required": true}\r\n', answer, greets=True) as server:
+                monkeypatch.setenv("NATS_SERVER", f"nats://me:secret@127.0.0.1:{server.port}")
+                waited = waiting(discovery_backend="file", discovery_timeout=5, request_plane="nats")
+                if answer.startswith(b"PONG"):
+                    await waited
+                else:
+                    with pytest.raises(StartError, match="rejects this user: -ERR 'Authorization Violation'"):
+                        await waited
+                assert b'"user": "me", "pass": "secret"' in server.received
+
+    asyncio.run(main())
+
+
+def test_something_else_than_nats_is_said(monkeypatch):
+    async def main():
+        async with Server(b"220 mail.example ESMTP\r\n", greets=True) as server:
+            monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{server.port}")
+            with pytest.raises(ServerUnreachableError, match="not a NATS server: it says b'220 mail"):
+                await waiting(discovery_backend="file", discovery_timeout=0.1, request_plane="nats")
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +185,7 @@ def test_a_server_that_starts_late_is_waited_for(monkeypatch):
 )
 def test_nats_is_waited_for_where_it_is_used(closed_port, monkeypatch, values):
     monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{closed_port}")
-    with pytest.raises(StartError, match="NATS cannot be reached") as raised:
+    with pytest.raises(ServerUnreachableError, match="NATS cannot be reached") as raised:
         wait(discovery_backend="file", discovery_timeout=0.1, **values)
     assert "NATS_SERVER" in raised.value.hint
 

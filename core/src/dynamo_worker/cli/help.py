@@ -40,6 +40,7 @@ EXIT_CODES: Final = {
     ExitCode.FATAL: "the engine, the runtime or the worker failed after starting; restart it",
     ExitCode.USAGE: "the command line, the environment or the configuration file is invalid",
     ExitCode.START_FAILED: "the worker could not start; a restart will not help",
+    ExitCode.UNREACHABLE: "a server that the worker needs cannot be reached; restart it",
     ExitCode.DEADLINE: "the shutdown missed its deadline and the worker was killed",
 }
 

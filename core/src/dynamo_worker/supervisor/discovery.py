@@ -5,30 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from typing import Any
 
-#: Seconds to wait for one etcd endpoint.
-_ETCD_TIMEOUT = 1.5
-#: Bytes read of one answer: a value of etcd's default limit (1.5 MiB) in base64 fits.
-_MOST_BYTES = 4 << 20
+from dynamo_worker.supervisor.etcd import EtcdError, Gateway, entries_lease, etcd_endpoints
 
-#: Where the runtime looks when ``ETCD_ENDPOINTS`` is not set.
-DEFAULT_ETCD = "http://localhost:2379"
+#: Seconds for one etcd endpoint to answer.
+_ETCD_TIMEOUT = 1.5
 
 #: 64 random bits in hexadecimal digits. Shorter ones could be part of other names.
 _INSTANCE = re.compile(r"[0-9a-f]{8,16}")
-
-
-def etcd_endpoints() -> list[str]:
-    """Return etcd's addresses from the environment. Our password goes to no others."""
-    return addresses("ETCD_ENDPOINTS", DEFAULT_ETCD)
-
-
-def addresses(variable: str, default: str) -> list[str]:
-    """Return the comma-separated addresses of an environment variable."""
-    text = os.environ.get(variable, "").strip(", ") or default
-    return [address.strip() for address in text.split(",") if address.strip()]
 
 
 def withdraw(registration: dict[str, Any], deadline: float, root: str | None = None) -> str:
@@ -78,75 +63,19 @@ def _withdraw_file(root: str, instance: str) -> str:
     return f"file: {removed} files removed"
 
 
-def _withdraw_etcd(lease: int, deadline: float) -> str:
-    """Revoke the lease, which removes all of the worker's keys at once. The first endpoint that answers decides."""
-    failures = []
-    for endpoint in etcd_endpoints():
-        timeout = min(_ETCD_TIMEOUT, deadline - time.monotonic())
-        if timeout <= 0:
-            failures.append("no time left")
-            break
-        try:
-            return _revoke(str(endpoint), lease, timeout)
-        except Exception as error:
-            failures.append(f"{endpoint}: {error}")
-    raise OSError("; ".join(failures))
+def _withdraw_etcd(instance: int, deadline: float) -> str:
+    """Revoke the worker's leases, which removes all of its keys at once; that of its entries first."""
+    gateway = Gateway(etcd_endpoints(), _ETCD_TIMEOUT, deadline)
+    revoked = [_revoke(gateway, lease) for lease in (entries_lease(instance), instance)]
+    return "etcd: lease revoked" if any(revoked) else "etcd: lease already gone"
 
 
-def etcd_headers(endpoint: str, timeout: float) -> dict[str, str]:
-    """Return the headers for etcd's gateway, authenticated if a user is configured.
-
-    :raises OSError: the gateway did not answer, or rejected the user.
-    """
-    headers = {"Content-Type": "application/json"}
-    user = os.environ.get("ETCD_AUTH_USERNAME")
-    if user:
-        login = {"name": user, "password": os.environ.get("ETCD_AUTH_PASSWORD", "")}
-        status, answer = post(endpoint, "/v3/auth/authenticate", login, headers, timeout)
-        if status != 200 or "token" not in answer:
-            raise OSError(f"authentication failed: {answer.get('message', status)}")
-        headers["Authorization"] = str(answer["token"])
-    return headers
-
-
-def _revoke(endpoint: str, lease: int, timeout: float) -> str:
-    headers = etcd_headers(endpoint, timeout)
-    status, answer = post(endpoint, "/v3/lease/revoke", {"ID": str(lease)}, headers, timeout)
-    if status == 200:
-        return "etcd: lease revoked"
-    message = str(answer.get("message", answer.get("error", status)))
-    if "lease not found" in message:
-        return "etcd: lease already gone"
-    raise OSError(f"lease not revoked: {message}")
-
-
-def post(
-    endpoint: str, path: str, body: dict[str, Any], headers: dict[str, str], timeout: float
-) -> tuple[int, dict[str, Any]]:
-    """POST one JSON object to etcd's gateway; return the status and the answer."""
-    import http.client
-    import json
-
-    scheme, _, address = endpoint.rpartition("://")
-    address = address.split("/", 1)[0]
-    connection: http.client.HTTPConnection
-    if scheme == "https" or (not scheme and "ETCD_AUTH_CA" in os.environ):
-        import ssl
-
-        context = ssl.create_default_context(cafile=os.environ.get("ETCD_AUTH_CA"))
-        if "ETCD_AUTH_CLIENT_CERT" in os.environ:
-            context.load_cert_chain(os.environ["ETCD_AUTH_CLIENT_CERT"], os.environ.get("ETCD_AUTH_CLIENT_KEY"))
-        connection = http.client.HTTPSConnection(address, timeout=timeout, context=context)
-    else:
-        connection = http.client.HTTPConnection(address, timeout=timeout)
+def _revoke(gateway: Gateway, lease: int) -> bool:
+    """Revoke a lease; return whether it existed."""
     try:
-        connection.request("POST", path, json.dumps(body), headers)
-        response = connection.getresponse()
-        text = response.read(_MOST_BYTES)
-    finally:
-        connection.close()
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        answer = {"message": text[:200].decode("utf-8", "replace")}
-    return response.status, answer if isinstance(answer, dict) else {}
+        gateway.call("/v3/lease/revoke", {"ID": str(lease)})
+    except EtcdError as error:
+        if "lease not found" in str(error):
+            return False
+        raise OSError(f"lease not revoked: {error}") from error
+    return True

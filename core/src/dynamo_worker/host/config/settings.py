@@ -116,6 +116,8 @@ class WorkerSettings(BaseSettings):
     )
     discovery_path: Path | None = _option("discovery_path")
     discovery_timeout: float = _option("discovery_timeout")
+    discovery_outage: float = _option("discovery_outage")
+    etcd_lease_ttl: float = _option("etcd_lease_ttl")
     request_plane: RequestPlane = _option("request_plane")
     event_plane: EventPlane | None = _option("event_plane")
 

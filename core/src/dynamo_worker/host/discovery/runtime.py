@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,16 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 
 from dynamo_worker.address import LOOPBACK, is_loopback
 from dynamo_worker.errors import StartError, describe
-from dynamo_worker.host.discovery import model_card, topology
+from dynamo_worker.host.discovery import model_card, runtime_lease, topology
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
-from dynamo_worker.host.discovery.registration import EtcdStore, FileStore, Registration
+from dynamo_worker.host.discovery.etcd_store import EtcdStore
+from dynamo_worker.host.discovery.file_store import FileStore
+from dynamo_worker.host.discovery.registration import Registration
 from dynamo_worker.host.discovery.servers import wait_for_servers
 from dynamo_worker.host.discovery.worker_discovery import WorkerDiscovery
 from dynamo_worker.host.listening import keep_on_loopback, listening_ports
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import ledger
-from dynamo_worker.supervisor.discovery import etcd_endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import EndpointSpec, EngineInfo
     from dynamo_worker.errors import WorkerError
     from dynamo_worker.host.config.settings import WorkerSettings
-    from dynamo_worker.host.discovery.registration import Store
+    from dynamo_worker.host.discovery.store import Store
     from dynamo_worker.host.requests.serving import Handler
 
 log = get_logger(__name__)
@@ -77,11 +79,14 @@ class Runtime:
         runtime: DistributedRuntime,
         settings: WorkerSettings,
         status_port: int | None,
+        lease_ttl: int = 0,
         topology: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._runtime = runtime
         self._topology = topology
         self._settings = settings
+        #: Life of the runtime's lease in etcd, in seconds.
+        self._lease_ttl = lease_ttl
         self._endpoints: dict[str, Endpoint] = {}
         self._serving: set[asyncio.Task[None]] = set()
         #: How many models are in discovery, adapters included.
@@ -100,7 +105,9 @@ class Runtime:
             does not say where this worker is although it should.
         :raises UsageError: the discovery directory cannot be written or is not safe.
         """
-        await wait_for_servers(settings)
+        await wait_for_servers(
+            settings.discovery_backend, settings.request_plane, settings.event_plane, settings.discovery_timeout
+        )
         where = await topology.read()
         environment = {
             "DYN_SYSTEM_HOST": _status_host(settings),
@@ -113,6 +120,7 @@ class Runtime:
         if settings.discovery_backend == "file":
             environment["DYN_FILE_KV"] = str(writable_directory(settings.discovery_path))
         os.environ.update(environment)
+        lease_ttl = runtime_lease.prepare(settings.discovery_outage) if settings.discovery_backend == "etcd" else 0
         # One runtime thread costs a quarter less CPU per token than the default of one for each processor, which wake
         # each other for every chunk (measured, see docs/design.md).
         os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "1")
@@ -128,7 +136,7 @@ class Runtime:
             if not started:
                 raise StartError(f"the runtime's status server is not listening on {_status_host(settings)}")
             status_port = started[0]
-        return cls(runtime, settings, status_port, where)
+        return cls(runtime, settings, status_port, lease_ttl, where)
 
     @property
     def status_host(self) -> str:
@@ -198,10 +206,16 @@ class Runtime:
         if self._settings.discovery_backend == "file":
             store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
         elif self._settings.discovery_backend == "etcd":
-            store = EtcdStore(etcd_endpoints(), self.worker_id)
+            store = EtcdStore(
+                runtime_lease.gateway(),
+                self.worker_id,
+                ttl=math.ceil(self._settings.etcd_lease_ttl),
+                runtime_ttl=self._lease_ttl,
+            )
         if store is None:
             return None
-        self._registration = Registration(store, on_fatal, timeout=self._settings.discovery_timeout)
+        timeout, outage = self._settings.discovery_timeout, self._settings.discovery_outage
+        self._registration = Registration(store, on_fatal, timeout=timeout, outage=outage)
         self.discovery.registration = self._registration
         count = len(self._serving) + self._models
         if not await self._registration.entered(count):
@@ -265,6 +279,8 @@ class Runtime:
             _, pending = await asyncio.wait(self._serving, timeout=timeout)
             if pending:
                 log.warning("Endpoints still open", endpoints=len(pending), waited_s=timeout)
+        if self._registration is not None:
+            await self._registration.release()
 
 
 def _status_host(settings: WorkerSettings) -> str:

@@ -1,27 +1,44 @@
-"""Waits for the servers that the Dynamo runtime needs: the runtime itself would block the event loop for 120 s."""
+"""Waits for the servers that the Dynamo runtime needs: the runtime itself would block the event loop for 120 s.
+
+A server counts as there once it has answered a question: one that only accepts connections would still block the
+runtime.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
-from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+import time
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, urlsplit
 
-from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.errors import ServerUnreachableError, StartError, UsageError
 from dynamo_worker.logs import get_logger
-from dynamo_worker.supervisor.discovery import DEFAULT_ETCD, addresses
+from dynamo_worker.supervisor.etcd import DEFAULT_ETCD, EtcdAuthError, EtcdError, Gateway, addresses
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from dynamo_worker.host.config.settings import WorkerSettings
+    from collections.abc import Awaitable, Callable
 
 log = get_logger(__name__)
 
 #: Where the runtime looks when ``NATS_SERVER`` is not set.
 _DEFAULT_NATS: Final = "nats://localhost:4222"
-#: Most seconds for one attempt to connect to a server.
-_CONNECT_SECONDS: Final = 2.0
+#: Most seconds for one attempt to talk to a server.
+_ATTEMPT_SECONDS: Final = 2.0
+#: Longest first line of a NATS server in bytes.
+_MOST_INFO_BYTES: Final = 1 << 16
+#: Dynamo's variables for the seconds that the runtime itself waits for a server.
+_RUNTIME_WAITS: Final = ("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS")
+_AUTH_HINTS: Final = {
+    "etcd": "check ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, and the user's role",
+    "NATS": "check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, or what NATS_SERVER contains",
+}
+
+
+class _RejectedError(Exception):
+    """A server answers, and rejects our credentials."""
 
 
 def _host_and_port(address: str, variable: str, default: str) -> tuple[str, int]:
@@ -36,39 +53,47 @@ def _host_and_port(address: str, variable: str, default: str) -> tuple[str, int]
         raise UsageError(f"{variable}: expected an address, got {address!r}: {error}") from error
 
 
-async def wait_for_servers(settings: WorkerSettings) -> None:
-    """Wait until the servers that the runtime needs accept connections.
+async def wait_for_servers(discovery_backend: str, request_plane: str, event_plane: str | None, timeout: float) -> None:
+    """Wait until the servers that the runtime needs answer.
 
-    :raises StartError: one cannot be reached within ``discovery_timeout``.
+    :param timeout: seconds for each of them.
+    :raises ServerUnreachableError: one does not answer within ``timeout`` seconds.
+    :raises StartError: one rejects our credentials.
     :raises UsageError: an address is malformed.
     """
-    needed: list[tuple[str, str, str]] = []
-    if settings.discovery_backend == "etcd":
-        needed.append(("etcd", "ETCD_ENDPOINTS", DEFAULT_ETCD))
-    if "nats" in (settings.request_plane, settings.event_plane):
-        needed.append(("NATS", "NATS_SERVER", _DEFAULT_NATS))
-    for name, variable, default in needed:
-        servers = {address: _host_and_port(address, variable, default) for address in addresses(variable, default)}
-        await _wait_for_server(name, variable, servers, settings.discovery_timeout)
+    if discovery_backend == "etcd":
+        await _wait_for_server("etcd", "ETCD_ENDPOINTS", DEFAULT_ETCD, _ask_etcd, timeout)
+    if "nats" in (request_plane, event_plane):
+        await _wait_for_server("NATS", "NATS_SERVER", _DEFAULT_NATS, _ask_nats, timeout)
+    for variable in _RUNTIME_WAITS:
+        os.environ.setdefault(variable, str(max(1, round(timeout))))
 
 
-async def _wait_for_server(name: str, variable: str, servers: Mapping[str, tuple[str, int]], timeout: float) -> None:
+async def _wait_for_server(
+    name: str, variable: str, default: str, ask: Callable[[str, str, int, float], Awaitable[None]], timeout: float
+) -> None:
+    """Wait until one of a server's addresses answers.
+
+    :param ask: talks to an address, host and port within some seconds.
+    """
+    servers = {address: _host_and_port(address, variable, default) for address in addresses(variable, default)}
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     announced = False
     while True:
         problems = []
         for address, (host, port) in servers.items():
-            limit = min(_CONNECT_SECONDS, max(0.05, deadline - loop.time()))
+            limit = min(_ATTEMPT_SECONDS, max(0.05, deadline - loop.time()))
             try:
-                _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), limit)
-            except (OSError, asyncio.TimeoutError) as error:
+                await ask(address, host, port, limit)
+            except _RejectedError as error:
+                raise StartError(f"{name} at {address} rejects this user: {error}", hint=_AUTH_HINTS[name]) from error
+            except OSError as error:
                 problems.append(f"{address}: {_connection_problem(error)}")
             else:
-                writer.close()
                 return
         if loop.time() >= deadline:
-            raise StartError(
+            raise ServerUnreachableError(
                 f"{name} cannot be reached ({'; '.join(problems)}); waited {timeout:g} s",
                 hint=f"start it, set {variable}, or use --discovery-backend file on a single machine",
             )
@@ -76,6 +101,73 @@ async def _wait_for_server(name: str, variable: str, servers: Mapping[str, tuple
             log.warning("Waiting for a server", server=name, tried="; ".join(problems), timeout_s=timeout)
             announced = True
         await asyncio.sleep(min(0.5, max(0.05, deadline - loop.time())))
+
+
+async def _ask_etcd(address: str, _host: str, _port: int, limit: float) -> None:
+    """Read a key through etcd's gateway, as the configured user.
+
+    An answer that is not the gateway's counts: the runtime itself speaks another protocol on the same port.
+    """
+    gateway = Gateway([address], limit, time.monotonic() + limit)
+    body = {"key": "djEv", "limit": "1"}
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, gateway.ask, address, "/v3/kv/range", body)
+    except EtcdAuthError as error:
+        raise _RejectedError(str(error)) from error
+    except EtcdError as error:
+        if error.status >= 500:
+            raise
+
+
+async def _ask_nats(address: str, host: str, port: int, limit: float) -> None:
+    """Read a NATS server's greeting and, where a password or token is configured, log in."""
+    try:
+        connecting = asyncio.open_connection(host, port, limit=_MOST_INFO_BYTES)
+        reader, writer = await asyncio.wait_for(connecting, limit)
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise TimeoutError(f"did not accept a connection within {limit:.2g} s") from error
+    try:
+        await asyncio.wait_for(_greet_nats(address, reader, writer), limit)
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise TimeoutError(f"accepted the connection, but did not answer within {limit:.2g} s") from error
+    except ValueError as error:
+        raise ConnectionError(f"not a NATS server: {error}") from error
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _greet_nats(address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Read the greeting, and log in unless that takes certificates or keys, which only the runtime has.
+
+    :raises ConnectionError: it is not a NATS server.
+    """
+    greeting = await reader.readline()
+    if not greeting.startswith(b"INFO "):
+        raise ConnectionError(f"not a NATS server: it says {greeting[:40]!r}")
+    info: Any = json.loads(greeting[5:])
+    if info.get("tls_required") or "nonce" in info:
+        return
+    login = {**_nats_login(address), "verbose": False, "pedantic": False}
+    writer.write(f"CONNECT {json.dumps(login)}\r\nPING\r\n".encode())
+    answer = await reader.readline()
+    if b"Authorization" in answer:
+        raise _RejectedError(answer.decode("utf-8", "replace").strip())
+
+
+def _nats_login(address: str) -> dict[str, str]:
+    """Return the credentials that the runtime would send: from the environment, otherwise from the address."""
+    user, password = os.environ.get("NATS_AUTH_USERNAME"), os.environ.get("NATS_AUTH_PASSWORD")
+    token = os.environ.get("NATS_AUTH_TOKEN")
+    if user and password is not None:
+        return {"user": user, "pass": password}
+    if token:
+        return {"auth_token": token}
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    if parts.username and parts.password:
+        return {"user": unquote(parts.username), "pass": unquote(parts.password)}
+    return {"auth_token": unquote(parts.username)} if parts.username else {}
 
 
 def _connection_problem(error: BaseException) -> str:

@@ -12,15 +12,17 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import logs
 from dynamo_worker.address import Address
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.errors import UsageError
+from dynamo_worker.errors import DiscoveryLostError, UsageError
 from dynamo_worker.host import native_output
 from dynamo_worker.host.config.options import DEFAULT_FRONTEND, FRONTEND_OPTIONS
+from dynamo_worker.host.discovery import runtime_lease
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
+from dynamo_worker.host.discovery.servers import wait_for_servers
 from dynamo_worker.host.frontend.frontend_process import DRAIN_VARIABLE, WORKER_VARIABLE, check_free
 from dynamo_worker.host.listening import listening_sockets
 from dynamo_worker.logs import get_logger
@@ -29,6 +31,7 @@ from dynamo_worker.supervisor import linux
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from dynamo_worker.errors import WorkerError
     from dynamo_worker.host.config.option_types import Option
 
 log = get_logger(__name__)
@@ -121,6 +124,8 @@ def main(argv: list[str]) -> int:
 
     :raises StartError: the address is in use.
     :raises UsageError: a variable or the address is invalid, or the discovery directory is unusable.
+    :raises ServerUnreachableError: a server does not answer, at the start or for too long afterwards.
+    :raises DiscoveryLostError: the runtime shut down by itself.
     """
     worker = os.environ.pop(WORKER_VARIABLE, None)
     # An embedded frontend must never outlive both its worker and the supervisor.
@@ -158,6 +163,8 @@ async def _serve(address: Address, args: argparse.Namespace, drain_seconds: floa
     from dynamo_worker.host.discovery.runtime import connect
 
     loop = asyncio.get_running_loop()
+    await wait_for_servers(args.discovery_backend, args.request_plane, args.event_plane, args.discovery_timeout)
+    lease_ttl = runtime_lease.prepare(args.discovery_outage) if args.discovery_backend == "etcd" else None
     runtime = connect(args.discovery_backend, args.request_plane, args.event_plane)
     engine = await make_engine(
         runtime,
@@ -181,16 +188,34 @@ async def _serve(address: Address, args: argparse.Namespace, drain_seconds: floa
     serving = asyncio.ensure_future(run_input(runtime, "http", engine))
     stopping = asyncio.ensure_future(stopped.wait())
     disabling_nagle = asyncio.ensure_future(_disable_nagle(address))
+    lost: asyncio.Future[WorkerError] = loop.create_future()
+    keeping: asyncio.Task[None] | None = None
+    if lease_ttl is not None:
+        # Any endpoint knows the id of the runtime's lease; this one is not served.
+        lease_id = runtime.endpoint("dynamo.frontend.http").connection_id()
+        lease = runtime_lease.RuntimeLease(runtime_lease.gateway(), lease_id, lease_ttl)
+        keeper = runtime_lease.LeaseKeeper(lease, lost.set_result, outage=args.discovery_outage)
+        keeping = asyncio.ensure_future(keeper.run())
     log.info("Frontend listening", url=f"http://{address}")
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    disabling_nagle.cancel()
-    if not serving.done():
+    ends: set[asyncio.Future[Any]] = {serving, stopping, lost}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for task in filter(None, (disabling_nagle, keeping)):
+        task.cancel()
+    by_itself = serving.done()
+    if not by_itself:
         deadline = Deadline.after(drain_seconds)
         await asyncio.to_thread(_drain, address, deadline)
         runtime.shutdown()
         await asyncio.wait({serving}, timeout=deadline.remaining())
     if serving.done():
         serving.result()
+    if lost.done():
+        raise lost.result()
+    if by_itself:
+        raise DiscoveryLostError(
+            "the Dynamo runtime shut down unexpectedly: it lost its connection to "
+            f"{args.discovery_backend} discovery, or its lease there"
+        )
 
 
 def _drain(address: Address, deadline: Deadline) -> None:
