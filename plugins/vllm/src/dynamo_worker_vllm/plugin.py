@@ -19,6 +19,9 @@ class VllmPlugin(EnginePlugin):
     engine = "dynamo_worker_vllm.engine:VllmEngine"
     headless_engine = "dynamo_worker_vllm.headless:HeadlessEngine"
     arguments = "dynamo_worker_vllm.arguments:add"
+    claimed_flags = ("--config", "--log-level", "--reasoning-parser")
+    flags_file = "--config"
+    abbreviated_flags = True
     preload = "dynamo_worker_vllm.processes:preload_processes"
     # Otherwise vLLM reports the model, the hardware and its settings to its makers.
     environment: ClassVar[Mapping[str, str]] = MappingProxyType({"VLLM_NO_USAGE_STATS": "1"})
