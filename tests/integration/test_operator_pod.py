@@ -59,16 +59,24 @@ def start(cluster: Cluster, **environment: str) -> Worker:
     return cluster.start_worker(*arguments(), **{**POD, **environment})
 
 
-# The operator enables the runtime's health checks for images whose tag it knows as 1.4 or later.
+# The operator enables the runtime's health checks if it knows that an image has runtime 1.4 or later.
 @pytest.mark.parametrize("checks", ["false", "true"])
 @pytest.mark.parametrize("kind", ["worker", "prefill", "decode"])
 def test_the_probes_of_a_pod(cluster: Cluster, kind: str, checks: str) -> None:
     worker = start(cluster, DYN_COMPONENT=kind, DYN_HEALTH_CHECK_ENABLED=checks)
-    # /live answers while the engine starts; a failure ends the startup probe's patience only after two hours.
+    # The startup probe waits for /live, for two hours at most. From then on the liveness probe asks.
     eventually(lambda: answers(worker, "/live", OPERATOR_PROBES["startupProbe"][1]), 30, "/live to answer")
     worker.wait_ready()
     for path, seconds in OPERATOR_PROBES.values():
         assert answers(worker, path, seconds), path
+    worker.stop()
+
+
+def test_a_pod_serves(cluster: Cluster) -> None:
+    cluster.start_frontend()
+    worker = start(cluster, DYN_HEALTH_CHECK_ENABLED="true").wait_ready()
+    cluster.wait_model()
+    assert cluster.ask(8).ok
     worker.stop()
 
 
