@@ -212,6 +212,16 @@ def test_what_cannot_be_divided(mode: str, request_: dict[str, Any], message: st
         Role(mode, ("h", 1)).prepare(request_, request)
 
 
+def test_the_scheduler_of_a_decode_worker_knows_what_was_cached_on_the_other() -> None:
+    """The router does not, as a rule: it sends the request on before the prefill worker has counted."""
+    chunks: list[Any] = []
+    role = Role("decode", ("10.0.0.2", 9001))
+    send = role.with_prefill_usage({"prefill_result": {"disaggregated_params": {"bootstrap_room": 1}}}, chunks.append)
+    chunk: Any = {"token_ids": [1], "index": 0, "completion_usage": {"prompt_tokens_details": {"cached_tokens": 4}}}
+    send(chunk)
+    assert chunks[0]["completion_usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+
+
 def test_a_canary_needs_no_decode_worker() -> None:
     """Nothing is announced for one: a router would send it on."""
     role = Role("prefill", ("10.0.0.1", 9000))

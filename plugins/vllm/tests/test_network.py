@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynamo_worker.testing.cluster import free_port
-from dynamo_worker_vllm import arguments
+from dynamo_worker_vllm import arguments, waiting
 
 TRANSFER = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
 
@@ -45,6 +48,46 @@ def test_who_may_have_to_be_reached_from_another_machine(
     parser: argparse.ArgumentParser, flags: tuple[str, ...], alone: bool
 ) -> None:
     assert arguments.on_one_machine(parser.parse_args(["--model", "m", *flags])) is alone
+
+
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+PARTS = {"connectors": [{"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, NIXL]}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "given", "own", "expected"),
+    [
+        (NIXL, None, "10.1.2.3", "10.1.2.3"),
+        (NIXL, None, "2001:db8::5", "2001:db8::5"),
+        (NIXL, None, "127.0.0.1", "127.0.0.1"),
+        (NIXL, "192.0.2.7", "10.1.2.3", "192.0.2.7"),
+        (
+            {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": PARTS},
+            None,
+            "10.1.2.3",
+            "10.1.2.3",
+        ),
+        (json.loads(TRANSFER), None, "10.1.2.3", None),
+    ],
+    ids=["IPv4", "IPv6", "loopback", "the operator's", "inside another", "not NIXL"],
+)
+def test_where_decode_workers_ask_for_blocks(
+    parser: argparse.ArgumentParser,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    tmp_path: Path,
+    transfer: dict[str, Any],
+    given: str | None,
+    own: str,
+    expected: str | None,
+) -> None:
+    for name, value in ((arguments.NIXL_HOST, given), ("DYN_TCP_RPC_HOST", own), (waiting.MARK, "1")):
+        monkeypatch.setenv(name, value or "")
+    if given is None:
+        monkeypatch.delenv(arguments.NIXL_HOST)
+    flags = ["--model", str(tiny_model), "--max-model-len", "2048", "--kv-transfer-config", json.dumps(transfer)]
+    arguments.configure(parser.parse_args(flags), tmp_path)
+    assert os.environ.get(arguments.NIXL_HOST) == expected
 
 
 _STORE = """

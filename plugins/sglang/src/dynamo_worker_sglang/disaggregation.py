@@ -18,6 +18,7 @@ from dynamo_worker.kit.fields import integer, refusal, section, string
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dynamo_worker.engine import Send
     from dynamo_worker.kit.fields import Reader
     from dynamo_worker.requests import BootstrapInfo
     from dynamo_worker_sglang.sampling import Translated
@@ -69,6 +70,13 @@ class Role(disaggregation.Role):
         translated.options.update(meeting)
         if self.mode == "prefill" and not is_canary(request):
             translated.meeting = meeting
+
+    def with_prefill_usage(self, request: Mapping[str, Any], send: Send) -> Send:  # noqa: ARG002 - part of the protocol
+        """Return ``send``: SGLang hands the prefill worker's count of cached tokens over with the KV cache.
+
+        The router cannot: it sends a request on before the prefill is complete.
+        """
+        return send
 
     def canary(self) -> BootstrapInfo | None:
         """Return the bootstrap address that serves a canary without another worker; None if none is needed."""
