@@ -22,6 +22,7 @@ class Manager:
     """What the operations ask of SGLang."""
 
     enable_lora = False
+    is_pause = False
     lora_ref_cache: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -37,8 +38,18 @@ class Manager:
     async def start_profile(self, request: Any) -> None:
         self.calls.append(request.output_dir)
 
-    async def flush_cache(self, timeout: float | None) -> SimpleNamespace:
-        self.calls.append(timeout)
+    async def is_locked(self) -> bool:
+        return False
+
+    @property
+    def model_update_lock(self) -> Manager:
+        return self
+
+    async def end_requests(self, error: BaseException) -> None:
+        self.calls.append(error)
+
+    async def flush_cache(self, *timeout: float | None) -> SimpleNamespace:
+        self.calls.extend(timeout)
         return SimpleNamespace(success=True, message="")
 
 
@@ -66,7 +77,7 @@ def test_a_flush_does_not_wait_for_ever(timeout: Any) -> None:
 
 @pytest.mark.parametrize(("name", "key"), [("update_weights_from_disk", "model_path"), ("start_profile", "output_dir")])
 def test_paths_are_those_that_the_operator_allows(name: str, key: str, tmp_path: Path) -> None:
-    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "y").mkdir(parents=True)
     (tmp_path / "root" / "link").symlink_to(tmp_path)
     root = str(tmp_path / "root")
     answer, calls = operate(name, {key: f"{root}/x/../y"}, AllowedPaths([root], [root]))

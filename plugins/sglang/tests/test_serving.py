@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dynamo_worker.testing import Cluster, Subject, Worker, eventually
+from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
-from dynamo_worker.testing.tiny_model import make_adapter
+from dynamo_worker.testing.tiny_model import make, make_adapter
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -64,6 +65,38 @@ class TestSglang(Serving):
         """It starts and warms up without a prefill worker, with SGLang's own stand-in for a transfer."""
         fake = ("--disaggregation-transfer-backend", "fake", "--disaggregation-decode-retraction-backup", "cpu_tensor")
         cluster.start_worker("--disaggregation-mode", "decode", *fake).wait_ready().stop()
+
+    def test_new_weights(self, cluster: Cluster, tmp_path: Path) -> None:
+        """A worker whose update fails is out of service, and what it was answering ends on the other worker."""
+        first, second = make(tmp_path / "first"), make(tmp_path / "second", seed=7)
+        (tmp_path / "empty").mkdir()
+        worker, other = cluster.serve(2, "--control-load-root", str(tmp_path), "--grace-period", "0")
+        before = cluster.complete(max_tokens=64)[1]["choices"][0]["text"]
+        refused = worker.operate("update_weights_from_distributed", {"names": []})
+        assert "--enable-rl allows it" in refused["message"], refused
+        refused = worker.operate("update_weights_from_disk", {"model_path": "/etc"})
+        assert "not below a directory" in refused["message"], refused
+
+        for model in (second, first):
+            for each in (worker, other):
+                answer = each.operate("update_weights_from_disk", {"model_path": str(model), "weight_version": "1"})
+                assert answer["status"] in ("ok", "success"), answer
+            cluster.wait_model()
+            texts = {cluster.complete(max_tokens=64)[1]["choices"][0]["text"] for _ in range(4)}
+            assert (texts == {before}) is (model == first), texts
+
+        load = Load(cluster.url, [chat(cluster.model, "Hello, world!", 1000)] * 2)
+        eventually(load.started, 60, "the first tokens")
+        assert worker.operate("pause_generation", {"mode": "in_place"})["status"] == "success"
+        body = {"model_path": str(tmp_path / "empty"), "flush_cache": False}
+        answer = worker.operate("update_weights_from_disk", body)
+        assert answer["status"] == "error", answer
+        assert all(result.ok for result in load.wait()), load.results
+        assert {cluster.complete(max_tokens=64)[1]["choices"][0]["text"] for _ in range(4)} == {before}
+        assert worker.operate("get_weight_version")["version"] == "1"
+        assert "Weight update failed; the worker serves nothing" in worker.log()
+        other.stop()
+        worker.stop()
 
     def test_operations(self, cluster: Cluster, subject: Subject, tmp_path: Path, tiny_model: Path) -> None:
         preloaded = make_adapter(tmp_path / "preloaded")

@@ -34,7 +34,7 @@ class GlooWeights:
         received = []
         for name, shape in zip(names, shapes, strict=True):
             tensor = torch.empty(shape)
-            self._group.broadcast([tensor], 0).wait()
+            self._group.broadcast(tensor, 0).wait()
             received.append((name, tensor))
         self.model_runner.reload_weights(weights_iterator=received)
 

@@ -11,9 +11,11 @@ from typing import ClassVar
 
 import pytest
 
-from dynamo_worker.testing import Cluster, Subject, Worker
+from dynamo_worker.testing import Cluster, Subject, Worker, eventually
+from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
+from dynamo_worker.testing.tiny_model import make
 
 
 @pytest.mark.timeout(400)
@@ -45,6 +47,39 @@ class TestVllm(Serving):
         worker = self.check_operations(cluster, subject, tmp_path)
         assert worker.operate("reset_prefix_cache")["status"] == "success"
         assert worker.operate("start_profile")["status"] == "error"  # vLLM was not told where to write
+        worker.stop()
+
+    def test_new_weights(self, cluster: Cluster, tmp_path: Path) -> None:
+        """A worker whose update fails is out of service, and what it was answering ends on the other worker."""
+        first, second = make(tmp_path / "first"), make(tmp_path / "second", seed=7)
+        (tmp_path / "empty").mkdir()
+        worker, other = cluster.serve(2, "--control-load-root", str(tmp_path), "--grace-period", "0")
+        before = cluster.complete(max_tokens=64)[1]["choices"][0]["text"]
+        refused = worker.operate("update_weights_from_distributed", {"names": []})
+        assert "--enable-rl allows it" in refused["message"], refused
+        refused = worker.operate("update_weights_from_disk", {"model_path": "/etc"})
+        assert "not below a directory" in refused["message"], refused
+
+        for model in (second, first):
+            for each in (worker, other):
+                assert each.operate("pause_generation")["status"] == "ok"
+                answer = each.operate("update_weights_from_disk", {"model_path": str(model), "weight_version": "1"})
+                assert answer["status"] in ("ok", "success"), answer
+                assert each.operate("resume_generation")["status"] == "ok"
+            cluster.wait_model()
+            texts = {cluster.complete(max_tokens=64)[1]["choices"][0]["text"] for _ in range(4)}
+            assert (texts == {before}) is (model == first), texts
+
+        load = Load(cluster.url, [chat(cluster.model, "Hello, world!", 1000)] * 2)
+        eventually(load.started, 60, "the first tokens")
+        assert worker.operate("pause_generation")["status"] == "ok"
+        answer = worker.operate("update_weights_from_disk", {"model_path": str(tmp_path / "empty")})
+        assert answer["status"] == "error", answer
+        assert all(result.ok for result in load.wait()), load.results
+        assert {cluster.complete(max_tokens=64)[1]["choices"][0]["text"] for _ in range(4)} == {before}
+        assert worker.operate("get_weight_version")["version"] == "1"
+        assert "Weight update failed; the worker serves nothing" in worker.log()
+        other.stop()
         worker.stop()
 
     @needs_gpus(2)

@@ -16,7 +16,7 @@ from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
 from safetensors.torch import load_file, save_file
 
 import conftest
-from dynamo_worker import Deadline, EngineContext
+from dynamo_worker import Deadline, EngineContext, EngineDeadError
 from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.engine import LocalContext, Undiscovered
 from dynamo_worker.testing.cluster import free_port
@@ -207,7 +207,7 @@ def test_weights_over_a_group(running: Running, directory: Path) -> None:
 
     def send(group: gloo_weights.ProcessGroupGloo, tensors: dict[str, Any]) -> None:
         for tensor in tensors.values():
-            group.broadcast([tensor], 0).wait()
+            group.broadcast(tensor, 0).wait()
 
     async def main() -> None:
         before = await running.ask()
@@ -290,12 +290,14 @@ def test_an_engine_that_sleeps_while_it_is_paused_stays_paused(running: Running)
 
 
 def test_after_a_failed_update_nothing_is_served_until_all_is_loaded(running: Running, directory: Path) -> None:
+    empty = directory / "models" / "empty"
+    empty.mkdir()
+
     async def main() -> None:
         before = await running.ask()
         kept = await running.begin(1500)
         await running.succeed("pause_generation")
-        broken = str(directory / "models" / "broken")
-        answer = await running.operate("update_weights_from_disk", model_path=broken, weight_version=9)
+        answer = await running.operate("update_weights_from_disk", model_path=str(empty), weight_version=9)
         assert answer["status"] == "error"
         assert not running.discovery.present
         with pytest.raises(Disconnected, match="the weights are incomplete"):
@@ -313,15 +315,34 @@ def test_after_a_failed_update_nothing_is_served_until_all_is_loaded(running: Ru
     running.run(main())
 
 
+def test_what_cannot_be_repaired_is_the_end(running: Running, directory: Path) -> None:
+    """vLLM keeps the tensor that does not fit, and fails with it again. No later test can ask for an answer."""
+
+    async def main() -> None:
+        await running.succeed("pause_generation")
+        for name in ("broken", "first"):
+            await running.engine.check_health()
+            path = str(directory / "models" / name)
+            assert (
+                "exceeds dimension" in (await running.operate("update_weights_from_disk", model_path=path))["message"]
+            )
+        with pytest.raises(EngineDeadError, match="the weights cannot be repaired"):
+            await running.engine.check_health()
+
+    running.run(main())
+
+
 def test_a_transfer_that_hangs_is_the_end(running: Running, monkeypatch: Any) -> None:
-    """The last test: the engine is of no more use."""
-    monkeypatch.setattr(running.engine.started.control.weights, "_group_seconds", 1.0)
+    """The last test: the engine does nothing else any more."""
+    weights = running.engine.started.control.weights
+    monkeypatch.setattr(weights, "_end", None)
+    monkeypatch.setattr(weights, "_group_seconds", 1.0)
 
     async def main() -> None:
         await running.engine.check_health()
         message = (await running.operate("init_weights_update_group", engine_rpc="hang"))["message"]
         assert "did not end in time (1 s)" in message
-        with pytest.raises(Exception, match="did not end in time"):
+        with pytest.raises(EngineDeadError, match="did not end in time"):
             await running.engine.check_health()
 
     running.run(main())

@@ -330,6 +330,16 @@ def test_bodies_are_as_large_as_their_operation_takes(request_, status):
     asyncio.run(main())
 
 
+def test_a_large_body_may_also_come_under_the_peers_name():
+    async def main():
+        async with worker() as served:
+            served.server.serve_routes({"large": LargeOperation(nothing, 150_000)})
+            answer = await served.send(post("/engine/control/large", b" " * 100_000 + b"{}"))
+            assert not answer.startswith(b"HTTP/1.1 413 ")
+
+    asyncio.run(main())
+
+
 def test_few_large_bodies_are_read_at_once(monkeypatch):
     monkeypatch.setattr(status_server, "_BODY_TIMEOUT", 60.0)
     request_ = post("/engine/large", b" " * 100_000 + b"{}")

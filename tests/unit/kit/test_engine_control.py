@@ -12,6 +12,7 @@ from aio import settle
 from fakes import FakeDiscovery, fake_context
 
 from dynamo_worker import InvalidRequestError
+from dynamo_worker.engine import LargeOperation
 from dynamo_worker.kit import engine_control
 from dynamo_worker.kit.engine_control import DiscoveryGate, EngineControl, MemoryControl
 from dynamo_worker.kit.lora import LoraAdapter, LoraAdapters
@@ -317,3 +318,38 @@ def test_where_operations_write() -> None:
                 await control.output_directory(wrong)
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("leave", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("holds", [True, False])
+def test_around_work_the_reason_decides(leave: bool, fails: bool, holds: bool) -> None:
+    async def main() -> None:
+        gate, discovery = gate_of()
+
+        async def work() -> str:
+            assert gate.withdrawn is leave
+            if fails:
+                raise OSError("no")
+            return "done"
+
+        with pytest.raises(OSError, match="no") if fails else contextlib.nullcontext():
+            assert await gate.around(work, leave=leave, reason="broken", holds=lambda: holds) == "done"
+        assert gate.withdrawn is holds
+        assert gate.reasons == ({"broken"} if holds else set())
+        assert discovery.calls == (["withdraw"] if leave or holds else []) + (["rejoin"] if leave and not holds else [])
+        await gate.around(nothing, leave=leave, reason="broken", holds=lambda: False)
+        assert not gate.withdrawn
+
+    asyncio.run(main())
+
+
+def test_an_operation_stays_as_large_as_it_is() -> None:
+    async def main() -> None:
+        operation = engine_control.routes({"echo": LargeOperation(echo, 100_000)})["echo"]
+        assert isinstance(operation, LargeOperation)
+        assert operation.most_body_bytes == 100_000
+        assert await operation({"a": 1}) == {"status": "success", "got": {"a": 1}}
+        assert await operation({"fail": "no"}) == {"status": "error", "message": "no"}
+
+    asyncio.run(main())

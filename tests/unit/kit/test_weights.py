@@ -84,6 +84,20 @@ def test_an_engine_whose_update_failed_serves_nothing_until_all_weights_are_load
     asyncio.run(main())
 
 
+def test_an_engine_whose_weights_cannot_be_repaired_is_dead() -> None:
+    async def main() -> None:
+        engine = Engine()
+        for _ in range(2):
+            engine.weights.check_alive()
+            with pytest.raises(RuntimeError, match="size mismatch"):
+                await engine.weights.update(engine.fail, {}, complete=True)
+        with pytest.raises(EngineDeadError, match="cannot be repaired: size mismatch"):
+            engine.weights.check_alive()
+        assert engine.discovery.calls == ["withdraw"]
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_is_out_for_another_reason_stays_out() -> None:
     async def main() -> None:
         engine = Engine()

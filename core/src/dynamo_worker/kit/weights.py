@@ -61,8 +61,8 @@ class WeightUpdates:
     """Changes the weights of one engine.
 
     A change that fails leaves weights of which nobody knows what they are. The engine then serves nothing: it is out of
-    discovery, requests end with an error that lets them migrate, and only a change that loads all weights again, or a
-    new start, brings it back.
+    discovery, requests end with an error that lets them migrate, and only a change that loads all weights again brings
+    it back. If that fails too, the engine is dead.
 
     :ivar changing: whether a change is in progress; the engine may then be silent.
     :ivar failure: why the weights cannot be used; None if they can.
@@ -84,7 +84,7 @@ class WeightUpdates:
         self._enabled = enabled
         self._group_seconds = _group_seconds()
         self._lock = asyncio.Lock()
-        self._hang: str | None = None
+        self._end: str | None = None
         self._version: Any = None
         self._declared = False
 
@@ -119,12 +119,13 @@ class WeightUpdates:
             )
 
     def check_alive(self) -> None:
-        """Check that no change hangs.
+        """Check that the engine can get complete weights.
 
-        :raises EngineDeadError: one does; the engine cannot be told to give it up.
+        :raises EngineDeadError: a change hangs, and the engine cannot be told to give it up; or the weights were to be
+            loaded again after a failed change, and that has failed too.
         """
-        if self._hang is not None:
-            raise EngineDeadError(self._hang)
+        if self._end is not None:
+            raise EngineDeadError(self._end)
 
     # ------------------------------------------------------------------------------------------------------ changes
 
@@ -169,7 +170,10 @@ class WeightUpdates:
         except InvalidRequestError:
             raise
         except BaseException as error:
-            self.failure = for_client(str(error)) or type(error).__name__
+            reason = for_client(str(error)) or type(error).__name__
+            if self.failure is not None:
+                self._end = f"the weights cannot be repaired: {reason}"
+            self.failure = reason
             log.error("Weight update failed; the worker serves nothing", error=error, next="update_weights_from_disk")
             await self._end_all()
             raise
@@ -182,8 +186,8 @@ class WeightUpdates:
         try:
             await asyncio.wait({task}, timeout=seconds)
             if not task.done():
-                self._hang = f"{what} did not end in time ({seconds:g} s)"
-                raise EngineDeadError(self._hang)
+                self._end = f"{what} did not end in time ({seconds:g} s)"
+                raise EngineDeadError(self._end)
             return task.result()
         finally:
             task.cancel()

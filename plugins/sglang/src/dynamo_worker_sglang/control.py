@@ -34,6 +34,8 @@ _T = TypeVar("_T")
 _MODES = ("abort", "in_place", "retract")
 #: Longest wait for a cache that is in use, in seconds.
 _LONGEST_FLUSH = 600
+#: Seconds between two looks at the requests in flight, and how often the scheduler gets the chance to become idle.
+_POLL_SECONDS, _SETTLE_POLLS = 0.1, 20
 #: SGLang's default directory for profiles.
 _PROFILES = "/tmp"  # noqa: S108 - only if it is an allowed root
 #: The reason for which an engine is out of discovery between the two ends of a trainer's session.
@@ -80,6 +82,8 @@ class Control(MemoryControl):
         #: The names of the groups that SGLang has joined.
         self._groups: set[str] = set()
         self._session = False
+        #: Set at the end of the update that is in progress; None without one.
+        self._changing: asyncio.Event | None = None
         loaded = {name: ref.lora_path for name, ref in manager.lora_ref_cache.items()}
         super().__init__(
             context,
@@ -238,20 +242,53 @@ class Control(MemoryControl):
         complete: bool = False,
     ) -> dict[str, Any]:
         async def update() -> tuple[Any, ...]:
-            reasons = self.gate.reasons
-            if "weights" in reasons:
+            if "weights" in self.gate.reasons:
                 raise InvalidRequestError("the memory of the weights is released; resume it first")
-            if request.flush_cache and "in_place" in reasons and self._manager.rid_to_state:
-                # SGLang's scheduler would end.
-                raise InvalidRequestError(
-                    "flush_cache: requests that are paused in place use the cache; pause with mode retract or abort, "
-                    "or send flush_cache false"
-                )
-            return _successful(await _refusing(work()))
+            self._changing = asyncio.Event()
+            try:
+                if not self._manager.is_pause:
+                    await self._finish(abort=getattr(request, "abort_all_requests", False))
+                if request.flush_cache:
+                    await self._settle()
+                return _successful(await _refusing(work()))
+            finally:
+                self._changing.set()
+                self._changing = None
 
         _, message, *paused = await self.weights.update(update, body, complete=complete)
         log.info("Weights updated", source=type(request).__name__)
         return {"message": message, **({"num_paused_requests": paused[0]} if paused else {})}
+
+    async def _finish(self, *, abort: bool) -> None:
+        """Wait until no request is in flight; none begins meanwhile."""
+        while await self._manager.model_update_lock.is_locked():
+            if abort:
+                self._manager.abort_request(abort_all=True)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _settle(self) -> None:
+        """Wait until the cache can be flushed: the scheduler ends if that fails after an update.
+
+        It still has a request for a moment after the last output.
+
+        :raises InvalidRequestError: paused requests use the cache.
+        """
+        for _ in range(_SETTLE_POLLS):
+            if (await self._manager.flush_cache()).success:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+        raise InvalidRequestError(
+            "flush_cache: requests in flight use the cache; pause with mode retract or abort, or send flush_cache false"
+        )
+
+    async def admit(self) -> None:
+        """Let a request begin, after an update of the weights that is in progress.
+
+        :raises WorkerUnavailable: the weights cannot be used.
+        """
+        while self._changing is not None:
+            await self._changing.wait()
+        self.weights.check_usable()
 
     async def _in_session(self, work: Callable[[], Awaitable[tuple[Any, ...]]]) -> tuple[Any, ...]:
         """Run one update in a session of its own, unless the trainer has begun one."""

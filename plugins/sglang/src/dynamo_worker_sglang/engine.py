@@ -163,7 +163,7 @@ class SglangEngine(PushEngine[Started]):
         translated: Translated = job.params
         if manager.failure is not None:
             raise EngineDeadError(manager.failure)
-        started.control.weights.check_usable()
+        await started.control.admit()
         if translated.meeting is not None:
             # The router forwards the request to a decode worker as soon as it knows where the two meet.
             job.send({"token_ids": [], "index": 0, "disaggregated_params": translated.meeting})

@@ -73,6 +73,8 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     if alone:
         rendezvous.stay_on_loopback("VLLM_HOST_IP")
     engine_args = _engine_args().from_cli_args(args)
+    if args.enable_rl:
+        _report_sampled_logprobs(engine_args)
     # vLLM itself checks speculative, pooling and other special settings.
     if args.publish_kv_events and engine_args.kv_events_config is None:
         from vllm.config import KVEventsConfig
@@ -90,6 +92,19 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
         # vLLM's default is localhost: decode workers in other pods would ask themselves.
         own_address.advertise(NIXL_HOST)
     return config
+
+
+def _report_sampled_logprobs(engine_args: Any) -> None:
+    """Let vLLM report the log-probabilities with which it samples, which trainers need.
+
+    :raises StartError: the flags ask for others.
+    """
+    if engine_args.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):  # the first is vLLM's default
+        raise StartError(
+            f"--enable-rl: trainers need --logprobs-mode processed_logprobs, not {engine_args.logprobs_mode}",
+            hint="leave --logprobs-mode out",
+        )
+    engine_args.logprobs_mode = "processed_logprobs"
 
 
 def on_one_machine(args: argparse.Namespace) -> bool:

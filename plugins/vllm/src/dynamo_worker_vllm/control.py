@@ -273,15 +273,20 @@ class Control(EngineControl):
             if not (self._paused or unpaused):
                 raise InvalidRequestError("call pause_generation first, and resume_generation after the update")
             await self._call(method, arguments)
-            if reset and not await self._llm.reset_prefix_cache(reset_connector=True):
-                # Blocks of the requests that are kept: they are computed again.
-                await self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+            if reset and not await self._drop_prefixes():
+                raise RuntimeError("the KV cache still holds prefixes of the old weights")
 
         # Requests wait for a paused engine in any case.
         await self.weights.update(update, body, complete=complete, leave=False)
         log.info("Weights updated", source=method)
         version = {"version": body.get("weight_version", "unknown"), "version_declared": "weight_version" in body}
         return {"status": "ok", **version}
+
+    async def _drop_prefixes(self) -> bool:
+        """Drop all cached prefixes; requests that are kept are computed again."""
+        reset = self._llm.reset_prefix_cache
+        dropped: bool = await reset(reset_connector=True)
+        return dropped or await reset(reset_running_requests=True, reset_connector=True)
 
     async def _call(self, method: str, arguments: dict[str, Any]) -> None:
         """Call a method of all of vLLM's workers.
@@ -291,7 +296,7 @@ class Control(EngineControl):
         try:
             await self._llm.collective_rpc(method, kwargs=arguments)
         except Exception as error:
-            if f"Method {method!r} is not implemented" in str(error):
+            if f"object has no attribute {method!r}" in str(error):
                 raise InvalidRequestError(
                     f"vLLM's workers have no method {method!r:.80}; name one with engine_rpc, or add it with "
                     "--worker-extension-cls"

@@ -159,7 +159,8 @@ class ControlRoutes:
         :raises HttpError: this client may not call routes.
         """
         self._access.check(head)
-        operation = self._routes.get(name)
+        # Also under the prefix of Dynamo's own routes.
+        operation = self._routes.get(name) or self._routes.get(name.removeprefix("control/"))
         return operation.most_body_bytes if isinstance(operation, LargeOperation) else 0
 
     async def call(self, name: str, head: RequestHead, body: bytes) -> bytes:
