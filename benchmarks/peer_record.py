@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import urllib.request
 from dataclasses import replace
@@ -24,11 +23,12 @@ from vllm import VLLM
 
 from common import peer_environment
 from common.report import progress
-from common.subjects import OURS, PEER, RealEngine
+from common.subjects import OURS, PEER
 from common.workbench import Workbench, WorkbenchError, free_ports
+from dynamo_worker.testing.peer_record import card, card_differences, missing_series, series, topology_variables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from common.subjects import RealEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {"vllm": VLLM, "sglang": SGLANG}
@@ -42,64 +42,13 @@ COMMON_FLAGS = (
     *("--dyn-enable-structural-tag", "--router-mode", "kv"),
 )
 MODEL = "tiny"
-TOPOLOGY = {"zone": "zone-a", "rack": "rack-7"}
-#: Values that differ from run to run.
-_LOCAL = re.compile(r"(/|hf://|file://)\S*/model\b|\b\d+\.\d+\.\d+\.\d+\b|blake3:\w+")
-_SAMPLE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})? \S+")
-_LABEL = re.compile(r'([A-Za-z_]\w*)="(?:[^"\\]|\\.)*"')
-
-
-def series(text: str) -> dict[str, list[str]]:
-    """Return the labels of each series in an exposition, by the series' name."""
-    found: dict[str, set[str]] = {}
-    for line in text.splitlines():
-        match = _SAMPLE.match(line)
-        if match is not None:
-            found.setdefault(match[1], set()).update(_LABEL.findall(match[2] or ""))
-    return {name: sorted(labels) for name, labels in sorted(found.items())}
-
-
-def card(discovery: Path, instance: str) -> dict[str, Any]:
-    """Return the model card of an instance, without what differs from run to run."""
-    (entry,) = [path for path in (discovery / "v1" / "mdc").iterdir() if instance in path.name]
-    content = json.loads(entry.read_text(encoding="utf-8"))
-    return plain(content.get("card_json", content))
-
-
-def plain(value: Any) -> Any:
-    """Return a value of a card with a placeholder for each path, address and checksum."""
-    if isinstance(value, dict):
-        return {key: "LOCAL" if key.endswith("_port") else plain(item) for key, item in sorted(value.items())}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return _LOCAL.sub("LOCAL", value) if isinstance(value, str) else value
-
-
-def differences(recorded: Any, found: Any, where: str = "") -> Iterator[str]:
-    """Yield one line for each difference between two cards."""
-    if isinstance(recorded, dict) and isinstance(found, dict):
-        for key in sorted(recorded.keys() | found.keys()):
-            yield from differences(recorded.get(key), found.get(key), f"{where}.{key}".lstrip("."))
-    elif recorded != found:
-        yield f"{where}: recorded {json.dumps(recorded)}, found {json.dumps(found)}"
 
 
 def record(engine: RealEngine, kind: str, logs: Path | None) -> dict[str, Any]:
     """Start a worker, and return its card and its series."""
     with Workbench(engine, logs) as bench:
-        topology = bench.directory / "topology"
-        topology.mkdir()
-        for name, value in TOPOLOGY.items():
-            (topology / name).write_text(value)
         (port,) = free_ports(1)
-        variables = {
-            "DYN_SYSTEM_PORT": str(port),
-            "DYN_TOPOLOGY_ENABLED": "true",
-            "DYN_TOPOLOGY_MOUNT_PATH": str(topology),
-            "DYN_KV_TRANSFER_DOMAIN": "zone",
-            "DYN_KV_TRANSFER_ENFORCEMENT": "preferred",
-            "DYN_KV_TRANSFER_PREFERRED_WEIGHT": "0.85",
-        }
+        variables = {"DYN_SYSTEM_PORT": str(port), **topology_variables(bench.directory / "topology")}
         flags = [*FLAGS[engine.name], *COMMON_FLAGS]
         worker = bench.start(kind, MODEL, flags, variables)
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
@@ -151,15 +100,13 @@ def main() -> int:
         progress(f"written: {path}")
         return 0
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    lines = [f"card {line}" for line in differences(recorded["card"], found["card"])]
-    for name in sorted(recorded["series"].keys() | found["series"].keys()):
-        missing = set(recorded["series"].get(name, ())) - set(found["series"].get(name, ()))
-        if name not in found["series"]:
-            lines.append(f"series {name}: only in the record")
-        elif name not in recorded["series"]:
-            lines.append(f"series {name}: not in the record")
-        elif missing:
-            lines.append(f"series {name}: lacks the labels {', '.join(sorted(missing))}")
+    lines = [
+        f"card {where}: recorded {json.dumps(before)}, found {json.dumps(now)}"
+        for where, before, now in card_differences(recorded["card"], found["card"])
+    ]
+    missing = missing_series(recorded["series"], found["series"])
+    lines += [f"series {name}: missing, or lacks the labels {labels}" for name, labels in missing.items()]
+    lines += [f"series {name}: not in the record" for name in sorted(found["series"].keys() - recorded["series"])]
     print("\n".join(lines) or "no differences")
     return 1 if lines else 0
 

@@ -30,6 +30,7 @@ from dynamo_worker.host.config import options, peer_flags
 from dynamo_worker.host.plugins.plugin_validation import hook_signatures
 from dynamo_worker.host.requests.serving import RequestRegistry
 from dynamo_worker.host.status.metrics import WorkerMetrics
+from dynamo_worker.host.status.peer_routes import PEER_ROUTES
 from dynamo_worker.kit import request_limits as limits
 
 if TYPE_CHECKING:
@@ -236,6 +237,15 @@ def metrics() -> str:
     return _table(("metric", "type", "labels", "meaning"), rows)
 
 
+def peer_routes() -> str:
+    """Return the table of the control routes of Dynamo's own workers."""
+    rows = []
+    for route in PEER_ROUTES:
+        here = f"refused: {route.refused}" if route.refused else route.remark or "the same"
+        rows.append((f"`/engine/{route.path}`", ", ".join(route.workers), route.body or "`{}`", route.answer, here))
+    return _table(("route of Dynamo's workers", "workers", "body", "answer", "here"), rows)
+
+
 def public_names() -> str:
     """Return the table of what plugins may import: each public module with its names."""
     package = ", ".join(f"`{name}`" for name in sorted(dynamo_worker.__all__))
@@ -288,6 +298,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "states": states,
     "transitions": transitions,
     "metrics": metrics,
+    "peer-routes": peer_routes,
     "public-api": public_names,
     "request": request_types,
     "chunk": chunk_types,

@@ -313,3 +313,18 @@ def test_routes_have_the_peers_names_and_answers_too(name: str, expected: dict[s
 def test_other_names_are_unknown(name: str) -> None:
     with pytest.raises(HttpError, match="unknown control route"):
         asyncio.run(ControlRoutes({"sleep": None}, ControlAccess()).call(name, head(), b"{}"))  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("name", ["control/scale_elastic_ep", "scale_elastic_ep", "control/ep_capacity"])
+def test_what_is_not_supported_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(HttpError, match=f"{name}: elastic expert parallelism is not supported: start") as raised:
+        asyncio.run(ControlRoutes({}, ControlAccess()).call(name, head(), b"{}"))
+    assert raised.value.status.startswith("501")
+
+
+def test_an_engine_may_have_what_others_lack() -> None:
+    async def scale(_: Any) -> dict[str, Any]:
+        return {"status": "success"}
+
+    routes = ControlRoutes({"scale_elastic_ep": scale}, ControlAccess())
+    assert asyncio.run(routes.call("control/scale_elastic_ep", head(), b"")).endswith(b'{"status": "ok"}')

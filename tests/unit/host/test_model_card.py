@@ -134,3 +134,58 @@ def test_a_model_that_cannot_be_registered_is_named(monkeypatch):
 
     with pytest.raises(StartError, match=r"'llama' at /models/llama cannot be registered: no tokenizer\.json"):
         asyncio.run(model_card.register("the endpoint", EngineInfo("llama", "/models/llama"), WorkerSettings()))
+
+
+def test_what_the_settings_tell_frontends(monkeypatch):
+    values = {
+        "default_thinking_mode": "disabled",
+        "exclude_tools_when_tool_choice_none": False,
+        "kv_state_endpoint": "dyn://dynamo.kv.state",
+    }
+    ((_, options),) = register(monkeypatch, EngineInfo("m", "/m", runtime_data={"flavour": "sour"}), **values)
+    config = options["runtime_config"]
+    assert config.get_engine_specific("default_thinking_mode") == "disabled"
+    assert config.get_engine_specific("flavour") == "sour"
+    assert config.exclude_tools_when_tool_choice_none is False
+    assert "kv" in config.kv_state_endpoint
+
+
+DEFAULT_TAG = {
+    "scope": "always",
+    "schema": "auto",
+    "allow_tool_calls_with_structured_output": False,
+    "reasoning_boundary": "auto",
+    "tool_arguments_any_order": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, DEFAULT_TAG),
+        ({"structural_tag": True}, DEFAULT_TAG),
+        ({"structural_tag": {"schema": "strict"}}, DEFAULT_TAG | {"schema": "strict"}),
+        ({"enable_structural_tag": True, "structural_tag_scope": "auto"}, DEFAULT_TAG | {"scope": "auto"}),
+        ({"structural_tag_schema": "strict"}, DEFAULT_TAG | {"schema": "strict"}),
+        ({"structural_tag": False}, None),
+        ({"enable_structural_tag": False}, None),
+    ],
+)
+def test_how_tool_calls_are_constrained(values, expected, monkeypatch):
+    """As Dynamo's own workers say it; adapters are told the same."""
+    info = EngineInfo("m", "/m", lora_adapters=("poet",))
+    (_, base), (_, adapter) = register(monkeypatch, info, **values)
+    assert base["runtime_config"].structural_tag == expected
+    assert adapter["runtime_config"].structural_tag == expected
+
+
+@pytest.mark.parametrize("mode", ["kv", "round-robin", "random", "least-loaded"])
+def test_a_worker_may_say_how_to_route_to_it(mode, monkeypatch):
+    ((_, options),) = register(monkeypatch, EngineInfo("m", "/m"), router_mode=mode)
+    assert options["router_config"] is not None
+    assert WorkerSettings(engine="echo", router_mode=mode).contradictions() == []
+
+
+def test_otherwise_that_is_the_frontends_choice(monkeypatch):
+    ((_, options),) = register(monkeypatch, EngineInfo("m", "/m"), frontend="127.0.0.1:8000")
+    assert options["router_config"] is None

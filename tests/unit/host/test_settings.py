@@ -211,7 +211,7 @@ def test_lists():
         ),
         ({"frontend": "8000", "system_port": "8000"}, "they use the same port"),
         ({"control_token_file": "/t"}, "--control-token-file /t has no effect without --system-port"),
-        ({"router_mode": "kv"}, "--router-mode kv has no effect without --frontend"),
+        ({"migration_limit": 5}, "--migration-limit 5 has no effect without --frontend"),
         ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a conflicts with --no-plugin a"),
         ({"installed_plugins": "a,b", "no_plugin": ["a"]}, "--installed-plugins a b conflicts with --no-plugin a"),
     ],

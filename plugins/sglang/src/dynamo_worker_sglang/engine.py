@@ -29,6 +29,7 @@ from dynamo_worker_sglang.manager import (
 )
 from dynamo_worker_sglang.outputs import Answer
 from dynamo_worker_sglang.processes import KILLED_SECONDS, TITLE
+from dynamo_worker_sglang.runtime_data import runtime_data, uses_eagle
 from dynamo_worker_sglang.sampling import SamplingTable
 
 if TYPE_CHECKING:
@@ -130,12 +131,12 @@ class SglangEngine(PushEngine[Started]):
         settings, role, manager = started.settings, started.role, started.manager
         assert self._processes is not None
         tokens = self._processes._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]  # noqa: SLF001
-        speculative = settings["speculative_algorithm"]
+        context_length = _context_length(manager)
         return EngineInfo(
             model_name=settings["served_model_name"],
             model_aliases=self.args.served_model_aliases,
             model_path=manager.model_path,
-            context_length=_context_length(manager),
+            context_length=context_length,
             vocab_size=manager.model_config.vocab_size,
             kv_block_size=started.block_size,
             total_kv_blocks=tokens // settings["page_size"],
@@ -145,7 +146,8 @@ class SglangEngine(PushEngine[Started]):
             data_parallel_size=len(started.ranks),
             max_loras=settings["max_loras_per_batch"] if manager.enable_lora else None,
             bootstrap=role.bootstrap,
-            runtime_config={"enable_eagle": True} if speculative in ("EAGLE", "EAGLE3") else {},
+            runtime_config={"enable_eagle": uses_eagle(settings["speculative_algorithm"])},
+            runtime_data=runtime_data(settings, context_length, manager.tokenizer),
         )
 
     async def on_ready(self) -> None:

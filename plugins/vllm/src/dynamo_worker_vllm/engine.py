@@ -30,6 +30,7 @@ from dynamo_worker_vllm.control import Control, lora_request
 from dynamo_worker_vllm.disaggregation import Role
 from dynamo_worker_vllm.outputs import FINISH_REASONS, OutputReader
 from dynamo_worker_vllm.processes import TITLE
+from dynamo_worker_vllm.runtime_data import runtime_data
 
 if TYPE_CHECKING:
     import argparse
@@ -173,6 +174,7 @@ class VllmEngine(PushEngine[Started]):
             data_parallel_size=len(ranks),
             max_loras=None if config.lora_config is None else config.lora_config.max_loras,
             runtime_config={"enable_local_indexer": True},
+            runtime_data=runtime_data(config, self.args.stream_interval),
         )
 
     async def answer(self, started: Started, job: Job) -> None:

@@ -248,7 +248,7 @@ class WorkerSettings(BaseSettings):
         if self.frontend is None:
             found += [
                 f"{named(name)} has no effect without --frontend"
-                for name in ("migration_limit", "router_mode")
+                for name in ("migration_limit",)
                 if self.origin(name).kind == "flag"
             ]
         enabled = self.structural_tag is not None and self.structural_tag is not False

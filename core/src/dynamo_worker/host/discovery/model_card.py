@@ -6,11 +6,21 @@ import json
 import os
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+from dynamo.llm import (
+    KvRouterConfig,
+    ModelInput,
+    ModelRuntimeConfig,
+    ModelType,
+    RouterConfig,
+    RouterMode,
+    WorkerType,
+    register_model,
+)
 
 from dynamo_worker.errors import StartError, UsageError
+from dynamo_worker.host.config.router_modes import ROUTER_MODES
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
@@ -22,6 +32,17 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import EngineInfo
     from dynamo_worker.host.config.settings import WorkerSettings
 
+#: What Dynamo's own workers tell frontends about tool calls unless they are told otherwise.
+_STRUCTURAL_TAG: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "scope": "always",
+        "schema": "auto",
+        "allow_tool_calls_with_structured_output": False,
+        "exclude_special_tokens": None,
+        "reasoning_boundary": "auto",
+        "tool_arguments_any_order": False,
+    }
+)
 #: Longest chat template in bytes; those of models have some tens of thousands at most.
 _MOST_TEMPLATE_BYTES = 1 << 20
 
@@ -30,12 +51,29 @@ def completed(
     info: EngineInfo, settings: WorkerSettings, topology: Mapping[str, Any] = MappingProxyType({})
 ) -> EngineInfo:
     """Return the information to register: the engine's, completed by the worker's flags and by where the worker is."""
-    parsers = {"tool_call_parser": settings.tool_call_parser, "reasoning_parser": settings.reasoning_parser}
+    chosen = {
+        "tool_call_parser": settings.tool_call_parser,
+        "reasoning_parser": settings.reasoning_parser,
+        "exclude_tools_when_tool_choice_none": settings.exclude_tools_when_tool_choice_none,
+        "kv_state_endpoint": settings.kv_state_endpoint,
+        "structural_tag": _structural_tag(settings),
+    }
+    thinking = settings.default_thinking_mode
     return replace(
         info,
         endpoint_types=settings.endpoint_types or info.endpoint_types,
-        runtime_config={**parsers, **topology, **info.runtime_config},
+        runtime_config={**chosen, **topology, **info.runtime_config},
+        runtime_data={**({} if thinking is None else {"default_thinking_mode": thinking}), **info.runtime_data},
     )
+
+
+def _structural_tag(settings: WorkerSettings) -> dict[str, Any] | None:
+    """Return how frontends constrain tool calls, every key with its value; None if they do not."""
+    given = settings.structural_tag
+    enabled = given is not False and settings.enable_structural_tag is not False
+    older = {"scope": settings.structural_tag_scope, "schema": settings.structural_tag_schema}
+    chosen = given if isinstance(given, dict) else {name: value for name, value in older.items() if value is not None}
+    return {**_STRUCTURAL_TAG, **chosen} if enabled else None
 
 
 async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSettings) -> int:
@@ -61,6 +99,7 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
             custom_template_path=str(template) if template else None,
             needs=_needs(info),
             model_aliases=list(info.model_aliases) or None,
+            router_config=_router_config(settings),
             # Frontends may place the first adapter on a worker that has none yet.
             max_gpu_lora_count=info.max_loras,
         )
@@ -122,6 +161,14 @@ def model_type(names: Sequence[str]) -> ModelType:
     return union
 
 
+def _router_config(settings: WorkerSettings) -> RouterConfig | None:
+    """Return how frontends shall route to this worker and its like; None if that is theirs to choose."""
+    if "router_mode" not in settings.model_fields_set:
+        return None
+    mode = getattr(RouterMode, ROUTER_MODES[settings.router_mode])
+    return RouterConfig(mode, KvRouterConfig() if mode == RouterMode.KV else None)
+
+
 def _worker_type(name: str) -> WorkerType:
     worker_type: WorkerType = getattr(WorkerType, name.capitalize())
     return worker_type
@@ -132,7 +179,7 @@ def _needs(info: EngineInfo) -> list[list[WorkerType]] | None:
 
 
 def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
-    """Return the engine's figures for routers."""
+    """Return the engine's figures for routers, and what frontends are told."""
     config = ModelRuntimeConfig()
     attributes = {
         "context_length": info.context_length,
@@ -143,9 +190,11 @@ def _runtime_config(info: EngineInfo) -> ModelRuntimeConfig:
         "data_parallel_size": info.data_parallel_size,
         **info.runtime_config,
     }
+    tag = attributes.pop("structural_tag", None)  # has a setter of its own
     for name, value in attributes.items():
         if value is not None:  # the setters refuse None
             setattr(config, name, value)
+    config.set_structural_tag(tag)
     if info.bootstrap is not None:
         config.set_disaggregated_endpoint(*info.bootstrap)
     for key, value in info.runtime_data.items():

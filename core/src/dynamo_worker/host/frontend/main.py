@@ -20,6 +20,7 @@ from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import DiscoveryLostError, UsageError
 from dynamo_worker.host import native_output
 from dynamo_worker.host.config.options import DEFAULT_FRONTEND, FRONTEND_OPTIONS
+from dynamo_worker.host.config.router_modes import ROUTER_MODES
 from dynamo_worker.host.discovery import runtime_lease
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.servers import wait_for_servers
@@ -36,13 +37,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: The member of ``dynamo.llm.RouterMode`` for each value of ``--router-mode``.
-ROUTER_MODES: Final = {
-    "round-robin": "RoundRobin",
-    "random": "Random",
-    "kv": "KV",
-    "least-loaded": "LeastLoaded",
-}
 #: Default of :data:`DRAIN_VARIABLE`, in seconds.
 _DRAIN_SECONDS: Final = "5"
 _MOST_DRAIN_SECONDS: Final = 10**7

@@ -24,6 +24,7 @@ from dynamo_worker.engine import LargeOperation
 from dynamo_worker.errors import UsageError, describe, for_client
 from dynamo_worker.host.status import http_message
 from dynamo_worker.host.status.http_message import HttpError
+from dynamo_worker.host.status.peer_routes import REFUSED
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.files import open_regular
 
@@ -171,6 +172,9 @@ class ControlRoutes:
         self._access.check(head)
         operation = self._operation(name)
         if operation is None:
+            refusal = REFUSED.get(name) or REFUSED.get(PEER_PREFIX + name)
+            if refusal is not None:
+                raise HttpError("501 Not Implemented", f"{name}: {refusal}")
             known = ", ".join(sorted(self._routes)) or "none"
             raise HttpError("404 Not Found", f"unknown control route {name!r:.80}; expected one of: {known}")
         try:

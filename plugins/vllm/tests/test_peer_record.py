@@ -1,0 +1,47 @@
+"""The model card and the metric series of a real vLLM, field by field as Dynamo's own worker has them.
+
+``python benchmarks/peer_record.py vllm --write`` records the latter anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dynamo_worker.testing import Cluster
+from dynamo_worker.testing.peer_record import card, card_differences, missing_series, series, topology_variables
+
+RECORD = json.loads((Path(__file__).parent / "data" / "peer_record.json").read_text(encoding="utf-8"))
+#: As in the record. vLLM takes its reasoning parser this way, too.
+FLAGS = (
+    *("--stream-interval", "2", "--structured-outputs-config", '{"reasoning_parser": "qwen3"}'),
+    *("--dyn-tool-call-parser", "hermes", "--dyn-reasoning-parser", "qwen3", "--dyn-default-thinking-mode", "disabled"),
+    *("--dyn-enable-structural-tag", "--router-mode", "kv"),
+)
+#: Fields of the card that differ on purpose.
+DIFFERENT = {
+    "runtime_config.runtime_data.token_budget.reject_total_overflow": "the worker shortens answers that would not fit",
+    "runtime_config.runtime_data.vllm_inference_v1_generate": "vLLM's own protocol for requests is not served",
+    "runtime_config.runtime_data.vllm_enable_tower_connector_lora": "for adapters of multimodal models",
+}
+#: Series that only Dynamo's own worker has.
+MISSING: dict[str, str] = {}
+
+
+@pytest.mark.timeout(600)
+def test_card_and_series_are_those_of_dynamos_own_worker(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_seconds = 550.0
+    cluster.start_frontend()
+    # Otherwise the card says where to fetch the model's files.
+    variables = {"DYN_SELF_HOST_METADATA": "0", **topology_variables(tmp_path / "topology")}
+    worker = cluster.worker(*FLAGS, **variables)
+    cluster.wait_model()
+    assert cluster.chat()[0] == 200
+    found = card(cluster.discovery, worker.instance)
+    differences = {where: (before, now) for where, before, now in card_differences(RECORD["card"], found)}
+    assert differences.keys() == DIFFERENT.keys(), differences
+    missing = missing_series(RECORD["series"], series(worker.status("/metrics")[1]))
+    assert missing.keys() == MISSING.keys(), missing
+    worker.stop()
