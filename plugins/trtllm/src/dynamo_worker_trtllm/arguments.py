@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, mpi_job, rendezvous
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, mpi_job, rendezvous
 from dynamo_worker.kit.model_arguments import CommandLine
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     events = ("--publish-kv-events", "--publish-events-and-metrics")
     group.add_argument(*events, action="store_true", help="tell routers which prefixes the KV cache holds")
+    forward_pass_metrics.add_flag(group)
     group.add_argument("--publish-metrics", action="store_true", help="publish TensorRT-LLM's own metrics")
     own = parser.add_argument_group("TensorRT-LLM", "Its own arguments. Settings of several keys are JSON or YAML.")
     line.add_arguments(own)
