@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from dynamo_worker.testing import Cluster, Subject, Worker, eventually
+from dynamo_worker.testing import Cluster, Subject, Worker, eventually, forward_passes
 from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
@@ -142,6 +142,15 @@ class TestSglang(Serving):
         assert worker.operate("resume_memory_occupation")["status"] == "success"
         cluster.wait_model()
         eventually(lambda: cluster.complete()[0] == 200, 10, "an answer when all of it is back")
+
+    def test_the_planner_sees_what_was_served(self, cluster: Cluster) -> None:
+        worker = cluster.worker(DYN_FORWARDPASS_METRIC_PORT="20380")
+        forward_passes.check_all(cluster, worker, "sglang::scheduler")
+
+    @needs_gpus(2)
+    def test_the_planner_sees_every_rank(self, cluster: Cluster) -> None:
+        worker = cluster.worker("--dp-size", "2", "--enable-forward-pass-metrics")  # SGLang's own flag
+        forward_passes.check_all(cluster, worker, "sglang::scheduler_DP1", (0, 1))
 
     def test_a_scheduler_that_fails_by_itself(self, cluster: Cluster) -> None:
         """It reports an exception with a signal that would end this process by default."""

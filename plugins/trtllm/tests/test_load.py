@@ -60,12 +60,13 @@ def test_load() -> None:
             log_iteration_stats = seen.append
 
         news = ([json.dumps(stat(2, 5))], [], [stat(0, 3, rank=1), stat(1, 4, rank=0)])
-        reader = read_load(Llm(*news), publisher, Metrics)  # type: ignore[arg-type]
+        passes: Any = SimpleNamespace(publish=seen.append)
+        reader = read_load(Llm(*news), publisher, Metrics, passes)  # type: ignore[arg-type]
         while reader.steps < 3:
             await asyncio.sleep(0.01)
         assert publisher.published == [(0, 5), (1, 3), (0, 4)]
         assert reader.requests() == 3
-        assert len(seen) == 3
+        assert len(seen) == 6
         reader.stop()
 
     asyncio.run(asyncio.wait_for(check(), 10))

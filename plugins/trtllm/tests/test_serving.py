@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from dynamo_worker.testing import Cluster, Subject
+from dynamo_worker.testing import Cluster, Subject, forward_passes
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
 
 pytestmark = pytest.mark.timeout(300)
@@ -56,6 +56,10 @@ class TestTrtllm(Serving):
         assert worker.operate("reset_prefix_cache")["status"] == "success"
         assert worker.operate("release_memory_occupation", {"tags": ["everything"]})["status"] == "error"
         worker.stop()
+
+    def test_the_planner_sees_what_was_served(self, cluster: Cluster) -> None:
+        worker = cluster.worker(DYN_FORWARDPASS_METRIC_PORT="20380")
+        forward_passes.check_all(cluster, worker, r"mpi4py\.futures")
 
     @needs_gpus(2)
     @pytest.mark.parametrize("flags", [(), ("--enable-attention-dp",)], ids=["tensor", "attention-dp"])

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from dynamo_worker.testing import Cluster, Subject, Worker, eventually
+from dynamo_worker.testing import Cluster, Subject, Worker, eventually, forward_passes
 from dynamo_worker.testing.client import Load, chat
 from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.serving import Division, Metrics, Pause, Serving, needs_gpus
@@ -103,6 +103,18 @@ class TestVllm(Serving):
         tokens = by_rank(spare, "generation_tokens_total")
         assert all(tokens.values()), tokens
         spare.stop()
+
+    @pytest.mark.parametrize("flag", ["--async-scheduling", "--no-async-scheduling"])
+    def test_the_planner_sees_what_was_served(self, cluster: Cluster, flag: str) -> None:
+        """Also long prompts, which are computed in parts, and after the engine has died."""
+        environment = {"DYN_FORWARDPASS_METRIC_PORT": "20380"}
+        worker = cluster.worker("--max-num-batched-tokens", "64", flag, **environment)
+        forward_passes.check_all(cluster, worker, "VLLM::EngineCore")
+
+    @needs_gpus(2)
+    def test_the_planner_sees_every_rank(self, cluster: Cluster) -> None:
+        worker = cluster.worker("--data-parallel-size", "2", DYN_FORWARDPASS_METRIC_PORT="20380")
+        forward_passes.check_all(cluster, worker, "VLLM::EngineCore_DP1", (0, 1))
 
     @needs_gpus(2)
     def test_a_headless_node(self, cluster: Cluster) -> None:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, mpi_job, rendezvous
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, mpi_job, rendezvous
 from dynamo_worker.kit.model_arguments import CommandLine
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=engine_arguments.switched_on("DYN_TRTLLM_PUBLISH_KV_EVENTS"),
         help="tell routers which prefixes the KV cache holds",
     )
+    forward_pass_metrics.add_flag(group)
     group.add_argument(
         "--publish-metrics",
         action="store_true",

@@ -16,7 +16,7 @@ from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.metrics import MetricsCollector
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
-from dynamo_worker.kit import engine_arguments, huggingface, mpi_job, push_engine
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, huggingface, mpi_job, push_engine
 from dynamo_worker.kit.blocking import OneAtATime, in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
@@ -27,6 +27,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker_trtllm import arguments, nodes, outputs
 from dynamo_worker_trtllm.control import Control, lora_request
 from dynamo_worker_trtllm.disaggregation import Role
+from dynamo_worker_trtllm.forward_passes import ForwardPasses
 from dynamo_worker_trtllm.load import kv_events, read_load
 from dynamo_worker_trtllm.outputs import Answers
 from dynamo_worker_trtllm.sampling import SamplingTable
@@ -34,6 +35,8 @@ from dynamo_worker_trtllm.sampling import SamplingTable
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Mapping
+
+    from dynamo.runtime import Endpoint
 
     from dynamo_worker import Deadline, EngineContext, Request
     from dynamo_worker.kit.huggingface import ModelFiles
@@ -91,6 +94,7 @@ class TrtllmEngine(PushEngine[Started]):
         # Its check shuts the executor down if it fails.
         self._health = OneAtATime(lambda: in_thread(self.started.llm._check_health, name="trtllm-health"))  # noqa: SLF001
         self._metrics: MetricsCollector | None = None
+        self._forward_passes = ForwardPasses()
 
     async def launch(self) -> Started:
         """Start TensorRT-LLM's ranks and wait until the model is loaded."""
@@ -105,7 +109,7 @@ class TrtllmEngine(PushEngine[Started]):
         model = await asyncio.to_thread(
             huggingface.read, str(args.model), tokenizer, args.max_seq_len, trust_remote_code=args.trust_remote_code
         )
-        reader = read_load(llm, self.load, self._metrics)
+        reader = read_load(llm, self.load, self._metrics, self._forward_passes)
         self.at_stop.append(reader.stop)
         return Started(
             SamplingTable(model, args),
@@ -216,6 +220,13 @@ class TrtllmEngine(PushEngine[Started]):
     def pending_transfers(self, started: Started) -> int:
         """Return the number of requests that the ranks hold, among them those whose KV cache is not fetched yet."""
         return started.load.requests()
+
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        """Publish load and KV events if a router may read them, and forward-pass metrics if the operator asks."""
+        await super().attach(endpoint, info)
+        if forward_pass_metrics.wanted(self.args):
+            self._forward_passes.attach(endpoint, self.worker_id, len(self.started.ranks))
+            self.at_stop.append(self._forward_passes.stop)
 
     def kv_events(self, started: Started) -> KvEventSource | None:
         """Return how TensorRT-LLM hands out its KV events."""

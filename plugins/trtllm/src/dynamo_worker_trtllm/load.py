@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tensorrt_llm.metrics import MetricsCollector
 
     from dynamo_worker.kit.publishing import LoadPublisher
+    from dynamo_worker_trtllm.forward_passes import ForwardPasses
 
 #: Seconds that one call may wait for news.
 _TIMEOUT: Final = 0.01
@@ -27,16 +28,20 @@ def _decoded(entry: Any) -> Any:
     return json.loads(entry) if isinstance(entry, (str, bytes)) else entry
 
 
-def read_load(llm: Any, publisher: LoadPublisher, metrics: MetricsCollector | None) -> LoadPoller[Any]:
+def read_load(
+    llm: Any, publisher: LoadPublisher, metrics: MetricsCollector | None, forward_passes: ForwardPasses
+) -> LoadPoller[Any]:
     """Read and publish the statistics of the ranks' iterations until the poller is stopped.
 
     :param metrics: also gets the statistics.
+    :param forward_passes: likewise.
     """
 
     def load(entry: Any) -> RankLoad:
         stat = _decoded(entry)
         if metrics is not None:
             metrics.log_iteration_stats(stat)
+        forward_passes.publish(stat)
         requests = int(stat.get("numActiveRequests") or 0) + int(stat.get("numQueuedRequests") or 0)
         return RankLoad(
             int(stat.get("attentionDpRank") or 0), requests, (stat.get("kvCacheStats") or {}).get("usedNumBlocks")
