@@ -27,6 +27,9 @@ log = get_logger(__name__)
 _DEFAULT_NATS: Final = "nats://localhost:4222"
 #: Most seconds for one attempt to talk to a server.
 _ATTEMPT_SECONDS: Final = 2.0
+#: Least seconds for one, and seconds between attempts.
+_SHORTEST_ATTEMPT: Final = 0.1
+_PAUSE_SECONDS: Final = 0.5
 #: Longest first line of a NATS server in bytes.
 _MOST_INFO_BYTES: Final = 1 << 16
 #: Dynamo's variables for the seconds that the runtime itself waits for a server.
@@ -83,7 +86,7 @@ async def _wait_for_server(
     while True:
         problems = []
         for address, (host, port) in servers.items():
-            limit = min(_ATTEMPT_SECONDS, max(0.05, deadline - loop.time()))
+            limit = min(_ATTEMPT_SECONDS, max(_SHORTEST_ATTEMPT, deadline - loop.time()))
             try:
                 await ask(address, host, port, limit)
             except _RejectedError as error:
@@ -92,15 +95,17 @@ async def _wait_for_server(
                 problems.append(f"{address}: {_connection_problem(error)}")
             else:
                 return
-        if loop.time() >= deadline:
+        pause = min(_PAUSE_SECONDS, deadline - loop.time())
+        if pause > 0:
+            if not announced:
+                log.warning("Waiting for a server", server=name, tried="; ".join(problems), timeout_s=timeout)
+                announced = True
+            await asyncio.sleep(pause)
+        if deadline - loop.time() < _SHORTEST_ATTEMPT:
             raise ServerUnreachableError(
                 f"{name} cannot be reached ({'; '.join(problems)}); waited {timeout:g} s",
                 hint=f"start it, set {variable}, or use --discovery-backend file on a single machine",
             )
-        if not announced:
-            log.warning("Waiting for a server", server=name, tried="; ".join(problems), timeout_s=timeout)
-            announced = True
-        await asyncio.sleep(min(0.5, max(0.05, deadline - loop.time())))
 
 
 async def _ask_etcd(address: str, _host: str, _port: int, limit: float) -> None:
