@@ -22,8 +22,9 @@ from dynamo_worker.errors import EngineDeadError, InvalidRequestError
 from dynamo_worker.kit.engine_arguments import non_negative
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
 from dynamo_worker.kit.engine_plugin import EnginePlugin
-from dynamo_worker.kit.fields import integer, section
+from dynamo_worker.kit.fields import integer, section, unsupported
 from dynamo_worker.kit.python_command import python_command
+from dynamo_worker.kit.translation import FRONTEND, OUTPUT, SAMPLING, STOP, RequestTable
 
 if TYPE_CHECKING:
     import argparse
@@ -43,6 +44,17 @@ VOCAB_SIZE = 259
 KV_BLOCK_SIZE = 16
 #: Sampling options that the engine refuses rather than ignores.
 _UNSUPPORTED = ("guided_decoding", "use_beam_search")
+#: What the fields become: it samples nothing, so most options change nothing. It has no log probabilities, and stops
+#: at no token.
+_TABLE = RequestTable(
+    sampling=dict.fromkeys((*SAMPLING, "guided_decoding"), FRONTEND),
+    stop={
+        **dict.fromkeys(STOP, FRONTEND),
+        **dict.fromkeys(("stop_token_ids", "stop_token_ids_visible"), ("", unsupported([]))),
+    },
+    output={**OUTPUT, **dict.fromkeys(("logprobs", "prompt_logprobs"), ("", unsupported()))},
+    extra=dict.fromkeys((*SAMPLING, "guided_decoding"), FRONTEND),
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class EchoRequest:
             text, start = tokens, 0
         if not text:
             raise InvalidRequestError("there is nothing to echo: the prompt is empty")
+        _TABLE.read(request, {})
         max_tokens = section(request, "stop_conditions").get("max_tokens")
         room = CONTEXT_LENGTH - len(tokens)
         if max_tokens is None:

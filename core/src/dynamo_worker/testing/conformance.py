@@ -1,10 +1,15 @@
-"""What every engine plugin has to keep: the tests a plugin's author runs first."""
+"""What every engine plugin has to keep: the checks a plugin's author runs first.
+
+Each check is one test whose name says what it expects. A failure says what the engine did, where in its code, and why
+it matters in production. Most checks share one engine, which is started once per class.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
+import inspect
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,27 +17,126 @@ import pytest
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import Engine, EngineContext, EngineInfo, HasCanary, LocalContext, Request
 from dynamo_worker.errors import EngineDeadError
-from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.supervisor import linux
+from dynamo_worker.testing.checks.canary import CanaryChecks
+from dynamo_worker.testing.checks.cancellation import CancellationChecks
+from dynamo_worker.testing.checks.chunks import ChunkChecks
+from dynamo_worker.testing.checks.command_line import CommandLineChecks
+from dynamo_worker.testing.checks.concurrency import ConcurrencyChecks
+from dynamo_worker.testing.checks.death import DeathChecks
+from dynamo_worker.testing.checks.description import DescriptionChecks
+from dynamo_worker.testing.checks.errors import ErrorChecks
+from dynamo_worker.testing.checks.event_loop import EventLoopChecks
+from dynamo_worker.testing.checks.fields import FieldChecks
+from dynamo_worker.testing.checks.health import HealthChecks
+from dynamo_worker.testing.checks.lengths import LengthChecks
+from dynamo_worker.testing.checks.lifecycle import CreationChecks, LeftoverChecks, StopChecks
+from dynamo_worker.testing.checks.log_probabilities import LogProbabilityChecks
+from dynamo_worker.testing.checks.metrics import MetricsChecks
+from dynamo_worker.testing.checks.progress import ProgressChecks
+from dynamo_worker.testing.checks.standstill import StandstillChecks
+from dynamo_worker.testing.checks.usage import UsageChecks
+from dynamo_worker.testing.trial import load_plugins
+from dynamo_worker.testing.trials import Trials
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from dynamo_worker.host.plugins.facade import Plugins
+    from dynamo_worker.testing.death import Death
+    from dynamo_worker.testing.life import Life
     from dynamo_worker.testing.subject import Subject
+    from dynamo_worker.testing.trial import Trial
+
+_TRIALS = pytest.StashKey[Trials]()
 
 
-class EngineConformance:
-    """The tests of one engine: that of the fixture ``subject``. Derive from it in a test module."""
+class EngineConformance(
+    # pytest runs the last one first: those that use an engine up come at the end.
+    DeathChecks,
+    StopChecks,
+    LeftoverChecks,
+    CreationChecks,
+    StandstillChecks,
+    EventLoopChecks,
+    CancellationChecks,
+    ErrorChecks,
+    ConcurrencyChecks,
+    ProgressChecks,
+    HealthChecks,
+    MetricsChecks,
+    FieldChecks,
+    LogProbabilityChecks,
+    UsageChecks,
+    LengthChecks,
+    ChunkChecks,
+    CanaryChecks,
+    DescriptionChecks,
+    CommandLineChecks,
+):
+    """The checks of one engine: that of the fixture ``subject``. Derive from it in a test module."""
+
+    @pytest.fixture
+    def trials(self, request: pytest.FixtureRequest) -> Trials:
+        """Return the engines of this class; the shared one is ended with the class."""
+        node = request.node.getparent(pytest.Class)
+        if _TRIALS not in node.stash:
+            node.stash[_TRIALS] = trials = Trials()
+            node.addfinalizer(trials.close)
+        found: Trials = node.stash[_TRIALS]
+        return found
+
+    @pytest.fixture
+    def trial(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Trial:
+        """Return the started engine that all checks of this class share."""
+        trial = trials.shared(subject)
+        trial.why = _why(request)
+        return trial
+
+    @pytest.fixture
+    def fresh(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Callable[[], Trial]:
+        """Return a function that creates an engine for this check alone, which has to close it."""
+
+        def make() -> Trial:
+            trial = trials.fresh(subject)
+            trial.why = _why(request)
+            return trial
+
+        return make
+
+    @pytest.fixture
+    def start_seconds(self, subject: Subject, trials: Trials) -> float:
+        """Return how long the engine takes to start."""
+        if not trials.start_seconds:
+            trials.shared(subject)
+        return trials.start_seconds
+
+    @pytest.fixture
+    def life(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Life:
+        """Return the record of one life of the engine, made once for the class."""
+        life = trials.life(subject)
+        life.trial.why = _why(request)
+        return life
+
+    @pytest.fixture
+    def death(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Death:
+        """Return the record of the death of one of the engine's processes, made once for the class."""
+        if not list(trials.shared(subject).engine.processes()):
+            pytest.skip("the engine has no processes")
+        death = trials.death(subject)
+        death.trial.why = _why(request)
+        return death
 
     @pytest.fixture
     def plugins(self, subject: Subject) -> Plugins:
         """Return the plugin, loaded and validated as the worker does it."""
-        return Plugins.load(subject.engine)
+        return load_plugins(subject.engine)
 
     @pytest.fixture
-    def engine(self, subject: Subject, plugins: Plugins, tmp_path: Path) -> Engine:
-        """Return an engine that is created but not started."""
+    def engine(self, subject: Subject, plugins: Plugins, tmp_path: Path, trials: Trials) -> Engine:
+        """Return an engine that is created but not started; no other engine runs."""
+        trials.close()
         parser = argparse.ArgumentParser(allow_abbrev=False)
         plugins.add_arguments(parser)
         context = EngineContext(component="test.backend", private_dir=tmp_path, supervised=False)
@@ -58,63 +162,66 @@ class EngineConformance:
         }
         return request
 
+    def test_generate(self, trial: Trial) -> None:
+        """The plainest request there is: an engine that fails it serves nobody."""
+        assert trial.info is not None
+        trial.expect(trial.info.model_name, "EngineInfo.model_name is empty", trial.engine.start)
+        answer = trial.answer(5, prompt=0)
+        made = len(answer.tokens())
+        trial.expect(made == 5, f"max_tokens is 5; the answer has {made} tokens", trial.engine.generate)
+        trial.expect(answer.reasons == ["length"], f"finish reasons: {answer.reasons}", trial.engine.generate)
+        last = answer.chunks[-1].get("finish_reason")
+        trial.expect(last == "length", f"the last chunk has {last!r}", trial.engine.generate)
+
+    def test_healthy_while_it_runs(self, trial: Trial) -> None:
+        """The worker ends an engine whose health check fails."""
+        outcomes = trial.run(trial.plugins.check_health(trial.engine, timeout=10))
+        trial.expect(outcomes, "the engine's plugin implements no check_health")
+        for outcome in outcomes:
+            trial.expect(outcome.ok, f"check_health: {outcome.error!r}", getattr(trial.engine, "check_health", None))
+
+    def test_a_cancelled_request_leaves_the_engine_well(self, trial: Trial) -> None:
+        """A client that disconnects must cost the others nothing."""
+
+        async def check() -> bool:
+            stream = trial.engine.generate(self.request(trial.engine, 10_000), LocalContext("long"))
+
+            async def consume() -> None:
+                async for _ in stream:
+                    pass
+
+            task = asyncio.ensure_future(consume())
+            await asyncio.sleep(0.2)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, EngineDeadError):
+                await task
+            await trial.engine.abort("long")
+            await trial.engine.abort("a request nobody made")
+            chunks = [c async for c in trial.engine.generate(self.request(trial.engine, 1), LocalContext("next"))]
+            return bool(chunks and chunks[-1].get("finish_reason"))
+
+        trial.expect(trial.run(check()), "the next request was not answered", trial.engine.generate)
+
+    def test_it_has_a_canary(self, engine: Engine) -> None:
+        """Warm-up and stall detection need it."""
+        assert isinstance(engine, HasCanary), "warm-up and stall detection need canary_request()"
+
     def test_create_starts_nothing(self, engine: Engine) -> None:
+        """What is created before the start outlives a start that fails."""
         assert list(engine.processes()) == []
 
     def test_cleanup_of_an_engine_that_never_started(self, plugins: Plugins, engine: Engine) -> None:
+        """A worker is stopped before the start too."""
+
         async def check() -> None:
             outcomes = await plugins.cleanup(engine, Deadline.after(10))
             assert all(outcome.ok for outcome in outcomes), outcomes
 
         asyncio.run(check())
 
-    def test_it_has_a_canary(self, engine: Engine) -> None:
-        assert isinstance(engine, HasCanary), "warm-up and stall detection need canary_request()"
-
-    def test_generate(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
-        async def check() -> None:
-            async with self.started(subject, plugins, engine) as info:
-                assert info.model_name
-                chunks = [chunk async for chunk in engine.generate(self.request(engine, 5), LocalContext("a"))]
-                assert sum(len(chunk["token_ids"]) for chunk in chunks) == 5
-                assert chunks[-1].get("finish_reason") == "length"
-                assert all(chunk.get("finish_reason") is None for chunk in chunks[:-1])
-
-        asyncio.run(check())
-
-    def test_healthy_while_it_runs(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
-        async def check() -> None:
-            async with self.started(subject, plugins, engine):
-                outcomes = await plugins.check_health(engine, timeout=10)
-                assert outcomes, "the engine's plugin implements no check_health"
-                assert all(outcome.ok for outcome in outcomes), outcomes
-
-        asyncio.run(check())
-
-    def test_a_cancelled_request_leaves_the_engine_well(
-        self, subject: Subject, plugins: Plugins, engine: Engine
-    ) -> None:
-        async def check() -> None:
-            async with self.started(subject, plugins, engine):
-                stream = engine.generate(self.request(engine, 10_000), LocalContext("long"))
-
-                async def consume() -> None:
-                    async for _ in stream:
-                        pass
-
-                task = asyncio.ensure_future(consume())
-                await asyncio.sleep(0.2)
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, EngineDeadError):
-                    await task
-                await engine.abort("long")
-                await engine.abort("a request nobody made")
-                chunks = [chunk async for chunk in engine.generate(self.request(engine, 1), LocalContext("next"))]
-                assert chunks[-1].get("finish_reason")
-
-        asyncio.run(check())
-
     def test_drain_and_cleanup_twice(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
+        """An operator drains a worker before it is stopped, and a failed start cleans up twice."""
+
         async def check() -> None:
             async with self.started(subject, plugins, engine):
                 for _ in range(2):
@@ -126,6 +233,8 @@ class EngineConformance:
         asyncio.run(check())
 
     def test_processes_are_gone_after_cleanup(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
+        """A process that is left keeps the GPU's memory."""
+
         async def check() -> list[int]:
             async with self.started(subject, plugins, engine):
                 return list(engine.processes())
@@ -134,3 +243,8 @@ class EngineConformance:
             stat = linux.read_stat(pid)
             # A dead one may still wait to be reaped by its parent.
             assert stat is None or stat.ended, f"process {pid} survived cleanup"
+
+
+def _why(request: pytest.FixtureRequest) -> str:
+    """Return why a check matters: its docstring."""
+    return " ".join((inspect.getdoc(request.function) or "").split())

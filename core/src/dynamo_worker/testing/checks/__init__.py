@@ -1,0 +1,1 @@
+"""The checks of the conformance suite, one kind per module; :mod:`dynamo_worker.testing.conformance` joins them."""

@@ -1,0 +1,135 @@
+"""Checks of a plugin before any engine exists: its import, its flags and its hooks."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dynamo_worker.hookspecs import API_VERSION
+from dynamo_worker.host.plugins.flags import colliding
+from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, find, reference
+from dynamo_worker.supervisor import interpreter
+from dynamo_worker.testing.residue import descendants
+from dynamo_worker.testing.trial import load_plugins
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from dynamo_worker.engine import Engine
+    from dynamo_worker.host.plugins.facade import Plugins
+    from dynamo_worker.testing.subject import Subject
+    from dynamo_worker.testing.trial import Trial
+
+#: Libraries that take seconds to import and that engines are built on.
+_HEAVY = ("torch", "tensorflow", "jax", "transformers", "vllm", "sglang", "tensorrt_llm", "onnxruntime", "llama_cpp")
+#: Prints, as its last line, what the import of a module has imported beside it, and in how many seconds.
+_IMPORT = """
+import importlib, json, sys, time
+started = time.perf_counter()
+module = importlib.import_module(sys.argv[1])
+for name in filter(None, sys.argv[2].split(".")):
+    module = getattr(module, name)
+print(json.dumps([sorted(sys.modules), time.perf_counter() - started, getattr(module, "engine", None)]))
+"""
+
+
+def _imported(trial: Trial) -> tuple[set[str], float, object]:
+    entries = [entry for entry in find(ENGINE_GROUP) if entry.name == trial.subject.engine]
+    module, attributes = reference(entries[0]) if entries else (trial.subject.engine, [])
+    program = f"import sys; sys.path[:] = {sys.path!r}\n{_IMPORT}"
+    result = subprocess.run(
+        [sys.executable, *interpreter.code_arguments(program), str(module), ".".join(attributes)],
+        capture_output=True,
+        text=True,
+        timeout=60 * trial.subject.patience,
+        check=False,
+    )
+    trial.expect(result.returncode == 0, f"the import of {module} failed: {result.stderr[-300:]}", str(module))
+    modules, seconds, engine = json.loads(result.stdout.splitlines()[-1])
+    return set(modules), seconds, engine
+
+
+def _parser(trial: Trial) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    trial.plugins.add_arguments(parser)
+    return parser
+
+
+def _plugin(plugins: Plugins) -> Any:
+    return plugins._manager.get_plugin(plugins.engine.name)  # noqa: SLF001
+
+
+def _hook(trial: Trial, name: str) -> object:
+    return getattr(_plugin(trial.plugins), name, None)
+
+
+class CommandLineChecks:
+    """What ``dynamo-worker --help``, ``engines`` and ``check`` do with the plugin."""
+
+    #: Flags that the plugin has on purpose although the worker has them too, and takes them.
+    SHARED_FLAGS: ClassVar[Collection[str]] = ()
+
+    def test_importing_the_plugin_imports_no_engine(self, trial: Trial) -> None:
+        """``--help`` and ``engines`` import the plugin: they take seconds, or fail where the engine is missing."""
+        modules, _, engine = _imported(trial)
+        own = {engine.partition(":")[0]} if isinstance(engine, str) else set()
+        found = sorted(modules & {*_HEAVY, *own})
+        trial.expect(not found, f"importing the plugin imports {', '.join(found)}", f"engine {trial.subject.engine!r}")
+
+    def test_importing_the_plugin_is_quick(self, trial: Trial) -> None:
+        """Every command of ``dynamo-worker`` waits for it."""
+        seconds, limit = _imported(trial)[1], 1.0 * trial.subject.patience
+        trial.expect(seconds < limit, f"the import took {seconds:.1f} s; at most {limit}")
+
+    def test_flags_do_not_collide_with_the_workers(self, trial: Trial) -> None:
+        """The worker takes a flag that both define: the engine never sees what the operator wrote."""
+        taken = [flag for flag in colliding(_parser(trial)) if flag not in self.SHARED_FLAGS]
+        trial.expect(not taken, f"the worker takes {', '.join(taken)}", _hook(trial, "add_arguments"))
+
+    def test_help_can_be_shown(self, trial: Trial) -> None:
+        """A percent sign in the text of a flag makes ``--help`` fail with a traceback."""
+        try:
+            _parser(trial).format_help()
+        except (ValueError, TypeError, KeyError) as error:
+            hook = _hook(trial, "add_arguments")
+            raise trial.finding(f"formatting the help raised {error!r}; write %% for %", hook) from error
+
+    def test_flags_can_be_added_twice(self, trial: Trial) -> None:
+        """Help, completion and the start each make a parser of their own."""
+        first, second = (_parser(trial).format_usage() for _ in range(2))
+        trial.expect(first == second, "the second parser has other flags", _hook(trial, "add_arguments"))
+
+    def test_adding_flags_starts_nothing(self, trial: Trial) -> None:
+        """``--help`` must not start a process."""
+        before = descendants()
+        _parser(trial)
+        new = [command for pid, command in descendants().items() if pid not in before]
+        trial.expect(not new, f"it started {new}", _hook(trial, "add_arguments"))
+
+    def test_prepare_returns_at_once(self, trial: Trial) -> None:
+        """The worker cannot report anything, not even a wrong flag, before ``prepare`` returns."""
+        started = time.monotonic()
+        trial.plugins.prepare([])
+        seconds, limit = time.monotonic() - started, 0.3 * trial.subject.patience
+        trial.expect(seconds < limit, f"it took {seconds:.1f} s; at most {limit}", _hook(trial, "prepare"))
+
+    def test_create_engine_is_a_plain_function(self, subject: Subject) -> None:
+        """A coroutine is no engine: the start fails."""
+        plugin = _plugin(load_plugins(subject.engine))
+        hook = getattr(plugin, "create_engine", None)
+        assert not inspect.iscoroutinefunction(hook), "create_engine is a coroutine function; make it a plain one"
+
+    def test_the_plugin_declares_its_api_version(self, trial: Trial) -> None:
+        """Without ``dynamo_worker_api`` an incompatible worker fails somewhere instead of saying what to upgrade."""
+        declared = getattr(_plugin(trial.plugins), "dynamo_worker_api", None)
+        trial.expect(declared, f"dynamo_worker_api is not set; this worker has {API_VERSION}")
+
+    def test_every_method_of_the_protocol_is_there(self, engine: Engine) -> None:
+        """The worker calls ``abort`` for every client that leaves, and ``processes`` to watch the engine."""
+        missing = [name for name in ("start", "generate", "abort", "processes") if not hasattr(engine, name)]
+        assert not missing, f"class {type(engine).__qualname__} has no {', '.join(missing)}"

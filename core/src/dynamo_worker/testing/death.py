@@ -1,0 +1,67 @@
+"""The death of an engine: what it does when one of its processes is killed in the middle of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.errors import describe
+
+if TYPE_CHECKING:
+    from dynamo_worker.testing.trial import Answer, Trial
+
+
+class Death:
+    """What an engine did when one of its processes was killed. The engine is cleaned up afterwards.
+
+    :param trial: a started engine, which is used up.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.answer: Answer | None = None
+        #: What the request in flight, a later one and the health check raised; None if they raised nothing.
+        self.in_flight: BaseException | None = None
+        self.afterwards: BaseException | None = None
+        self.health: BaseException | None = None
+        #: What the cleanup raised, and how long it took in seconds.
+        self.cleanup: str | None = None
+        self.cleanup_seconds = 0.0
+        trial.loop.run_until_complete(self._die())
+        trial.close(clean=False)
+
+    async def _die(self) -> None:
+        trial = self.trial
+        name = trial.name()
+        asking = asyncio.ensure_future(trial.ask(trial.request(500, prompt=1), name))
+        await asyncio.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(next(iter(trial.engine.processes())), signal.SIGKILL)
+        self.in_flight = await self._raised(asking)
+        if self.in_flight is None and asking.done() and not asking.cancelled():
+            self.answer = asking.result()
+        self.afterwards = await self._raised(asyncio.ensure_future(trial.ask(trial.request(2))))
+        self.health = await self._raised(asyncio.ensure_future(self._healthy()))
+        started = time.monotonic()
+        try:
+            await trial.cleanup()
+        except AssertionError as error:
+            self.cleanup = describe(error)
+        self.cleanup_seconds = time.monotonic() - started
+
+    async def _healthy(self) -> None:
+        for outcome in await self.trial.plugins.check_health(self.trial.engine, timeout=5):
+            if outcome.error is not None:
+                raise outcome.error
+
+    async def _raised(self, task: asyncio.Task[Any]) -> BaseException | None:
+        done, _ = await asyncio.wait({task}, timeout=3.0 * self.trial.subject.patience)
+        if not done:
+            task.cancel()
+            await asyncio.wait({task}, timeout=1)
+            return None
+        return asyncio.CancelledError() if task.cancelled() else task.exception()
