@@ -126,6 +126,7 @@ class SglangEngine(PushEngine[Started]):
         speculative = settings["speculative_algorithm"]
         return EngineInfo(
             model_name=settings["served_model_name"],
+            model_aliases=self.args.served_model_aliases,
             model_path=manager.model_path,
             context_length=_context_length(manager),
             vocab_size=manager.model_config.vocab_size,

@@ -17,11 +17,12 @@ HEALTH: Final = "Health"
 CONTROL: Final = "Control routes"
 FRONTEND: Final = "Frontend"
 MODEL: Final = "Model registration"
+RUNTIME: Final = "Variables of the Dynamo runtime"
 PLUGINS: Final = "Plugins"
 LOGGING: Final = "Logging"
 
 #: The headings in the order in which ``--help`` shows them.
-GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, CONTROL, FRONTEND, MODEL, PLUGINS, LOGGING)
+GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, CONTROL, FRONTEND, MODEL, RUNTIME, PLUGINS, LOGGING)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Option:
     :param choices: the accepted words; case is ignored.
     :param number: the accepted numbers.
     :param kind: a ``value``, a ``list`` (repeatable flag) or a ``switch``.
+    :param long: its flag, if that is not the name with dashes.
+    :param alias: another flag for the same option. An engine may claim either one; see
+        :class:`~dynamo_worker.kit.engine_plugin.EnginePlugin`.
     :param short: its one-letter flag.
     :param bare: the value of the flag when it stands alone; None if it needs a value.
     """
@@ -90,20 +94,23 @@ class Option:
     choices: tuple[str, ...] = ()
     number: Number | None = None
     kind: Literal["value", "list", "switch"] = "value"
+    long: str = ""
+    alias: str = ""
     short: str | None = None
     bare: str | None = None
 
     @property
     def flag(self) -> str:
         """Return the flag, ``--termination-grace-period``."""
-        return flag_name(self.name)
+        return self.long or flag_name(self.name)
 
     @property
     def flags(self) -> tuple[str, ...]:
         """Return all spellings of the flag, including the one that turns a switch off."""
         if self.kind == "switch":
             return (self.flag, f"--no-{self.flag[2:]}")
-        return (f"-{self.short}", self.flag) if self.short else (self.flag,)
+        names = (f"-{self.short}" if self.short else "", self.flag, self.alias)
+        return tuple(name for name in names if name)
 
     @property
     def placeholder(self) -> str:

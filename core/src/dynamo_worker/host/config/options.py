@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.config.model_options import MODEL_OPTIONS
 from dynamo_worker.host.config.option_types import (
     CONTROL,
     DISCOVERY,
@@ -18,12 +19,12 @@ from dynamo_worker.host.config.option_types import (
     GROUPS,
     HEALTH,
     LOGGING,
-    MODEL,
     PLUGINS,
     SHUTDOWN,
     Number,
     Option,
 )
+from dynamo_worker.host.config.runtime_options import RUNTIME_OPTIONS
 
 DiscoveryBackend = Literal["file", "etcd", "kubernetes", "mem"]
 RequestPlane = Literal["tcp", "nats"]
@@ -63,6 +64,7 @@ OPTIONS: Final = (
         "YAML file with settings. Keys are flag names with underscores; `engine_args:` holds the engine's own flags.",
         "DYN_WORKER_CONFIG",
         metavar="FILE",
+        alias="--worker-config",
     ),
     Option(
         "warmup",
@@ -85,7 +87,21 @@ OPTIONS: Final = (
         "namespace", DISCOVERY, "Dynamo namespace of the worker.", "DYN_NAMESPACE", default="dynamo", metavar="NAME"
     ),
     Option(
-        "component", DISCOVERY, "Dynamo component of the worker.", "DYN_COMPONENT", default="backend", metavar="NAME"
+        "namespace_worker_suffix",
+        DISCOVERY,
+        "Append `-SUFFIX` to the namespace unless it is already there; Dynamo's operator sets it during a rollout.",
+        "DYN_NAMESPACE_WORKER_SUFFIX",
+        metavar="SUFFIX",
+    ),
+    Option(
+        "component",
+        DISCOVERY,
+        "Dynamo component of the worker. The variable is ignored if it is `worker`, `prefill` or `decode`, the words "
+        "of Dynamo's operator for a kind of pod.",
+        "DYN_COMPONENT",
+        default="backend",
+        default_text="backend; of a prefill worker, prefill",
+        metavar="NAME",
     ),
     Option(
         "endpoint",
@@ -310,37 +326,7 @@ OPTIONS: Final = (
         default="round-robin",
         choices=get_args(RouterMode),
     ),
-    Option(
-        "tool_call_parser",
-        MODEL,
-        "Frontend parser for tool calls in the output.",
-        "DYN_TOOL_CALL_PARSER",
-        metavar="NAME",
-    ),
-    Option(
-        "reasoning_parser",
-        MODEL,
-        "Frontend parser for reasoning in the output.",
-        "DYN_REASONING_PARSER",
-        metavar="NAME",
-    ),
-    Option(
-        "custom_jinja_template",
-        MODEL,
-        "Chat template to use instead of the model's own.",
-        "DYN_CUSTOM_JINJA_TEMPLATE",
-        default_text="the model's",
-        metavar="FILE",
-    ),
-    Option(
-        "endpoint_types",
-        MODEL,
-        "OpenAI APIs to register the model for, separated by commas (chat, completions, embedding, …).",
-        "DYN_ENDPOINT_TYPES",
-        default=(),
-        default_text="those the engine supports",
-        metavar="LIST",
-    ),
+    *MODEL_OPTIONS,
     Option(
         "plugin",
         PLUGINS,
@@ -373,12 +359,20 @@ OPTIONS: Final = (
         kind="list",
     ),
     Option(
+        "dump_config_to",
+        LOGGING,
+        "Write all settings and the engine's flags to this file before the engine starts, as YAML and without secrets.",
+        "DYN_DUMP_CONFIG_TO",
+        metavar="FILE",
+    ),
+    Option(
         "log_level",
         LOGGING,
         "Lowest severity to log.",
         "DYN_WORKER_LOG_LEVEL",
         default="info",
         choices=get_args(LogLevel),
+        alias="--worker-log-level",
     ),
     Option(
         "log_format",
@@ -416,12 +410,11 @@ def markdown_table() -> str:
             "| flag | environment variable | YAML key | default | meaning |",
             "|---|---|---|---|---|",
         ]
-        for row in OPTIONS:
+        for row in (*OPTIONS, *RUNTIME_OPTIONS):
             if row.group == group:
+                key = "" if row in RUNTIME_OPTIONS else f"`{row.name}`"
                 flags = ", ".join(f"`{flag}`" for flag in row.flags)
                 placeholder = f" `{row.placeholder}`".replace("|", "\\|") if row.placeholder else ""
-                lines.append(
-                    f"| {flags}{placeholder} | `{row.env}` | `{row.name}` | {row.shown_default} | {row.help} |"
-                )
+                lines.append(f"| {flags}{placeholder} | `{row.env}` | {key} | {row.shown_default} | {row.help} |")
         lines.append("")
     return "\n".join(lines)
