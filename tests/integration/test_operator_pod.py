@@ -73,8 +73,10 @@ def test_the_probes_of_a_pod(cluster: Cluster, kind: str, checks: str) -> None:
 
 
 def test_a_pod_serves(cluster: Cluster) -> None:
+    """Under the names that the operator's frontend, its planner and NVIDIA's workers expect."""
     cluster.start_frontend()
     worker = start(cluster, DYN_HEALTH_CHECK_ENABLED="true").wait_ready()
+    worker.wait_log(r"Worker ready .*endpoint=default-example-4f1c9a2b\.backend\.generate ")
     cluster.wait_model()
     assert cluster.ask(8).ok
     worker.stop()
