@@ -131,3 +131,46 @@ def test_a_request_that_vllm_gives_up_goes_to_another_worker_and_the_others_stay
     with pytest.raises(Disconnected, match="vLLM ended the request: error"):
         _finished({"token_ids": [], "finish_reason": "error"})
     assert _finished({"token_ids": [1], "finish_reason": "stop"})["finish_reason"] == "stop"
+
+
+class Aborts:
+    """vLLM with one request, as far as aborts are concerned."""
+
+    def __init__(self, *, fetches: bool, begun: bool) -> None:
+        self.aborted: list[str] = []
+        self.errored = False
+        self.ready = asyncio.Event()
+        state = SimpleNamespace(is_prefilling=not begun, queue=SimpleNamespace(ready=self.ready))
+        self.output_processor = SimpleNamespace(external_req_ids={"r": ["r-1"]}, request_states={"r-1": state})
+        self.engine = engine()
+        role, llm = SimpleNamespace(fetches=fetches), self
+        self.engine._started = SimpleNamespace(role=role, llm=llm)  # type: ignore[assignment]
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+@pytest.mark.parametrize(("fetches", "begun"), [(False, False), (True, True)], ids=["not divided", "begun"])
+def test_an_abort_reaches_vllm_at_once(fetches: bool, begun: bool) -> None:
+    async def main() -> None:
+        vllm = Aborts(fetches=fetches, begun=begun)
+        await vllm.engine.abort("r")
+        await vllm.engine.abort("another")
+        assert vllm.aborted == ["r", "another"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_an_abort_while_the_kv_cache_is_on_its_way_comes_later(dies: bool) -> None:
+    async def main() -> None:
+        vllm = Aborts(fetches=True, begun=False)
+        await asyncio.wait_for(vllm.engine.abort("r"), 1)
+        await asyncio.sleep(0.01)
+        assert vllm.aborted == []
+        vllm.errored = dies
+        vllm.ready.set()
+        await asyncio.gather(*vllm.engine._tasks)
+        assert vllm.aborted == ([] if dies else ["r"])
+
+    asyncio.run(main())
