@@ -64,31 +64,16 @@ def test_flags_that_nobody_reads_are_refused(flags: tuple[str, ...], tmp_path: P
     assert flags[0] in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("flags", "mode"),
-    [
-        ((), "raw_logprobs"),
-        (("--enable-rl",), "processed_logprobs"),
-        (("--enable-rl", "--logprobs-mode", "processed_logprobs"), "processed_logprobs"),
-        (("--enable-rl", "--logprobs-mode", "raw_logits"), None),
-    ],
-)
-def test_trainers_get_the_logprobs_of_what_was_sampled(
-    flags: tuple[str, ...], mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parser = argparse.ArgumentParser()
-    arguments.add(parser)
-    found: list[str] = []
-    monkeypatch.setattr(
-        arguments._engine_args(), "create_engine_config", lambda self, *_, **__: found.append(self.logprobs_mode)
-    )
-    args = parser.parse_args(["--model", "m", *flags])
-    if mode is None:
-        with pytest.raises(StartError, match="--enable-rl: trainers need --logprobs-mode processed_logprobs"):
-            arguments.configure(args, tmp_path)
-    else:
-        arguments.configure(args, tmp_path)
-        assert found == [mode]
+@pytest.mark.parametrize("given", ["raw_logprobs", "processed_logprobs"])
+def test_trainers_get_the_logprobs_of_what_was_sampled(given: str) -> None:
+    engine_args = SimpleNamespace(logprobs_mode=given)
+    arguments._report_sampled_logprobs(engine_args)
+    assert engine_args.logprobs_mode == "processed_logprobs"
+
+
+def test_trainers_get_no_others() -> None:
+    with pytest.raises(StartError, match="trainers need --logprobs-mode processed_logprobs, not raw_logits"):
+        arguments._report_sampled_logprobs(SimpleNamespace(logprobs_mode="raw_logits"))
 
 
 def test_the_plugin_names_what_there_is() -> None:

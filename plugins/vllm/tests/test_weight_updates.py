@@ -252,6 +252,7 @@ def test_what_the_workers_cannot_do_is_refused(running: Running) -> None:
         await running.succeed("set_weight_version", weight_version=[1])
         assert (await running.succeed("get_weight_version"))["version"] == [1]
         assert (await running.succeed("liveness_probe"))["alive"]
+        assert running.engine.started.config.model_config.logprobs_mode == "processed_logprobs"
         assert "does not exist" in await running.refused(
             "update_weights_from_disk", model_path=str(running.engine.context.allowed_paths.load[0]) + "/nowhere"
         )
