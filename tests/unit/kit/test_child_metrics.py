@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from dynamo_worker import StartError
 from dynamo_worker.kit import child_metrics
 from dynamo_worker.kit.child_metrics import VARIABLE, ChildCollector, expected, share
 
@@ -129,3 +130,10 @@ def test_the_operators_directory_is_used(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_a_supervisor_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(child_metrics.RUN_DIR, raising=False)
     assert expected() == {}
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "metrics"))
+    with pytest.raises(StartError, match=r"file/metrics for metrics cannot be made: Not a directory"):
+        share(tmp_path)

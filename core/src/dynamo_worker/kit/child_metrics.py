@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from dynamo_worker.errors import StartError
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import process_tree
 from dynamo_worker.supervisor.protocol import RUN_DIR
@@ -44,10 +45,16 @@ def share(private_dir: Path) -> str:
 
     :param private_dir: where to make the directory, which is then removed with the worker. If the operator has set one
         it is used, and stays.
-    :raises OSError: the directory cannot be made.
+    :raises StartError: the directory cannot be made.
     """
     directory = os.environ.setdefault(VARIABLE, str(private_dir / _NAME))
-    os.makedirs(directory, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StartError(
+            f"the directory {directory} for metrics cannot be made: {error.strerror}",
+            hint=f"unset {VARIABLE}, or choose another directory",
+        ) from error
     return directory
 
 
