@@ -22,7 +22,10 @@ FLAGS = (
 )
 #: Fields of the card that differ on purpose.
 DIFFERENT = {
-    "runtime_config.context_length": "published, as vLLM's workers do; the card has the same length",
+    "context_length": "what SGLang accepts, which keeps some tokens to itself",
+    "runtime_config.context_length": "published even if it is not set by a flag",
+    "runtime_config.disaggregated_endpoint": "an aggregated worker has no bootstrap server",
+    "runtime_config.runtime_data.token_budget.combined_limit": "as the context length",
     "runtime_config.runtime_data.sglang_generate": "SGLang's own protocol for requests is not served",
     "runtime_config.runtime_data.token_budget.reject_total_overflow": "the worker shortens answers that would not fit",
     "runtime_config.runtime_data.tool_call_structural_tag_reasoning_gate": "only with SGLang's own --reasoning-parser",
