@@ -6,6 +6,7 @@ its metrics in memory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING, Any, Final
@@ -35,9 +36,17 @@ _MOST_FILES, _MOST_BYTES = 512, 32 << 20
 
 
 def expected() -> dict[str, str]:
-    """Return the variable that :func:`share` will set in this worker, for :func:`dynamo_worker.kit.preload.prepare`."""
+    """Return the variable that :func:`share` will set in this worker, for :func:`dynamo_worker.kit.preload.prepare`.
+
+    The directory is made now: modules that are preloaded may have metrics already.
+    """
     run_dir = os.environ.get(RUN_DIR)
-    return {VARIABLE: os.path.join(run_dir, _NAME)} if run_dir else {}
+    if not run_dir:
+        return {}
+    directory = os.path.join(run_dir, _NAME)
+    with contextlib.suppress(OSError):  # reported by `share`
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    return {VARIABLE: directory}
 
 
 def share(private_dir: Path) -> str:
