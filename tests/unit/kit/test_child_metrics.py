@@ -32,7 +32,8 @@ sys.stdin.read()
 
 @pytest.fixture(autouse=True)
 def without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, "removed at the end of the test, too")
+    monkeypatch.delenv(VARIABLE)
 
 
 class Children:
