@@ -287,7 +287,11 @@ class HasMetrics(Protocol):
     """An engine with Prometheus metrics."""
 
     def metrics_registry(self) -> CollectorRegistry:
-        """Return the registry with the engine's metrics, which the worker adds to its ``/metrics``."""
+        """Return the registry with the engine's metrics, which the worker adds to its ``/metrics``.
+
+        Its collectors are called in a thread, one scrape at a time. Each sample gets the worker's labels
+        (``dynamo_component``, ``model`` …), except those that it has already.
+        """
 
 
 @runtime_checkable

@@ -140,7 +140,7 @@ def by_rank(worker: Worker, name: str) -> dict[str, float]:
     """Return one of vLLM's metrics for each data-parallel rank."""
     sums: dict[str, float] = {}
     for line in worker.status("/metrics")[1].splitlines():
-        sample = re.match(rf'vllm:{name}{{engine="(\d+)".*}} (\S+)$', line)
+        sample = re.match(rf'vllm:{name}{{.*\bengine="(\d+)".*}} (\S+)$', line)
         if sample:
             sums[sample[1]] = sums.get(sample[1], 0.0) + float(sample[2])
     return sums

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
 import uvloop
@@ -22,6 +23,7 @@ from dynamo_worker.engine import LargeOperation
 from dynamo_worker.errors import StartError
 from dynamo_worker.host.status import status_server
 from dynamo_worker.host.status.control_routes import ControlAccess
+from dynamo_worker.host.status.scrape import Scrape
 from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.lifecycle import State
 
@@ -265,6 +267,37 @@ def test_a_runtime_that_takes_no_connections_is_given_up(monkeypatch):
                 served.server.forward_to(*full.getsockname())
                 answer = await asyncio.wait_for(served.send(b"GET /metrics HTTP/1.1\r\n\r\n"), 10)
                 assert answer.startswith(b"HTTP/1.1 504 ")
+
+    asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def test_metrics_are_rendered_before_the_runtime_is_asked():
+    rendered = []
+
+    async def main():
+        async with worker(Upstream()) as served:
+            served.server.serve_metrics(Scrape(lambda: rendered.append(threading.current_thread()) or "a 1\n"))
+            assert (await served.get("/metrics"))[0] == 200
+            assert (await served.get("/metadata"))[0] == 200
+
+    asyncio.run(main())
+    assert len(rendered) == 1
+    assert rendered[0] is not threading.main_thread()
+
+
+def test_probes_answer_while_metrics_hang():
+    release = threading.Event()
+
+    async def main():
+        async with worker(Upstream()) as served:
+            served.server.serve_metrics(Scrape(lambda: release.wait(20) and "", patience=0.2))
+            scrape = asyncio.ensure_future(served.get("/metrics"))
+            assert (await served.get("/live"))[0] == 200
+            assert (await scrape)[0] == 504
+            release.set()
 
     asyncio.run(main())
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from dynamo_worker import StartError
 from dynamo_worker.kit import child_metrics
 from dynamo_worker.kit.child_metrics import VARIABLE, ChildCollector, expected, share
 
@@ -31,7 +32,8 @@ sys.stdin.read()
 
 @pytest.fixture(autouse=True)
 def without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, "removed at the end of the test, too")
+    monkeypatch.delenv(VARIABLE)
 
 
 class Children:
@@ -112,6 +114,7 @@ def test_no_directory_at_all(tmp_path: Path) -> None:
 def test_the_directory_is_the_workers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(child_metrics.RUN_DIR, str(tmp_path))
     announced = expected()
+    assert Path(announced[VARIABLE]).is_dir(), "preloaded modules may have metrics already"
     directory = share(tmp_path)
     assert announced == {VARIABLE: directory} == {VARIABLE: os.environ[VARIABLE]}
     assert Path(directory).parent == tmp_path
@@ -129,3 +132,10 @@ def test_the_operators_directory_is_used(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_a_supervisor_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(child_metrics.RUN_DIR, raising=False)
     assert expected() == {}
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "metrics"))
+    with pytest.raises(StartError, match=r"file/metrics for metrics cannot be made: Not a directory"):
+        share(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 from fakes import fake_context
-from prometheus_client import Counter
+from prometheus_client import Counter, generate_latest
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
 from dynamo_worker.deadline import Deadline
@@ -198,6 +198,38 @@ def test_operations() -> None:
         assert engine.paused()
 
     run(check)
+
+
+def test_the_gauges_of_every_engine_follow_what_it_reports() -> None:
+    class Sized(Engine):
+        def describe(self, started: Started) -> EngineInfo:
+            return replace(super().describe(started), total_kv_blocks=40)
+
+    async def work(engine: Engine) -> tuple[list[str], list[str]]:
+        def gauges() -> list[str]:
+            lines = generate_latest(engine.metrics_registry()).decode().splitlines()
+            return [line for line in lines if line.startswith("dynamo_component_gpu_cache_usage_percent{")]
+
+        before = gauges()
+        engine.load.publish(3, 10)
+        return before, gauges()
+
+    idle, busy = run(work, Sized(Role("aggregated")))
+    assert idle == [f'dynamo_component_gpu_cache_usage_percent{{dp_rank="{rank}"}} 0.0' for rank in (2, 3)]
+    assert busy[1].endswith('{dp_rank="3"} 0.25')
+
+
+def test_an_engine_that_reports_no_load_shows_none() -> None:
+    class Silent(Engine):
+        def reports_load(self) -> bool:
+            return False
+
+    async def work(engine: Engine) -> str:
+        return generate_latest(engine.metrics_registry()).decode()
+
+    text = run(work, Silent(Role("aggregated")))
+    assert "\ndynamo_component_model_load_time_seconds " in text
+    assert "dynamo_component_gpu_cache_usage_percent{" not in text
 
 
 def test_only_its_own_metrics_are_the_engines() -> None:

@@ -6,6 +6,7 @@ its metrics in memory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from dynamo_worker.errors import StartError
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import process_tree
 from dynamo_worker.supervisor.protocol import RUN_DIR
@@ -34,9 +36,17 @@ _MOST_FILES, _MOST_BYTES = 512, 32 << 20
 
 
 def expected() -> dict[str, str]:
-    """Return the variable that :func:`share` will set in this worker, for :func:`dynamo_worker.kit.preload.prepare`."""
+    """Return the variable that :func:`share` will set in this worker, for :func:`dynamo_worker.kit.preload.prepare`.
+
+    The directory is made now: modules that are preloaded may have metrics already.
+    """
     run_dir = os.environ.get(RUN_DIR)
-    return {VARIABLE: os.path.join(run_dir, _NAME)} if run_dir else {}
+    if not run_dir:
+        return {}
+    directory = os.path.join(run_dir, _NAME)
+    with contextlib.suppress(OSError):  # reported by `share`
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    return {VARIABLE: directory}
 
 
 def share(private_dir: Path) -> str:
@@ -44,10 +54,16 @@ def share(private_dir: Path) -> str:
 
     :param private_dir: where to make the directory, which is then removed with the worker. If the operator has set one
         it is used, and stays.
-    :raises OSError: the directory cannot be made.
+    :raises StartError: the directory cannot be made.
     """
     directory = os.environ.setdefault(VARIABLE, str(private_dir / _NAME))
-    os.makedirs(directory, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StartError(
+            f"the directory {directory} for metrics cannot be made: {error.strerror}",
+            hint=f"unset {VARIABLE}, or choose another directory",
+        ) from error
     return directory
 
 

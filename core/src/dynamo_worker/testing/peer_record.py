@@ -52,6 +52,7 @@ def card(discovery: Path, instance: str) -> dict[str, Any]:
     (entry,) = [path for path in (discovery / "v1" / "mdc").iterdir() if instance in path.name]
     content = json.loads(entry.read_text(encoding="utf-8"))
     found: dict[str, Any] = _plain(content.get("card_json", content))
+    found["runtime_config"]["taints"] = sorted(found["runtime_config"].get("taints", ()))  # a set
     return found
 
 

@@ -340,7 +340,7 @@ OPTIONS: Final = (
     Option(
         "router_mode",
         FRONTEND,
-        "How the frontend picks a worker.",
+        "How the frontend picks a worker. Without `--frontend`, the model card asks all frontends to do so.",
         "DYN_ROUTER_MODE",
         default="round-robin",
         choices=get_args(RouterMode),

@@ -36,6 +36,15 @@ _SCALING: Final = (
 _SUCCESS: Final = "`status` is `success`; under `control/` it is `ok`"
 _MODES: Final = "leaves discovery meanwhile; " + _SUCCESS
 
+#: Marks the routes that trainers use, which have a section of their own in the documentation.
+TRAINING: Final = "see New weights"
+
+
+def _training(worker: str, *rows: tuple[str, str, str]) -> list[PeerRoute]:
+    return [PeerRoute(path, (worker,), body, answer, TRAINING) for path, body, answer in rows]
+
+
+_GROUP: Final = "the group's address, and its members"
 #: All of them. Those that have no ``control/`` in front are also found with it.
 PEER_ROUTES: Final = (
     PeerRoute("control/sleep", (_VLLM,), "`level`", remark="requests in flight finish first, or as `mode` says"),
@@ -60,6 +69,29 @@ PEER_ROUTES: Final = (
     PeerRoute("continue_generation", (_SGLANG,), "`torch_empty_cache`", remark=_SUCCESS),
     PeerRoute("load_lora", (_VLLM,), "`lora_name`, `source`: `{uri}`", "`lora_name`, `lora_id`", "also on SGLang"),
     PeerRoute("unload_lora", (_VLLM,), "`lora_name`", "`lora_name`, `lora_id`", "also on SGLang"),
+    *_training(
+        _VLLM,
+        ("liveness_probe", "", "`alive`"),
+        ("pause_generation", "`mode`: `keep`, `wait`, `abort`; `clear_cache`", "`mode`, `clear_cache`"),
+        ("resume_generation", "", ""),
+        ("flush_cache", "", ""),
+        ("abort_request", "`request_id`", "`request_id`"),
+        ("update_weights_from_disk", "`model_path`, `weight_version`, `engine_rpc`", "`version`, `version_declared`"),
+        ("update_weights_from_distributed", "`engine_rpc` and its arguments", "`version`, `version_declared`"),
+        ("init_weights_update_group", _GROUP, ""),
+        ("destroy_weights_update_group", "`engine_rpc` and its arguments", ""),
+        ("get_weight_version", "", "`version`, `version_declared`"),
+        ("set_weight_version", "`weight_version`", "`version`"),
+        ("update_weights_from_tensor", "", "an error, as there"),
+    ),
+    *_training(
+        _SGLANG,
+        ("control/update_weights_from_disk", "SGLang's fields", "`success`, `num_paused_requests`"),
+        ("control/update_weights_from_tensor", "SGLang's fields", "`success`"),
+        ("control/update_weights_from_distributed", "SGLang's fields", "`success`"),
+        ("control/update_weights_from_ipc", "SGLang's fields", "`success`"),
+        ("control/update_weight_version", "`new_version`, `abort_all_requests`", "`success`, `new_version`"),
+    ),
 )
 
 #: Why there is no such route, by its path.
