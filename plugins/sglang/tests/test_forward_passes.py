@@ -12,7 +12,7 @@ import pytest
 from sglang.srt.observability import forward_pass_metrics
 from sglang.srt.utils import device_timer
 
-from dynamo_worker_sglang import arguments, scheduler
+from dynamo_worker_sglang import arguments, processes, scheduler
 from dynamo_worker_sglang.scheduler import HostInterval
 
 
@@ -66,3 +66,8 @@ def test_the_format_is_that_of_dynamos_own_worker() -> None:
             forward_pass_metrics.encode(forward_pass_metrics.decode(bytes.fromhex(each["encoded"]))).hex()
             == each["encoded"]
         )
+
+
+def test_what_is_set_for_the_trace_does_not_restart_a_preloaded_process() -> None:
+    """Its imports do not depend on it."""
+    assert "DYN_FPM_TRACE" in processes._HARMLESS
