@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import signal
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -60,6 +63,20 @@ class TestTrtllm(Serving):
     def test_the_planner_sees_what_was_served(self, cluster: Cluster) -> None:
         worker = cluster.worker(DYN_FORWARDPASS_METRIC_PORT="20380")
         forward_passes.check_all(cluster, worker, r"mpi4py\.futures")
+
+    def test_what_the_planner_sees_is_written_down(self, cluster: Cluster, tmp_path: Path) -> None:
+        """The files stay when the worker has ended."""
+        settings = {"DYN_FPM_OUTPUT_PATH": f"{tmp_path}/trace", "DYN_FPM_MODE": "full"}
+        worker = cluster.worker("--fpm-trace", **settings)
+        cluster.start_frontend()
+        cluster.wait_model()
+        assert cluster.complete(max_tokens=5)[0] == 200
+        worker.stop()
+        (path,) = tmp_path.glob("trace.*.jsonl.gz")
+        with gzip.open(path, "rt") as lines:
+            passes = [json.loads(line)["event"]["fpm"] for line in lines]
+        assert [each["counter_id"] for each in passes] == list(range(len(passes)))
+        assert sum(each["scheduled_requests"]["num_decode_requests"] for each in passes) >= 4
 
     @needs_gpus(2)
     @pytest.mark.parametrize("flags", [(), ("--enable-attention-dp",)], ids=["tensor", "attention-dp"])

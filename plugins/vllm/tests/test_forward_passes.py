@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from vllm.v1.request import RequestStatus
 
 from dynamo_worker.testing.forward_passes import decode, is_idle
 from dynamo_worker.testing.waiting import eventually
-from dynamo_worker_vllm import forward_passes, load
+from dynamo_worker_vllm import forward_passes, load, processes
 from dynamo_worker_vllm.forward_passes import Measurement, Publisher, QueueReader
 from dynamo_worker_vllm.waiting import FORWARD_PASSES
 
@@ -340,9 +341,12 @@ def test_ray_places_the_engine_anywhere(config: Any, tmp_path: Path, caplog: pyt
     assert "ray starts the EngineCores" in caplog.text
 
 
-def test_a_closed_publisher_leaves_no_thread(reader: Reader) -> None:
-    import threading
+def test_what_is_set_for_the_engine_does_not_restart_a_preloaded_process() -> None:
+    """Its imports do not depend on it."""
+    assert {FORWARD_PASSES, "DYN_FPM_TRACE"} <= processes._HARMLESS
 
+
+def test_a_closed_publisher_leaves_no_thread(reader: Reader) -> None:
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name == "forward-passes"]
 

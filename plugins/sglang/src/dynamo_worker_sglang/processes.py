@@ -27,6 +27,7 @@ _HARMLESS: Final = frozenset(
     {
         *("SGLANG_RUN_ID", "SGLANG_BLOCK_NONZERO_RANK_CHILDREN", "SGLANG_PYSPY_DUMP_BEFORE_CRASH"),
         *("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "SGLANG_USE_CUDA_IPC_TRANSPORT", "GLOO_SOCKET_IFNAME"),
+        "DYN_FPM_TRACE",
     }
 )
 #: A variable that ``--enable-metrics`` sets, and the only module that reads it on import.

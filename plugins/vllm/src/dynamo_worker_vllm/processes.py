@@ -25,7 +25,7 @@ _WORKER = ("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.gpu_worker", "
 _HARMLESS: Final = frozenset(
     {
         waiting.MARK,
-        waiting.FORWARD_PASSES,
+        *(waiting.FORWARD_PASSES, "DYN_FPM_TRACE"),
         *("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "VLLM_NIXL_SIDE_CHANNEL_HOST"),
         *("VLLM_RPC_BASE_PATH", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_DISABLE_SHARED_EXPERTS_STREAM"),
         *("VLLM_SSM_CONV_STATE_LAYOUT", "AITER_SITUV2_A4W4"),
