@@ -97,6 +97,7 @@ class Runtime:
         :raises StartError: a server that it needs cannot be reached within ``discovery_timeout``.
         :raises UsageError: the discovery directory cannot be written or is not safe.
         """
+        lease_ttl = runtime_lease.prepare(settings.discovery_outage) if settings.discovery_backend == "etcd" else 0
         await wait_for_servers(
             settings.discovery_backend, settings.request_plane, settings.event_plane, settings.discovery_timeout
         )
@@ -111,7 +112,6 @@ class Runtime:
         if settings.discovery_backend == "file":
             environment["DYN_FILE_KV"] = str(writable_directory(settings.discovery_path))
         os.environ.update(environment)
-        lease_ttl = runtime_lease.prepare(settings.discovery_outage) if settings.discovery_backend == "etcd" else 0
         # One runtime thread costs a quarter less CPU per token than the default of one for each processor, which wake
         # each other for every chunk (measured, see docs/design.md).
         os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "1")
