@@ -29,6 +29,7 @@ class Etcd:
         self, directory: Path, environment: Mapping[str, str], *, scheme: str = "http", arguments: Sequence[str] = ()
     ) -> None:
         self.url = f"{scheme}://127.0.0.1:{free_port()}"
+        self._gateway = Gateway([self.url], 5.0)
         self._directory = directory
         self._environment = environment
         peers = f"http://127.0.0.1:{free_port()}"
@@ -67,7 +68,7 @@ class Etcd:
 
     def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Call the gateway as the environment of this process says."""
-        return Gateway([self.url], 5.0).call(path, body)
+        return self._gateway.call(path, body)
 
     def _answers(self) -> bool:
         try:

@@ -80,6 +80,13 @@ def test_discovery_lost(cluster: Cluster, etcd: Etcd) -> None:
     assert worker.wait_gone(30) == 4
     assert "kind=ServerUnreachableError" in worker.log
     assert f"discovery has not answered for 3 s: etcd: {etcd.url}: " in worker.log
+    assert "Registration not withdrawn" in worker.log
+    assert sorted(path.name for path in worker.run_dir.iterdir()) == ["ledger.jsonl", "owner"]
+    etcd.start()
+    later = serving(cluster, etcd)
+    later.wait_log("Cleaned up after an earlier worker .*etcd: lease revoked")
+    eventually(lambda: etcd.workers() == 1, 5, "only the later worker to be registered")
+    later.stop()
 
 
 def test_a_drain_on_request_while_etcd_is_stopped(cluster: Cluster, etcd: Etcd) -> None:

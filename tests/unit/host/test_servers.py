@@ -155,10 +155,13 @@ def test_etcd_that_rejects_the_user_is_not_waited_for(monkeypatch):
 
 
 def test_nats_gets_the_credentials_and_may_reject_them(monkeypatch):
+    monkeypatch.setenv("NATS_AUTH_USERNAME", "me")
+    monkeypatch.setenv("NATS_AUTH_PASSWORD", "secret")
+
     async def main():
         for answer in (b"PONG\r\n", b"-ERR 'Authorization Violation'\r\n"):
             async with Server(b'INFO {"auth_required": true}\r\n', answer, greets=True) as server:
-                monkeypatch.setenv("NATS_SERVER", f"nats://me:secret@127.0.0.1:{server.port}")
+                monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{server.port}")
                 waited = waiting(discovery_backend="file", discovery_timeout=5, request_plane="nats")
                 if answer.startswith(b"PONG"):
                     await waited

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from dynamo_worker.supervisor import ledger, linux, spawn, sweep
+from dynamo_worker.supervisor import discovery, ledger, linux, spawn, sweep
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.protocol import RUN_DIR
 from dynamo_worker.supervisor.run_directory import RunDirectory
@@ -101,6 +103,36 @@ def test_a_directory_goes_with_the_registration_and_the_processes(stale, log, tm
     ((message, fields),) = log.lines
     assert message == "Cleaned up after an earlier worker"
     assert (fields["run_dir"], fields["processes"], fields["withdrawn"]) == (str(stale), 1, "file: 1 files removed")
+
+
+def test_a_registration_that_could_not_be_withdrawn_is_tried_again(stale, log, tmp_path, monkeypatch):
+    """At every start, until discovery answers; the rest of the directory goes at once."""
+    ledger.record_registration(stale, "etcd", INSTANCE)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        for _ in range(2):
+            log.lines.clear()
+            sweep_one(stale, log, tmp_path)
+            message, fields = log.lines[0]
+            assert message == "Registration not withdrawn"
+            assert "Connection refused" in fields["outcome"]
+            assert fields["next"] == "the next start on this machine tries again"
+            assert sorted(path.name for path in stale.iterdir()) == ["ledger.jsonl", "owner"]
+        monkeypatch.setattr(discovery, "_revoke", lambda *_: True)
+        sweep_one(stale, log, tmp_path)
+        assert log.lines[-1][1]["withdrawn"] == "etcd: lease revoked"
+        assert not stale.exists()
+
+
+def test_a_registration_is_not_tried_again_for_ever(stale, log, tmp_path, monkeypatch):
+    ledger.record_registration(stale, "etcd", INSTANCE)
+    monkeypatch.setenv("ETCD_ENDPOINTS", "http://127.0.0.1:1")
+    sweep_one(stale, log, tmp_path)
+    hours_ago = time.time() - 2 * 3600
+    os.utime(stale, (hours_ago, hours_ago))
+    sweep_one(stale, log, tmp_path)
+    assert not stale.exists()
 
 
 def test_recorded_processes_are_those_of_the_record_only(stale, log, tmp_path, orphan):

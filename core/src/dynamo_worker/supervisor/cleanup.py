@@ -34,6 +34,9 @@ _SHORTEST_WITHDRAWAL = 0.3
 #: Seconds before the next attempt to kill what is left.
 _RETRY_PAUSE = 0.5
 
+#: Seconds after a worker's end during which each start tries again to withdraw its registration. Leases end earlier.
+_RETRY_FOR = 3600.0
+
 
 class Withdrawal:
     """Withdraws the recorded registrations in a separate process, while the caller continues.
@@ -133,6 +136,8 @@ class Cleanup:
         self._frontend: Frontend | None = None
         self._killing = process_tree.Killing(self._find_rest, reap, wait, spare_trackers=not rough)
         self._found: dict[str, int] = {}
+        #: The record of a registration that could not be withdrawn.
+        self._keep: str | None = None
         self._report: dict[str, Any] = {"processes": 0, "segments": 0, "withdrawn": []}
         #: When to be done (monotonic); may change while it runs.
         self.deadline = time.monotonic() + LIMIT
@@ -222,16 +227,22 @@ class Cleanup:
         self._report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
         for outcome in self._report["withdrawn"]:
             if ": failed" in outcome or outcome.startswith("failed"):
-                self._log.warning("Registration not withdrawn; it ends with its lease", outcome=outcome)
+                # A sweep repeats it, too, but not for ever.
+                self._keep = (
+                    None if not self._patient and self._run_directory.untouched_for > _RETRY_FOR else ledger.LEDGER
+                )
+                then = "the next start on this machine tries again" if self._keep else "it ends with its lease"
+                self._log.warning("Registration not withdrawn", outcome=outcome, next=then)
 
     def _remove_directory(self) -> None:
         path = self._run_directory.path
+        limit = max(self.deadline, time.monotonic() + _REMOVAL_LIMIT)
         if self.stuck is None or self.stuck:
             problems = [f"{path}: left for the next start, because processes survived"]
         elif self._rough and self._found:
             problems = [f"{path}: left for the next start, because shared memory may remain"]
         else:
-            problems = self._run_directory.remove(max(self.deadline, time.monotonic() + _REMOVAL_LIMIT))
+            problems = self._run_directory.remove(limit, keep=self._keep)
         if problems:
             self._log.warning("Run directory not removed", path=path, reason="; ".join(problems[:3]))
 

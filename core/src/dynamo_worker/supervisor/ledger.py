@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 #: The run directory: its path (``$DYNAMO_WORKER_RUN_DIR``) or a descriptor of it.
 RunDir = Union[str, "os.PathLike[str]", int]
 
-_LEDGER = "ledger.jsonl"
+#: The file that records registrations.
+LEDGER = "ledger.jsonl"
 _SEGMENTS = "segments.json"
 _PROCESSES = "processes.json"
 
@@ -80,7 +81,7 @@ def frontend(run_dir: RunDir) -> tuple[Process, float] | None:
 def _entries(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
     """Return the entries of one kind, skipping malformed lines."""
     try:
-        lines = _read(run_dir, _LEDGER).split(b"\n")
+        lines = _read(run_dir, LEDGER).split(b"\n")
     except OSError:
         return []
     entries = []
@@ -169,7 +170,7 @@ def _append(run_dir: RunDir, entry: dict[str, Any]) -> None:
     """Append one line with one write, so lines of several processes never mix."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with _opened(run_dir) as directory:
-        descriptor = os.open(_LEDGER, flags, 0o600, dir_fd=directory)
+        descriptor = os.open(LEDGER, flags, 0o600, dir_fd=directory)
     try:
         os.write(descriptor, b"\n" + json.dumps(entry).encode() + b"\n")  # terminates a torn line before this one
     finally:

@@ -36,7 +36,7 @@ class _Level(NamedTuple):
     directories: list[str]
 
 
-def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) -> list[str]:
+def remove_contents(directory: int, deadline: float, keep: Container[str | None] = ()) -> list[str]:
     """Remove everything in a directory; describe what could not be removed and why.
 
     Holds three descriptors at most: it goes back up by ``..``, and checks that this leads where it came from.
@@ -57,7 +57,7 @@ def remove_contents(directory: int, deadline: float, keep: Container[str] = ()) 
         else:
             unnamed += 1
 
-    def unlink_files(descriptor: int, keep: Container[str]) -> list[str]:
+    def unlink_files(descriptor: int, keep: Container[str | None]) -> list[str]:
         """Remove everything but directories; return the names of those."""
         nonlocal seen
         directories = []

@@ -194,17 +194,23 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # the lock says the same
             _write_record(self._lock, self._record)
 
-    def remove(self, deadline: float) -> list[str]:
+    @property
+    def untouched_for(self) -> float:
+        """Seconds since a file was created or removed in it."""
+        return time.time() - os.fstat(self._directory).st_mtime
+
+    def remove(self, deadline: float, *, keep: str | None = None) -> list[str]:
         """Remove everything; describe what could not be removed and why.
 
         :param deadline: when to leave the rest to the next start (monotonic).
+        :param keep: name of a file to keep for the next start, and with it the directory.
         """
         problems: list[str] = []
         for _ in range(2):  # a listing may miss entries that appear meanwhile
-            problems = remove_contents(self._directory, deadline, keep=(_OWNER,))
+            problems = remove_contents(self._directory, deadline, keep=(_OWNER, keep))
             if not problems or time.monotonic() > deadline:
                 break
-        if not problems:
+        if not problems and keep is None:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(_OWNER, dir_fd=self._directory)  # last: the next start looks for it

@@ -105,6 +105,7 @@ class Runtime:
             does not say where this worker is although it should.
         :raises UsageError: the discovery directory cannot be written or is not safe.
         """
+        lease_ttl = runtime_lease.prepare(settings.discovery_outage) if settings.discovery_backend == "etcd" else 0
         await wait_for_servers(
             settings.discovery_backend, settings.request_plane, settings.event_plane, settings.discovery_timeout
         )
@@ -120,7 +121,6 @@ class Runtime:
         if settings.discovery_backend == "file":
             environment["DYN_FILE_KV"] = str(writable_directory(settings.discovery_path))
         os.environ.update(environment)
-        lease_ttl = runtime_lease.prepare(settings.discovery_outage) if settings.discovery_backend == "etcd" else 0
         # One runtime thread costs a quarter less CPU per token than the default of one for each processor, which wake
         # each other for every chunk (measured, see docs/design.md).
         os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "1")

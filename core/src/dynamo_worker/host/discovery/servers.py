@@ -12,7 +12,7 @@ import json
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from dynamo_worker.errors import ServerUnreachableError, StartError, UsageError
 from dynamo_worker.logs import get_logger
@@ -25,6 +25,9 @@ log = get_logger(__name__)
 
 #: Where the runtime looks when ``NATS_SERVER`` is not set.
 _DEFAULT_NATS: Final = "nats://localhost:4222"
+#: The user and password that the runtime sends if it is given none, and the variables of other ways to log in.
+_NATS_USER: Final = "user"
+_NATS_KEYS: Final = ("NATS_AUTH_NKEY", "NATS_AUTH_CREDENTIALS_FILE")
 #: Most seconds for one attempt to talk to a server.
 _ATTEMPT_SECONDS: Final = 2.0
 #: Least seconds for one, and seconds between attempts.
@@ -36,7 +39,7 @@ _MOST_INFO_BYTES: Final = 1 << 16
 _RUNTIME_WAITS: Final = ("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS")
 _AUTH_HINTS: Final = {
     "etcd": "check ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, and the user's role",
-    "NATS": "check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, or what NATS_SERVER contains",
+    "NATS": "check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN",
 }
 
 
@@ -124,7 +127,7 @@ async def _ask_etcd(address: str, _host: str, _port: int, limit: float) -> None:
             raise
 
 
-async def _ask_nats(address: str, host: str, port: int, limit: float) -> None:
+async def _ask_nats(_address: str, host: str, port: int, limit: float) -> None:
     """Read a NATS server's greeting and, where a password or token is configured, log in."""
     try:
         connecting = asyncio.open_connection(host, port, limit=_MOST_INFO_BYTES)
@@ -132,7 +135,7 @@ async def _ask_nats(address: str, host: str, port: int, limit: float) -> None:
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise TimeoutError(f"did not accept a connection within {limit:.2g} s") from error
     try:
-        await asyncio.wait_for(_greet_nats(address, reader, writer), limit)
+        await asyncio.wait_for(_greet_nats(reader, writer), limit)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise TimeoutError(f"accepted the connection, but did not answer within {limit:.2g} s") from error
     except ValueError as error:
@@ -143,7 +146,7 @@ async def _ask_nats(address: str, host: str, port: int, limit: float) -> None:
             await writer.wait_closed()
 
 
-async def _greet_nats(address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _greet_nats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Read the greeting, and log in unless that takes certificates or keys, which only the runtime has.
 
     :raises ConnectionError: it is not a NATS server.
@@ -152,27 +155,24 @@ async def _greet_nats(address: str, reader: asyncio.StreamReader, writer: asynci
     if not greeting.startswith(b"INFO "):
         raise ConnectionError(f"not a NATS server: it says {greeting[:40]!r}")
     info: Any = json.loads(greeting[5:])
-    if info.get("tls_required") or "nonce" in info:
+    if info.get("tls_required") or any(map(os.environ.get, _NATS_KEYS)):
         return
-    login = {**_nats_login(address), "verbose": False, "pedantic": False}
+    login = {**_nats_login(), "verbose": False, "pedantic": False}
     writer.write(f"CONNECT {json.dumps(login)}\r\nPING\r\n".encode())
     answer = await reader.readline()
     if b"Authorization" in answer:
         raise _RejectedError(answer.decode("utf-8", "replace").strip())
 
 
-def _nats_login(address: str) -> dict[str, str]:
-    """Return the credentials that the runtime would send: from the environment, otherwise from the address."""
+def _nats_login() -> dict[str, str]:
+    """Return the credentials that the runtime would send (measured on 1.6.1): it ignores those in the address."""
     user, password = os.environ.get("NATS_AUTH_USERNAME"), os.environ.get("NATS_AUTH_PASSWORD")
     token = os.environ.get("NATS_AUTH_TOKEN")
     if user and password is not None:
         return {"user": user, "pass": password}
     if token:
         return {"auth_token": token}
-    parts = urlsplit(address if "//" in address else f"//{address}")
-    if parts.username and parts.password:
-        return {"user": unquote(parts.username), "pass": unquote(parts.password)}
-    return {"auth_token": unquote(parts.username)} if parts.username else {}
+    return {"user": _NATS_USER, "pass": _NATS_USER}
 
 
 def _connection_problem(error: BaseException) -> str:

@@ -157,8 +157,8 @@ async def _serve(address: Address, args: argparse.Namespace, drain_seconds: floa
     from dynamo_worker.host.discovery.runtime import connect
 
     loop = asyncio.get_running_loop()
-    await wait_for_servers(args.discovery_backend, args.request_plane, args.event_plane, args.discovery_timeout)
     lease_ttl = runtime_lease.prepare(args.discovery_outage) if args.discovery_backend == "etcd" else None
+    await wait_for_servers(args.discovery_backend, args.request_plane, args.event_plane, args.discovery_timeout)
     runtime = connect(args.discovery_backend, args.request_plane, args.event_plane)
     engine = await make_engine(
         runtime,
