@@ -13,7 +13,7 @@ from dynamo_worker.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Engine, EngineContext
@@ -35,6 +35,9 @@ class EnginePlugin:
     headless_engine: ClassVar[str] = ""
     #: ``add(parser)`` adds the engine's flags.
     arguments: ClassVar[str] = ""
+    #: Flags that the engine has on purpose although the worker has them too: the worker takes them, and the engine gets
+    #: only what follows a bare ``--``.
+    shared_flags: ClassVar[Collection[str]] = ()
     #: ``preload(arguments)`` starts what can be started before the command line is read.
     preload: ClassVar[str] = ""
 

@@ -17,6 +17,7 @@ class VllmPlugin(EnginePlugin):
     engine = "dynamo_worker_vllm.engine:VllmEngine"
     headless_engine = "dynamo_worker_vllm.headless:HeadlessEngine"
     arguments = "dynamo_worker_vllm.arguments:add"
+    shared_flags = ("--log-level", "--reasoning-parser")
     preload = "dynamo_worker_vllm.processes:preload_processes"
 
     def is_headless(self, args: argparse.Namespace) -> bool:
