@@ -29,8 +29,11 @@ RECORD: Final = ROOT / "tests" / "unit" / "data" / "public_api.txt"
 CHANGELOG: Final = ROOT / "CHANGELOG.md"
 
 _PACKAGE: Final = Path(dynamo_worker.__file__).parent
-#: Modules of the test kit that are not for other packages.
-_INTERNAL: Final = ("testing.limits", "testing.random_draws", "testing.sockets")
+#: Modules of the test kit that are not for other packages; a package covers its modules.
+_INTERNAL: Final = (
+    *("testing.checks", "testing.conformance_run", "testing.death", "testing.life", "testing.limits", "testing.places"),
+    *("testing.random_draws", "testing.residue", "testing.sockets", "testing.trials"),
+)
 #: Members of classes that are public in spite of their underscore.
 _SPECIAL: Final = ("__init__", "_HEALTH_CHECK")
 _HEADER: Final = re.compile(r"# dynamo-worker (?P<release>\S+), API (?P<major>\d+)\.(?P<minor>\d+)")
@@ -60,7 +63,7 @@ def modules() -> dict[str, Path]:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
             parts = file.relative_to(_PACKAGE).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            if name not in _INTERNAL:
+            if not any(f"{name}.".startswith(f"{internal}.") for internal in _INTERNAL):
                 found[name] = file
     return found
 

@@ -71,10 +71,17 @@ TABLE = RequestTable.of_engine(
 )
 
 
+def section(request: Request) -> dict[str, object]:
+    return dict(fields.section(request, "sampling_options"))
+
+
 class Stream:
     """One request in progress."""
 
     def __init__(self, request: Request) -> None:
+        if BUG == "unknown-field-ignored":
+            sampling = {name: value for name, value in section(request).items() if name in TABLE.sampling}
+            request = {**request, "sampling_options": sampling}
         given = TABLE.read(request, {})
         self.prompt: list[int] = request["token_ids"]
         room = CONTEXT_LENGTH - len(self.prompt)
@@ -189,11 +196,9 @@ class BuggyEngine(EngineLifecycle):
             self.die("index out of range: the engine has aborted")
         if self.dead:
             raise EngineDeadError(self.dead)
-        if BUG != "bad-value-is-a-crash":
-            stream = Stream(request)
-        else:
-            temperature = (request.get("sampling_options") or {}).get("temperature") or 0
-            stream = Stream({**request, "sampling_options": {"temperature": float(temperature)}})
+        if BUG == "bad-value-is-a-crash":
+            float(section(request).get("temperature") or 0)
+        stream = Stream(request)
         if BUG == "mixes-streams":
             for other in self.streams.values():
                 other.prompt = stream.prompt
@@ -322,9 +327,6 @@ class BuggyEngine(EngineLifecycle):
             return
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        if BUG == "leaves-a-zombie":
-            LEAKED.append(process)
-            return
         process.wait()
 
     # --- The steps

@@ -1,4 +1,4 @@
-"""SGLang's real command line, as `dynamo-worker --print-config` reads it: flags of Dynamo's worker, names, abbreviations."""
+"""SGLang's real command line, as `--print-config` reads it: flags of Dynamo's worker, names, abbreviations."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from dynamo_worker.engine import EngineInfo
 from dynamo_worker.host.plugins.calling import HookOutcome
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
+from dynamo_worker.testing.trial import Finding, Trial
 
 
 class Engine:
@@ -62,7 +63,8 @@ class Plugins:
 
 
 KIT = EngineConformance()
-TESTS = [name for name in dir(KIT) if name.startswith("test_")]
+#: The tests of the class itself; those of its bases are tried on the buggy engine (tests/conformance).
+TESTS = [name for name in vars(EngineConformance) if name.startswith("test_")]
 
 
 def run(name, engine, plugins=None, start_seconds=60.0):
@@ -70,7 +72,15 @@ def run(name, engine, plugins=None, start_seconds=60.0):
     parameters = test.__code__.co_varnames[1 : test.__code__.co_argcount]
     subject = Subject("toy", start_seconds=start_seconds)
     available = {"subject": subject, "engine": engine, "plugins": plugins or Plugins()}
-    test(**{parameter: available[parameter] for parameter in parameters})
+    if "trial" not in parameters:
+        test(**{parameter: available[parameter] for parameter in parameters})
+        return
+    trial = Trial(subject, available["plugins"], engine)
+    try:
+        trial.start()
+        test(trial)
+    finally:
+        trial.close()
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -168,7 +178,7 @@ def test_an_abort_of_an_unknown_request_that_fails():
             if request_id != "long":
                 raise KeyError(request_id)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(Finding, match="KeyError"):
         run("test_a_cancelled_request_leaves_the_engine_well", Strict())
 
 

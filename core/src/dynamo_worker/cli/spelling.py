@@ -67,6 +67,8 @@ def _in_full(word: str, names: Mapping[str, object], others: Collection[str]) ->
     if not head.startswith("--") or len(head) == 2 or head in names or head in others:
         return word
     dashed = head.replace("_", "-")
+    if dashed in names:
+        return dashed + dot + path + equals + value
     found = [name for name in names if name.startswith((head, dashed))]
     if not found:
         return word

@@ -21,15 +21,34 @@ if TYPE_CHECKING:
     from dynamo_worker.testing.subject import Subject
 
 
-def pytest_configure() -> None:
-    """Restore the default actions of signals that the tests send to workers.
+#: The markers of the kit's tests.
+_MARKERS = {
+    "slow": "takes more than half a minute; runs with `-m slow` only",
+    "gpu": "needs an NVIDIA GPU",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the kit's markers, and restore the default actions of signals that the tests send to workers.
 
     Shells start background jobs with SIGINT and SIGQUIT ignored, and ``nohup`` ignores SIGHUP. Workers inherit this,
     and keep ignoring those signals.
     """
+    for name, text in _MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out, unless the command line or the configuration selects tests by their markers."""
+    if config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture

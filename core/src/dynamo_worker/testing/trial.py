@@ -289,14 +289,15 @@ class Trial:
         """Return the engine's answer to a request, which is checked first as the worker does it.
 
         :param name: the request's id.
-        :param most: take no more chunks, and close the stream.
+        :param most: take no more chunks; close the stream and abort the request, as the worker does.
         """
         info = self.info
         answer = Answer(copy.deepcopy(request))
+        name = name or self.name()
         started = time.monotonic()
         try:
             checked = validated(request, info.vocab_size if info else None, info.context_length if info else None)
-            stream = self.engine.generate(checked, LocalContext(name or self.name()))
+            stream = self.engine.generate(checked, LocalContext(name))
             async for chunk in stream:
                 answer.chunks.append(copy.deepcopy(chunk))
                 answer.originals.append(chunk)
@@ -304,6 +305,8 @@ class Trial:
                     break
             if hasattr(stream, "aclose"):
                 await stream.aclose()
+            if not answer.reasons:
+                await self.engine.abort(name)
         except InvalidRequestError as error:
             answer.refusal = str(error)
         answer.seconds = time.monotonic() - started

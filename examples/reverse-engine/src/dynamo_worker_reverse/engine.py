@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
+from dynamo_worker.kit import fields
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
 from dynamo_worker.kit.python_command import python_command
+from dynamo_worker.kit.translation import RequestTable
 
 if TYPE_CHECKING:
     import argparse
@@ -28,8 +30,23 @@ CONTEXT_LENGTH = 131_072
 #: The chat template puts this token between prompt and answer. After a migration it is followed by the tokens that
 #: another worker has sent: the request continues from there.
 ANSWER_TOKEN = 0
-#: Options that this engine lacks. A request that uses one is refused by name, never silently ignored.
-_UNSUPPORTED = ("guided_decoding", "use_beam_search")
+#: The number of token ids: the worker refuses prompts with others.
+VOCAB_SIZE = 259
+#: What becomes of each field of a request. One that the engine lacks is refused by name, never silently ignored; one
+#: that only says how to sample changes nothing, as every next token is certain.
+_TABLE = RequestTable.of_engine(
+    sampling={
+        "n": ("", fields.unsupported(1)),
+        "guided_decoding": ("", fields.unsupported({})),
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), ("", fields.unsupported(0))),
+        "repetition_penalty": ("", fields.unsupported(1)),
+    },
+    stop={
+        **dict.fromkeys(("stop_token_ids", "stop_token_ids_visible"), ("", fields.unsupported([]))),
+        **dict.fromkeys(("min_tokens", "max_thinking_tokens"), ("", fields.unsupported(0))),
+    },
+    output=dict.fromkeys(("logprobs", "prompt_logprobs"), ("", fields.unsupported())),
+)
 
 
 @dataclass(frozen=True)
@@ -51,12 +68,7 @@ class ReverseRequest:
 
         :raises InvalidRequestError: it asks for something that this engine cannot do.
         """
-        sampling = request.get("sampling_options") or {}
-        for name in _UNSUPPORTED:
-            if sampling.get(name):
-                raise InvalidRequestError(f"the reverse engine does not support {name}")
-        if (sampling.get("n") or 1) > 1:
-            raise InvalidRequestError("the reverse engine makes only one answer: n must be 1")
+        parameters = _TABLE.read(request, {})
         tokens: list[int] = request["token_ids"]
         if len(tokens) >= CONTEXT_LENGTH:
             raise InvalidRequestError(f"the prompt has {len(tokens)} tokens; the context length is {CONTEXT_LENGTH}")
@@ -66,9 +78,9 @@ class ReverseRequest:
             prompt, start = tokens[:split], len(tokens) - split - 1
         if not any(token > 2 for token in prompt):
             raise InvalidRequestError("there is nothing to reverse: the prompt is empty")
-        stop = request.get("stop_conditions") or {}
-        count = min(stop.get("max_tokens") or CONTEXT_LENGTH, CONTEXT_LENGTH - len(tokens))
-        if not stop.get("ignore_eos"):
+        room = CONTEXT_LENGTH - len(tokens)
+        count = min(max(0, parameters.get("max_tokens", room)), room)
+        if not parameters.get("ignore_eos"):
             left = max(0, len(prompt) - start)
             return cls(prompt, start, count if count < left else None)
         return cls(prompt, start, count)
@@ -112,7 +124,10 @@ class ReverseEngine(EngineLifecycle):
             raise start_error("the reverse engine", f"its core exited with code {code}")
         self._reading = asyncio.ensure_future(self._read(reader))
         return EngineInfo(
-            model_name=self._args.served_model_name, model_path=str(MODEL_DIR), context_length=CONTEXT_LENGTH
+            model_name=self._args.served_model_name,
+            model_path=str(MODEL_DIR),
+            context_length=CONTEXT_LENGTH,
+            vocab_size=VOCAB_SIZE,
         )
 
     async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:

@@ -123,7 +123,7 @@ def _command_line() -> CommandLine:
         objects=_OVERRIDES,
         parts=_PARTS,
         aliases=_ALIASES,
-        no_flags=_OBJECTS,
+        no_flags=(*_OBJECTS, "reasoning_parser"),  # the latter is the worker's
         required={"model": "--model NAME_OR_DIRECTORY"},
         without_effect=_WITHOUT_EFFECT,
         supported=_SUPPORTED,

@@ -19,7 +19,8 @@ from dynamo_worker.host.plugins.installed_plugins import (
     find,
     module_exists,
 )
-from dynamo_worker.host.plugins.local_modules import local_spec
+from dynamo_worker.host.plugins.local_modules import library_of, local_spec
+from dynamo_worker.host.plugins.plugin_check import checked
 from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginError, failed
 from dynamo_worker.host.plugins.plugin_loader import (
     engine_entry,
@@ -58,8 +59,9 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
             record = load(manager)
             plugins = Plugins(manager, record)
             _ = plugins.engine_flags
-            plugins.add_arguments(argparse.ArgumentParser(add_help=False))
-            records.append(record)
+            parser = argparse.ArgumentParser(add_help=False)
+            plugins.add_arguments(parser)
+            records.append(checked(record, manager.get_plugin(record.name), parser))
         except PluginError as error:
             records.append(replace(error.record, error=str(error.args[0])))
             errors.append(error)
@@ -70,10 +72,12 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
             attempt(lambda manager, found=found: load_entry(manager, single(found)))  # type: ignore[misc]
     if not records:
         identifiers = all(part.isidentifier() for part in name.split("."))
-        if not identifiers or (local_spec(name) is None and not module_exists(name)):
+        library = library_of(name)
+        if not identifiers or library or (local_spec(name) is None and not module_exists(name)):
             known = sorted({record.name for record in discover()})
+            also = f"; the library {library} is no plugin" if library else suggestion(name, known)
             raise UnknownPluginError(
-                f"no engine, plugin or module named {name!r}{suggestion(name, known)}",
+                f"no engine, plugin or module named {name!r}{also}",
                 hint=f"installed: {', '.join(known) or 'nothing'}; a module must be in the current directory",
             )
         attempt(lambda manager: load_module(manager, name, None))

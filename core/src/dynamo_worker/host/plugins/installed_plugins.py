@@ -41,6 +41,7 @@ class PluginRecord:
     :param error: what is wrong with it, in one sentence.
     :param hooks: the hooks it implements; empty until it is imported.
     :param deprecations: the deprecated parts of the API that it uses; empty until it is imported.
+    :param warnings: what ``dynamo-worker check`` found that a worker can live with.
     """
 
     name: str
@@ -52,6 +53,7 @@ class PluginRecord:
     error: str | None = None
     hooks: tuple[str, ...] = ()
     deprecations: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import packages_distributions
 from typing import TYPE_CHECKING
 
 from dynamo_worker.host.plugins.installed_plugins import module_exists
@@ -41,6 +42,14 @@ def local_spec(name: str) -> ModuleSpec | None:
     if spec is not None and spec.loader is None and module_exists(top):  # a bare directory must not hide a package
         return None
     return spec
+
+
+def library_of(name: str) -> str | None:
+    """Return the distribution that has installed the top-level module of this name; None for a local module."""
+    top = name.partition(".")[0]
+    if local_spec(name) is not None or not module_exists(top):
+        return None
+    return next(iter(packages_distributions().get(top, ())), None)
 
 
 @contextlib.contextmanager

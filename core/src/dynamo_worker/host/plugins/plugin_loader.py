@@ -24,7 +24,7 @@ from dynamo_worker.host.plugins.installed_plugins import (
     reference,
     source,
 )
-from dynamo_worker.host.plugins.local_modules import importable
+from dynamo_worker.host.plugins.local_modules import importable, library_of
 from dynamo_worker.host.plugins.plugin_errors import (
     PluginError,
     UnknownPluginError,
@@ -63,7 +63,9 @@ def engine_entry(name: str) -> EntryPoint:
     if not found:
         raise UnknownPluginError(
             f"unknown engine {name!r}{suggestion(name, installed)} ({listing})",
-            hint=f"install it (`pip install dynamo-worker-{name}`, if that is its package), or load your own module "
+            hint=f"install its plugin (`pip install dynamo-worker-{name}`, if that is its package)"
+            if library_of(name)
+            else f"install it (`pip install dynamo-worker-{name}`, if that is its package), or load your own module "
             f"with `-p {name}`",
         )
     return single(found)

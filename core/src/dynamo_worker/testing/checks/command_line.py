@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.hookspecs import API_VERSION
 from dynamo_worker.host.plugins.flags import colliding
@@ -18,8 +18,6 @@ from dynamo_worker.testing.residue import descendants
 from dynamo_worker.testing.trial import load_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from dynamo_worker.engine import Engine
     from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.testing.subject import Subject
@@ -71,9 +69,6 @@ def _hook(trial: Trial, name: str) -> object:
 class CommandLineChecks:
     """What ``dynamo-worker --help``, ``engines`` and ``check`` do with the plugin."""
 
-    #: Flags that the plugin has on purpose although the worker has them too, and takes them.
-    SHARED_FLAGS: ClassVar[Collection[str]] = ()
-
     def test_importing_the_plugin_imports_no_engine(self, trial: Trial) -> None:
         """``--help`` and ``engines`` import the plugin: they take seconds, or fail where the engine is missing."""
         modules, _, engine = _imported(trial)
@@ -88,7 +83,8 @@ class CommandLineChecks:
 
     def test_flags_do_not_collide_with_the_workers(self, trial: Trial) -> None:
         """The worker takes a flag that both define: the engine never sees what the operator wrote."""
-        taken = [flag for flag in colliding(_parser(trial)) if flag not in self.SHARED_FLAGS]
+        claimed = getattr(_plugin(trial.plugins), "claimed_flags", ())
+        taken = [flag for flag in colliding(_parser(trial)) if flag not in claimed]
         trial.expect(not taken, f"the worker takes {', '.join(taken)}", _hook(trial, "add_arguments"))
 
     def test_help_can_be_shown(self, trial: Trial) -> None:

@@ -65,6 +65,7 @@ class StandstillChecks:
             answered = asking.done()
             asking.cancel()
             await asyncio.wait({asking})
+            await trial.engine.abort(name)
             return answered
 
         with _stopped(trial):
