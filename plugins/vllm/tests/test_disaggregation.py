@@ -54,8 +54,9 @@ def test_a_decode_worker_fetches_them() -> None:
 
 
 def test_prefill_needs_a_connector() -> None:
-    with pytest.raises(StartError, match="needs a KV connector"):
+    with pytest.raises(StartError, match="needs a KV connector") as raised:
         role("prefill", None)
+    assert '"kv_role": "kv_producer"' in str(raised.value.hint)
     assert role("aggregated", None).needs == ()
 
 

@@ -36,7 +36,8 @@ class Role(disaggregation.Role):
         self._config = config
         self._connector = connector(config)
         if mode != "aggregated" and self._connector is None:
-            hint = '--kv-transfer-config \'{"kv_connector": "NixlConnector", "kv_role": "kv_both"}\''
+            role = "kv_producer" if mode == "prefill" else "kv_consumer"
+            hint = f"""--kv-transfer-config '{{"kv_connector": "NixlConnector", "kv_role": "{role}"}}'"""
             if mode == "prefill":
                 raise StartError("--disaggregation-mode prefill needs a KV connector", hint=hint)
             log.warning("The decode worker computes every prompt itself: it has no KV connector", next=hint)
