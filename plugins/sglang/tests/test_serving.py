@@ -94,7 +94,7 @@ class TestSglang(Serving):
         assert all(result.ok for result in load.wait()), load.results
         assert {cluster.complete(max_tokens=64)[1]["choices"][0]["text"] for _ in range(4)} == {before}
         assert worker.operate("get_weight_version")["version"] == "1"
-        assert "Weight update failed; the worker serves nothing" in worker.log()
+        assert "Weight update failed; the worker serves nothing" in worker.log
         other.stop()
         worker.stop()
 

@@ -12,9 +12,10 @@ from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
 from fakes import FakeDiscovery
 
 from dynamo_worker import EngineDeadError, InvalidRequestError, StartError
+from dynamo_worker.engine import LargeOperation
 from dynamo_worker.kit import weights
 from dynamo_worker.kit.engine_control import DiscoveryGate
-from dynamo_worker.kit.weights import FAILED, WeightUpdates, add_enable_rl
+from dynamo_worker.kit.weights import FAILED, WeightUpdates, add_enable_rl, describing_tensors
 
 
 class Engine:
@@ -226,6 +227,16 @@ def test_a_version_is_what_was_declared(version: Any) -> None:
             await engine.weights.set_weight_version({})
 
     asyncio.run(main())
+
+
+def test_only_those_who_may_send_tensors_may_send_large_bodies() -> None:
+    async def operation(_: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    large = describing_tensors(operation, enabled=True)
+    assert isinstance(large, LargeOperation)
+    assert large.most_body_bytes == 8 * 1024 * 1024
+    assert describing_tensors(operation, enabled=False) is operation
 
 
 def test_code_is_for_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

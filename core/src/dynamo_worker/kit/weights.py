@@ -52,9 +52,12 @@ def add_enable_rl(group: argparse._ArgumentGroup, variable: str) -> None:
     )
 
 
-def describing_tensors(operation: Operation) -> Operation:
-    """Return an operation whose bodies describe every tensor of a model, and are accordingly large."""
-    return LargeOperation(operation, _MOST_BODY_BYTES)
+def describing_tensors(operation: Operation, *, enabled: bool) -> Operation:
+    """Return an operation whose bodies describe every tensor of a model, and are accordingly large.
+
+    :param enabled: whether ``--enable-rl`` was given; if not, the operation refuses and takes no large bodies.
+    """
+    return LargeOperation(operation, _MOST_BODY_BYTES) if enabled else operation
 
 
 class WeightUpdates:

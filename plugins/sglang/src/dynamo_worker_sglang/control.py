@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
@@ -79,6 +80,7 @@ class Control(MemoryControl):
         :param trainers: whether operations may let callers execute code (``--enable-rl``).
         """
         self._manager = manager
+        self._trainers = trainers
         #: The names of the groups that SGLang has joined.
         self._groups: set[str] = set()
         self._session = False
@@ -175,10 +177,13 @@ class Control(MemoryControl):
 
     def _weight_routes(self) -> dict[str, Operation]:
         """Return the operations on weights."""
+        tensors = partial(describing_tensors, enabled=self._trainers)
         return {
             "update_weights_from_disk": self.update_weights_from_disk,
-            "update_weights_from_tensor": describing_tensors(self.update_weights_from_tensor),
-            "update_weights_from_distributed": describing_tensors(self.update_weights_from_distributed),
+            "update_weights_from_tensor": tensors(self.update_weights_from_tensor),
+            "update_weights_from_distributed": describing_tensors(
+                self.update_weights_from_distributed, enabled=self._trainers
+            ),
             "update_weights_from_ipc": self.update_weights_from_ipc,
             "init_weights_update_group": self.init_weights_update_group,
             "destroy_weights_update_group": self.destroy_weights_update_group,

@@ -79,7 +79,7 @@ class Control(EngineControl):
                 "sleep": self.sleep,
                 "wake_up": self.wake_up,
                 "reset_prefix_cache": self.reset_prefix_cache,
-                **self._trainer_routes(),
+                **self._trainer_routes(large=trainers),
                 **profile_routes(self._start_profile, llm.stop_profile),
             },
             endpoints={"clear_kv_blocks": self.reset_prefix_cache},
@@ -133,8 +133,11 @@ class Control(EngineControl):
 
     # ------------------------------------------------------------------------------------------------------ trainers
 
-    def _trainer_routes(self) -> dict[str, Operation]:
-        """Return the operations that trainers call; their answers say ``ok``, as those of Dynamo's own worker."""
+    def _trainer_routes(self, *, large: bool) -> dict[str, Operation]:
+        """Return the operations that trainers call; their answers say ``ok``, as those of Dynamo's own worker.
+
+        :param large: whether some take large bodies.
+        """
         return {
             "liveness_probe": self.liveness_probe,
             "pause_generation": self.pause_generation,
@@ -142,9 +145,9 @@ class Control(EngineControl):
             "flush_cache": self.flush_cache,
             "abort_request": self.abort_request,
             "update_weights_from_disk": self.update_weights_from_disk,
-            "update_weights_from_distributed": describing_tensors(self.update_weights_from_distributed),
+            "update_weights_from_distributed": describing_tensors(self.update_weights_from_distributed, enabled=large),
             "update_weights_from_tensor": self.update_weights_from_tensor,
-            "init_weights_update_group": describing_tensors(self.init_weights_update_group),
+            "init_weights_update_group": describing_tensors(self.init_weights_update_group, enabled=large),
             "destroy_weights_update_group": self.destroy_weights_update_group,
             "get_weight_version": self.get_weight_version,
             "set_weight_version": self.set_weight_version,
