@@ -1,4 +1,4 @@
-"""SGLang's real command line, as `dynamo-worker --print-config` reads it: flags of Dynamo's worker, names, abbreviations."""
+"""SGLang's real command line: names, abbreviations, and the flags of Dynamo's own worker."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_words(parser: EngineParser, words: list[str], name: str, value: object)
     assert getattr(parse_engine_args(parser, ["--model-path", "m", *words], None), name) == value
 
 
-@pytest.mark.parametrize("flag", ["--tp", "--dp", "--mem-fraction", "--context", "--chunked"])
+@pytest.mark.parametrize("flag", ["--tp", "--dp", "--mem-fraction", "--context-l", "--chunked-p"])
 def test_abbreviations_are_the_engines_own(parser: EngineParser, flag: str) -> None:
     real = argparse.ArgumentParser(add_help=False)
     arguments._server_args().add_cli_args(real)

@@ -1,4 +1,4 @@
-"""vLLM's real command line, as `dynamo-worker --print-config` reads it: flags of Dynamo's worker, names, abbreviations."""
+"""vLLM's real command line: names, abbreviations, and the flags of Dynamo's own worker."""
 
 from __future__ import annotations
 
