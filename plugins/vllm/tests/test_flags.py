@@ -1,9 +1,10 @@
-"""vLLM's real command line, as `--print-config` reads it: flags of Dynamo's worker, names, abbreviations."""
+"""vLLM's real command line: names, abbreviations, and the flags of Dynamo's own worker."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from dynamo_worker.host.config.options import OPTIONS
 from dynamo_worker.host.plugins.facade import Plugins
 
 RECORDED = Path(__file__).parents[3] / "tests" / "unit" / "data" / "peer_flags.json"
+
+#: The engine's import alone takes many seconds on a busy machine.
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def test_the_record_of_the_peers_flags_is_its_own() -> None:
     [
         (["--tensor-par", "2"], "tensor_parallel_size", 2),
         (["--max_model", "9"], "max_model_len", 9),
+        (["--data_parallel_size", "2"], "data_parallel_size", 2),
         (["-tp", "2"], "tensor_parallel_size", 2),
         (["-O3"], "optimization_level", 3),
         (["--disaggregation-mode", "agg"], "disaggregation_mode", "aggregated"),
@@ -72,7 +77,7 @@ def test_words(parser: EngineParser, words: list[str], name: str, value: object)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tp", "2"], "unknown flag --tp$"),
+        (["--tp", "2"], "^unknown flag --tp, did you mean -tp\\?$"),
         (["--enable-l", "x"], "--enable-l is ambiguous: it may stand for "),
         (["--disaggregation-mode", "encode"], "^--disaggregation-mode encode is not supported"),
         (["--load-format", "gms"], "^--load-format gms is not supported"),
@@ -82,8 +87,6 @@ def test_words(parser: EngineParser, words: list[str], name: str, value: object)
 def test_refusals(parser: EngineParser, words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_engine_args(parser, words, None)
-    import re
-
     assert re.search(message, str(caught.value.args[0]))
 
 
