@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Also called for ``--engine NAME --help``: import the engine only if its flags cannot be known otherwise. This parser
     does not have the worker's flags; a flag with the same name as one of them goes to the worker, unless it follows a
-    bare ``--``.
+    bare ``--`` or the plugin claims it (``claimed_flags``).
 
     An exception ends the start (exit code 3).
 

@@ -12,12 +12,15 @@ from dynamo_worker.engine import EngineContext
 from dynamo_worker.kit.engine_arguments import (
     EarlyParser,
     add_publish_kv_events,
+    disaggregation_mode,
     drop_unread_events,
     import_engine,
     keyword,
     kv_events_config,
     non_negative,
     refuse_without_effect,
+    served_names,
+    switched_on,
 )
 
 
@@ -120,3 +123,38 @@ def test_a_flag_of_words() -> None:
         read("encode")
     with pytest.raises(argparse.ArgumentTypeError, match=r"^x is unknown; expected agg or prefill$"):
         read("x")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (None, []),
+        ("", []),
+        (" a,b  c,", ["a", "b", "c"]),
+        (["a b", "c,d"], ["a", "b", "c", "d"]),
+        (["org/model"], ["org/model"]),
+    ],
+)
+def test_served_names(given, names):
+    assert served_names(given) == names
+
+
+@pytest.mark.parametrize("word", ["agg", "pd", "aggregated", "prefill_and_decode", "null"])
+def test_words_for_both_phases(word):
+    assert disaggregation_mode("null")(word) == "null"
+
+
+def test_one_phase():
+    mode = disaggregation_mode()
+    assert (mode("agg"), mode("prefill"), mode("decode")) == ("aggregated", "prefill", "decode")
+    with pytest.raises(argparse.ArgumentTypeError, match="encode is not supported: this plugin serves"):
+        mode("encode")
+    with pytest.raises(argparse.ArgumentTypeError, match="prefil is unknown; expected agg, prefill or decode"):
+        mode("prefil")
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("True", True), ("on", True), ("0", False), ("", False)])
+def test_a_switch_in_the_environment(monkeypatch, value, on):
+    monkeypatch.setenv("DYN_TOY_FAST", value)
+    assert switched_on("DYN_TOY_FAST") is on
+    assert switched_on("DYN_TOY_SLOW") is False

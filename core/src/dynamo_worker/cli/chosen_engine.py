@@ -33,13 +33,14 @@ class ChosenEngine:
 
     def __init__(self, argv: Sequence[str], switches: Iterable[str] = SWITCHES) -> None:
         line = split(argv, switches)
-        self._name, modules = _choice(line)
+        self._name, modules, file = _choice(line)
         self._loaded: Plugins | None = None
         claimed = EngineFlags().claimed
         if self._name:
             try:
                 loaded = Plugins.load_engine(self._name, modules)
-                claimed = loaded.engine_flags.claimed
+                # The file that names the engine was the worker's.
+                claimed = loaded.engine_flags.claimed - {file}
                 self._loaded = loaded
             except WorkerError:
                 pass
@@ -63,16 +64,21 @@ class ChosenEngine:
         return Plugins.load(values.engine, values.plugin, values.installed_plugins, values.no_plugin)
 
 
-def _choice(line: CommandLine) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the engine, and the modules that may be it; nothing if something about them is wrong."""
+def _choice(line: CommandLine) -> tuple[str, tuple[str, ...], str]:
+    """Return the name of the engine, the modules that may be it, and the flag of the file that names it.
+
+    There is no name if something about it is wrong.
+    """
+    flag = ""
     values: dict[str, Any] = {name: line.values[name] for name in ("engine", "plugin") if name in line.values}
     environ = {name: os.environ.get(name, "") for name in (BY_NAME["engine"].env, BY_NAME["plugin"].env)}
     try:
         chosen = settings.load(values, environ)
         path = None if chosen.engine else settings.config_path(line.values, os.environ)
         if path:
+            flag = line.spelled.get("config", "")
             content = config_file.read_config(path).values
             chosen = settings.load(values | {k: content[k] for k in ("engine", "plugin") if k in content}, environ)
     except WorkerError:
-        return "", ()
-    return chosen.engine, chosen.plugin
+        return "", (), ""
+    return chosen.engine, chosen.plugin, flag

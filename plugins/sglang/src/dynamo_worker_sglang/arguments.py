@@ -33,7 +33,7 @@ _OF_ITS_SERVERS: Final = (
     *("enable_http2", "http2_max_concurrent_streams", "http2_initial_connection_window_size", "fastapi_root_path"),
     *("grpc_mode", "smg_grpc_mode", "grpc_port", "grpc_response_timeout_secs", "smg_http_sidecar_port"),
     *("sidecar_args", "warmups", "skip_server_warmup", "log_level_http", "uvicorn_access_log_exclude_prefixes"),
-    *("tokenizer_metrics_custom_labels_header", "delete_ckpt_after_loading", "debug_tensor_dump_input_file"),
+    *("tokenizer_metrics_custom_labels_header", "debug_tensor_dump_input_file"),
 )
 #: Flags of SGLang's OpenAI API.
 _OF_ITS_API: Final = (
