@@ -656,3 +656,49 @@ def test_print_config_shows_no_secrets(command, site):
     assert "hunter2" not in result.stdout
     assert "redis://***@host/0" in result.stdout
     assert "api_key: '***'" in result.stdout
+
+
+#: What Dynamo's operator sets in the container of a worker, besides the pod's own names.
+OPERATOR = {
+    "DYN_NAMESPACE": "default-graph",
+    "DYN_NAMESPACE_WORKER_SUFFIX": "1a2b3c4d",
+    "DYN_COMPONENT": "worker",
+    "DYN_PARENT_DGD_K8S_NAME": "graph",
+    "DYN_PARENT_DGD_K8S_NAMESPACE": "default",
+    "POD_NAME": "graph-worker-0",
+    "POD_NAMESPACE": "default",
+    "POD_UID": "0000",
+    "DYN_DISCOVERY_BACKEND": "kubernetes",
+    "DYN_KUBE_DISCOVERY_MODE": "container",
+    "CONTAINER_NAME": "main",
+    "DYN_SYSTEM_ENABLED": "true",
+    "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": '["generate"]',
+    "DYN_SYSTEM_PORT": "9090",
+    "DYN_HEALTH_CHECK_ENABLED": "false",
+    "NIXL_TELEMETRY_ENABLE": "n",
+    "NIXL_TELEMETRY_EXPORTER": "prometheus",
+    "NIXL_TELEMETRY_PROMETHEUS_PORT": "19090",
+}
+
+
+def test_what_dynamos_operator_sets(command):
+    result = command("--engine", "echo", "--print-config", **OPERATOR)
+    assert (result.returncode, result.stderr) == (0, "")
+    values = yaml.safe_load(result.stdout)
+    assert (values["namespace"], values["component"]) == ("default-graph-1a2b3c4d", "backend")
+    assert (values["discovery_backend"], values["system_port"]) == ("kubernetes", 9090)
+    assert "with environment DYN_NAMESPACE_WORKER_SUFFIX" in result.stdout
+
+
+@pytest.mark.parametrize("variable", ["DYN_SNAPSHOT_CONTROL_DIR", "DYN_GMS_USE_V1"])
+def test_what_dynamos_operator_sets_for_a_snapshot(command, variable):
+    refused(command("--engine", "echo", RUN, **{variable: "true"}), 2, f"{variable}=true is not supported: this worker")
+
+
+def test_a_flag_of_dynamos_own_worker_in_the_file(command, site):
+    site.install_engine()
+    (command.directory / "w.yaml").write_text("engine_args: {output-modalities: image, size: 2}")
+    result = command("--engine", "toy", "--config", "w.yaml", RUN)
+    refused(result, 2, "--output-modalities image is not supported: this worker serves text generation only")
+    (command.directory / "w.yaml").write_text("engine_args: {output_modalities: text, size: 2}")
+    assert command("--engine", "toy", "--config", "w.yaml", "--print-config").returncode == 0

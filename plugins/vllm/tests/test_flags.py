@@ -60,6 +60,7 @@ def test_the_record_of_the_peers_flags_is_its_own() -> None:
     [
         (["--tensor-par", "2"], "tensor_parallel_size", 2),
         (["--max_model", "9"], "max_model_len", 9),
+        (["--data_parallel_size", "2"], "data_parallel_size", 2),
         (["-tp", "2"], "tensor_parallel_size", 2),
         (["-O3"], "optimization_level", 3),
         (["--disaggregation-mode", "agg"], "disaggregation_mode", "aggregated"),

@@ -29,6 +29,7 @@ CLAIMING = """
             parser.add_argument("--fast", action="store_true")
             parser.add_argument("--cache-config")
             parser.add_argument("--cache-size")
+            parser.add_argument("--cache-size-local")
 
         @hookimpl
         def create_engine(self, args, context): ...
@@ -149,7 +150,7 @@ def test_the_beginning_of_a_flag(command, claiming):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--cache", "--cache is ambiguous: it may stand for --cache-config, --cache-size"),
+        ("--cache", "--cache is ambiguous: it may stand for --cache-config, --cache-size, --cache-size-local"),
         ("--stall", "--stall is ambiguous: it may stand for --stall-detector, --stall-timeout, --stall-timeout-busy"),
         ("--na", "--na is ambiguous: it may stand for --names, --namespace, --namespace-worker-suffix"),
         ("--stall-timeou", "unknown flag --stall-timeou, did you mean --stall-timeout?"),
@@ -162,6 +163,11 @@ def test_an_abbreviation_never_hides_another_flag(command, claiming, flag, messa
     result = command("--engine", "claims", *RUN, flag, "1")
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_a_whole_flag_is_no_abbreviation(command, claiming):
+    _, engine = printed(command("--engine", "claims", "--cache_size", "1", "--print-config"))
+    assert engine == {"cache_size": "1"}
 
 
 def test_an_abbreviation_in_the_workers_file(command, claiming):

@@ -155,3 +155,4 @@ def test_variables_that_ask_for_nothing():
         "DYN_OUTPUT_MODALITIES": "text",
     }
     check_variables("vllm", harmless)
+    check_variables("toy", {"DYN_OUTPUT_MODALITIES": "image"})

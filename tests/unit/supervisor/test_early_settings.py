@@ -36,6 +36,7 @@ def test_the_file_is_read_as_the_worker_reads_it(tmp_path, monkeypatch, text):
     assert load({}, {}, read_config(tmp_path / "worker.yaml")).log_format == "json"
     assert EarlySettings(["--config", path]).get("log_format", "text") == "json"
     assert EarlySettings([f"--config={path}"]).get("log_format", "text") == "json"
+    assert EarlySettings(["--config", "/none", "--worker-config", path]).get("log_format", "text") == "json"
     monkeypatch.setenv("DYN_WORKER_CONFIG", path)
     assert EarlySettings([]).get("log_format", "text") == "json"
     assert EarlySettings(["--", "--config", "/none"]).get("log_format", "text") == "json"

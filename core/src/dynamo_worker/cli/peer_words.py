@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.config.peer_flags import PEER_FLAGS, REFUSED_VARIABLES, PeerFlag
+from dynamo_worker.host.config.peer_flags import ENGINES, PEER_FLAGS, REFUSED_VARIABLES, PeerFlag
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -53,7 +53,9 @@ def check_variables(engine: str, environ: Mapping[str, str] = os.environ) -> Non
 
     :raises UsageError: the message says why, and what to do instead.
     """
-    refused = {row.env: row for row in peer_flags(engine).values() if row.verdict == "refused" and row.env}
+    # Somebody else's engine may well serve what the three here do not.
+    rows = peer_flags(engine).values() if engine in ENGINES else ()
+    refused = {row.env: row for row in rows if row.verdict == "refused" and row.env}
     for name, row in refused.items():
         given = environ.get(name, "").strip()
         if not _asks_for_nothing(given.split(), row):

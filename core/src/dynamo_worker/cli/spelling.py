@@ -64,9 +64,9 @@ def unabbreviated(words: Sequence[str], names: Mapping[str, object], others: Col
 def _in_full(word: str, names: Mapping[str, object], others: Collection[str]) -> str:
     flag, equals, value = word.partition("=")
     head, dot, path = flag.partition(".")
-    if not head.startswith("--") or len(head) == 2 or head in names or head in others:
-        return word
     dashed = head.replace("_", "-")
+    if not head.startswith("--") or len(head) == 2 or any(name in names or name in others for name in (head, dashed)):
+        return word
     found = [name for name in names if name.startswith((head, dashed))]
     if not found:
         return word

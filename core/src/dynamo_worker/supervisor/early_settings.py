@@ -27,7 +27,8 @@ class EarlySettings:
     def __init__(self, argv: Sequence[str]) -> None:
         self._argv = argv[: argv.index("--")] if "--" in argv else argv  # what follows belongs to the engine
         self._file = ""
-        self._file = _beginning_of(self.get("config", ""))
+        # An engine may have a `--config` of its own; its file has none of these settings.
+        self._file = _beginning_of(self.get("worker_config", "") or self.get("config", ""))
 
     def get(self, name: str, default: str, *, variable: str = "") -> str:
         """Return a setting as it was written.

@@ -275,7 +275,7 @@ _OF_TRTLLM: Final = [
     *_honoured("--free-gpu-memory-fraction --extra-engine-args --override-engine-args", _TRTLLM),
     *_honoured("--guided-decoding-backend --revision --attn-backend", _TRTLLM),
     PeerFlag("--load-format", "honoured", "`gms` is refused", (_TRTLLM,), refuses=_GMS),
-    PeerFlag("--disaggregation-mode", "honoured", _MODES, (_TRTLLM,), refuses=_ENCODE),
+    PeerFlag("--disaggregation-mode", "honoured", _MODES, (_TRTLLM,)),
     *_honoured("--modality", _TRTLLM, text="only `text`"),
     *_honoured("--enable-attention-dp --enable-layerwise-nvtx-marker", _TRTLLM, switch=True),
     PeerFlag(
