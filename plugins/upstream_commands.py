@@ -40,14 +40,12 @@ class Command:
 
     :ivar workers: the environment and the flags of each kind of worker that it starts.
     :ivar refused: what a refusal names, any of them; empty if our worker takes all of its workers.
-    :ivar not_yet: the judgement is still another one.
     :ivar files: what those flags read, by name.
     """
 
     name: str
     workers: tuple[tuple[dict[str, str], tuple[str, ...]], ...]
     refused: tuple[str, ...]
-    not_yet: bool
     files: dict[str, Any]
 
     def refusals(self, engine: str) -> list[str]:
@@ -91,7 +89,7 @@ def commands(engine: str, kind: str) -> Iterator[Command]:
     values, files = data.pop("values"), data.pop("files", {})
     for name, entry in data.items():
         workers = tuple(_worker(line, values) for line in entry["workers"])
-        yield Command(name, workers, tuple(entry.get("refused", ())), entry.get("not_yet", False), files)
+        yield Command(name, workers, tuple(entry.get("refused", ())), files)
 
 
 def _worker(line: str, values: dict[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
