@@ -26,7 +26,7 @@ import dynamo_worker
 from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
-from dynamo_worker.host.config import options
+from dynamo_worker.host.config import options, peer_flags
 from dynamo_worker.host.plugins.plugin_validation import hook_signatures
 from dynamo_worker.host.requests.serving import RequestRegistry
 from dynamo_worker.host.status.metrics import WorkerMetrics
@@ -121,6 +121,11 @@ def _described(thing: Any) -> str:
 def settings() -> str:
     """Return the table of all settings."""
     return options.markdown_table().strip()
+
+
+def peers() -> str:
+    """Return the tables of the flags of Dynamo's own workers."""
+    return peer_flags.markdown_table()
 
 
 def help_text() -> str:
@@ -282,6 +287,7 @@ def _without_none(annotation: str) -> str:
 
 PARTS: Final[dict[str, Callable[[], str]]] = {
     "settings": settings,
+    "peer-flags": peers,
     "help": help_text,
     "exit-codes": exit_codes,
     "hooks": hooks,

@@ -18,6 +18,7 @@ import yaml
 from dynamo_worker import __main__ as entry
 from dynamo_worker import __version__
 from dynamo_worker.cli import arguments
+from dynamo_worker.cli.engine_parser import engine_parser, parse_engine_args
 from dynamo_worker.errors import UsageError
 from dynamo_worker.host import open_files
 from dynamo_worker.host.config.options import OPTIONS
@@ -403,8 +404,8 @@ def parsed(site, rest, **engine_args):
     from dynamo_worker.host.plugins.facade import Plugins
 
     site.install_engine()
-    parser = arguments.engine_parser(Plugins.load("toy"))
-    return arguments.parse_engine_args(parser, rest, ConfigFile(Path("w.yaml"), {}, engine_args))
+    parser = engine_parser(Plugins.load("toy"))
+    return parse_engine_args(parser, rest, ConfigFile(Path("w.yaml"), {}, engine_args))
 
 
 def test_engine_args_of_the_file(site):

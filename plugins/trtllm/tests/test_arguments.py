@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynamo_worker import StartError
-from dynamo_worker.cli.arguments import EngineParser, parse_engine_args
+from dynamo_worker.cli.engine_parser import EngineParser, parse_engine_args
 from dynamo_worker.errors import UsageError
 from dynamo_worker_trtllm import arguments
 

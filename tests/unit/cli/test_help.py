@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dynamo_worker.cli import help as cli_help
-from dynamo_worker.cli.arguments import SWITCHES, EngineParser
+from dynamo_worker.cli.arguments import SWITCHES
 from dynamo_worker.cli.commands import COMMANDS
+from dynamo_worker.cli.engine_parser import EngineParser
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.options import OPTIONS
 

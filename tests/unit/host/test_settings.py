@@ -163,6 +163,15 @@ def test_whole_port_range(port):
         ({"control_load_root": ["adapters"]}, {}, "--control-load-root adapters: expected an absolute path"),
         ({"control_load_root": ["s3:bucket"]}, {}, "or a URI such as s3://bucket/adapters"),
         ({"control_write_root": ["s3://bucket"]}, {}, "expected an absolute path, got 's3://bucket'"),
+        ({"endpoint_types": "none,chat"}, {}, "`none` cannot be combined"),
+        ({"structural_tag": "maybe"}, {}, "--dyn-structural-tag maybe: expected true, false or a JSON object"),
+        ({"structural_tag": '{"scop": "auto"}'}, {}, "unknown key 'scop', did you mean scope?"),
+        ({"structural_tag": '{"scope": 1}'}, {}, 'scope: expected one of "auto", "always", got 1'),
+        ({"structural_tag": '{"tool_arguments_any_order": 1}'}, {}, "expected one of true, false, got 1"),
+        ({"structural_tag": "[" * 100_000}, {}, "expected true, false or a JSON object"),
+        ({"structural_tag_scope": "x"}, {}, "--dyn-structural-tag-scope x: expected one of auto, always"),
+        ({"default_thinking_mode": "on"}, {}, "--dyn-default-thinking-mode on: expected one of enabled, disabled"),
+        ({"kv_state_endpoint": "a.b"}, {}, "--kv-state-endpoint a.b: expected a path dyn://namespace"),
         ({"log_level": "verbose"}, {}, "--log-level verbose: expected one of debug, info, warning, error"),
     ],
 )
@@ -198,6 +207,20 @@ def test_lists():
     assert loaded.endpoint_types == ("chat",)
 
 
+def test_what_frontends_are_told():
+    given = '{"scope": "auto", "exclude_special_tokens": null, "tool_arguments_any_order": true}'
+    loaded = load({"structural_tag": given, "endpoint_types": "none"}, {"DYN_DEFAULT_THINKING_MODE": "disabled"})
+    assert loaded.structural_tag == {
+        "scope": "auto",
+        "exclude_special_tokens": None,
+        "tool_arguments_any_order": True,
+    }
+    assert (loaded.endpoint_types, loaded.default_thinking_mode) == (("empty",), "disabled")
+    assert load({"structural_tag": "false"}, {}).structural_tag is False
+    assert load({}, {"DYN_STRUCTURAL_TAG": "on"}).structural_tag is True
+    assert load({}, {}).structural_tag is load({}, {}).enable_structural_tag is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -212,6 +235,11 @@ def test_lists():
         ({"frontend": "8000", "system_port": "8000"}, "they use the same port"),
         ({"control_token_file": "/t"}, "--control-token-file /t has no effect without --system-port"),
         ({"migration_limit": 5}, "--migration-limit 5 has no effect without --frontend"),
+        (
+            {"structural_tag": "true", "structural_tag_scope": "auto"},
+            "--dyn-structural-tag true conflicts with --dyn-structural-tag-scope auto",
+        ),
+        ({"structural_tag": "false", "enable_structural_tag": True}, "conflicts with --dyn-enable-structural-tag"),
         ({"plugin": ["a"], "no_plugin": ["a"]}, "--plugin a conflicts with --no-plugin a"),
         ({"installed_plugins": "a,b", "no_plugin": ["a"]}, "--installed-plugins a b conflicts with --no-plugin a"),
     ],

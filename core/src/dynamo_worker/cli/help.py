@@ -7,15 +7,18 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.cli.arguments import SWITCHES, EngineParser
+from dynamo_worker.cli.arguments import SWITCHES
 from dynamo_worker.cli.commands import COMMANDS
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.option_types import GROUPS, Option
 from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.config.runtime_options import RUNTIME_OPTIONS
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, discover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from dynamo_worker.cli.engine_parser import EngineParser
 
 USAGE: Final = """\
 usage: dynamo-worker --engine NAME [flags] [engine flags]
@@ -31,8 +34,10 @@ EXAMPLES: Final = {
 }
 
 ENGINE_FLAGS: Final = (
-    "Flags the worker does not define are passed to the engine under the engine's own names. If both define a flag, "
-    "the worker takes it; everything after a bare `--` is passed to the engine."
+    "Flags the worker does not define are passed to the engine under the engine's own names. --config, --log-level, "
+    "--reasoning-parser and --tool-call-parser are the engine's if it has them; --worker-config, --worker-log-level, "
+    "--dyn-reasoning-parser and --dyn-tool-call-parser are always the worker's. Everything after a bare `--` is passed "
+    "to the engine."
 )
 
 EXIT_CODES: Final = {
@@ -65,7 +70,7 @@ def render(parser: EngineParser | None) -> str:
     ]
     for group in GROUPS:
         lines += ["", f"{group}:"]
-        for row in OPTIONS:
+        for row in (*OPTIONS, *RUNTIME_OPTIONS):
             if row.group == group:
                 lines += _entry(_heading(row), row.summary, width)
     lines += ["", "Installed engines:"]
@@ -100,7 +105,8 @@ def _entry(heading: str, text: str, width: int, column: int = _COLUMN) -> list[s
     body = [line.replace("\N{NO-BREAK SPACE}", " ") for line in body]
     first = f"  {heading}"
     if len(first) > column - 2:
-        return [first, *(" " * column + line for line in body)]
+        heads = textwrap.wrap(heading, width - 4, break_long_words=False, break_on_hyphens=False)
+        return [*textwrap.indent("\n".join(heads), "  ").splitlines(), *(" " * column + line for line in body)]
     return [first.ljust(column) + body[0], *(" " * column + line for line in body[1:])]
 
 

@@ -6,9 +6,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.cli import arguments, output
-from dynamo_worker.cli.arguments import EngineParser
-from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker.cli import output
+from dynamo_worker.cli.chosen_engine import ChosenEngine
+from dynamo_worker.cli.engine_parser import EngineParser, engine_parser, parse_engine_args
 from dynamo_worker.supervisor.protocol import FORCED_STOP
 
 if TYPE_CHECKING:
@@ -30,21 +30,20 @@ _COLOURS: Final = {
 
 def main(argv: Sequence[str]) -> int:
     """Print the timeline; the exit code is 0 even if it does not fit."""
-    line = arguments.split(argv, ("--json", "-h", "--help"))
+    chosen = ChosenEngine(argv, ("--json", "-h", "--help"))
+    line = chosen.line
     if line.switches & {"-h", "--help"}:
         print(
             f"usage: {USAGE}\n\nShows how a shutdown would use the termination grace period, and warns if the stages "
             "do not fit.\nReads the same flags, environment and --config file as a worker."
         )
         return 0
-    settings, config = arguments.load_settings(line)
+    settings, config = chosen.settings()
     if line.rest:
         parser = EngineParser("")
         if settings.engine:
-            parser = arguments.engine_parser(
-                Plugins.load(settings.engine, settings.plugin, settings.installed_plugins, settings.no_plugin)
-            )
-        arguments.parse_engine_args(parser, line.rest, config)
+            parser = engine_parser(chosen.plugins(settings))
+        parse_engine_args(parser, line.rest, config)
     plan = settings.shutdown_plan
     if "--json" in line.switches:
         print(json.dumps(_as_json(plan, settings), indent=2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.errors import StartError
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import EngineContext
 
 log = get_logger(__name__)
+
+_ENCODE = {"encode": "this plugin serves models that generate text"}
 
 
 class EarlyParser(argparse.ArgumentParser):
@@ -114,6 +118,29 @@ def keyword(values: Mapping[str, str], expected: str, unsupported: Mapping[str, 
         return values[text]
 
     return read
+
+
+def disaggregation_mode(aggregated: str = "aggregated") -> Callable[[str], str]:
+    """Return the ``type`` of ``--disaggregation-mode``, with the words of Dynamo's own workers.
+
+    :param aggregated: what stands for a worker of both phases.
+    """
+    both = dict.fromkeys(("agg", "pd", "prefill_and_decode", "aggregated", aggregated), aggregated)
+    return keyword({**both, "prefill": "prefill", "decode": "decode"}, "agg, prefill or decode", _ENCODE)
+
+
+def served_names(given: str | Iterable[str] | None) -> list[str]:
+    """Return the names of a model, the main one first, from one or several words that may hold several each.
+
+    :param given: the value of ``--served-model-name``; names are separated by commas or spaces.
+    """
+    words = [given] if isinstance(given, str) else given or ()
+    return [name for word in words for name in re.split(r"[\s,]+", word) if name]
+
+
+def switched_on(variable: str) -> bool:
+    """Return whether an environment variable turns a switch on, as the default of its flag."""
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def non_negative(text: str) -> float:

@@ -35,6 +35,16 @@ class EnginePlugin:
     headless_engine: ClassVar[str] = ""
     #: ``add(parser)`` adds the engine's flags.
     arguments: ClassVar[str] = ""
+    #: Flags of the worker that the engine's own command line also has: with this engine they are the engine's. The
+    #: worker's options keep their other flags: ``--dyn-reasoning-parser`` for ``--reasoning-parser``,
+    #: ``--dyn-tool-call-parser`` for ``--tool-call-parser``, ``--worker-config`` for ``--config``, and
+    #: ``--worker-log-level`` for ``--log-level``. No others may be claimed.
+    claimed_flags: ClassVar[tuple[str, ...]] = ()
+    #: The engine's own flag for a YAML file of its flags, such as ``--config``. The worker reads the file; flags on the
+    #: command line take precedence.
+    flags_file: ClassVar[str] = ""
+    #: Whether the engine's own command line takes the beginning of a flag for the flag, as ``argparse`` does.
+    abbreviated_flags: ClassVar[bool] = False
     #: ``preload(arguments)`` starts what can be started before the command line is read.
     preload: ClassVar[str] = ""
 

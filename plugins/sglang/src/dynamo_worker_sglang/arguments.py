@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -13,7 +14,6 @@ from dynamo_worker.kit import engine_arguments, rendezvous
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
-    import argparse
     from pathlib import Path
 
     from sglang.srt.server_args import ServerArgs
@@ -22,8 +22,10 @@ log = get_logger(__name__)
 
 #: If this variable is set, another program places SGLang's ranks, possibly on other machines.
 _PLACED_ELSEWHERE: Final = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+#: A flag of earlier versions that scripts still have.
+_OLD_GRAPH_FLAG: Final = "--disable-piecewise-cuda-graph"
 #: Flags of the tokenizer and the detokenizer.
-_OF_TOKENIZERS: Final = ("tokenizer_worker_num", "detokenizer_worker_num", "skip_tokenizer_init")
+_OF_TOKENIZERS: Final = ("tokenizer_worker_num", "detokenizer_worker_num")
 #: Flags that only SGLang's HTTP and gRPC servers read (0.5.23).
 _OF_ITS_SERVERS: Final = (
     *("api_key", "admin_api_key"),
@@ -57,7 +59,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("SGLang worker", "What dynamo-worker adds to SGLang's own flags.")
     engine_arguments.add_publish_kv_events(group)
+    group.add_argument(
+        "--sglang-trace-level",
+        type=int,
+        choices=(1, 2, 3, 4),
+        help="how much --enable-trace records, as SGLANG_TRACE_LEVEL",
+    )
     _server_args().add_cli_args(parser)
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}  # noqa: SLF001
+    mode = actions["--disaggregation-mode"]
+    mode.type, mode.choices = engine_arguments.disaggregation_mode("null"), None
+    if _OLD_GRAPH_FLAG not in actions and "--cuda-graph-backend-prefill" in actions:
+        group.add_argument(
+            _OLD_GRAPH_FLAG,
+            dest=actions["--cuda-graph-backend-prefill"].dest,
+            action="store_const",
+            const="disabled",
+            default=argparse.SUPPRESS,
+            help="older name of --cuda-graph-backend-prefill disabled",
+        )
     # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
 
@@ -77,6 +97,12 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
         raise StartError("--is-embedding is not supported: this plugin serves models that generate text")
     for flags, why in _REFUSED.items():
         engine_arguments.refuse_without_effect(args, _server_args().add_cli_args, flags, why)
+    if args.sglang_trace_level is not None:
+        os.environ["SGLANG_TRACE_LEVEL"] = str(args.sglang_trace_level)
+    names = engine_arguments.served_names(args.served_model_name)
+    args.served_model_name, args.served_model_aliases = (names[0] if names else None), names[1:]
+    # The frontend tokenizes anyway.
+    args.skip_tokenizer_init = False
     # Chunks carry only new tokens.
     args.incremental_streaming_output = True
     if args.disaggregation_bootstrap_port is None:

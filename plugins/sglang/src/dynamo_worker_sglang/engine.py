@@ -127,6 +127,7 @@ class SglangEngine(PushEngine[Started]):
         context_length = _context_length(manager)
         return EngineInfo(
             model_name=settings["served_model_name"],
+            model_aliases=self.args.served_model_aliases,
             model_path=manager.model_path,
             context_length=context_length,
             vocab_size=manager.model_config.vocab_size,

@@ -17,6 +17,9 @@ class SglangPlugin(EnginePlugin):
     engine = "dynamo_worker_sglang.engine:SglangEngine"
     headless_engine = "dynamo_worker_sglang.nodes:Follower"
     arguments = "dynamo_worker_sglang.arguments:add"
+    claimed_flags = ("--config", "--log-level", "--reasoning-parser", "--tool-call-parser")
+    flags_file = "--config"
+    abbreviated_flags = True
     preload = "dynamo_worker_sglang.processes:preload_processes"
 
     def is_headless(self, args: argparse.Namespace) -> bool:

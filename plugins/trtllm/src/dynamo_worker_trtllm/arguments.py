@@ -12,12 +12,6 @@ from dynamo_worker.kit.model_arguments import CommandLine
 if TYPE_CHECKING:
     import argparse
 
-#: The roles of a worker in disaggregated serving, by the names of Dynamo's own worker.
-_MODES: Final = {
-    **dict.fromkeys(("agg", "pd", "prefill_and_decode", "aggregated"), "aggregated"),
-    "prefill": "prefill",
-    "decode": "decode",
-}
 #: The flags of Dynamo's own worker for objects of arguments.
 _OVERRIDES: Final = {
     "override_engine_args": "TensorRT-LLM's arguments as an object",
@@ -70,7 +64,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     line.add_flag(group, "served_model_name", metavar="NAME", help="name clients ask for (default: the model)")
     line.add_sources(group)
-    mode = engine_arguments.keyword(_MODES, "agg, prefill or decode", {"encode": _TEXT})
+    mode = engine_arguments.disaggregation_mode()
     modality = engine_arguments.keyword({"text": "text"}, "text", dict.fromkeys(_MODALITIES, _TEXT))
     phases = "which phase of requests runs here: agg (both), or prefill or decode with --cache-transceiver-config"
     line.add_flag(
@@ -80,8 +74,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         group, "modality", type=modality, default="text", metavar="text", help="what the model reads and writes"
     )
     events = ("--publish-kv-events", "--publish-events-and-metrics")
-    group.add_argument(*events, action="store_true", help="tell routers which prefixes the KV cache holds")
-    group.add_argument("--publish-metrics", action="store_true", help="publish TensorRT-LLM's own metrics")
+    group.add_argument(
+        *events,
+        action="store_true",
+        default=engine_arguments.switched_on("DYN_TRTLLM_PUBLISH_KV_EVENTS"),
+        help="tell routers which prefixes the KV cache holds",
+    )
+    group.add_argument(
+        "--publish-metrics",
+        action="store_true",
+        default=engine_arguments.switched_on("DYN_TRTLLM_PUBLISH_METRICS"),
+        help="publish TensorRT-LLM's own metrics",
+    )
     own = parser.add_argument_group("TensorRT-LLM", "Its own arguments. Settings of several keys are JSON or YAML.")
     line.add_arguments(own)
 

@@ -16,7 +16,7 @@ from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.metrics import MetricsCollector
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
-from dynamo_worker.kit import huggingface, mpi_job, push_engine
+from dynamo_worker.kit import engine_arguments, huggingface, mpi_job, push_engine
 from dynamo_worker.kit.blocking import OneAtATime, in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
@@ -97,7 +97,7 @@ class TrtllmEngine(PushEngine[Started]):
         llm = await self.construct(lambda: _build(settings), lambda: mpi_job.launched().children)
         args, tokenizer = llm.args, getattr(llm.tokenizer, "tokenizer", llm.tokenizer)
         if self.args.publish_metrics:
-            self._metrics = MetricsCollector({"model_name": self._served_name(args.model), "engine_type": "trtllm"})
+            self._metrics = MetricsCollector({"model_name": self._served_names(args.model)[0], "engine_type": "trtllm"})
         model = await asyncio.to_thread(
             huggingface.read, str(args.model), tokenizer, args.max_seq_len, trust_remote_code=args.trust_remote_code
         )
@@ -106,21 +106,24 @@ class TrtllmEngine(PushEngine[Started]):
         return Started(
             SamplingTable(model, args),
             role,
-            Control(llm, self.context, (model.path, self._served_name(model.path)), self._requests.idle),
+            Control(llm, self.context, (model.path, self._served_names(model.path)[0]), self._requests.idle),
             llm,
             model,
             reader,
             token_decoder(tokenizer),
         )
 
-    def _served_name(self, path: Any) -> str:
-        return str(self.args.served_model_name or path)
+    def _served_names(self, path: Any) -> list[str]:
+        """Return the names that clients use for the model, the main one first."""
+        return engine_arguments.served_names(self.args.served_model_name) or [str(path)]
 
     def describe(self, started: Started) -> EngineInfo:
         """Return the model's properties and the size of the KV cache that TensorRT-LLM has allocated."""
         args, model = started.llm.args, started.model
+        name, *aliases = self._served_names(model.path)
         return EngineInfo(
-            model_name=self._served_name(model.path),
+            model_name=name,
+            model_aliases=aliases,
             model_path=model.path,
             context_length=model.context_length,
             vocab_size=model.vocab_size,

@@ -17,6 +17,7 @@ class TrtllmPlugin(EnginePlugin):
     engine = "dynamo_worker_trtllm.engine:TrtllmEngine"
     headless_engine = "dynamo_worker_trtllm.nodes:Follower"
     arguments = "dynamo_worker_trtllm.arguments:add"
+    abbreviated_flags = True
 
     def is_headless(self, args: argparse.Namespace) -> bool:  # noqa: ARG002 - the launcher's environment tells it
         """Return whether this worker is a rank of an MPI job whose first rank serves."""

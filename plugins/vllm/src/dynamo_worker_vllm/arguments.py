@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,13 +11,9 @@ from dynamo_worker.kit import engine_arguments, rendezvous
 from dynamo_worker_vllm import waiting
 
 if TYPE_CHECKING:
-    import argparse
     from pathlib import Path
 
     from vllm.config import VllmConfig
-
-#: The roles of a worker in disaggregated serving.
-MODES: Final = ("aggregated", "prefill", "decode")
 
 #: Flags that only vLLM's own server reads (0.31).
 _OF_ITS_SERVER: Final = ("interleave_mm_strings", "default_mm_loras", "data_parallel_multi_port_external_lb")
@@ -30,18 +27,24 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("vLLM worker", "What dynamo-worker adds to vLLM's own flags.")
     group.add_argument(
         "--disaggregation-mode",
-        choices=MODES,
-        default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE", "aggregated"),
-        help="the phase of each request that this worker runs; prefill and decode need --kv-transfer-config "
-        "(default: aggregated)",
+        type=engine_arguments.disaggregation_mode(),
+        default=os.environ.get("DYN_VLLM_DISAGGREGATION_MODE") or "aggregated",
+        metavar="MODE",
+        help="the phase of each request that this worker runs: agg (both), or prefill or decode with "
+        "--kv-transfer-config (default: agg)",
     )
+    group.add_argument("--config", metavar="FILE", help="YAML file of vLLM's flags")
     engine_arguments.add_publish_kv_events(group)
     group.add_argument(
         "--headless",
         action="store_true",
+        default=engine_arguments.switched_on("DYN_VLLM_HEADLESS"),
         help="run only this node's ranks of a multi-node engine: no endpoints, same supervision",
     )
     _engine_args().add_cli_args(parser)
+    # As vLLM's own command line has it: `-O3`.
+    level = next(action for action in parser._actions if "--optimization-level" in action.option_strings)  # noqa: SLF001
+    group.add_argument("-O", dest=level.dest, type=level.type or str, default=argparse.SUPPRESS, metavar="LEVEL")
 
 
 def _engine_args() -> Any:
@@ -59,6 +62,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
 
     why = "vLLM's own server does not run here; the Dynamo frontend serves the OpenAI API"
     engine_arguments.refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
+    args.served_model_name = engine_arguments.served_names(args.served_model_name) or None
     os.environ[waiting.MARK] = "1"
     alone = on_one_machine(args)
     if alone:

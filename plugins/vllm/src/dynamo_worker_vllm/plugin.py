@@ -17,6 +17,9 @@ class VllmPlugin(EnginePlugin):
     engine = "dynamo_worker_vllm.engine:VllmEngine"
     headless_engine = "dynamo_worker_vllm.headless:HeadlessEngine"
     arguments = "dynamo_worker_vllm.arguments:add"
+    claimed_flags = ("--config", "--log-level", "--reasoning-parser")
+    flags_file = "--config"
+    abbreviated_flags = True
     preload = "dynamo_worker_vllm.processes:preload_processes"
 
     def is_headless(self, args: argparse.Namespace) -> bool:

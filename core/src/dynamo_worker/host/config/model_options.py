@@ -54,8 +54,8 @@ MODEL_OPTIONS: Final = (
     Option(
         "structural_tag",
         MODEL,
-        "Constrain tool calls to the tools' schemas: `true`, `false`, or a JSON object with the keys `scope`, `schema`, "
-        "`allow_tool_calls_with_structured_output`, `exclude_special_tokens`, `reasoning_boundary` and "
+        "Constrain tool calls to the tools' schemas: `true`, `false`, or a JSON object with the keys `scope`, "
+        "`schema`, `allow_tool_calls_with_structured_output`, `exclude_special_tokens`, `reasoning_boundary` and "
         "`tool_arguments_any_order`.",
         "DYN_STRUCTURAL_TAG",
         default_text="Dynamo's choice",

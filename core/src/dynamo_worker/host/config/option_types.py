@@ -17,11 +17,12 @@ HEALTH: Final = "Health"
 CONTROL: Final = "Control routes"
 FRONTEND: Final = "Frontend"
 MODEL: Final = "Model registration"
+RUNTIME: Final = "Variables of the Dynamo runtime"
 PLUGINS: Final = "Plugins"
 LOGGING: Final = "Logging"
 
 #: The headings in the order in which ``--help`` shows them.
-GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, CONTROL, FRONTEND, MODEL, PLUGINS, LOGGING)
+GROUPS: Final = (ENGINE, DISCOVERY, SHUTDOWN, HEALTH, CONTROL, FRONTEND, MODEL, RUNTIME, PLUGINS, LOGGING)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dynamo_worker.host.config.option_types import (
     Number,
     Option,
 )
+from dynamo_worker.host.config.runtime_options import RUNTIME_OPTIONS
 
 DiscoveryBackend = Literal["file", "etcd", "kubernetes", "mem"]
 RequestPlane = Literal["tcp", "nats"]
@@ -86,7 +87,21 @@ OPTIONS: Final = (
         "namespace", DISCOVERY, "Dynamo namespace of the worker.", "DYN_NAMESPACE", default="dynamo", metavar="NAME"
     ),
     Option(
-        "component", DISCOVERY, "Dynamo component of the worker.", "DYN_COMPONENT", default="backend", metavar="NAME"
+        "namespace_worker_suffix",
+        DISCOVERY,
+        "Append `-SUFFIX` to the namespace unless it is already there; Dynamo's operator sets it during a rollout.",
+        "DYN_NAMESPACE_WORKER_SUFFIX",
+        metavar="SUFFIX",
+    ),
+    Option(
+        "component",
+        DISCOVERY,
+        "Dynamo component of the worker. The variable is ignored if it is `worker`, `prefill` or `decode`, the words "
+        "of Dynamo's operator for a kind of pod.",
+        "DYN_COMPONENT",
+        default="backend",
+        default_text="backend; of a prefill worker, prefill",
+        metavar="NAME",
     ),
     Option(
         "endpoint",
@@ -344,6 +359,13 @@ OPTIONS: Final = (
         kind="list",
     ),
     Option(
+        "dump_config_to",
+        LOGGING,
+        "Write all settings and the engine's flags to this file before the engine starts, as YAML and without secrets.",
+        "DYN_DUMP_CONFIG_TO",
+        metavar="FILE",
+    ),
+    Option(
         "log_level",
         LOGGING,
         "Lowest severity to log.",
@@ -388,12 +410,11 @@ def markdown_table() -> str:
             "| flag | environment variable | YAML key | default | meaning |",
             "|---|---|---|---|---|",
         ]
-        for row in OPTIONS:
+        for row in (*OPTIONS, *RUNTIME_OPTIONS):
             if row.group == group:
+                key = "" if row in RUNTIME_OPTIONS else f"`{row.name}`"
                 flags = ", ".join(f"`{flag}`" for flag in row.flags)
                 placeholder = f" `{row.placeholder}`".replace("|", "\\|") if row.placeholder else ""
-                lines.append(
-                    f"| {flags}{placeholder} | `{row.env}` | `{row.name}` | {row.shown_default} | {row.help} |"
-                )
+                lines.append(f"| {flags}{placeholder} | `{row.env}` | {key} | {row.shown_default} | {row.help} |")
         lines.append("")
     return "\n".join(lines)

@@ -14,13 +14,15 @@ class Origin:
 
     :param kind: ``flag``, ``environment``, ``file`` or ``default``.
     :param name: the flag, the variable or the file; empty for a default.
+    :param note: what else made the value what it is.
     """
 
     kind: Literal["flag", "environment", "file", "default"]
     name: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}".strip()
+        return " ".join(word for word in (self.kind, self.name, self.note) if word)
 
     def describe(self, field_name: str, value: object) -> str:
         """Return the value as its user wrote it, such as ``--drain abort`` or ``DYN_WORKER_DRAIN=abort``."""

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.errors import UsageError
+from dynamo_worker.host.config import place
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.config.model_options import (  # noqa: TC001 - pydantic evaluates the annotations
     StructuralTagSchema,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from dynamo_worker.host.config.config_file import ConfigFile
+    from dynamo_worker.host.config.place import Layer
 
 #: Names the configuration file.
 CONFIG_VARIABLE: Final = BY_NAME["config"].env
@@ -109,6 +111,7 @@ class WorkerSettings(BaseSettings):
 
     # --- Discovery and request plane
     namespace: PathPart = _option("namespace")
+    namespace_worker_suffix: PathPart | None = _option("namespace_worker_suffix")
     component: PathPart = _option("component")
     endpoint: PathPart = _option("endpoint")
     discovery_backend: DiscoveryBackend = _option(
@@ -160,6 +163,7 @@ class WorkerSettings(BaseSettings):
     no_plugin: Words = _option("no_plugin")
 
     # --- Logging
+    dump_config_to: Path | None = _option("dump_config_to")
     log_level: LogLevel = _option("log_level")
     log_format: LogFormat = _option("log_format")
 
@@ -276,6 +280,18 @@ class WorkerSettings(BaseSettings):
             resolved["system_host"] = resolve(self.system_host, named)
         return self.model_copy(update=resolved)
 
+    def for_role(self, mode: str | None) -> WorkerSettings:
+        """Return the settings with the component of a worker for one phase of requests, unless it was given.
+
+        :param mode: the phase, ``prefill`` or ``decode``, or anything else for a worker of both.
+        """
+        component = place.COMPONENTS.get(mode or "")
+        if component is None or self.origin("component") != DEFAULT:
+            return self
+        settings = self.model_copy(update={"component": component})
+        settings._origins = {**self._origins, "component": Origin("default", note=f"of a {mode} worker")}  # noqa: SLF001
+        return settings
+
     def check(self) -> None:
         """Refuse conflicting settings.
 
@@ -290,20 +306,23 @@ def load(
     flags: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
     config: ConfigFile | None = None,
+    spelled: Mapping[str, str] | None = None,
 ) -> WorkerSettings:
     """Return the settings from all sources. Flags take precedence over the environment, that over the file.
 
     :param flags: values from the command line, by field name.
     :param environ: environment variables, ``os.environ`` by default.
     :param config: the configuration file, already read.
+    :param spelled: the flag that gave a value, for messages, where it is not the option's first one.
     :raises UsageError: a value is invalid; the message has one line per value and names its origin.
     """
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
-    for layer in _layers(flags or {}, os.environ if environ is None else environ, config):
-        for name, (value, origin) in _expand_endpoint(layer).items():
+    for layer in _layers(flags or {}, os.environ if environ is None else environ, config, spelled or {}):
+        for name, (value, origin) in place.expanded(layer).items():
             values[name] = value
             origins[name] = origin
+    place.append_suffix(values, origins)
     try:
         settings = WorkerSettings(**values)
     except ValidationError as error:
@@ -318,40 +337,18 @@ def config_path(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Path | 
     return Path(name) if name else None
 
 
-_Layer = dict[str, tuple[Any, Origin]]
-
-
-def _layers(flags: Mapping[str, Any], environ: Mapping[str, str], config: ConfigFile | None) -> Iterator[_Layer]:
+def _layers(
+    flags: Mapping[str, Any], environ: Mapping[str, str], config: ConfigFile | None, spelled: Mapping[str, str]
+) -> Iterator[Layer]:
     """Yield the values of each source with their origin, lowest precedence first."""
     if config is not None:
         yield {name: (value, Origin("file", str(config.path))) for name, value in config.values.items()}
     yield {row.name: (environ[row.env], Origin("environment", row.env)) for row in OPTIONS if environ.get(row.env)}
     yield {
-        row.name: (flags[row.name], Origin("flag", row.flags[1] if flags[row.name] is False else row.flag))
+        row.name: (flags[row.name], Origin("flag", spelled.get(row.name, row.flag)))
         for row in OPTIONS
         if row.name in flags
     }
-
-
-def _expand_endpoint(layer: _Layer) -> _Layer:
-    """Split an endpoint given as ``dyn://namespace.component.endpoint`` into its three settings."""
-    value, origin = layer.get("endpoint", (None, DEFAULT))
-    if not isinstance(value, str) or ("." not in value and "://" not in value):
-        return layer
-    parts = value.removeprefix("dyn://").split(".")
-    if len(parts) != 3 or not all(parts):
-        raise UsageError(
-            f"{origin.describe('endpoint', value)}: expected a name, or a path dyn://namespace.component.endpoint"
-        )
-    layer = dict(layer)
-    for name, part in zip(("namespace", "component", "endpoint"), parts, strict=True):
-        given, given_origin = layer.get(name, (part, origin))
-        if name != "endpoint" and given != part:
-            raise UsageError(
-                f"{origin.describe('endpoint', value)} conflicts with {given_origin.describe(name, given)}"
-            )
-        layer[name] = (part, origin)
-    return layer
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, Origin]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.errors import EngineDeadError, WorkerError, describe
 from dynamo_worker.host.plugins.calling import HookOutcome, call_concurrently, call_in_order
+from dynamo_worker.host.plugins.engine_flags import EngineFlags
 from dynamo_worker.host.plugins.installed_plugins import (
     ENGINE_GROUP,
     LOCAL_GROUP,
@@ -55,7 +56,9 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
         manager = new_manager()
         try:
             record = load(manager)
-            Plugins(manager, record).add_arguments(argparse.ArgumentParser(add_help=False))
+            plugins = Plugins(manager, record)
+            _ = plugins.engine_flags
+            plugins.add_arguments(argparse.ArgumentParser(add_help=False))
             records.append(record)
         except PluginError as error:
             records.append(replace(error.record, error=str(error.args[0])))
@@ -97,6 +100,14 @@ class Plugins:
         return self.engine.name
 
     @property
+    def engine_flags(self) -> EngineFlags:
+        """Return what the engine's plugin declares about the engine's own command line.
+
+        :raises PluginError: it claims a flag that it must not.
+        """
+        return EngineFlags.of(self.engine, self._manager.get_plugin(self.engine_name))
+
+    @property
     def records(self) -> tuple[PluginRecord, ...]:
         """Return the records of all plugins in use, the engine first."""
         return (self.engine, *self.extensions)
@@ -118,15 +129,26 @@ class Plugins:
         :raises UnknownPluginError: a name is not installed.
         :raises PluginError: a chosen plugin cannot be used.
         """
+        return cls.load_engine(engine, modules).with_extensions(modules, allowed, disabled)
+
+    @classmethod
+    def load_engine(cls, engine: str, modules: Sequence[str] = ()) -> Plugins:
+        """Import and validate the chosen engine only.
+
+        :raises UnknownPluginError: it is not installed.
+        :raises PluginError: it cannot be used.
+        """
         manager = new_manager()
-        local = [module for module in dict.fromkeys(modules) if module != engine]
         if engine in modules:
-            chosen = load_module(manager, engine, ENGINE_GROUP)
-        else:
-            chosen = load_entry(manager, engine_entry(engine))
-        extensions = [load_entry(manager, entry) for entry in extension_entries(allowed, disabled)]
-        extensions += [load_module(manager, module, LOCAL_GROUP) for module in local]
-        return cls(manager, chosen, extensions)
+            return cls(manager, load_module(manager, engine, ENGINE_GROUP))
+        return cls(manager, load_entry(manager, engine_entry(engine)))
+
+    def with_extensions(self, modules: Sequence[str], allowed: Sequence[str], disabled: Sequence[str]) -> Plugins:
+        """Import and validate the extensions, and return all plugins; the parameters are those of :meth:`load`."""
+        local = [module for module in dict.fromkeys(modules) if module != self.engine_name]
+        extensions = [load_entry(self._manager, entry) for entry in extension_entries(allowed, disabled)]
+        extensions += [load_module(self._manager, module, LOCAL_GROUP) for module in local]
+        return Plugins(self._manager, self.engine, extensions)
 
     def log_deprecations(self) -> None:
         """Log what each plugin uses that a later API version removes."""
