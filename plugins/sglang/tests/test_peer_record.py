@@ -14,12 +14,8 @@ from dynamo_worker.testing import Cluster
 from dynamo_worker.testing.peer_record import card, card_differences, missing_series, series, topology_variables
 
 RECORD = json.loads((Path(__file__).parent / "data" / "peer_record.json").read_text(encoding="utf-8"))
-#: As in the record, without ``--reasoning-parser``.
-FLAGS = (
-    *("--enable-metrics", "--max-total-tokens", "32768", "--max-running-requests", "64"),
-    *("--dyn-tool-call-parser", "hermes", "--dyn-reasoning-parser", "qwen3", "--dyn-default-thinking-mode", "disabled"),
-    *("--dyn-enable-structural-tag", "--router-mode", "kv"),
-)
+#: The benchmarks' own, which differ from those of these tests.
+SIZE = ("--max-total-tokens", "32768", "--max-running-requests", "64")
 #: Fields of the card that differ on purpose.
 DIFFERENT = {
     "context_length": "what SGLang accepts, which keeps some tokens to itself",
@@ -28,7 +24,6 @@ DIFFERENT = {
     "runtime_config.runtime_data.token_budget.combined_limit": "as the context length",
     "runtime_config.runtime_data.sglang_generate": "SGLang's own protocol for requests is not served",
     "runtime_config.runtime_data.token_budget.reject_total_overflow": "the worker shortens answers that would not fit",
-    "runtime_config.runtime_data.tool_call_structural_tag_reasoning_gate": "only with SGLang's own --reasoning-parser",
 }
 #: Series that only Dynamo's own worker has.
 MISSING: dict[str, str] = {}
@@ -39,7 +34,7 @@ def test_card_and_series_are_those_of_dynamos_own_worker(cluster: Cluster, tmp_p
     cluster.start_frontend()
     # Otherwise the card says where to fetch the model's files.
     variables = {"DYN_SELF_HOST_METADATA": "0", **topology_variables(tmp_path / "topology")}
-    worker = cluster.worker(*FLAGS, **variables)
+    worker = cluster.worker(*RECORD["flags"], *SIZE, **variables)
     cluster.wait_model()
     assert cluster.chat()[0] == 200
     found = card(cluster.discovery, worker.instance)

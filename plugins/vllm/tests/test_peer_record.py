@@ -14,12 +14,6 @@ from dynamo_worker.testing import Cluster
 from dynamo_worker.testing.peer_record import card, card_differences, missing_series, series, topology_variables
 
 RECORD = json.loads((Path(__file__).parent / "data" / "peer_record.json").read_text(encoding="utf-8"))
-#: As in the record. vLLM takes its reasoning parser this way, too.
-FLAGS = (
-    *("--stream-interval", "2", "--structured-outputs-config", '{"reasoning_parser": "qwen3"}'),
-    *("--dyn-tool-call-parser", "hermes", "--dyn-reasoning-parser", "qwen3", "--dyn-default-thinking-mode", "disabled"),
-    *("--dyn-enable-structural-tag", "--router-mode", "kv"),
-)
 #: Fields of the card that differ on purpose.
 DIFFERENT = {
     "runtime_config.runtime_data.token_budget.reject_total_overflow": "the worker shortens answers that would not fit",
@@ -35,7 +29,7 @@ def test_card_and_series_are_those_of_dynamos_own_worker(cluster: Cluster, tmp_p
     cluster.start_frontend()
     # Otherwise the card says where to fetch the model's files.
     variables = {"DYN_SELF_HOST_METADATA": "0", **topology_variables(tmp_path / "topology")}
-    worker = cluster.worker(*FLAGS, **variables)
+    worker = cluster.worker(*RECORD["flags"], **variables)
     cluster.wait_model()
     assert cluster.chat()[0] == 200
     found = card(cluster.discovery, worker.instance)

@@ -10,6 +10,7 @@ from tensorrt_llm.executor.request import LoRARequest
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.engine_control import MemoryControl, profile_routes
+from dynamo_worker.kit.fields import refusal
 from dynamo_worker.kit.lora import LoraAdapters, OnDemand
 
 if TYPE_CHECKING:
@@ -58,14 +59,19 @@ class Control(MemoryControl):
         )
 
     async def release_memory_occupation(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Release memory, if the engine was started for that."""
+        """Release memory, if the engine was started for that, within ``timeout_s`` for the requests in flight."""
+        _seconds(body)
         if getattr(self._llm.args, "sleep_config", None) is None:
             raise InvalidRequestError("the engine cannot release memory: start it with --sleep-config '{}'")
         return await super().release_memory_occupation(body)
 
-    async def release_memory(self, tags: list[str], body: dict[str, Any]) -> None:  # noqa: ARG002 - TensorRT-LLM needs no more
+    async def release_memory(self, tags: list[str], body: dict[str, Any]) -> None:
         """Wait for the requests in flight, and release regions of the GPU's memory."""
-        await asyncio.wait_for(self._idle(), _LIMIT_SECONDS)
+        seconds = _seconds(body)
+        try:
+            await asyncio.wait_for(self._idle(), seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise RuntimeError(f"requests are still in flight after {seconds:g} s; nothing was released") from None
         await self._call("sleep", tags)
 
     async def resume_memory(self, tags: list[str], body: dict[str, Any]) -> None:  # noqa: ARG002 - as above
@@ -94,6 +100,17 @@ class Control(MemoryControl):
             await _in_thread(call, method, arguments, {}, False)
         except (AttributeError, NotImplementedError) as error:
             raise InvalidRequestError(f"this version of TensorRT-LLM has no {method}") from error
+
+
+def _seconds(body: dict[str, Any]) -> float:
+    """Return how long to wait for the requests in flight.
+
+    :raises InvalidRequestError: it is no number of seconds, or too large.
+    """
+    seconds = body.get("timeout_s", _LIMIT_SECONDS)
+    if type(seconds) not in (int, float) or not 0 <= seconds <= _LIMIT_SECONDS:
+        raise refusal("timeout_s", f"a number of seconds from 0 to {_LIMIT_SECONDS:g}", seconds)
+    return float(seconds)
 
 
 async def _in_thread(function: Any, *arguments: Any) -> None:

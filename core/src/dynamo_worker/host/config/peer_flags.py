@@ -134,7 +134,7 @@ _ROUTING: Final = [
     PeerFlag(
         "--router-mode",
         "honoured",
-        "for the frontend of `--frontend`; without one, give it to the frontend that runs elsewhere",
+        "written into the model card, and for the frontend of `--frontend`",
     ),
     *(
         PeerFlag(flag, "refused", _ROUTER)

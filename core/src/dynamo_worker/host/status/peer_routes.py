@@ -61,7 +61,9 @@ PEER_ROUTES: Final = (
     PeerRoute("control/ep_capacity", (_VLLM,), refused=_SCALING),
     PeerRoute("control/is_scaling_elastic_ep", (_SGLANG,), refused=_SCALING),
     PeerRoute("update/model_taints", (_VLLM, _SGLANG), "`taints`: list of strings", "`taints`", "every engine has it"),
-    PeerRoute("control/release_memory_occupation", (_TRTLLM,), "`tags`, `timeout_s`"),
+    PeerRoute(
+        "control/release_memory_occupation", (_TRTLLM,), "`tags`, `timeout_s`", remark="`timeout_s` is 120 by default"
+    ),
     PeerRoute("control/resume_memory_occupation", (_TRTLLM,), "`tags`"),
     PeerRoute("release_memory_occupation", (_SGLANG,), "`tags`", remark=_MODES),
     PeerRoute("resume_memory_occupation", (_SGLANG,), "`tags`", remark=_SUCCESS),
