@@ -148,7 +148,8 @@ class TestSglang(Serving):
         forward_passes.check_all(cluster, worker, "sglang::scheduler")
 
     @needs_gpus(2)
-    def test_the_planner_sees_every_rank(self, cluster: Cluster) -> None:
+    def test_the_planner_sees_every_rank(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # a core for each; otherwise a NUMA node
         worker = cluster.worker("--dp-size", "2", "--enable-forward-pass-metrics")  # SGLang's own flag
         forward_passes.check_all(cluster, worker, "sglang::scheduler_DP1", (0, 1))
 
