@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
@@ -9,6 +10,12 @@ from dynamo_worker.supervisor import http_request
 
 #: Where Kubernetes puts the credentials of a pod.
 _CREDENTIALS = "/var/run/secrets/kubernetes.io/serviceaccount"
+#: Where the operator mounts what a pod is called.
+_POD_INFO = "/etc/podinfo"
+#: Longest name in characters.
+_MOST_NAME = 1000
+#: The container whose resource has the name of its pod (measured on 1.6.1).
+_MAIN = "main"
 #: Longest credential in bytes.
 _MOST_BYTES = 1 << 20
 _RESOURCES = "/apis/nvidia.com/v1alpha1/namespaces/{namespace}/dynamoworkermetadatas"
@@ -71,9 +78,18 @@ def withdraw(deadline: float) -> str:
 
 def resource() -> str:
     """Return the name of the custom resource to which the runtime of this process writes."""
-    pod, container = os.environ.get("POD_NAME", ""), os.environ.get("CONTAINER_NAME", "")
+    pod, container = _pod("name"), os.environ.get("CONTAINER_NAME", "")
     per_container = os.environ.get("DYN_KUBE_DISCOVERY_MODE") == "container"
-    return f"{pod}-{container}" if per_container and container else pod
+    return f"{pod}-{container}" if per_container and container not in ("", _MAIN) else pod
+
+
+def _pod(what: str) -> str:
+    """Return the pod's ``name`` or ``namespace`` as the runtime finds it: in a mounted file, or in a variable."""
+    with contextlib.suppress(OSError), open(f"{_POD_INFO}/pod_{what}", encoding="utf-8") as file:
+        found = file.read(_MOST_NAME).strip()
+        if found:
+            return found
+    return os.environ.get(f"POD_{what.upper()}", "")
 
 
 def _call(method: str, path: str, content: bytes, kind: str, deadline: float) -> None:
@@ -83,7 +99,7 @@ def _call(method: str, path: str, content: bytes, kind: str, deadline: float) ->
         token = file.read(_MOST_BYTES).strip()
     tls = ssl.create_default_context(cafile=f"{_CREDENTIALS}/ca.crt")
     headers = {"Authorization": f"Bearer {token}", "Content-Type": kind, "Accept": "application/json"}
-    base = _RESOURCES.format(namespace=os.environ.get("POD_NAMESPACE") or "default")
+    base = _RESOURCES.format(namespace=_pod("namespace") or "default")
     status, text = http_request.send(method, address(), base + path, content, headers, deadline, tls)
     if status not in (200, 201):
         raise KubernetesError(_message(text) or f"HTTP status {status}", status)
