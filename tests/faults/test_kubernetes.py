@@ -50,7 +50,7 @@ class Api:
 
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).parent / "kubernetes_server.py"), str(self.port)]
-        self.process = subprocess.Popen([*command, str(self._certificate)], start_new_session=True)
+        self.process = subprocess.Popen([*command, str(self._certificate)], stderr=subprocess.DEVNULL)
         eventually(lambda: self.resources() is not None, 20, "the API server")
 
     def resources(self) -> dict[str, Any] | None:

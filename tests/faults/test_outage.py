@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,3 +203,21 @@ def test_a_server_that_accepts_and_never_answers(cluster: Cluster, etcd: Etcd) -
         assert seconds < 7
     finally:
         etcd.resume()
+
+
+def test_an_etcd_without_its_gateway(cluster: Cluster, tmp_path: Path) -> None:
+    """Then the runtime's lease has to do, and a worker is as patient as that is long."""
+    server = Etcd(tmp_path / "plain", cluster.environment(), arguments=["--enable-grpc-gateway=false"])
+    try:
+        cluster.start_frontend("--discovery-backend", "etcd", **environment(server))
+        worker = cluster.worker("--grace-period", "0", **environment(server, ETCD_LEASE_TTL="5"))
+        assert "Etcd has no HTTP gateway" in worker.log
+        cluster.wait_model()
+        assert cluster.ask().ok
+        time.sleep(6)  # the runtime renews its lease
+        assert cluster.ask().ok
+        worker.signal(signal.SIGTERM)
+        assert worker.wait_gone() == 0
+    finally:
+        server.kill()
+    shutil.rmtree(worker.run_dir)  # what could not be withdrawn is left for the next start

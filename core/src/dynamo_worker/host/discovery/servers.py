@@ -41,8 +41,8 @@ _MOST_INFO_BYTES: Final = 1 << 16
 _RUNTIME_WAITS: Final = ("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS")
 _AUTH_HINTS: Final = {
     "etcd": "check ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, and the user's role",
-    "the Kubernetes API": "give the pod's service account get, list, watch, create, patch and delete of dynamoworkermetadatas "
-    "(nvidia.com), and install Dynamo's custom resources",
+    "the Kubernetes API": "give the pod's service account get, list, watch, create, patch and delete of "
+    "dynamoworkermetadatas (nvidia.com), and install Dynamo's custom resources",
     "NATS": "check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN",
 }
 
