@@ -206,18 +206,20 @@ def test_a_server_that_accepts_and_never_answers(cluster: Cluster, etcd: Etcd) -
 
 
 def test_an_etcd_without_its_gateway(cluster: Cluster, tmp_path: Path) -> None:
-    """Then the runtime's lease has to do, and a worker is as patient as that is long."""
+    """Then the runtime's lease has to do, and everybody is as patient as that is long."""
     server = Etcd(tmp_path / "plain", cluster.environment(), arguments=["--enable-grpc-gateway=false"])
     try:
-        cluster.start_frontend("--discovery-backend", "etcd", **environment(server))
+        cluster.start_frontend("--discovery-backend", "etcd", "--discovery-outage", "5", **environment(server))
+        frontend = cluster._processes[-1]
         worker = cluster.worker("--grace-period", "0", **environment(server, ETCD_LEASE_TTL="5"))
         assert "Etcd has no HTTP gateway" in worker.log
         cluster.wait_model()
         assert cluster.ask().ok
         time.sleep(6)  # the runtime renews its lease
         assert cluster.ask().ok
-        worker.signal(signal.SIGTERM)
-        assert worker.wait_gone() == 0
     finally:
         server.kill()
+    assert worker.wait_gone(30) == 1
+    assert "kind=DiscoveryLostError" in worker.log
+    assert frontend.wait(30) == 1, "it is restarted"
     shutil.rmtree(worker.run_dir)  # what could not be withdrawn is left for the next start
