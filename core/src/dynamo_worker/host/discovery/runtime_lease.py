@@ -56,9 +56,10 @@ def prepare(outage: float) -> int:
         try:
             text = pem(variable)
         except OSError as error:
+            # Not its value, which may be a key that lacks its first line.
             raise UsageError(
-                f"{variable}={os.environ[variable]}: {error.strerror or error}",
-                hint="give the path of a PEM file, or its content",
+                f"{variable}: expected the path of a PEM file, or its content: {error.strerror or error}",
+                hint="check the path, and that this user may read it",
             ) from error
         if text is not None:
             os.environ[variable] = text.decode("ascii", "replace")
