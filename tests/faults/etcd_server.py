@@ -74,7 +74,7 @@ class Etcd:
         try:
             self.call("/v3/kv/range", _ALL)
         except OSError as error:
-            return "user name is empty" in str(error)
+            return "user name is empty" in str(error) or "404" in str(error)
         return True
 
     def keys(self) -> str:

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_a_long_outage(cluster: Cluster, etcd: Etcd, how: str, seconds: float) -
 
 def test_leases_that_are_revoked_are_granted_again(cluster: Cluster, etcd: Etcd) -> None:
     """The runtime would shut down at its next renewal."""
-    (worker, _) = fleet(cluster, etcd)
+    (worker, other) = fleet(cluster, etcd)
     instance = int(worker.instance, 16)
     for lease in (instance, entries_lease(instance)):
         etcd.call("/v3/lease/revoke", {"ID": str(lease)})
@@ -141,6 +142,8 @@ def test_leases_that_are_revoked_are_granted_again(cluster: Cluster, etcd: Etcd)
     eventually(lambda: "Lease granted again" in worker.log, 25, "the runtime's lease")
     assert int(etcd.call("/v3/lease/timetolive", {"ID": str(instance)})["TTL"]) > 600
     assert worker.status("/health")[0] == 200
+    for each in (worker, other):
+        each.stop()
 
 
 def test_a_worker_that_is_killed_during_an_outage_and_its_requests(cluster: Cluster, etcd: Etcd) -> None:
@@ -153,14 +156,16 @@ def test_a_worker_that_is_killed_during_an_outage_and_its_requests(cluster: Clus
     assert all(result.ok for result in load.wait())
     etcd.start()
     assert etcd.workers() == 2
-    cluster.worker("--grace-period", "0", **environment(etcd)).wait_log("Cleaned up after an earlier worker")
+    later = cluster.worker("--grace-period", "0", **environment(etcd))
+    later.wait_log("Cleaned up after an earlier worker")
     eventually(lambda: etcd.workers() == 2, 15, "the dead worker's entries to go")
-    assert workers[1].running
+    for worker in (workers[1], later):
+        worker.stop()
 
 
 def test_a_frontend_gives_up_as_well(cluster: Cluster, etcd: Etcd) -> None:
     """With an exit code on which it is restarted, after its streams."""
-    (worker, _) = fleet(cluster, etcd)
+    (worker, other) = fleet(cluster, etcd)
     patient = environment(etcd, DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS="60")
     cluster.start_frontend("--discovery-backend", "etcd", "--discovery-outage", "3", **patient)
     cluster.wait_routed(worker)
@@ -169,6 +174,9 @@ def test_a_frontend_gives_up_as_well(cluster: Cluster, etcd: Etcd) -> None:
     frontend = cluster._processes[-1]
     assert frontend.wait(60) == 4
     assert all(result.ok for result in load.wait()), load.summary()
+    etcd.start()
+    for each in (worker, other):
+        each.stop()
 
 
 def test_a_server_that_accepts_and_never_answers(cluster: Cluster, etcd: Etcd) -> None:
@@ -195,3 +203,23 @@ def test_a_server_that_accepts_and_never_answers(cluster: Cluster, etcd: Etcd) -
         assert seconds < 7
     finally:
         etcd.resume()
+
+
+def test_an_etcd_without_its_gateway(cluster: Cluster, tmp_path: Path) -> None:
+    """Then the runtime's lease has to do, and everybody is as patient as that is long."""
+    server = Etcd(tmp_path / "plain", cluster.environment(), arguments=["--enable-grpc-gateway=false"])
+    try:
+        cluster.start_frontend("--discovery-backend", "etcd", "--discovery-outage", "5", **environment(server))
+        frontend = cluster._processes[-1]
+        worker = cluster.worker("--grace-period", "0", **environment(server, ETCD_LEASE_TTL="5"))
+        assert "Etcd has no HTTP gateway" in worker.log
+        cluster.wait_model()
+        assert cluster.ask().ok
+        time.sleep(6)  # the runtime renews its lease
+        assert cluster.ask().ok
+    finally:
+        server.kill()
+    assert worker.wait_gone(30) == 1
+    assert "kind=DiscoveryLostError" in worker.log
+    assert frontend.wait(30) == 1, "it is restarted"
+    shutil.rmtree(worker.run_dir)  # what could not be withdrawn is left for the next start

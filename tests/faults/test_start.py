@@ -97,7 +97,7 @@ def test_unreachable_discovery(cluster: Cluster) -> None:
         *["--engine", "echo", "--discovery-backend", "etcd", "--discovery-timeout", "0.5"],
         ETCD_ENDPOINTS=f"http://127.0.0.1:{free_port()}",
     )
-    assert result.returncode == 3, result.stderr
+    assert result.returncode == 4, result.stderr
     assert "etcd cannot be reached" in result.stderr
     assert "Connection refused" in result.stderr
 

@@ -170,6 +170,15 @@ class Supervised:
         assert self.process is not None
         return self.process.wait(timeout)
 
+    def take_the_record(self, timeout: float) -> None:
+        """Wait until only the record of a registration is left for the next start, and remove it as that would."""
+
+        def alone() -> bool:
+            return [sorted(os.listdir(path)) for path in self.run_directories] == [["ledger.jsonl", "owner"]]
+
+        wait_until(alone, timeout, "only the record left")
+        shutil.rmtree(self.run_directories[0])
+
     def gone(self, timeout: float = 15.0) -> float:
         """Return how long it took until nothing was left."""
         return wait_until(

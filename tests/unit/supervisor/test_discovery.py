@@ -79,9 +79,16 @@ class TestFile:
 
 @pytest.mark.parametrize("backend", ["kubernetes", "mem"])
 def test_backends_that_need_nothing(backend):
-    assert discovery.withdraw({"backend": backend, "instance": "1"}, soon()) == (
+    """Kubernetes needs something in a pod only: tests/faults/test_kubernetes.py."""
+    assert discovery.withdraw({"backend": backend, "instance": "1"}, soon()).startswith(
         f"{backend}: nothing to withdraw from outside"
     )
+
+
+def test_a_later_start_leaves_the_resource_of_its_pod_alone():
+    """It is its own by then."""
+    entry = {"backend": "kubernetes", "instance": "1"}
+    assert discovery.withdraw(entry, soon(), "/discovery") == "kubernetes: left to this pod's own worker"
 
 
 def post(url: str, path: str, body: dict[str, object], token: str | None = None) -> dict[str, object]:

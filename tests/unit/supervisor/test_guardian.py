@@ -529,6 +529,7 @@ class TestNoMoreProcesses:
             assert supervised.wait() == 137
             assert time.monotonic() - started < 10
             assert "Registration not withdrawn" in supervised.text
+            supervised.take_the_record(0.5)
 
     def test_not_even_the_guardian(self, supervised, no_more_processes):
         no_more_processes()
@@ -731,6 +732,7 @@ class TestCleanEnd:
             assert supervised.wait() == 137
             assert time.monotonic() - started < 2.0
             assert "leaving at once" in supervised.text
+            supervised.take_the_record(5.0)
             supervised.gone(2.0)
 
 

@@ -136,7 +136,7 @@ class Cleanup:
         self._frontend: Frontend | None = None
         self._killing = process_tree.Killing(self._find_rest, reap, wait, spare_trackers=not rough)
         self._found: dict[str, int] = {}
-        #: The record of a registration that could not be withdrawn.
+        #: The record to keep for the next start, if a registration could not be withdrawn.
         self._keep: str | None = None
         self._report: dict[str, Any] = {"processes": 0, "segments": 0, "withdrawn": []}
         #: When to be done (monotonic); may change while it runs.
@@ -227,10 +227,8 @@ class Cleanup:
         self._report["withdrawn"] = self._withdrawal.result(self._wait, lambda: self.deadline)
         for outcome in self._report["withdrawn"]:
             if ": failed" in outcome or outcome.startswith("failed"):
-                # A sweep repeats it, too, but not for ever.
-                self._keep = (
-                    None if not self._patient and self._run_directory.untouched_for > _RETRY_FOR else ledger.LEDGER
-                )
+                if self._patient or self._run_directory.untouched_for < _RETRY_FOR:
+                    self._keep = ledger.LEDGER
                 then = "the next start on this machine tries again" if self._keep else "it ends with its lease"
                 self._log.warning("Registration not withdrawn", outcome=outcome, next=then)
 

@@ -7,6 +7,7 @@ import os
 import re
 from typing import Any
 
+from dynamo_worker.supervisor import kubernetes
 from dynamo_worker.supervisor.etcd import EtcdError, Gateway, entries_lease, etcd_endpoints
 
 #: Seconds for one etcd endpoint to answer.
@@ -33,6 +34,9 @@ def withdraw(registration: dict[str, Any], deadline: float, root: str | None = N
             return _withdraw_file(recorded, _instance(registration))
         if backend == "etcd":
             return _withdraw_etcd(int(_instance(registration), 16), deadline)
+        if backend == "kubernetes":
+            # A later worker of this pod has the same resource: only the guardian of the one that is dead may empty it.
+            return "kubernetes: left to this pod's own worker" if root is not None else kubernetes.withdraw(deadline)
     except Exception as error:  # the other registrations and the rest of the cleanup continue
         return f"{backend}: failed: {type(error).__name__}: {error}"
     return f"{backend}: nothing to withdraw from outside"

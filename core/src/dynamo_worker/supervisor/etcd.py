@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import socket
 import time
 from typing import TYPE_CHECKING, Any
+
+from dynamo_worker.supervisor import http_request
 
 if TYPE_CHECKING:
     import ssl
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 #: Where the runtime looks when ``ETCD_ENDPOINTS`` is not set.
 DEFAULT_ETCD = "http://localhost:2379"
-
-#: Bytes read of one answer: a value of etcd's default limit (1.5 MiB) in base64 fits.
-_MOST_BYTES = 4 << 20
 
 #: Longest certificate or key in bytes.
 _MOST_PEM_BYTES = 1 << 20
@@ -169,67 +166,15 @@ class Gateway:
         deadline = min(time.monotonic() + self._timeout, self._deadline)
         scheme, _, address = endpoint.rpartition("://")
         address = address.split("/", 1)[0]
-        host, _, port = address.rpartition(":") if address[-1:].isdigit() and ":" in address else (address, "", "2379")
-        content = json.dumps(body).encode()
-        lines = [f"POST {path} HTTP/1.0", f"Host: {address}", f"Content-Length: {len(content)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        request = "\r\n".join([*lines, "", ""]).encode("latin-1") + content
-        with contextlib.ExitStack() as opened:
-            connection = opened.enter_context(_connected(host.strip("[]"), int(port), deadline))
-            try:
-                if scheme == "https" or (not scheme and os.environ.get("ETCD_AUTH_CA")):
-                    self._tls = self._tls or tls_context()
-                    connection = self._tls.wrap_socket(connection, server_hostname=host.strip("[]"))
-                    opened.enter_context(connection)
-                status, text = _exchange(connection, request, deadline)
-            except TimeoutError as error:
-                raise TimeoutError(
-                    f"timed out: it accepted, and did not answer within {self._timeout:.2g} s"
-                ) from error
+        if scheme == "https" or (not scheme and os.environ.get("ETCD_AUTH_CA")):
+            self._tls = self._tls or tls_context()
+        text = json.dumps(body).encode()
+        status, answer_text = http_request.send("POST", address, path, text, headers, deadline, self._tls)
         try:
-            answer = json.loads(text)
+            answer = json.loads(answer_text)
         except ValueError:
-            answer = {"message": text[:200].decode("utf-8", "replace")}
+            answer = {"message": answer_text[:200].decode("utf-8", "replace")}
         return status, answer if isinstance(answer, dict) else {}
-
-
-def _connected(host: str, port: int, deadline: float) -> socket.socket:
-    try:
-        return socket.create_connection((host, port), _left(deadline))
-    except TimeoutError as error:
-        raise TimeoutError("it did not accept a connection in time") from error
-
-
-def _exchange(connection: socket.socket, request: bytes, deadline: float) -> tuple[int, bytes]:
-    """Send a request of HTTP/1.0; return the status and the body, which the end of the connection ends.
-
-    :raises OSError: the answer is none of HTTP, or did not come in time.
-    """
-    connection.settimeout(_left(deadline))
-    connection.sendall(request)
-    text = b""
-    while len(text) < _MOST_BYTES:
-        connection.settimeout(_left(deadline))
-        piece = connection.recv(1 << 16)
-        if not piece:
-            break
-        text += piece
-    head, _, rest = text.partition(b"\r\n\r\n")
-    words = head.split(None, 2)
-    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
-        raise OSError(f"not an HTTP server: it answers {text[:40]!r}" if text else "it closed the connection")
-    return int(words[1]), rest
-
-
-def _left(deadline: float) -> float:
-    """Return the seconds until a deadline (monotonic).
-
-    :raises TimeoutError: it has passed.
-    """
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("no time left")
-    return left
 
 
 def tls_context() -> ssl.SSLContext:

@@ -85,7 +85,7 @@ class Runtime:
         self._runtime = runtime
         self._topology = topology
         self._settings = settings
-        #: Life of the runtime's lease in etcd, in seconds.
+        #: Life of the runtime's lease in etcd, in seconds; 0 if only the runtime can look after it.
         self._lease_ttl = lease_ttl
         self._endpoints: dict[str, Endpoint] = {}
         self._serving: set[asyncio.Task[None]] = set()
@@ -110,6 +110,8 @@ class Runtime:
             settings.discovery_backend, settings.request_plane, settings.event_plane, settings.discovery_timeout
         )
         where = await topology.read()
+        if lease_ttl and await runtime_lease.without_gateway(settings.etcd_lease_ttl):
+            lease_ttl = 0
         environment = {
             "DYN_SYSTEM_HOST": _status_host(settings),
             # The runtime's status server answers /live and /health alike, and reads its port as a signed 16-bit
@@ -205,7 +207,7 @@ class Runtime:
         store: Store | None = None
         if self._settings.discovery_backend == "file":
             store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
-        elif self._settings.discovery_backend == "etcd":
+        elif self._settings.discovery_backend == "etcd" and self._lease_ttl:
             store = EtcdStore(
                 runtime_lease.gateway(),
                 self.worker_id,

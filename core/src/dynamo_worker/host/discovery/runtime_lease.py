@@ -27,6 +27,8 @@ log = get_logger(__name__)
 _TTL_VARIABLE: Final = "ETCD_LEASE_TTL"
 #: Seconds for one endpoint of etcd to answer.
 _TIMEOUT: Final = 2.0
+#: What etcd answers to a call of its gateway if that is disabled.
+_NOT_FOUND: Final = 404
 #: Seconds between checks of a lease.
 _INTERVAL: Final = 5.0
 _AWAY_INTERVAL: Final = 1.0
@@ -54,13 +56,32 @@ def prepare(outage: float) -> int:
         try:
             text = pem(variable)
         except OSError as error:
+            # Not its value, which may be a key that lacks its first line.
             raise UsageError(
-                f"{variable}={os.environ[variable]}: {error.strerror or error}",
-                hint="give the path of a PEM file, or its content",
+                f"{variable}: expected the path of a PEM file, or its content: {error.strerror or error}",
+                hint="check the path, and that this user may read it",
             ) from error
         if text is not None:
             os.environ[variable] = text.decode("ascii", "replace")
     return ttl
+
+
+async def without_gateway(ttl: float) -> bool:
+    """Return whether etcd has no HTTP gateway; have the next runtime register on a lease of ``ttl`` seconds then.
+
+    Nobody can keep the worker's entries on another lease, or grant the runtime's again, so that one decides.
+    """
+    try:
+        call = asyncio.get_running_loop().run_in_executor(None, gateway().call, "/v3/kv/range", {"key": "djEv"})
+        await call
+    except EtcdError as error:
+        if error.status == _NOT_FOUND:
+            os.environ[_TTL_VARIABLE] = str(math.ceil(ttl))
+            log.warning("Etcd has no HTTP gateway: an outage ends the worker with its lease", lease_s=math.ceil(ttl))
+            return True
+    except OSError as error:  # it has just gone away
+        log.debug("Cannot ask for etcd's gateway", error=error)
+    return False
 
 
 class RuntimeLease:

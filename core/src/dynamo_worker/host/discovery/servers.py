@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import json
 import os
+import ssl
 import time
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from dynamo_worker.errors import ServerUnreachableError, StartError, UsageError
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor import kubernetes
 from dynamo_worker.supervisor.etcd import DEFAULT_ETCD, EtcdAuthError, EtcdError, Gateway, addresses
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
 log = get_logger(__name__)
 
@@ -39,7 +41,17 @@ _MOST_INFO_BYTES: Final = 1 << 16
 _RUNTIME_WAITS: Final = ("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS")
 _AUTH_HINTS: Final = {
     "etcd": "check ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, and the user's role",
+    "the Kubernetes API": "give the pod's service account get, list, watch, create, patch and delete of "
+    "dynamoworkermetadatas (nvidia.com), and install Dynamo's custom resources",
     "NATS": "check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN",
+}
+
+
+_SINGLE: Final = "or use --discovery-backend file on a single machine"
+_HINTS: Final = {
+    "etcd": f"start it, set ETCD_ENDPOINTS, {_SINGLE}",
+    "NATS": f"start it, set NATS_SERVER, {_SINGLE}",
+    "the Kubernetes API": "look at the API server, and at the network policies of this pod",
 }
 
 
@@ -68,21 +80,37 @@ async def wait_for_servers(discovery_backend: str, request_plane: str, event_pla
     :raises UsageError: an address is malformed.
     """
     if discovery_backend == "etcd":
-        await _wait_for_server("etcd", "ETCD_ENDPOINTS", DEFAULT_ETCD, _ask_etcd, timeout)
+        servers = _addresses("ETCD_ENDPOINTS", DEFAULT_ETCD)
+        await _wait_for_server("etcd", servers, _ask_etcd, timeout)
     if "nats" in (request_plane, event_plane):
-        await _wait_for_server("NATS", "NATS_SERVER", _DEFAULT_NATS, _ask_nats, timeout)
+        await _wait_for_server("NATS", _addresses("NATS_SERVER", _DEFAULT_NATS), _ask_nats, timeout)
+    if discovery_backend == "kubernetes" and kubernetes.in_cluster():
+        address = kubernetes.address()
+        servers = {address: _host_and_port(address, "KUBERNETES_SERVICE_HOST", "https://:443")}
+        await _wait_for_server("the Kubernetes API", servers, _ask_kubernetes, timeout)
     for variable in _RUNTIME_WAITS:
         os.environ.setdefault(variable, str(max(1, round(timeout))))
 
 
+def _addresses(variable: str, default: str) -> dict[str, tuple[str, int]]:
+    """Return host and port of each address in an environment variable.
+
+    :raises UsageError: one is not an address.
+    """
+    return {address: _host_and_port(address, variable, default) for address in addresses(variable, default)}
+
+
 async def _wait_for_server(
-    name: str, variable: str, default: str, ask: Callable[[str, str, int, float], Awaitable[None]], timeout: float
+    name: str,
+    servers: Mapping[str, tuple[str, int]],
+    ask: Callable[[str, str, int, float], Awaitable[None]],
+    timeout: float,
 ) -> None:
     """Wait until one of a server's addresses answers.
 
+    :param servers: host and port of each address.
     :param ask: talks to an address, host and port within some seconds.
     """
-    servers = {address: _host_and_port(address, variable, default) for address in addresses(variable, default)}
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     announced = False
@@ -107,7 +135,7 @@ async def _wait_for_server(
         if deadline - loop.time() < _SHORTEST_ATTEMPT:
             raise ServerUnreachableError(
                 f"{name} cannot be reached ({'; '.join(problems)}); waited {timeout:g} s",
-                hint=f"start it, set {variable}, or use --discovery-backend file on a single machine",
+                hint=_HINTS[name],
             )
 
 
@@ -125,6 +153,16 @@ async def _ask_etcd(address: str, _host: str, _port: int, limit: float) -> None:
     except EtcdError as error:
         if error.status >= 500:
             raise
+
+
+async def _ask_kubernetes(_address: str, _host: str, _port: int, limit: float) -> None:
+    """List the custom resources of workers."""
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, kubernetes.check, time.monotonic() + limit)
+    except kubernetes.KubernetesError as error:
+        if error.status < 500:
+            raise _RejectedError(str(error)) from error
+        raise
 
 
 async def _ask_nats(_address: str, host: str, port: int, limit: float) -> None:
@@ -176,6 +214,8 @@ def _nats_login() -> dict[str, str]:
 
 
 def _connection_problem(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLError):  # its numbers are not those of the system
+        return f"TLS: {error}"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno > 0 else str(error)
     return str(error) or type(error).__name__

@@ -159,6 +159,8 @@ async def _serve(address: Address, args: argparse.Namespace, drain_seconds: floa
     loop = asyncio.get_running_loop()
     lease_ttl = runtime_lease.prepare(args.discovery_outage) if args.discovery_backend == "etcd" else None
     await wait_for_servers(args.discovery_backend, args.request_plane, args.event_plane, args.discovery_timeout)
+    if lease_ttl is not None and await runtime_lease.without_gateway(args.discovery_outage):
+        lease_ttl = None
     runtime = connect(args.discovery_backend, args.request_plane, args.event_plane)
     engine = await make_engine(
         runtime,

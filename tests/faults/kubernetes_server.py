@@ -1,0 +1,146 @@
+"""The part of a Kubernetes API server that discovery needs, with TLS.
+
+``python kubernetes_server.py PORT CERTIFICATE``
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+
+class Objects:
+    """The stored objects, by the last two parts of their paths."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self._version = 1
+        self._objects: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def put(self, key: tuple[str, str], value: dict[str, Any]) -> None:
+        with self.changed:
+            self._version += 1
+            metadata = {**value.get("metadata", {}), "resourceVersion": str(self._version), "uid": "/".join(key)}
+            self._objects[key] = {**value, "metadata": metadata}
+            self.changed.notify_all()
+
+    def get(self, key: tuple[str, str]) -> dict[str, Any] | None:
+        with self.changed:
+            return self._objects.get(key)
+
+    def remove(self, key: tuple[str, str]) -> bool:
+        with self.changed:
+            self._version += 1
+            self.changed.notify_all()
+            return self._objects.pop(key, None) is not None
+
+    def kind(self, name: str) -> dict[str, dict[str, Any]]:
+        with self.changed:
+            return {key[1]: value for key, value in self._objects.items() if key[0] == name}
+
+    @property
+    def version(self) -> str:
+        return str(self._version)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Lists, watches, applies and patches; anybody with the right token may do all of it."""
+
+    protocol_version = "HTTP/1.1"
+    objects = Objects()
+
+    def log_message(self, *_: object) -> None:
+        """Stay quiet."""
+
+    def _answer(self, body: Any, status: int = 200) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def _refused(self) -> bool:
+        if self.headers.get("Authorization") == "Bearer right":
+            return False
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer({"kind": "Status", "status": "Failure", "code": 403, "message": "this account may not list"}, 403)
+        return True
+
+    def do_GET(self) -> None:
+        if self._refused():
+            return
+        parts = urlsplit(self.path)
+        kind = parts.path.rpartition("/")[2]
+        if "watch" in parse_qs(parts.query):
+            self._watch(kind)
+            return
+        items = list(self.objects.kind(kind).values())
+        metadata = {"resourceVersion": self.objects.version}
+        self._answer({"apiVersion": "v1", "kind": "List", "metadata": metadata, "items": items})
+
+    def _watch(self, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        seen: dict[str, dict[str, Any]] = {}
+        try:
+            while True:
+                now = self.objects.kind(kind)
+                for name, value in now.items():
+                    if seen.get(name) != value:
+                        self._event("MODIFIED" if name in seen else "ADDED", value)
+                seen = now
+                with self.objects.changed:
+                    self.objects.changed.wait(0.1)
+        except OSError:
+            return
+
+    def _event(self, kind: str, value: dict[str, Any]) -> None:
+        text = json.dumps({"type": kind, "object": value}).encode() + b"\n"
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+        self.wfile.flush()
+
+    def do_DELETE(self) -> None:
+        if self._refused():
+            return
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        key = (*urlsplit(self.path).path.split("/")[-2:],)
+        if self.objects.remove(key):  # type: ignore[arg-type]
+            self._answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+        else:
+            self._missing()
+
+    def _missing(self) -> None:
+        status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
+        self._answer({**status, "message": "not found"}, 404)
+
+    def do_PATCH(self) -> None:
+        if self._refused():
+            return
+        key = (*urlsplit(self.path).path.split("/")[-2:],)
+        change = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Content-Type"] == "application/json-patch+json":
+            value = self.objects.get(key)  # type: ignore[arg-type]
+            if value is None:
+                self._missing()
+                return
+            assert [(each["op"], each["path"]) for each in change] == [("replace", "/spec/data")]
+            change = {**value, "spec": {"data": change[0]["value"]}}
+        self.objects.put(key, change)  # type: ignore[arg-type]
+        self._answer(self.objects.get(key))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(sys.argv[2])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()
