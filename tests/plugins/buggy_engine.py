@@ -164,7 +164,7 @@ class BuggyEngine(EngineLifecycle):
             model_name=self.args.served_model_name,
             model_path=str(MODEL_DIR),
             context_length=-1 if BUG == "wrong-engine-info" else CONTEXT_LENGTH,
-            vocab_size=None if BUG == "no-vocabulary" else VOCAB_SIZE,
+            vocab_size=None if BUG in ("no-vocabulary", "wrong-token-kills") else VOCAB_SIZE,
         )
 
     def leak(self) -> None:
