@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,8 @@ def test_a_finding_says_what_where_and_why() -> None:
 
 def test_every_bug_of_the_engine_is_in_the_table() -> None:
     source = "".join((PLUGINS / name).read_text() for name in ("buggy_engine.py", "dynamo_worker_buggy.py"))
-    named = {word.split('"')[1] for word in source.split("BUG ")[1:] if word[:2] in ("==", "!=")}
+    conditions = re.findall(r"BUG (?:==|!=|in) \(?(\"[^)\n:]*)", source)
+    named = {bug for condition in conditions for bug in re.findall(r'"([a-z-]+)"', condition)}
     assert named == FOUND_BY.keys() | CHECKED.keys()
 
 

@@ -154,8 +154,9 @@ class BuggyEngine(EngineLifecycle):
             )
         ours.setblocking(False)
         if BUG == "stop-in-mid-start-leaves-a-process":
+            LEAKED.append(ours)  # the process ends with its connection
             await self.ping(ours)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.5)
         self.process, self.connection = process, ours
         await self.ping(ours)
         self.scheduler = asyncio.ensure_future(self.run())
@@ -164,7 +165,7 @@ class BuggyEngine(EngineLifecycle):
             model_name=self.args.served_model_name,
             model_path=str(MODEL_DIR),
             context_length=-1 if BUG == "wrong-engine-info" else CONTEXT_LENGTH,
-            vocab_size=None if BUG == "no-vocabulary" else VOCAB_SIZE,
+            vocab_size=None if BUG in ("no-vocabulary", "wrong-token-kills") else VOCAB_SIZE,
         )
 
     def leak(self) -> None:
@@ -311,7 +312,7 @@ class BuggyEngine(EngineLifecycle):
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(60)
         if BUG == "cleanup-blocks":
-            time.sleep(3)
+            time.sleep(5)
         if BUG == "cleanup-needs-a-start" and self.connection is None:
             raise AttributeError("'NoneType' object has no attribute 'close'")
         if BUG == "cleanup-is-not-idempotent" and self.closed:
@@ -319,11 +320,11 @@ class BuggyEngine(EngineLifecycle):
         self.closed = True
         if self.scheduler is not None:
             self.scheduler.cancel()
-        if self.connection is not None:
+        if self.connection is not None and BUG != "cleanup-leaves-the-process":
             self.connection.close()
         process, self.process = self.process, None
         if process is None or BUG == "cleanup-leaves-the-process":
-            LEAKED.append(process)
+            LEAKED.append((process, self.connection))
             return
         with contextlib.suppress(ProcessLookupError):
             process.kill()

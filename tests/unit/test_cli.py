@@ -228,6 +228,16 @@ def test_check_refuses_what_is_not_there(command):
     refused(command("check", "echo", "--jsn"), 2, "did you mean --json?")
 
 
+def test_check_imports_no_library(command):
+    """A library of that name is no plugin; importing one such as transformers takes seconds."""
+    refused(command("check", "yaml"), 2, "no engine, plugin or module named 'yaml'; the library", "is no plugin")
+
+
+def test_the_conformance_suite_has_flags_of_its_own(command):
+    refused(command("check", "echo", "--slow"), 2, "belong to --conformance")
+    refused(command("check", "echo", "--conformance", "--only"), 2, "--only requires a value")
+
+
 def test_plan(command):
     result = command("plan", "--termination-grace-period", "60")
     assert result.returncode == 0

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 TESTS = """
 import os, subprocess, sys
 import pytest
@@ -35,6 +37,42 @@ class TestEngine:
         assert cluster.engine_args == ["--engine", "other", "--fast"]
         assert (cluster.model, cluster.start_seconds) == ("m", 7.0)
 """
+
+
+MARKED = """
+import pytest
+
+@pytest.mark.slow
+def test_slow():
+    pass
+
+@pytest.mark.gpu
+def test_gpu():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ran"),
+    [((), {"test_gpu"}), (("-m", "slow"), {"test_slow"}), (("-m", "slow or gpu"), {"test_slow", "test_gpu"})],
+)
+def test_slow_tests_run_on_request_only(tmp_path, arguments, ran):
+    (tmp_path / "test_marked.py").write_text(MARKED)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "dynamo_worker.testing.plugin",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        ".",
+    ]
+    command += ["-p", "no:cacheprovider", "--strict-markers", "-W", "error", "-v", "test_marked.py", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert set(re.findall(r"::(\w+) PASSED ", result.stdout)) == ran, result.stdout
+    assert result.returncode == 0
 
 
 def test_leftovers_fail_the_test_that_left_them(tmp_path):

@@ -46,7 +46,7 @@ class Reporter:
 
     def __init__(self, subject: Subject, only: str, slow: bool) -> None:
         self.subject = subject
-        self._only = only.replace(" ", "_")
+        self._only = only.replace("_", " ")
         self._slow = slow
         self._started = time.monotonic()
         self._count = self._total = 0
@@ -57,7 +57,7 @@ class Reporter:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Choose the checks."""
-        items[:] = [item for item in items if self._only in item.name]
+        items[:] = [item for item in items if self._only in item.name.replace("_", " ")]
         if not self._slow:
             items[:] = [item for item in items if not item.get_closest_marker("slow")]
         config.option.markexpr = "slow or not slow"  # they are chosen

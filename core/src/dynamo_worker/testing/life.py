@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import os
+import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 #: Seconds for what ends after the cleanup, such as threads that have been told to.
 _SETTLE = 2.0
+#: Signals that a worker handles; Python handles SIGINT.
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def _stop(number: int, _: object) -> None:
+    """End this process, as the default action would."""
+    sys.exit(128 + number)
 
 
 class Life:
@@ -58,15 +67,18 @@ class Life:
 
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """Set a temporary directory as a worker does it, and mark child processes."""
+        """Set a temporary directory and signal handlers as a worker does it, and mark child processes."""
         keys = ("TMPDIR", MARKER)
         saved, directory = {key: os.environ.get(key) for key in keys}, os.getcwd()
         with tempfile.TemporaryDirectory(prefix="dwl-", ignore_cleanup_errors=True) as self.tmp:
             os.environ["TMPDIR"], os.environ[MARKER] = self.tmp, uuid.uuid4().hex
             tempfile.tempdir = None
+            handlers = {number: signal.signal(number, _stop) for number in _SIGNALS}
             try:
                 yield
             finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
                 os.chdir(directory)
                 tempfile.tempdir = None
                 for key, value in saved.items():

@@ -20,7 +20,7 @@ from dynamo_worker.host.plugins.installed_plugins import (
     module_exists,
 )
 from dynamo_worker.host.plugins.local_modules import library_of, local_spec
-from dynamo_worker.host.plugins.plugin_check import checked
+from dynamo_worker.host.plugins.plugin_check import checked, refuse_coroutines
 from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginError, failed
 from dynamo_worker.host.plugins.plugin_loader import (
     engine_entry,
@@ -57,11 +57,13 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
         manager = new_manager()
         try:
             record = load(manager)
+            plugin = manager.get_plugin(record.name)
+            refuse_coroutines(record, plugin)
             plugins = Plugins(manager, record)
             _ = plugins.engine_flags
             parser = argparse.ArgumentParser(add_help=False)
             plugins.add_arguments(parser)
-            records.append(checked(record, manager.get_plugin(record.name), parser))
+            records.append(checked(record, plugin, parser))
         except PluginError as error:
             records.append(replace(error.record, error=str(error.args[0])))
             errors.append(error)

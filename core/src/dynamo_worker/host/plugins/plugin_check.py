@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 _PLAIN_HOOKS = ("prepare", "add_arguments", "create_engine")
 
 
-def checked(record: PluginRecord, plugin: Any, parser: argparse.ArgumentParser) -> PluginRecord:
-    """Return the record of a loaded plugin with warnings.
+def refuse_coroutines(record: PluginRecord, plugin: Any) -> None:
+    """Check that the hooks that are not awaited are plain functions.
 
     :param plugin: the module or the object.
-    :param parser: has the plugin's flags and no others.
-    :raises PluginError: a worker could not use it.
+    :raises PluginError: one is a coroutine function.
     """
     for hook in _PLAIN_HOOKS:
         function = getattr(plugin, hook, None)
@@ -36,6 +35,15 @@ def checked(record: PluginRecord, plugin: Any, parser: argparse.ArgumentParser) 
                 f"({code.co_filename}:{code.co_firstlineno})",
                 hint="write `def` instead of `async def`",
             )
+
+
+def checked(record: PluginRecord, plugin: Any, parser: argparse.ArgumentParser) -> PluginRecord:
+    """Return the record of a loaded plugin with warnings.
+
+    :param plugin: the module or the object.
+    :param parser: has the plugin's flags and no others.
+    :raises PluginError: its engine lacks a method, or has one of the wrong kind.
+    """
     claimed = getattr(plugin, "claimed_flags", ())
     warnings = [
         f"its flag {flag} is the worker's, too: the worker takes it, and the engine gets it only after a bare `--` "

@@ -77,7 +77,8 @@ class TokenSource:
         self.drawn = 0
         self._eos_after = int(os.environ.get("TLLM_STANDIN_EOS_AFTER", "0"))
         self._end_id = params.end_id if not params.ignore_eos else None
-        if not params._greedy_decoding:
+        # Sampling that leaves only the likeliest token is greedy, too.
+        if not params._greedy_decoding and (params.top_p or 1.0) > 1e-3 and (params.min_p or 0.0) < 1.0:
             self._salt = hash((lora, index, params.seed or 0, params.temperature or 1.0)) & _MASK
         for token in prompt:
             self.push(token)
