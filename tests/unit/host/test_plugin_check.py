@@ -23,7 +23,7 @@ PLUGIN = """
 from dynamo_worker import EnginePlugin
 class Plugin(EnginePlugin):
     engine = "toy_engine:Toy"
-    shared_flags = ("--log-level",)
+    claimed_flags = ("--log-level",)
     @hookimpl
     def add_arguments(self, parser):
         for flag in ("--size", "--log-level", "--namespace"):
