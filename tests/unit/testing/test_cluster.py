@@ -32,6 +32,34 @@ def program(cluster, tmp_path):
     return start
 
 
+#: A supervisor, a guardian, a worker and an engine: each starts the next, and all have the engine's name in their
+#: command lines. The worker writes what the log of a real one has.
+CHAIN = """
+import os, subprocess, sys, time
+left = int(sys.argv[1])
+child = subprocess.Popen([sys.executable, __file__, str(left - 1), "my-engine"]) if left else None
+if left == 1:
+    print(f"Starting worker engine=x pid={os.getpid()}", flush=True)
+time.sleep(60)
+"""
+
+
+def test_processes_of_the_engine_are_below_the_worker(cluster, tmp_path):
+    script, log = tmp_path / "chain.py", tmp_path / "log"
+    script.write_text(CHAIN)
+    worker = Worker(cluster._start([sys.executable, str(script), "3", "my-engine"], log, {}), log, cluster, free_port())
+    eventually(lambda: len(worker.children()) == 3)
+    worker.wait_log("Starting worker")
+    engine = worker.engine_process("my-engine")
+    assert worker.children(worker.worker_pid).keys() == {engine}
+    with pytest.raises(AssertionError, match="exactly one process"):
+        worker.child("my-engine")
+    with pytest.raises(AssertionError, match=r"matches \[\]"):
+        worker.engine_process("another")
+    for pid in worker.children():
+        worker.signal(signal.SIGKILL, pid)
+
+
 def test_the_environment_leads_nowhere_else(cluster, marker, monkeypatch):
     monkeypatch.setenv("ETCD_ENDPOINTS", "http://production:2379")
     monkeypatch.setenv("DYN_NAMESPACE", "production")

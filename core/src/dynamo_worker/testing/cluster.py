@@ -186,15 +186,15 @@ class Worker:
         samples = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)", self.status("/metrics")[1], re.MULTILINE)
         return sum(map(float, samples))
 
-    def children(self) -> dict[int, str]:
-        """Return the PIDs and command lines of all descendants of the started process."""
+    def children(self, below: int | None = None) -> dict[int, str]:
+        """Return the PIDs and command lines of all descendants of a process; None stands for the started one."""
         parents: dict[int, list[int]] = {}
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", encoding="utf-8") as file:
                     parents.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(entry))
         found: dict[int, str] = {}
-        waiting = [self.pid]
+        waiting = [self.pid if below is None else below]
         while waiting:
             for child in parents.get(waiting.pop(), ()):
                 with contextlib.suppress(OSError), open(f"/proc/{child}/cmdline", "rb") as file:
@@ -211,10 +211,25 @@ class Worker:
 
         :raises AssertionError: no descendant matches, or more than one does.
         """
-        children = self.children()
-        found = [pid for pid, command in children.items() if re.search(pattern, command)]
-        assert len(found) == 1, f"expected {pattern!r} to match exactly one process, matches {found} of {children}"
-        return found[0]
+        return _only(pattern, self.children())
+
+    def engine_process(self, pattern: str) -> int:
+        """Return the PID of the engine's process whose command line matches a pattern.
+
+        Only what runs below the worker counts, or was handed over to the guardian when its parent died: the command
+        lines of the supervisor and the worker may match, too.
+
+        :raises AssertionError: no process matches, or more than one does.
+        """
+        worker = self.worker_pid
+        below = self.children(self.guardian_pid)
+        return _only(pattern, {pid: command for pid, command in below.items() if pid != worker})
+
+
+def _only(pattern: str, processes: dict[int, str]) -> int:
+    found = [pid for pid, command in processes.items() if re.search(pattern, command)]
+    assert len(found) == 1, f"expected {pattern!r} to match exactly one process, matches {found} of {processes}"
+    return found[0]
 
 
 class Cluster:

@@ -40,7 +40,7 @@ class Death:
         asking = asyncio.ensure_future(trial.ask(trial.request(500, prompt=1), name))
         await asyncio.sleep(0.05)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(next(iter(trial.engine.processes())), signal.SIGKILL)
+            os.kill(list(trial.engine.processes())[-1], signal.SIGKILL)
         self.in_flight = await self._raised(asking)
         if self.in_flight is None and asking.done() and not asking.cancelled():
             self.answer = asking.result()

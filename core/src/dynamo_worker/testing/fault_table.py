@@ -128,7 +128,7 @@ class FaultTable:
         patterns = list(subject.processes.values())
         for busy, idle in zip(patterns, [*patterns[1:], patterns[0]], strict=True):
             worker, spare = start(2, *arguments)
-            yield worker, worker.child(busy), spare, spare.child(idle)
+            yield worker, worker.engine_process(busy), spare, spare.engine_process(idle)
 
     def test_engine_process_killed(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         for worker, process, spare, idle_process in self.each_process(subject, start):
@@ -146,7 +146,7 @@ class FaultTable:
         if not subject.processes:
             pytest.skip("the subject declares no engine processes")
         worker, _ = start(2, "--grace-period", "0")
-        process = worker.child(next(iter(subject.processes.values())))
+        process = worker.engine_process(next(iter(subject.processes.values())))
         load = self.busy(cluster, subject, worker)
         worker.signal(signal.SIGTERM)
         worker.wait_log(" Draining ")

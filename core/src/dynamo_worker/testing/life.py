@@ -98,8 +98,7 @@ class Life:
         await self._hooks("second drain", lambda: trial.plugins.drain(trial.engine, Deadline.after(5)))
         with contextlib.suppress(Exception):
             self.after_drain = await asyncio.wait_for(trial.ask(trial.request(3)), 10)
-        running = Snapshot.take(self.tmp)
-        self.shared = running.shared
+        self.running = Snapshot.take(self.tmp)
         await self._hooks("cleanup", lambda: trial.plugins.cleanup(trial.engine, Deadline.after(15)))
         await self._hooks("second cleanup", lambda: trial.plugins.cleanup(trial.engine, Deadline.after(5)))
         await asyncio.sleep(0.05)
@@ -134,5 +133,5 @@ class Life:
     def files(self) -> list[str]:
         """Return the files and segments that the engine made or used outside of its own directories, and left."""
         made = {path for path in self.creations.places if path.startswith(("/tmp/", "/var/tmp/", "/dev/shm/"))}  # noqa: S108
-        left = {path for path in made | self.shared if os.path.exists(path) and path not in self.before.shared}
+        left = {path for path in made | self.running.shared if os.path.exists(path) and path not in self.before.shared}
         return sorted(path for path in left if not path.startswith((self.tmp, str(self.trial.private_dir))))

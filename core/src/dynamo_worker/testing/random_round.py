@@ -238,8 +238,9 @@ class Round:
                     found["guardian"] = pid
                 elif parent == found.get("guardian") and "--no-supervise" in children[pid]:
                     found["worker"] = pid
+        others = {pid: command for pid, command in children.items() if pid not in found.values()}
         for name, pattern in {**self._subject.processes, "frontend": r"dynamo_worker frontend"}.items():
-            found.update((name, pid) for pid, command in children.items() if re.search(pattern, command))
+            found.update((name, pid) for pid, command in others.items() if re.search(pattern, command))
         return found
 
     def _settle(self, worker: Worker) -> None:

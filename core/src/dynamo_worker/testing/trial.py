@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import copy
 import inspect
+import os
 import shutil
 import tempfile
 import time
@@ -124,6 +125,7 @@ class Trial:
     ) -> None:
         self.subject = subject
         self.plugins = plugins
+        self._directory = os.getcwd()
         self.loop = asyncio.new_event_loop() if loop is None else loop
         # A short path: Unix sockets below it must stay under 108 characters.
         self.private_dir = Path(tempfile.mkdtemp(prefix="dwc-"))
@@ -226,6 +228,7 @@ class Trial:
                 self.loop.run_until_complete(asyncio.wait(left, timeout=_CANCEL_SECONDS))
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         finally:
+            os.chdir(self._directory)
             with contextlib.suppress(RuntimeError):  # a task that ignores its cancellation
                 self.loop.close()
             shutil.rmtree(self.private_dir, ignore_errors=True)

@@ -98,14 +98,14 @@ class LeftoverChecks:
     def test_signal_handlers_are_left_alone(self, life: Life) -> None:
         """SIGTERM and SIGINT belong to the worker: without its handlers it cannot drain."""
         changed = [
-            number.name for number, handler in life.after.signals.items() if life.before.signals[number] != handler
+            number.name for number, handler in life.running.signals.items() if life.before.signals[number] != handler
         ]
         _expect(life, changed, "the handlers of signals have changed", life.trial.engine.start)
 
     def test_the_current_directory_is_left_alone(self, life: Life) -> None:
         """Paths on the command line are relative to it, those of other plugins too."""
-        if life.after.directory != life.before.directory:
-            raise life.trial.finding(f"it is {life.after.directory} now", life.trial.engine.start)
+        if life.running.directory != life.before.directory:
+            raise life.trial.finding(f"it is {life.running.directory} now", life.trial.engine.start)
 
 
 class StopChecks:
