@@ -37,7 +37,7 @@ def test_the_engine_claims_all_flags_that_the_worker_has_too(parser: EngineParse
 def test_no_flag_of_dynamos_worker_is_unknown(parser: EngineParser) -> None:
     for flag, row in peer_flags("vllm").items():
         if row.verdict == "honoured" and row.engines and not flag.startswith("--no-"):
-            assert flag in parser.flags or flag == "--enable-rl", flag
+            assert flag in parser.flags, flag
 
 
 def test_the_record_of_the_peers_flags_is_its_own() -> None:
