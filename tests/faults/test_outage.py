@@ -69,10 +69,11 @@ def fleet(cluster: Cluster, etcd: Etcd, **changes: str) -> list[Worker]:
     return workers
 
 
-def leave(etcd: Etcd, how: str, seconds: float) -> float:
+def leave(etcd: Etcd, how: str, seconds: float, workers: list[Worker]) -> float:
     """Take etcd away for some seconds; return when it is back (monotonic)."""
     etcd.pause() if how == "stopped" else etcd.kill()
     time.sleep(seconds)
+    assert all(worker.status("/health")[0] == 200 for worker in workers), "one server must not make a fleet unready"
     if how == "stopped":
         etcd.resume()
         return time.monotonic()
@@ -88,8 +89,7 @@ def check_an_outage(cluster: Cluster, etcd: Etcd, how: str, seconds: float, **ch
     longer = cluster.load(2, 4000)
     traffic = Traffic(cluster)
     time.sleep(1)
-    back = leave(etcd, how, seconds)
-    assert all(worker.status("/health")[0] == 200 for worker in workers), "one server must not make a fleet unready"
+    back = leave(etcd, how, seconds, workers)
     if how == "stopped":
         time.sleep(0.6)  # what has expired is deleted within that time
     eventually(lambda: etcd.workers() == 2, _BACK, "both workers in etcd")
