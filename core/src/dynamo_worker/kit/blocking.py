@@ -20,6 +20,10 @@ _T = TypeVar("_T")
 _PAUSE, _LONGEST_PAUSE = 0.01, 0.1
 
 
+class LastingThread(threading.Thread):
+    """A thread that stays on purpose: see ``lasting`` of :func:`in_thread`."""
+
+
 async def in_thread(
     function: Callable[..., _T], *arguments: Any, name: str, limit: float | None = None, lasting: bool = False
 ) -> _T:
@@ -44,7 +48,8 @@ async def in_thread(
         if lasting:
             threading.Event().wait()
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    kind = LastingThread if lasting else threading.Thread
+    kind(target=run, name=name, daemon=True).start()
     return await asyncio.wait_for(asyncio.wrap_future(result), limit)
 
 

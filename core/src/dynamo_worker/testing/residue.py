@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dynamo_worker.kit.blocking import LastingThread
 from dynamo_worker.supervisor import linux
 from dynamo_worker.testing.leftovers import MARKER, marked_processes
 
@@ -62,12 +63,23 @@ def _mapped(pid: int) -> set[str]:
     return set()
 
 
+def _described(target: str) -> str:
+    """Return the target of a descriptor; for a socket with its line in the kernel's tables."""
+    inode = target.removeprefix("socket:[").removesuffix("]")
+    for kind in ("unix", "tcp", "tcp6", "udp") if inode != target else ():
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/net/{kind}").read_text().splitlines():
+                if inode in line.split():
+                    return f"{target} ({kind}: {' '.join(line.split())[:80]})"
+    return target
+
+
 @dataclass
 class Snapshot:
     """What exists now.
 
     :param processes: command lines of descendants by pid; a process that has detached is found by its marker.
-    :param threads: Python's threads, by name.
+    :param threads: names of Python's threads by ident, but for those of the kit that stay on purpose.
     :param descriptors: targets of this process's descriptors.
     :param shared: files in shared directories that this process or a descendant has open or maps.
     :param signals: the handlers of signals that belong to the worker.
@@ -97,7 +109,7 @@ class Snapshot:
         shared = {path for path in used if path.startswith(_SHARED_DIRECTORIES) and not path.startswith(private)}
         return cls(
             processes,
-            {thread.ident or 0: thread.name for thread in threading.enumerate()},
+            {t.ident or 0: t.name for t in threading.enumerate() if not isinstance(t, LastingThread)},
             own,
             {path for path in shared if os.path.exists(path)},
             {number: signal.getsignal(number) for number in _SIGNALS},
@@ -110,4 +122,4 @@ class Snapshot:
         :param sockets: sockets, or everything else.
         """
         new = [target for number, target in self.descriptors.items() if before.descriptors.get(number) != target]
-        return [target for target in new if target.startswith("socket:") == sockets]
+        return [_described(target) for target in new if target.startswith("socket:") == sockets]

@@ -28,7 +28,14 @@ class CancellationChecks:
 
     def test_a_cancelled_request_ends_promptly(self, trial: Trial) -> None:
         """The worker waits for the end before it calls ``abort``: until then the engine works for nobody."""
-        seconds = trial.run(trial.cancelled())
+
+        async def check() -> float:
+            name = trial.name()
+            seconds = await trial.cancelled(3, name)
+            await trial.engine.abort(name)
+            return seconds
+
+        seconds = trial.run(check())
         limit = 0.5 * trial.subject.patience
         trial.expect(seconds < limit, f"generate took {seconds:.2f} s to end after its cancellation; at most {limit}")
 

@@ -16,7 +16,8 @@ def _stopped(trial: Trial) -> tuple[int, int, Answer]:
     at = next((at for at, token in enumerate(tokens) if token != tokens[0]), None)
     if at is None:
         trial.skip("every token of the plain answer is the same")
-    stop = {"stop_token_ids": [tokens[at]]}
+    # Some engines take ignore_eos for all stop tokens.
+    stop = {"stop_token_ids": [tokens[at]], "ignore_eos": False}
     answer = trial.answer(12, stop_conditions=stop)
     if answer.refusal is not None:
         trial.skip(f"refused: {answer.refusal}")
@@ -79,7 +80,7 @@ class LengthChecks:
     def test_min_tokens_is_kept(self, trial: Trial) -> None:
         """A request with ``min_tokens`` must not end at a stop token before."""
         tokens = trial.plain().tokens()
-        stop = {"stop_token_ids": [tokens[0]], "min_tokens": 5}
+        stop = {"stop_token_ids": [tokens[0]], "min_tokens": 5, "ignore_eos": False}
         answer = trial.answer(12, stop_conditions=stop)
         if answer.refusal is not None:
             trial.skip(f"refused: {answer.refusal}")
