@@ -58,7 +58,7 @@ FOUND_BY = {
     # health, progress, death
     "health-check-lies": "the_health_check_tells_of_a_death",
     "health-check-hangs": "a_health_check_answers_in_time",
-    "swallows-its-death": "an_answer_that_the_engine_dies_under_fails",
+    "swallows-its-death": "a_death_is_not_swallowed",
     "hides-its-process": "processes_of_the_engine_are_named",
     "progress-while-stuck": "an_idle_engine_makes_no_progress",
     "progress-goes-back": "progress_does_not_decrease",

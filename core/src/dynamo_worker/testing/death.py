@@ -23,10 +23,10 @@ class Death:
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
+        #: The answers to the request in flight and to a later one; None if they raised, or were still awaited.
         self.answer: Answer | None = None
-        #: What the request in flight, a later one and the health check raised; None if they raised nothing.
-        self.in_flight: BaseException | None = None
-        self.afterwards: BaseException | None = None
+        self.later: Answer | None = None
+        #: What the health check raised; None if it raised nothing.
         self.health: BaseException | None = None
         #: What the cleanup raised, and how long it took in seconds.
         self.cleanup: str | None = None
@@ -41,10 +41,8 @@ class Death:
         await asyncio.sleep(0.05)
         with contextlib.suppress(ProcessLookupError):
             os.kill(list(trial.engine.processes())[-1], signal.SIGKILL)
-        self.in_flight = await self._raised(asking)
-        if self.in_flight is None and asking.done() and not asking.cancelled():
-            self.answer = asking.result()
-        self.afterwards = await self._raised(asyncio.ensure_future(trial.ask(trial.request(2))))
+        self.answer = await self._answer(asking)
+        self.later = await self._answer(asyncio.ensure_future(trial.ask(trial.request(2))))
         self.health = await self._raised(asyncio.ensure_future(self._healthy()))
         started = time.monotonic()
         try:
@@ -57,6 +55,10 @@ class Death:
         for outcome in await self.trial.plugins.check_health(self.trial.engine, timeout=5):
             if outcome.error is not None:
                 raise outcome.error
+
+    async def _answer(self, task: asyncio.Task[Answer]) -> Answer | None:
+        error = await self._raised(task)
+        return task.result() if error is None and task.done() and not task.cancelled() else None
 
     async def _raised(self, task: asyncio.Task[Any]) -> BaseException | None:
         done, _ = await asyncio.wait({task}, timeout=3.0 * self.trial.subject.patience)

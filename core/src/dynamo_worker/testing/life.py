@@ -18,7 +18,7 @@ from dynamo_worker.errors import describe
 from dynamo_worker.testing.leftovers import MARKER
 from dynamo_worker.testing.places import Creations
 from dynamo_worker.testing.residue import Snapshot
-from dynamo_worker.testing.trial import Trial, load_plugins
+from dynamo_worker.testing.trial import Trial, load_plugins, private_directories
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,4 +134,4 @@ class Life:
         """Return the files and segments that the engine made or used outside of its own directories, and left."""
         made = {path for path in self.creations.places if path.startswith(("/tmp/", "/var/tmp/", "/dev/shm/"))}  # noqa: S108
         left = {path for path in made | self.running.shared if os.path.exists(path) and path not in self.before.shared}
-        return sorted(path for path in left if not path.startswith((self.tmp, str(self.trial.private_dir))))
+        return sorted(path for path in left if not path.startswith((self.tmp, private_directories())))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import shutil
@@ -87,6 +89,18 @@ class Answer:
         return [c["finish_reason"] for c in self.chunks if isinstance(c, dict) and c.get("finish_reason") is not None]
 
 
+@functools.cache
+def private_directories() -> str:
+    """Return the directory of all private directories, which is removed when this process ends.
+
+    Engines such as vLLM keep the path of the first one for the life of the process. It is short: Unix sockets below it
+    must stay under 108 characters.
+    """
+    directory = tempfile.mkdtemp(prefix="dwc-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 def definition(function: object) -> str:
     """Return where a function is defined, as ``file:line``."""
     code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)  # type: ignore[arg-type]
@@ -127,8 +141,7 @@ class Trial:
         self.plugins = plugins
         self._directory = os.getcwd()
         self.loop = asyncio.new_event_loop() if loop is None else loop
-        # A short path: Unix sockets below it must stay under 108 characters.
-        self.private_dir = Path(tempfile.mkdtemp(prefix="dwc-"))
+        self.private_dir = Path(tempfile.mkdtemp(prefix="", dir=private_directories()))
         self.engine = engine if engine is not None else create(plugins, list(subject.flags), self.private_dir)
         self.info: EngineInfo | None = None
         #: Why the running check matters in production.
@@ -231,7 +244,6 @@ class Trial:
             os.chdir(self._directory)
             with contextlib.suppress(RuntimeError):  # a task that ignores its cancellation
                 self.loop.close()
-            shutil.rmtree(self.private_dir, ignore_errors=True)
 
     def well(self) -> bool:
         """Return whether the engine still answers."""

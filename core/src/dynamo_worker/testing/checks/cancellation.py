@@ -132,6 +132,7 @@ class CancellationChecks:
             name = trial.name()
             await trial.cancelled(2, name)
             await trial.engine.abort(name)
+            await asyncio.sleep(_SILENCE)  # aborts may be on their way, and are known by the id alone
             return await trial.ask(trial.request(3, prompt=1), name)
 
         made = len(trial.run(check(), where=trial.engine.abort).tokens())
