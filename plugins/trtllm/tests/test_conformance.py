@@ -22,8 +22,8 @@ from dynamo_worker_trtllm.engine import TrtllmEngine
 class TestTrtllm(EngineConformance):
     #: As seen with the stand-in; the worker's process ends with its engine.
     KEPT_UNTIL_EXIT: ClassVar = {
-        "threads": "the last question for statistics may still wait for its answer",
-        "sockets": "Open MPI keeps a connection to the ranks that it has started",
+        "threads": "seen: the thread `trtllm-stats`, in a call of TensorRT-LLM",
+        "sockets": "seen: a connection that the other side has closed; not traced further",
     }
 
     def test_processes_are_gone_after_cleanup(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
