@@ -45,9 +45,11 @@ _OWN: Final = frozenset(
         *("DYNAMO_WORKER_CONTROL_FD", "DYN_LOG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "DYN_FILE_KV"),
         *("DYN_SYSTEM_STARTING_HEALTH_STATUS", "DYN_SELF_HOST_METADATA", "DYN_RUNTIME_NUM_WORKER_THREADS"),
         *("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST"),
-        "DYN_EVENT_PLANE_HOST",
+        *("DYN_EVENT_PLANE_HOST", "DYN_LOGGING_JSONL"),
     }
 )
+#: How the names of variables begin that are for the runtime's servers.
+_OF_SERVERS: Final = ("ETCD_", "NATS_")
 #: Seconds after which an unused process exits.
 _PATIENCE = 120.0
 #: This module moves its descriptors above this number: those passed to a process keep their own numbers.
@@ -193,7 +195,11 @@ def main(connection: int, task: str) -> None:
     if not first:
         os._exit(0)  # the parent is gone or does not need this process
     unread = {name for name, reader in readers.items() if reader not in sys.modules}
-    _become(json.loads(order), descriptors, _OWN | unread | set(harmless))
+    _become(json.loads(order), descriptors, unread | set(harmless))
+
+
+def _is_of_the_runtime(name: str) -> bool:
+    return name in _OWN or name.startswith(_OF_SERVERS)
 
 
 def _received(channel: socket.socket, length: int) -> bytes:
@@ -229,7 +235,9 @@ def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collect
     os.chdir(order["directory"])
     # A variable that the imports of this process have set to the same value has not changed.
     obstacles = [
-        name for name in order["changed"] if name not in harmless and os.environ.get(name) != environment.get(name)
+        name
+        for name in order["changed"]
+        if name not in harmless and not name.startswith(_OF_SERVERS) and os.environ.get(name) != environment.get(name)
     ]
     # Some limits, such as that of the stack, only take effect when a program is loaded.
     limits = [(number, tuple(limit)) for number, limit in order["limits"]]
