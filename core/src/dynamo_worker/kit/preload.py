@@ -237,7 +237,7 @@ def _become(order: dict[str, Any], descriptors: Sequence[int], harmless: Collect
     obstacles = [
         name
         for name in order["changed"]
-        if name not in harmless and not name.startswith(_OF_SERVERS) and os.environ.get(name) != environment.get(name)
+        if not (name in harmless or _is_of_the_runtime(name)) and os.environ.get(name) != environment.get(name)
     ]
     # Some limits, such as that of the stack, only take effect when a program is loaded.
     limits = [(number, tuple(limit)) for number, limit in order["limits"]]
