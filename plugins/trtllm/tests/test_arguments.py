@@ -207,7 +207,7 @@ def test_help_teaches_every_argument() -> None:
     parser = EngineParser("trtllm")
     arguments.add(parser)
     text = parser.format_help()
-    for name in TorchLlmArgs.model_fields.keys() - set(arguments._OBJECTS):
+    for name in TorchLlmArgs.model_fields.keys() - set(arguments._NO_FLAGS):
         assert f"--{name.replace('_', '-')}" in text
     assert "precedence" in text
     assert "{xgrammar,llguidance}" in text

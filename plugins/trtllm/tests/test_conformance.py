@@ -26,6 +26,11 @@ class TestTrtllm(EngineConformance):
         "sockets": "seen: a connection that the other side has closed; not traced further",
     }
 
+    def test_create_starts_nothing(self, engine: Engine) -> None:
+        """Open MPI's daemon is there if an earlier engine of this process needed it."""
+        stats = [linux.read_stat(pid) for pid in engine.processes()]
+        assert {stat.name for stat in stats if stat is not None} <= {"orted"}
+
     def test_processes_are_gone_after_cleanup(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         """Except Open MPI's daemon, which belongs to this process and ends with it."""
 

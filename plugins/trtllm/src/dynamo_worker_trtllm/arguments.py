@@ -24,8 +24,8 @@ _PARTS: Final = {
 }
 #: Names that Dynamo's own worker has for arguments.
 _ALIASES: Final = {"model": ["--model-path"], "moe_expert_parallel_size": ["--expert-parallel-size"]}
-#: Arguments that are Python objects.
-_OBJECTS: Final = ("mpi_session", "batched_logits_processor", "decoding_config")
+#: Arguments that are Python objects, and one whose flag is the worker's.
+_NO_FLAGS: Final = ("mpi_session", "batched_logits_processor", "decoding_config", "reasoning_parser")
 #: Why nothing else is served.
 _TEXT: Final = "this plugin serves models that generate text"
 #: Arguments without effect in a worker, and why.
@@ -123,7 +123,7 @@ def _command_line() -> CommandLine:
         objects=_OVERRIDES,
         parts=_PARTS,
         aliases=_ALIASES,
-        no_flags=(*_OBJECTS, "reasoning_parser"),  # the latter is the worker's
+        no_flags=_NO_FLAGS,
         required={"model": "--model NAME_OR_DIRECTORY"},
         without_effect=_WITHOUT_EFFECT,
         supported=_SUPPORTED,
