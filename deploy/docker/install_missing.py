@@ -1,8 +1,8 @@
 """Install what a worker lacks in an engine's image, from a list with hashes, and leave everything else as it is.
 
-``python3 install_missing.py REQUIREMENTS`` runs after ``pip install --no-deps`` of the worker's own wheels. The engine's
-image has most of their dependencies, in the versions that the engine was built with: only what is not there, or what a
-package on the list cannot use, is installed.
+``python3 install_missing.py REQUIREMENTS`` runs after ``pip install --no-deps`` of the worker's own wheels. The image
+has most of their dependencies, in the versions that the engine was built with. Only what is not there is installed, or
+what a package on the list cannot use.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def missing(listed: dict[str, str], path: list[str]) -> list[str]:
 
     :param listed: ``entries``.
     :param path: the directories to look in, as in ``sys.path``.
+    :raises SystemExit: one of them is not on the list.
     """
     # The first directory wins, as in an import.
     there: dict[str, metadata.Distribution] = {}
@@ -46,7 +47,10 @@ def missing(listed: dict[str, str], path: list[str]) -> list[str]:
                 continue
             if needs in there and not requirement.specifier.contains(there[needs].version, prereleases=True):
                 wanted.add(needs)
-    return [listed[name] if name in listed else sys.exit(f"{name} is not on the list") for name in sorted(wanted)]
+    unknown = wanted - set(listed)
+    if unknown:
+        sys.exit(f"the worker needs other versions of {', '.join(sorted(unknown))}, which the list does not have")
+    return [listed[name] for name in sorted(wanted)]
 
 
 def main() -> None:
