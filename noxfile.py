@@ -18,7 +18,7 @@ nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "docs", "example", "tests(core)", "pythons"]
+nox.options.sessions = ["lint", "types", "deploy", "docs", "example", "tests(core)", "pythons"]
 
 ROOT = pathlib.Path(__file__).parent
 #: What `ai-dynamo-runtime` supports.
@@ -31,9 +31,12 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
+DEPLOY = nox.project.dependency_groups(PYPROJECT, "deploy")
 BUILD = nox.project.dependency_groups(PYPROJECT, "build")
 #: Whether the conformance kit finds each of many bugs: an engine of its own for each, for minutes.
 SEEDED_BUGS = "tests/conformance/test_seeded_bugs.py"
+#: What a review asks of deploy/; `tests(core)` has these tests, too.
+MANIFESTS = [f"tests/unit/test_{name}.py" for name in ("deploy", "manifests", "unit_file")]
 #: As many processes as there are cores run tests of workers side by side. ("auto" would count physical cores.)
 PROCESSES = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
 
@@ -175,6 +178,13 @@ def lint(session: nox.Session) -> None:
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def deploy(session: nox.Session) -> None:
+    """Check deploy/ with Kubernetes' schemas, hadolint, a review of our own and, where installed, systemd-analyze."""
+    _install(session, *TEST, *DEPLOY)
+    session.run("pytest", "-rs", *(session.posargs or ["tests/deploy", *MANIFESTS]))
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """The part of a Kubernetes API server that discovery needs, with TLS.
 
-``python kubernetes_server.py PORT CERTIFICATE``
+``python kubernetes_server.py PORT CERTIFICATE [RESOURCE:VERB …]``; without verbs, an account may do everything.
 """
 
 from __future__ import annotations
@@ -66,11 +66,23 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def _refused(self) -> bool:
-        if self.headers.get("Authorization") == "Bearer right":
+        may = not sys.argv[3:] or all(action in sys.argv[3:] for action in self._actions())
+        if may and self.headers.get("Authorization") == "Bearer right":
             return False
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._answer({"kind": "Status", "status": "Failure", "code": 403, "message": "this account may not list"}, 403)
         return True
+
+    def _actions(self) -> list[str]:
+        """Return what RBAC would have to allow for this request, as ``RESOURCE:VERB``."""
+        parts = urlsplit(self.path)
+        *_, above, last = parts.path.split("/")
+        if self.command == "GET":
+            return [f"{last}:{'watch' if 'watch' in parse_qs(parts.query) else 'list'}"]
+        creates = (
+            self.command == "PATCH" and "fieldManager" in parse_qs(parts.query) and not self.objects.get((above, last))
+        )
+        return [f"{above}:{self.command.lower()}", *([f"{above}:create"] if creates else [])]
 
     def do_GET(self) -> None:
         if self._refused():

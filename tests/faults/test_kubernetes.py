@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trustme
+import yaml
 
 from dynamo_worker.testing import Cluster, Worker, eventually
 from dynamo_worker.testing.cluster import free_port
@@ -24,6 +25,7 @@ from dynamo_worker.testing.cluster import free_port
 #: Where a pod finds its credentials; the workers of these tests see their own there.
 _CREDENTIALS = "/var/run/secrets/kubernetes.io/serviceaccount"
 _UNSHARE = ["unshare", "-m"]
+_ACCESS = Path(__file__).parents[2] / "deploy" / "kubernetes-discovery" / "access.yaml"
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None or bool(subprocess.run([*_UNSHARE, "true"]).returncode),
@@ -48,9 +50,10 @@ class Api:
         (self.credentials / "namespace").write_text("ours")
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *actions: str) -> None:
+        """Start the server; given ``RESOURCE:VERB``, an account may do nothing else."""
         command = [sys.executable, str(Path(__file__).parent / "kubernetes_server.py"), str(self.port)]
-        self.process = subprocess.Popen([*command, str(self._certificate)], stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([*command, str(self._certificate), *actions], stderr=subprocess.DEVNULL)
         eventually(lambda: self.resources() is not None, 20, "the API server")
 
     def resources(self) -> dict[str, Any] | None:
@@ -147,3 +150,30 @@ def test_an_account_without_permission_is_said(cluster: Cluster, api: Api) -> No
     assert worker.wait_gone() == 3
     assert "rejects this user: this account may not list" in worker.log
     assert "dynamoworkermetadatas" in worker.log
+
+
+def role(*names: str) -> set[str]:
+    """Return what roles of our manifest allow."""
+    rules = [
+        rule
+        for each in yaml.safe_load_all(_ACCESS.read_text())
+        if each["kind"] == "Role" and each["metadata"]["name"] in names
+        for rule in each["rules"]
+    ]
+    return {f"{resource}:{verb}" for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+
+
+def test_the_roles_of_the_manifest_are_enough(cluster: Cluster, api: Api) -> None:
+    """For the runtime, and for the guardian that withdraws a killed worker."""
+    api.start(*role("dynamo-discovery-read", "dynamo-discovery-write"))
+    worker = serving(cluster, **api.pod())
+    worker.signal(signal.SIGKILL, worker.worker_pid)
+    assert worker.wait_gone() == 137
+    assert 'withdrawn="kubernetes: entries removed"' in worker.log
+    assert endpoints(api, "worker-0") == 0
+
+
+def test_a_worker_does_not_start_with_less(cluster: Cluster, api: Api) -> None:
+    api.start(*role("dynamo-discovery-read", "dynamo-discovery-write") - {"dynamoworkermetadatas:create"})
+    worker = cluster.start_worker("--discovery-timeout", "5", **api.pod())
+    assert worker.wait_gone() not in (0, 137)
