@@ -50,7 +50,9 @@ NO_EXCEPTIONS = {
 def hold_gil(seconds: float) -> None:
     """Sleep in native code without releasing the GIL, as a driver call that hangs does."""
     library = ctypes.PyDLL(None)
-    library.usleep(ctypes.c_uint(int(seconds * 1e6)))
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:  # a signal interrupts it, such as the one that asks for the stack
+        library.usleep(ctypes.c_uint(int(left * 1e6)))
 
 
 def search() -> None:
