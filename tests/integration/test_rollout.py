@@ -50,6 +50,21 @@ def template(directory: Path, name: str) -> Path:
     return path
 
 
+def test_a_worker_that_frontends_ignore_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_frontend()
+    first = generation(cluster, "one", template(tmp_path, "one")).wait_ready()
+    cluster.wait_model()
+    equal = generation(cluster, "one", template(tmp_path, "one")).wait_ready()
+    cluster.wait_routed(equal)
+    third = generation(cluster, "three", template(tmp_path, "three")).wait_ready()
+    cluster.wait_routed(third)
+    other = generation(cluster, "one", template(tmp_path, "two")).wait_ready()
+    other.wait_log(r"Frontends may ignore this worker: .* model=echo differs=chat_template_file next=")
+    assert all(cluster.ask(4).ok for _ in range(8))
+    assert other.metric('dynamo_worker_requests_total{outcome="completed"}') == 0
+    assert "Frontends may ignore" not in first.log + equal.log + third.log
+
+
 def test_a_changed_chat_template_with_a_suffix_loses_nothing(cluster: Cluster, tmp_path: Path) -> None:
     cluster.start_frontend()
     old = [generation(cluster, "one", template(tmp_path, "one")) for _ in range(WORKERS)]

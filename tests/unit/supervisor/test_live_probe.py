@@ -135,17 +135,27 @@ def test_an_unwatched_worker_answers_itself(world):
 
 
 def test_a_blocked_worker_keeps_nobody_from_the_probe(world):
-    """What it does not take waits in the socket, and is closed once that is full."""
-    connections = [world.client(b"GET /metrics HTTP/1.1\r\n\r\n") for _ in range(300)]
+    """What it does not take waits in the socket, then here; too many push the oldest of these out."""
+    for number in range(500):
+        world.client(b"GET /%d HTTP/1.1\r\n\r\n" % number)
     assert everything(world.client(PROBE)).startswith(b"HTTP/1.1 200 ")
-    assert everything(connections[-1]) == b""
-    waiting = 0
+    assert len(world.probe._waiting) == 64
     world.worker.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            world.passed_on()[1].close()
-            waiting += 1
-    assert 100 < waiting < 300
+    taken = []
+    for _ in range(500):
+        try:
+            data, passed = world.passed_on()
+        except BlockingIOError:
+            if not world.probe._waiting:
+                break
+            world.pump()
+        else:
+            passed.close()
+            taken.append(data)
+    assert 200 < len(taken) < 500
+    assert taken[-64:] == [b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(436, 500)]
+    world.client(b"GET /x HTTP/1.1\r\n\r\n")
+    world.passed_on()[1].close()
 
 
 def test_silent_clients_neither_crowd_out_the_probe_nor_stay(world):

@@ -11,6 +11,7 @@ import json
 import resource
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,9 @@ class LiveProbe:
         self._paused_until: float | None = None
         # In order of arrival, by descriptor.
         self._silent: dict[int, _Client] = {}
+        # In order of arrival: those for the worker, which has not taken all of the earlier ones yet.
+        self._waiting: deque[_Client] = deque()
+        self._stalled = False
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_silent = _MOST_SILENT if limit < 0 else min(_MOST_SILENT, limit // 4)
 
@@ -79,6 +83,9 @@ class LiveProbe:
         for client in list(self._silent.values()):
             self._forget(client)
             client.connection.close()
+        while self._waiting:
+            self._waiting.popleft().connection.close()
+        self._stalled = False
         for end in (self._listener, self._worker):
             if end is not None:
                 self._loop.remove(end.fileno())
@@ -174,11 +181,29 @@ class LiveProbe:
         return True
 
     def _hand_on(self, client: _Client) -> None:
-        """Pass a connection on to the worker; close it if the worker is gone, or has too many to take already."""
-        if client.data and self._worker is not None:
-            with contextlib.suppress(OSError):
-                socket.send_fds(self._worker, [bytes(client.data)], [client.connection.fileno()])
-        client.connection.close()
+        """Pass a connection on to the worker, now or as soon as it takes more; too many push the oldest out."""
+        self._waiting.append(client)
+        self._flush()
+        if len(self._waiting) > self._most_silent:
+            self._waiting.popleft().connection.close()
+
+    def _flush(self) -> None:
+        """Pass on as many connections as the worker takes, and wait for it to take the others."""
+        if self._worker is None:
+            return
+        while self._waiting:
+            client = self._waiting[0]
+            try:
+                if client.data:  # otherwise its client has left
+                    socket.send_fds(self._worker, [bytes(client.data)], [client.connection.fileno()])
+            except BlockingIOError:
+                break
+            except OSError:  # the worker is gone, or too many descriptors are on their way
+                pass
+            self._waiting.popleft().connection.close()
+        if self._stalled != bool(self._waiting):
+            self._stalled = not self._stalled
+            self._loop.on_output(self._worker.fileno(), self._on_worker, self._flush if self._stalled else None)
 
     def _answer(self, connection: socket.socket, status: str, word: str) -> None:
         content = json.dumps({"status": word, "state": self._state()}).encode()
