@@ -30,6 +30,8 @@ log = get_logger(__name__)
 
 #: Long enough for every test, short enough to end by itself.
 FOREVER = 100.0
+#: Longer than the operator's liveness probe waits, shorter than the heartbeat timeout.
+NAP = 9.0
 
 
 class PanicException(BaseException):
@@ -48,7 +50,19 @@ NO_EXCEPTIONS = {
 def hold_gil(seconds: float) -> None:
     """Sleep in native code without releasing the GIL, as a driver call that hangs does."""
     library = ctypes.PyDLL(None)
-    library.usleep(ctypes.c_uint(int(seconds * 1e6)))
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:  # a signal interrupts it, such as the one that asks for the stack
+        library.usleep(ctypes.c_uint(int(left * 1e6)))
+
+
+def search() -> None:
+    """Search for ``NAP`` seconds without releasing the GIL: each letter doubles what the pattern tries."""
+    until, letters = time.monotonic() + NAP, 18
+    while time.monotonic() < until:
+        began = time.monotonic()
+        re.match(r"(a+)+$", "a" * letters + "b")
+        # The last searches take most of the time, the longest of them more than half.
+        letters += time.monotonic() - began < NAP / 4
 
 
 def raise_for(place: str, faults: Sequence[str]) -> None:
@@ -109,6 +123,10 @@ class FaultyEngine(EchoEngine):
             raise EngineDeadError("CUDA error: an illegal memory access was encountered")
         if "unserializable" in text:
             yield {"token_ids": [object()]}
+        if "nap" in text:
+            time.sleep(NAP)
+        if "search" in text:
+            search()
         if "block" in text:
             time.sleep(FOREVER)
         if "gil" in text:

@@ -84,6 +84,29 @@ class Worker:
         return int(status.split()[1]), {k.lower(): v for k, v in (line.split(": ", 1) for line in rest)}, body
 
 
+class Door:
+    """The supervisor at the door: takes the sockets, and passes connections on."""
+
+    def __init__(self, takes=True):
+        self.takes = takes
+        self.listener = self.end = self.path = None
+
+    def __call__(self, listener, end, path):
+        if self.takes:
+            self.listener, self.end = (socket.socket(fileno=os.dup(descriptor)) for descriptor in (listener, end))
+            self.path = path
+        return self.takes
+
+    def pass_on(self, data):
+        """Accept a connection that is waiting, and pass it on with some data."""
+        with self.listener.accept()[0] as connection:
+            socket.send_fds(self.end, [data], [connection.fileno()])
+
+    def close(self):
+        self.listener.close()
+        self.end.close()
+
+
 @contextlib.asynccontextmanager
 async def worker(upstream=None):
     served = Worker()
@@ -768,6 +791,66 @@ def test_no_bytes_take_the_server_down(data):
                 answer = await served.send(data, finish=True)
                 assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
             assert (await served.get("/live"))[0] == 200
+
+    asyncio.run(main())
+
+
+# -------------------------------------------------------------------------------------------------------------- door
+
+
+@pytest.mark.parametrize("loop", [asyncio, uvloop], ids=["asyncio", "uvloop"])
+def test_connections_come_through_the_door(loop):
+    """With all the limits of those that it accepts itself."""
+
+    async def main():
+        served, door, upstream = Worker(), Door(), Upstream()
+        served.port = await served.server.start("127.0.0.1", 0, door)
+        served.server.forward_to("127.0.0.1", await upstream.start())
+        served.server.serve_routes({"x": nothing})
+        assert door.path == "/live"
+        assert door.listener.getsockname()[1] == served.port
+        before = descriptors()
+        for data, rest, expected in [
+            (b"GET /live HTTP/1.1\r\n\r\n", b"", b"HTTP/1.1 200 "),
+            (b"GET /metrics HTTP/1.1\r\n", b"\r\n", b"HTTP/1.1 200 "),
+            (post("/engine/x")[:-1], b"}", b"HTTP/1.1 200 "),
+            (post("/engine/x", length=100_000), b"", b"HTTP/1.1 413 "),
+            (b"GET /live HTTP/1.1\r\nx: " + b"x" * (16 * 1024 - 23), b"xxxx", b"HTTP/1.1 400 "),
+            (b"\r\n\r\n", b"", b"HTTP/1.1 400 "),
+        ]:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            door.pass_on(data)
+            writer.write(rest)
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(expected), data[:40]
+            writer.close()
+        await settled(served)
+        await until(lambda: descriptors() <= before)
+        served.server.close()
+        assert door.end.recv(1) == b"", "the supervisor sees that the door closes"
+        door.close()
+        upstream.server.close()
+
+    loop.run(main())
+
+
+def test_a_supervisor_that_does_not_take_the_socket():
+    async def main():
+        served = Worker()
+        served.port = await served.server.start("127.0.0.1", 0, Door(takes=False))
+        assert (await served.get("/live"))[0] == 200
+        served.server.close()
+
+    asyncio.run(main())
+
+
+def test_a_door_that_the_supervisor_closes_is_not_watched_any_more():
+    async def main():
+        served, door = Worker(), Door()
+        await served.server.start("127.0.0.1", 0, door)
+        door.close()
+        await asyncio.sleep(0.05)
+        assert not asyncio.get_running_loop().remove_reader(served.server._door.fileno())
+        served.server.close()
 
     asyncio.run(main())
 

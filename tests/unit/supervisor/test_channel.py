@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 
 import pytest
 
@@ -125,3 +126,45 @@ def test_garbage_is_counted(ends):
     one.socket.send(json.dumps({"type": "exit"}).encode())
     assert types(other.receive()) == ["exit"]
     assert other.malformed == 5
+
+
+class TestDescriptors:
+    """Copies of them come with a message, to an end that expects them."""
+
+    @pytest.fixture
+    def taker(self, ends):
+        return Channel(ends[1].socket, takes_descriptors=True)
+
+    def test_they_come_with_their_message(self, ends, taker):
+        reader, writer = os.pipe()
+        assert ends[0].send_descriptors("stack", [reader], path="/x")
+        os.close(reader)
+        [message] = taker.receive()
+        [copy] = message["descriptors"]
+        assert message == {"type": "stack", "path": "/x", "descriptors": [copy]}
+        assert not os.get_inheritable(copy)
+        os.write(writer, b"through")
+        assert os.read(copy, 10) == b"through"
+        os.close(copy)
+        os.close(writer)
+
+    def test_a_number_in_the_text_is_none(self, ends, taker):
+        ends[0].socket.send(json.dumps({"type": "stack", "descriptors": [0]}).encode())
+        assert taker.receive() == [{"type": "stack"}]
+
+    def test_those_of_garbage_are_closed(self, ends, taker):
+        before = len(os.listdir("/proc/self/fd"))
+        socket.send_fds(ends[0].socket, [b"{"], [0, 1])
+        assert taker.receive() == []
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_another_end_gets_none(self, ends):
+        before = len(os.listdir("/proc/self/fd"))
+        ends[0].send_descriptors("stack", [0])
+        assert ends[1].receive() == [{"type": "stack"}]
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_an_end_that_does_not_read_takes_none(self, ends):
+        while ends[0].send_descriptors("stack", [0]):
+            pass
+        assert not ends[0].pending

@@ -91,6 +91,7 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
         termination_message_path=str(settings.termination_message_path),
         log_format=settings.log_format,
     )
+    control.offer_stack()
     launcher = Launcher(settings, plugins, engine_args, control)
     uvloop.install()
     loop = uvloop.new_event_loop()
@@ -185,7 +186,7 @@ class Launcher:
             self._on_endpoint_closed,
             self._on_drain_phase,
         )
-        self._startup = Startup(settings, plugins, engine_args, self._parts, callbacks, supervised=control.supervised)
+        self._startup = Startup(settings, plugins, engine_args, self._parts, callbacks, control)
         self._shutdown = Shutdown(settings, plugins, self._parts, callbacks.state, supervised=control.supervised)
         self._ready: ReadyWorker | None = None
         self._stages = {

@@ -55,6 +55,7 @@ def start_monitors(
         monitors.start(stalls.run())
     if worker.registration is not None:
         monitors.start(worker.registration.run())
+        monitors.start(worker.registration.compare_cards())
     monitors.start(_call_on_ready(plugins, worker, timeout))
     if parts.frontend is not None:
         parts.frontend.start_monitor(interval=interval, timeout=timeout)

@@ -40,7 +40,7 @@ from dynamo_worker.host.status.model_taints import taint_routes
 from dynamo_worker.host.status.scrape import Scrape
 from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.logs import get_logger
-from dynamo_worker.supervisor.protocol import RUN_DIR
+from dynamo_worker.supervisor.protocol import RUN_DIR, STATUS_SERVER
 from dynamo_worker.supervisor.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from dynamo_worker.host.drain_phase import DrainPhase
     from dynamo_worker.host.parts import WorkerParts
     from dynamo_worker.host.plugins.facade import Plugins
+    from dynamo_worker.host.supervisor_channel import SupervisorChannel
     from dynamo_worker.lifecycle import State
 
 log = get_logger(__name__)
@@ -85,15 +86,14 @@ class Startup:
         engine_args: Any,
         parts: WorkerParts,
         callbacks: Callbacks,
-        *,
-        supervised: bool,
+        control: SupervisorChannel,
     ) -> None:
         self._settings = settings
         self._plugins = plugins
         self._engine_args = engine_args
         self._parts = parts
         self._callbacks = callbacks
-        self._supervised = supervised
+        self._control = control
         self._checks = EngineChecks(plugins.engine)
         self._created = time.monotonic()
 
@@ -138,8 +138,13 @@ class Startup:
             problem=self._problem,
             access=ControlAccess(read_token(settings.control_token_file)),
         )
-        port = await status.start(settings.system_host, settings.system_port)
+        # Without heartbeats only the probe can find a worker that is blocked for good.
+        hand_over = self._hand_over_listener if settings.heartbeat_timeout else None
+        port = await status.start(settings.system_host, settings.system_port, hand_over)
         log.info("Status server listening", url=f"http://{Address(settings.system_host, port)}")
+
+    def _hand_over_listener(self, listener: int, end: int, live_path: str) -> bool:
+        return self._control.hand_over(STATUS_SERVER, [listener, end], live_path=live_path)
 
     def _problem(self) -> str | None:
         """Return why the serving worker is not ready; None if it is."""
@@ -153,7 +158,7 @@ class Startup:
         :raises StartError: there is no safe place for it.
         """
         given = os.environ.get(RUN_DIR)
-        if given and self._supervised:  # without a supervisor it may be inherited from another worker
+        if given and self._control.supervised:  # without a supervisor it may be inherited from another worker
             return Path(given)
         try:
             directory = self._parts.own_directory = RunDirectory.create()
@@ -194,7 +199,7 @@ class Startup:
         context = EngineContext(
             component=f"{settings.namespace}.{settings.component}",
             private_dir=private_dir,
-            supervised=self._supervised,
+            supervised=self._control.supervised,
             allowed_paths=AllowedPaths(settings.control_load_root, settings.control_write_root),
             events_wanted=settings.events_wanted,
             discovery=runtime.discovery,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor.channel import Channel
-from dynamo_worker.supervisor.protocol import CONTROL_FD
+from dynamo_worker.supervisor.protocol import CONTROL_FD, STACK, STACK_SIGNAL
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 class SupervisorChannel:
@@ -48,6 +49,22 @@ class SupervisorChannel:
             return
         self._channel.send(message_type, **fields)
         self._watch_output()
+
+    def hand_over(self, message_type: str, descriptors: Sequence[int], **fields: Any) -> bool:
+        """Send copies of descriptors to the supervisor; return False if there is none, or it does not take them."""
+        return self._channel is not None and self._channel.send_descriptors(message_type, descriptors, **fields)
+
+    def offer_stack(self) -> None:
+        """Let the supervisor have the main thread's stack at any time, also while native code holds the GIL."""
+        if self._channel is None:
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)  # what does not fit is lost: the thread must not wait
+        if self.hand_over(STACK, [reader]):
+            faulthandler.register(STACK_SIGNAL, file=writer, all_threads=False)
+        else:
+            os.close(writer)
+        os.close(reader)
 
     def listen(self, loop: asyncio.AbstractEventLoop, on_message: Callable[[dict[str, Any]], None]) -> None:
         """Call ``on_message`` on the loop for every message from the supervisor."""

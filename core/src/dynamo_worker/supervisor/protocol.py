@@ -1,6 +1,8 @@
-"""Names and time limits that supervisor, guardian and worker share. Imports nothing: the worker reads it, too."""
+"""Names and time limits that supervisor, guardian and worker share. The worker reads it, too."""
 
 from __future__ import annotations
+
+import signal
 
 #: Environment variable: the descriptor of the worker's control socket.
 CONTROL_FD = "DYNAMO_WORKER_CONTROL_FD"
@@ -9,6 +11,12 @@ CONTROL_FD = "DYNAMO_WORKER_CONTROL_FD"
 RUN_DIR = "DYNAMO_WORKER_RUN_DIR"
 #: Where Dynamo's ``file`` discovery backend keeps its files unless ``DYN_FILE_KV`` is set.
 DEFAULT_FILE_KV = "/tmp/dynamo_store_kv"  # noqa: S108 - Dynamo's choice
+#: Has the worker's main thread write its stack into a pipe. Engines have uses of their own for the named signals.
+STACK_SIGNAL = signal.SIGRTMIN + 5
+#: Message with the end of that pipe.
+STACK = "stack"
+#: Message with the status server's listening socket and the socket that leads to the worker.
+STATUS_SERVER = "status_server"
 #: Seconds at the end of the termination grace period that are reserved for the supervisor: kill, reap, clean up.
 KILL_RESERVE = 2.0
 #: Seconds the kernel may take to end a worker that was killed. One that hangs in a driver does not end at all.

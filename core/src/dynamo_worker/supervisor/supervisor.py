@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.supervisor import channel, cleaning_times, frontend, interpreter, linux, process_tree, report, sweep
+from dynamo_worker.supervisor.blocked_loop import BlockedLoop
 from dynamo_worker.supervisor.early_settings import EarlySettings
 from dynamo_worker.supervisor.environment import worker_environment
 from dynamo_worker.supervisor.escalation import Escalation
@@ -18,9 +19,10 @@ from dynamo_worker.supervisor.final_cleaning import FinalCleaning
 from dynamo_worker.supervisor.guardian import become_guardian
 from dynamo_worker.supervisor.guardian_link import GuardianLink
 from dynamo_worker.supervisor.linux import Process
+from dynamo_worker.supervisor.live_probe import LiveProbe
 from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.output import open_standard_streams
-from dynamo_worker.supervisor.protocol import DEFAULT_FILE_KV
+from dynamo_worker.supervisor.protocol import DEFAULT_FILE_KV, STACK, STATUS_SERVER
 from dynamo_worker.supervisor.reactions import Reactions
 from dynamo_worker.supervisor.relay import Relay
 from dynamo_worker.supervisor.run_directory import RunDirectory
@@ -67,6 +69,7 @@ class Supervisor:
         )
         self._escalation = Escalation()
         self._worker = WorkerProcess()
+        self._blocked_loop = BlockedLoop(self._worker, self._status, self._log)
 
     # -- Life ---------------------------------------------------------------------------------------------------------
 
@@ -96,6 +99,7 @@ class Supervisor:
         while not self._over():
             self._pump(self._next_timer())
             self._reactions.act_on_time()
+            self._blocked_loop.act_on_time()
         return self._finish()
 
     def _fail(self, reason: str) -> int:
@@ -128,7 +132,15 @@ class Supervisor:
         self._loop.outputs.add(self._log.output)
         self._loop.add(self._guardian.channel.socket.fileno(), self._on_guardian_message)
         self._control = WorkerChannel(
-            control, self._loop, self._status, lambda: self._systemd.report(self._status), self._log
+            control,
+            self._loop,
+            self._status,
+            lambda: self._systemd.report(self._status),
+            self._log,
+            self._on_descriptors,
+        )
+        self._probe = LiveProbe(
+            self._loop, lambda: self._status.state.value, lambda: not self._control.closed and not self._worker.ended
         )
         self._cleaning = FinalCleaning(
             self._guardian,
@@ -201,7 +213,7 @@ class Supervisor:
         return limits
 
     def _next_timer(self) -> float | None:
-        timers = [*self._limits(), self._reactions.next_timer()]
+        timers = [*self._limits(), self._reactions.next_timer(), self._blocked_loop.next_timer()]
         return min((timer for timer in timers if timer is not None), default=None)
 
     def _finish(self) -> int:
@@ -227,6 +239,8 @@ class Supervisor:
         self._log_end(code, reason, gone_at, cleaned)
         self._systemd.send(f"STATUS=stopped: {reason}")
         self._systemd.close()
+        self._probe.close()
+        self._blocked_loop.close()
         self._run_directory.close()
         self._loop.close()
         return code
@@ -271,6 +285,14 @@ class Supervisor:
         elif cleaning.frontend_failure is None and not cleaning.has_killed(pid):
             cleaning.frontend_failure = frontend.report_end(self._run_directory.descriptor, pid, code, self._log)
 
+    def _on_descriptors(self, message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Take over what the worker hands over."""
+        kind, path = message["type"], message.get("live_path")
+        if kind == STATUS_SERVER and isinstance(path, str) and len(descriptors) == 2:
+            self._probe.open(descriptors, path)
+        elif kind == STACK and len(descriptors) == 1:
+            self._blocked_loop.open(descriptors[0])
+
     def _on_guardian_message(self) -> None:
         self._guardian.receive()
         if self._worker.process is None and self._guardian.worker is not None:
@@ -284,7 +306,9 @@ class Supervisor:
     def _pump(self, until: float | None, descriptor: int | None = None) -> None:
         """Wait for one batch of events, until a point in time (monotonic) at most, and handle it."""
         now = time.monotonic()
-        self._loop.pump(None if until is None else max(0.0, until - now), descriptor)
+        timers = [timer for timer in (until, self._probe.next_timer()) if timer is not None]
+        self._loop.pump(max(0.0, min(timers) - now) if timers else None, descriptor)
+        self._probe.act_on_time()
         if until is not None and (late := time.monotonic() - max(now, until)) > _LATE:
             self._status.last_beat += late  # we were stopped, or the whole machine: not the worker's fault
 

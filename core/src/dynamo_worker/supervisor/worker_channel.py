@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor import channel
 from dynamo_worker.supervisor.channel import Channel
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_worker.supervisor.loop import Loop
     from dynamo_worker.supervisor.report import Log
@@ -26,6 +27,8 @@ class WorkerChannel:
     :param status: is updated from every message.
     :param on_state: called after the worker has announced a state.
     :param log: gets the format that the worker announces.
+    :param on_descriptors: called with a message and the descriptors that came with it, and closes them; without it,
+        they are closed.
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class WorkerChannel:
         status: WorkerStatus,
         on_state: Callable[[], None],
         log: Log,
+        on_descriptors: Callable[[Mapping[str, Any], Sequence[int]], None] | None = None,
     ) -> None:
-        self._channel = Channel(connection)
+        self._channel = Channel(connection, takes_descriptors=True)
+        self._on_descriptors = on_descriptors or _close_all
         self._loop = loop
         self._status = status
         self._on_state = on_state
@@ -54,6 +59,8 @@ class WorkerChannel:
         """Receive the messages that have arrived."""
         malformed = self._channel.malformed
         for message in self._channel.receive(most):
+            if descriptors := message.pop("descriptors", ()):
+                self._on_descriptors(message, descriptors)
             if self._status.take(message, time.monotonic()):
                 self._on_state()
         if self._status.log_format is not None:
@@ -90,3 +97,8 @@ class WorkerChannel:
     def _flush(self) -> None:
         self._channel.flush()
         self._watch_output()
+
+
+def _close_all(_message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
+from dynamo_worker.host.discovery.card_check import CARDS, MOST_CARDS, from_base64
 from dynamo_worker.host.discovery.runtime_lease import RuntimeLease, grant
 from dynamo_worker.host.discovery.store import INSTANCES, DiscoveryAwayError
 from dynamo_worker.supervisor.etcd import EtcdError, entries_lease
@@ -104,6 +105,18 @@ class EtcdStore:
         """Return the endpoint ``namespace/component/name`` that an entry stands for; None for other entries."""
         key = base64.b64decode(name).decode(errors="replace")
         return key.removeprefix(INSTANCES).rpartition("/")[0] if key.startswith(INSTANCES) else None
+
+    def cards(self) -> tuple[list[bytes], list[bytes]]:
+        """Return this worker's entries with model cards, and those of some other workers of the same endpoints."""
+        keys = {key: from_base64(key) for key in self._values}
+        own = {key: self._values[key] for key, name in keys.items() if name.startswith(CARDS.encode())}
+        others: list[bytes] = []
+        # The prefix ends with a slash, and the range with the character after it.
+        for prefix in {b"/".join(keys[key].split(b"/")[:5]) for key in own}:
+            ends = {name: base64.b64encode(prefix + end).decode() for name, end in (("key", b"/"), ("range_end", b"0"))}
+            found = self._etcd.call("/v3/kv/range", {**ends, "limit": MOST_CARDS}).get("kvs", ())
+            others += [from_base64(str(item.get("value", ""))) for item in found if item.get("key") not in own]
+        return [from_base64(value) for value in own.values()], others
 
     def close(self) -> None:
         """Restore nothing from now on, not even when a hanging call continues."""

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
+from dynamo_worker.host.discovery.card_check import CARDS, MOST_CARDS
 from dynamo_worker.host.discovery.store import INSTANCES
 from dynamo_worker.supervisor.files import open_regular
 
@@ -85,6 +86,23 @@ class FileStore:
             return None
         return unquote(entry).rpartition("/")[0]
 
+    def cards(self) -> tuple[list[bytes], list[bytes]]:
+        """Return this worker's entries with model cards, and those of some other workers of the same endpoints."""
+        directory = os.path.join(self._root, CARDS)
+        own = {path: file.content for path, file in self._files.items() if path.startswith(directory)}
+        endpoints = {_endpoint_of(path) for path in own}
+        others: list[bytes] = []
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.path in own or _endpoint_of(entry.path) not in endpoints or len(others) == MOST_CARDS:
+                    continue
+                with (
+                    contextlib.suppress(OSError),  # removed meanwhile
+                    open(open_regular(entry.path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file,
+                ):
+                    others.append(file.read(_MOST_BYTES))
+        return list(own.values()), others
+
     def close(self) -> None:
         """Restore nothing from now on, not even when a hanging call continues."""
         self._closed = True
@@ -134,6 +152,11 @@ class FileStore:
                 except FileNotFoundError:  # removed meanwhile
                     continue
         self._directories = directories
+
+
+def _endpoint_of(path: str) -> str:
+    """Return the endpoint ``namespace/component/name`` that the model card in a file belongs to."""
+    return "/".join(unquote(os.path.basename(path)).split("/")[:3])
 
 
 def _raise(error: OSError) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_worker.errors import DiscoveryLostError, ServerUnreachableError
+from dynamo_worker.host.discovery.card_check import differences
 from dynamo_worker.host.discovery.store import DiscoveryAwayError
 from dynamo_worker.logs import get_logger
 
@@ -147,6 +148,24 @@ class Registration:
             if time.monotonic() > give_up:
                 return False
             await asyncio.sleep(_ENTER_INTERVAL)
+
+    async def compare_cards(self) -> None:
+        """Warn once if frontends may ignore this worker because its model card differs from another worker's."""
+        async with self._lock:
+            try:
+                found = differences(*await self._ask(self._store.cards))
+            except OSError as error:
+                log.debug("Model cards not compared", error=error)
+                return
+        if found is not None:
+            model, differing = found
+            log.warning(
+                "Frontends may ignore this worker: another one serves its model with a different card",
+                model=model,
+                differs=", ".join(differing),
+                next="give each generation of a rollout its own --namespace-worker-suffix, "
+                "and stop the old workers with --drain complete",
+            )
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[set[str]]:

@@ -41,6 +41,12 @@ class Store(Protocol):
     def endpoint(self, name: str) -> str | None:
         """Return the endpoint ``namespace/component/name`` that an entry stands for; None for other entries."""
 
+    def cards(self) -> tuple[list[bytes], list[bytes]]:
+        """Return this worker's entries with model cards, and those of some other workers of the same endpoints.
+
+        :raises OSError: they cannot be read.
+        """
+
     def close(self) -> None:
         """Restore nothing from now on, not even when a hanging call continues."""
 

@@ -84,7 +84,9 @@ class WorkerMetrics:
             registry=registry,
         )
         self.event_loop_lag = Gauge(
-            "dynamo_worker_event_loop_lag_seconds", "How late the event loop last woke up", registry=registry
+            "dynamo_worker_event_loop_lag_seconds",
+            "How late the event loop woke up: the longest delay of the last 5 s",
+            registry=registry,
         )
         self.fatal_errors = Counter(
             "dynamo_worker_fatal_errors", "Fatal errors by kind", ["kind"], registry=registry

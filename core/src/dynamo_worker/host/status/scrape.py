@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Seconds to render everything; engines may read files of many processes.
 _PATIENCE = 10.0
-#: Seconds for which a rendered text is served to whoever asks the runtime directly.
+#: Seconds within which the runtime asks for the text of a scrape that went through the status server.
 _FRESH = 1.0
 
 
@@ -30,6 +30,8 @@ class Scrape:
         self._patience = patience
         self._executor = ThreadPoolExecutor(1, "metrics")
         self._rendering: asyncio.Future[None] | None = None
+        #: Scrapes for which the runtime has yet to ask for the text.
+        self._announced = 0
         self._text = ""
         self._rendered_at = float("-inf")
 
@@ -38,22 +40,29 @@ class Scrape:
 
         :raises HttpError: they cannot be rendered in time, or not at all.
         """
-        if self._rendering is None or self._rendering.done():
+        rendering = self._rendering
+        if rendering is None or rendering.done():
             try:
-                self._rendering = asyncio.get_running_loop().run_in_executor(self._executor, self._update)
+                rendering = asyncio.get_running_loop().run_in_executor(self._executor, self._update)
             except RuntimeError as error:  # no thread can be started
                 raise HttpError("503 Service Unavailable", f"the metrics cannot be rendered: {error}") from error
-            self._rendering.add_done_callback(lambda done: done.cancelled() or done.exception())
-        done, _ = await asyncio.wait({self._rendering}, timeout=self._patience)
+            rendering.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._rendering = rendering
+        # When it is done, another scrape may have begun the next one.
+        done, _ = await asyncio.wait({rendering}, timeout=self._patience)
         if not done:
             raise HttpError("504 Gateway Timeout", f"the metrics could not be rendered within {self._patience:g} s")
-        failure = self._rendering.exception()
+        failure = rendering.exception()
         if failure is not None:
             raise HttpError("500 Internal Server Error", f"the metrics cannot be rendered: {failure}") from failure
+        self._announced += 1
 
     def text(self) -> str:
         """Return the metrics; the runtime calls this on its thread."""
-        if time.monotonic() - self._rendered_at > _FRESH:  # it was asked directly, not through the status server
+        if self._announced and time.monotonic() - self._rendered_at < _FRESH:
+            self._announced -= 1
+        else:  # it was asked directly, not through the status server
+            self._announced = 0
             self._update()
         return self._text
 

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dynamo_worker.errors import StartError
@@ -21,9 +22,10 @@ from dynamo_worker.host.status.control_routes import ControlAccess, ControlRoute
 from dynamo_worker.host.status.http_message import HttpError, RequestHead
 from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.channel import receive_with_descriptors
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Mapping
 
     from dynamo_worker.engine import Operation
     from dynamo_worker.host.status.scrape import Scrape
@@ -60,6 +62,10 @@ _TURNS_TO_ASK = 3
 _BACKLOG = 256
 _COPY_CHUNK = 64 * 1024
 
+#: Offers the listening socket, our end of a pair for the connections and the path of the liveness probe to the
+#: supervisor; returns whether it takes them.
+HandOver = Callable[[int, int, str], bool]
+
 
 class StatusServer:
     """Serves the probes and the control routes, and forwards everything else to the runtime's status server."""
@@ -86,6 +92,8 @@ class StatusServer:
         self._health_path = health_path
         self._access = access or ControlAccess()
         self._server: asyncio.Server | None = None
+        self._door: socket.socket | None = None
+        self._adopting: set[asyncio.Task[None]] = set()
         self._upstream: tuple[str, int] | None = None
         self._control: ControlRoutes | None = None
         self._large_bodies = 0
@@ -94,24 +102,70 @@ class StatusServer:
         self._silent: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._answered: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(self, host: str, port: int, hand_over: HandOver | None = None) -> int:
         """Listen, and return the port (a free one if ``port`` is 0).
 
+        :param hand_over: offers the listening socket to the supervisor, which then answers the liveness probe.
         :raises StartError: the address cannot be used.
         """
         try:
             # uvloop would look up even a numeric host, in threads, and abort if it gets none: create the socket here.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, port), family=family)
-            self._server = await asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD, backlog=_BACKLOG)
+            listener.listen(_BACKLOG)
+            actual: int = listener.getsockname()[1]
+            if hand_over is None or not self._enter_by_door(listener, hand_over):
+                self._server = await asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD, backlog=_BACKLOG)
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
             raise StartError(
                 f"the status server's address {host}:{port} {why}",
                 hint="choose another with --system-port (DYN_SYSTEM_PORT), or -1 for none",
             ) from error
-        actual: int = self._server.sockets[0].getsockname()[1]
         return actual
+
+    def _enter_by_door(self, listener: socket.socket, hand_over: HandOver) -> bool:
+        """Have the supervisor accept the connections; return False if it does not take the listening socket."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            if not hand_over(listener.fileno(), theirs.fileno(), self._live_path):
+                ours.close()
+                return False
+        listener.close()
+        ours.setblocking(False)
+        self._door = ours
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._take_connections, ours)
+        return True
+
+    def _take_connections(self, door: socket.socket) -> None:
+        """Serve the connections that the supervisor has passed on."""
+        for _ in range(_MOST_CONNECTIONS):
+            try:
+                data, descriptors = receive_with_descriptors(door, _MAX_HEAD, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, descriptors = b"", []
+            if not data:  # the supervisor is gone, and the guardian ends this process
+                asyncio.get_running_loop().remove_reader(door.fileno())
+                return
+            # None if no descriptor was free: the client sees that its connection is closed.
+            for descriptor in descriptors:
+                task = asyncio.ensure_future(self._adopt(socket.socket(fileno=descriptor), data))
+                self._adopting.add(task)
+                task.add_done_callback(self._adopting.discard)
+
+    async def _adopt(self, connection: socket.socket, data: bytes) -> None:
+        """Serve an accepted connection, of which some data has been read already."""
+        reader = asyncio.StreamReader(limit=_MAX_HEAD)
+        reader.feed_data(data)
+        protocol = asyncio.StreamReaderProtocol(reader, self._serve)
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection)
+        except OSError as error:
+            connection.close()
+            log.debug("Status connection lost", error=error)
 
     def forward_to(self, host: str, port: int) -> None:
         """Forward requests to the runtime's status server from now on."""
@@ -134,6 +188,12 @@ class StatusServer:
         """Stop listening."""
         if self._server is not None:
             self._server.close()
+        if self._door is not None:
+            asyncio.get_running_loop().remove_reader(self._door.fileno())
+            with contextlib.suppress(OSError):
+                self._door.shutdown(socket.SHUT_RDWR)  # a forked process may have inherited it
+            self._door.close()
+            self._door = None
         if self._scrape is not None:
             self._scrape.close()
 
