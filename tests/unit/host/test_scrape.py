@@ -75,10 +75,37 @@ def test_an_error_is_answered_and_the_next_scrape_tries_again() -> None:
     asyncio.run(main())
 
 
-def test_who_asks_the_runtime_directly_gets_current_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scrape_that_begins_as_another_ends() -> None:
+    async def main() -> None:
+        scrape = Scrape(lambda: "d 1\n")
+
+        async def twice() -> None:
+            await scrape.refresh()
+            await scrape.refresh()
+
+        await asyncio.gather(twice(), scrape.refresh())
+        scrape.close()
+
+    asyncio.run(main())
+
+
+def test_who_asks_the_runtime_directly_gets_current_metrics() -> None:
     numbers = iter(range(10))
     scrape = Scrape(lambda: f"c {next(numbers)}\n")
     assert scrape.text() == "c 0\n"
-    assert scrape.text() == "c 0\n", "just rendered"
-    monkeypatch.setattr("dynamo_worker.host.status.scrape._FRESH", -1.0)
     assert scrape.text() == "c 1\n"
+
+
+def test_a_text_that_nobody_asked_for_in_time_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(10))
+
+    async def main() -> None:
+        scrape = Scrape(lambda: f"c {next(numbers)}\n")
+        await scrape.refresh()
+        assert scrape.text() == "c 0\n", "just rendered"
+        await scrape.refresh()
+        monkeypatch.setattr("dynamo_worker.host.status.scrape._FRESH", -1.0)
+        assert scrape.text() == "c 2\n"
+        scrape.close()
+
+    asyncio.run(main())
