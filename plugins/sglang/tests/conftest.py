@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dynamo_worker.testing import Subject
+from dynamo_worker.testing.fault_table import OF_THE_WORKER
 
 #: What SGLang needs on a small machine. Compiling for the first request with a penalty takes 19 s.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"}
@@ -25,6 +26,14 @@ if not torch.cuda.is_available():
 
 for _name, _value in ENVIRONMENT.items():  # for this process and for the workers it starts
     os.environ.setdefault(_name, _value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make those rows of the fault table slow that other engines show in seconds."""
+    for item in items:
+        if item.name in OF_THE_WORKER:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ for _name, _value in {"HF_HUB_OFFLINE": "1"}.items():  # for this process and fo
     os.environ.setdefault(_name, _value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the conformance tests last: once a rank has died in one, Open MPI keeps a core of this process busy."""
+    items.sort(key=lambda item: item.path.name == "test_conformance.py")
+
+
 @pytest.fixture
 def subject(tiny_model: Path) -> Subject:
     return Subject(

@@ -9,6 +9,7 @@ import pytest
 
 from dynamo_worker.supervisor import gpu
 from dynamo_worker.testing import Subject
+from dynamo_worker.testing.fault_table import OF_THE_WORKER
 
 #: What vLLM needs on a small machine. Kernels that were compiled once are kept: compiling takes 20 s each time.
 ENVIRONMENT = {
@@ -29,6 +30,14 @@ FLAGS = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32", "--
 GPU_FLAGS = ("--gpu-memory-utilization", "0.2") if gpu.present() else ()
 
 os.environ.update(ENVIRONMENT)  # for this process and for the workers it starts
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make those rows of the fault table slow that other engines show in seconds."""
+    for item in items:
+        if item.name in OF_THE_WORKER:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -371,6 +371,13 @@ def no_more_processes(pids: Iterable[int]) -> Iterator[None]:
 DEBOUNCE = 0.2
 #: The worker's default ``--stall-timeout``, in seconds.
 DEFAULT_STALL_TIMEOUT = 30.0
+#: Rows that show the worker itself: they pass with every engine if they pass with one.
+OF_THE_WORKER = frozenset(
+    {
+        *("test_supervisor_killed_and_guardian_killed", "test_supervisor_and_guardian_killed_at_once"),
+        *("test_no_more_processes", "test_registration_lost", "test_abort", "test_second_signal", "test_third_signal"),
+    }
+)
 #: Number of clients that send streams one after the other during rolling restarts, and their pause in seconds.
 STEADY_CLIENTS = 4
 STEADY_PAUSE = 3.0
