@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(autouse=True)
+def _no_directory_of_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the directory that an engine in this process has chosen from the workers that later tests start."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+
+
 @pytest.fixture
 def subject(tiny_model: Path) -> Subject:
     return Subject(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import CollectorRegistry, Counter
 
 from dynamo_worker.testing import Cluster
 from dynamo_worker_vllm import load
@@ -57,17 +56,11 @@ def test_what_plugs_into_vllms_processes(cluster: Cluster, tmp_path: Path, opera
     assert directory.exists() is operators
 
 
-@pytest.fixture
-def counters() -> Iterator[tuple[Counter, Counter]]:
+def test_hit_rates_are_those_of_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()  # that of this process may have vLLM's own, of an engine in an earlier test
+    monkeypatch.setattr(load, "REGISTRY", registry)
     names = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
-    queries, hits = (Counter(name, name, ["model_name", "engine"]) for name in names)
-    yield queries, hits
-    for counter in (queries, hits):
-        REGISTRY.unregister(counter)
-
-
-def test_hit_rates_are_those_of_each_rank(counters: tuple[Counter, Counter]) -> None:
-    queries, hits = counters
+    queries, hits = (Counter(name, name, ["model_name", "engine"], registry=registry) for name in names)
     assert load.hit_rates() == {}
     queries.labels("tiny", "0").inc(8)
     queries.labels("tiny", "1").inc(4)
