@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -56,7 +57,8 @@ def test_it_lives_and_says_where_it_is_blocked(faulty: FaultyCluster, prompt: st
     assert f"{where} (" in lines[0]
     assert 1 < float(re.search(r"no_heartbeat_s=([\d.]+)", lines[0])[1]) < 3
     assert "event loop is unresponsive" not in worker.log
-    assert lasted[-1] < ANSWER
+    # On crowded cores even an idle process waits for longer than that.
+    assert lasted[-1] < ANSWER or os.getloadavg()[0] > (os.cpu_count() or 1)
     worker.stop()
 
 

@@ -107,6 +107,8 @@ BOOT = """
 mount --bind "$1" /mnt
 for place in /run /tmp /dev/shm /var/cache /etc/systemd/system; do mount -t tmpfs none $place; done
 mount -t proc none /proc
+# systemd sets what Debian's packages want, for the whole machine.
+mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys || exit 77
 umount -l /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup || exit 77
 mount --bind /mnt/passwd /etc/passwd

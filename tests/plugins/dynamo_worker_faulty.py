@@ -134,7 +134,9 @@ class FaultyEngine(EchoEngine):
         if "silent" in text:
             # One long step that reports nothing, such as a kernel compiled late.
             await asyncio.sleep(self.args.silent_seconds)
-        async for chunk in super().generate(request, context):
+        # The echo engine has no log probabilities; those of a flood are made up below.
+        plain: Request = {**request, "output_options": {}} if "flood" in text else request
+        async for chunk in super().generate(plain, context):
             if "flood" in text:
                 entries = [{"rank": rank, "token_id": rank, "token": "t", "logprob": -1.5} for rank in range(20)]
                 chunk = {**chunk, "log_probs": [-0.1], "top_logprobs": [entries]}
