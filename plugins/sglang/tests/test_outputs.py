@@ -109,6 +109,7 @@ class Harness:
         self.manager.rid_to_state = {}
         self.manager.enable_lora = False
         self.manager.failure = None
+        self.manager._is_pause = False
         self.chunks: dict[str, list[Any]] = {}
 
     def request(self, rid: str, **options: Any) -> Answer:
