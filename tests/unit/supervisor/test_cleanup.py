@@ -102,7 +102,7 @@ class TestTheKillFails:
             raise OSError(23, "Too many open files in system")
 
         monkeypatch.setattr(process_tree.Killing, "run", fail)
-        left.deadline = time.monotonic() + 0.1
+        left.deadline = time.monotonic() + 0.5
         left.run()
         assert left.stuck is None
         assert remaining(left) == {"directory"}  # for the next start, which looks for the processes
