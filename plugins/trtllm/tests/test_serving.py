@@ -78,7 +78,10 @@ class TestTrtllm(Serving):
                 return [json.loads(line)["event"]["fpm"] for line in lines]
 
         def decodes() -> int:
-            return sum(each["scheduled_requests"]["num_decode_requests"] for each in passes())
+            try:
+                return sum(each["scheduled_requests"]["num_decode_requests"] for each in passes())
+            except (ValueError, EOFError):  # the file is not there yet, or not written to the end
+                return 0
 
         eventually(lambda: decodes() >= 4, 20, "the passes of a request to be written")
         worker.stop()
