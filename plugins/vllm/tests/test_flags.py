@@ -15,7 +15,7 @@ import yaml
 from dynamo_worker.cli.engine_parser import EngineParser, engine_parser, parse_engine_args
 from dynamo_worker.cli.peer_words import peer_flags
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.config.own_flags import own_flags
 from dynamo_worker.host.plugins.facade import Plugins
 
 RECORDED = Path(__file__).parents[3] / "tests" / "unit" / "data" / "peer_flags.json"
@@ -30,8 +30,7 @@ def parser() -> EngineParser:
 
 
 def test_the_engine_claims_all_flags_that_the_worker_has_too(parser: EngineParser) -> None:
-    own = {flag for row in OPTIONS for flag in row.flags}
-    assert own & set(parser.flags) == parser.declared.claimed
+    assert own_flags().keys() & set(parser.flags) == parser.declared.claimed
 
 
 def test_no_flag_of_dynamos_worker_is_unknown(parser: EngineParser) -> None:

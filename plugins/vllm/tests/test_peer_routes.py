@@ -9,11 +9,10 @@ import pytest
 
 from dynamo_worker import EngineContext
 from dynamo_worker.host.status.model_taints import ROUTE
-from dynamo_worker.host.status.peer_routes import PEER_ROUTES, TRAINING
+from dynamo_worker.host.status.peer_routes import PEER_ROUTES
 from dynamo_worker_vllm.control import Control
 
-#: Those of trainers have tests of their own.
-ROUTES = [route for route in PEER_ROUTES if "vLLM" in route.workers and route.remark != TRAINING]
+ROUTES = [route for route in PEER_ROUTES if "vLLM" in route.workers]
 
 
 @pytest.fixture

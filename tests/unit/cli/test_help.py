@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from dynamo_worker.cli import help as cli_help
-from dynamo_worker.cli.arguments import SWITCHES
 from dynamo_worker.cli.commands import COMMANDS
 from dynamo_worker.cli.engine_parser import EngineParser
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.config.own_flags import SWITCHES
 
 
 @pytest.mark.parametrize("columns", [80, 500])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_worker.cli.arguments import SWITCHES, own_flags
 from dynamo_worker.cli.peer_words import check_variables, peer_flags, without_peer_flags
 from dynamo_worker.errors import UsageError
+from dynamo_worker.host.config.own_flags import SWITCHES, own_flags
 from dynamo_worker.host.config.peer_flags import ENGINES, PEER_FLAGS
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 from tests.unit import toy_plugins
 
-from dynamo_worker.cli.arguments import SWITCHES
+from dynamo_worker.host.config.own_flags import SWITCHES
 from dynamo_worker.host.plugins.facade import check
 from dynamo_worker.host.plugins.flags import colliding
 from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginError
@@ -77,7 +78,8 @@ def test_a_library_is_not_offered_as_a_module():
 
 def test_every_flag_of_the_worker_collides():
     parser = argparse.ArgumentParser(add_help=False)
-    for flag in (*SWITCHES, "--namespace", "--no-frontend", "--mine"):
+    taken = [*SWITCHES, "--namespace", "--no-warmup", "--tcp-tls-key-path"]
+    for flag in (*taken, "--config", "--mine"):
         parser.add_argument(flag, dest="x", action="store_true")
-    assert set(colliding(parser)) >= {*SWITCHES, "--namespace"}
-    assert "--mine" not in colliding(parser)
+    assert colliding(parser, SimpleNamespace(claimed_flags=("--config",))) == taken
+    assert colliding(parser, SimpleNamespace()) == [*taken, "--config"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.errors import UsageError
-from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.config.own_flags import SWITCHES, own_flags
 from dynamo_worker.host.config.runtime_options import RUNTIME_OPTIONS
 from dynamo_worker.suggest import suggestion
 
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
     from dynamo_worker.host.config.config_file import ConfigFile
     from dynamo_worker.host.config.option_types import Option
     from dynamo_worker.host.config.settings import WorkerSettings
-
-#: Flags that are not settings.
-SWITCHES: Final = {
-    "--help": "Show this text; with --engine NAME, also the engine's own flags.",
-    "-h": "",
-    "--version": "Show the version.",
-    "--print-config": "Show the effective value of every setting and its origin.",
-    "--no-supervise": "Run the worker without a supervisor process (for debuggers, tests and other init systems).",
-}
-
 
 _SWITCHES_OF_THE_RUNTIME: Final = {True: "1", False: ""}
 
@@ -65,11 +55,6 @@ class CommandLine:
             self.values.setdefault(row.name, []).append(value)
         else:
             self.values[row.name] = value
-
-
-def own_flags() -> dict[str, Option]:
-    """Return the option for each spelling of each of the worker's flags."""
-    return {flag: row for row in (*RUNTIME_OPTIONS, *OPTIONS) for flag in row.flags}
 
 
 def split(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from dynamo_worker.cli.arguments import SWITCHES, load_settings, split
+from dynamo_worker.cli.arguments import load_settings, split
 from dynamo_worker.errors import WorkerError
 from dynamo_worker.host.config import config_file, settings
 from dynamo_worker.host.config.options import BY_NAME
+from dynamo_worker.host.config.own_flags import SWITCHES
 from dynamo_worker.host.plugins.engine_flags import EngineFlags
 from dynamo_worker.host.plugins.facade import Plugins
 

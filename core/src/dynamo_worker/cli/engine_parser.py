@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_worker.cli.arguments import SWITCHES, own_flags
 from dynamo_worker.cli.peer_words import peer_flags, without_peer_flags
 from dynamo_worker.cli.spelling import respelled, unabbreviated
 from dynamo_worker.errors import UsageError
 from dynamo_worker.host.config.config_file import read_flags
 from dynamo_worker.host.config.options import ENGINE_ARGS_KEY
+from dynamo_worker.host.config.own_flags import SWITCHES, own_flags
 from dynamo_worker.host.plugins.engine_flags import EngineFlags
 from dynamo_worker.suggest import suggestion
 

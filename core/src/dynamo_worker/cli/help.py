@@ -7,11 +7,11 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING, Final
 
-from dynamo_worker.cli.arguments import SWITCHES
 from dynamo_worker.cli.commands import COMMANDS
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.option_types import GROUPS, Option
 from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.config.own_flags import SWITCHES
 from dynamo_worker.host.config.runtime_options import RUNTIME_OPTIONS
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, discover
 

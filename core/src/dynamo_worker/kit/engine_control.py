@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dynamo_worker.engine import EndpointSpec, LargeOperation
-from dynamo_worker.errors import for_client
+from dynamo_worker.errors import InvalidRequestError, for_client
 from dynamo_worker.kit import request_metadata
 from dynamo_worker.kit.fields import refusal
 from dynamo_worker.logs import get_logger
@@ -231,6 +232,19 @@ class EngineControl:
         if not isinstance(given, str):
             raise refusal("output_dir", "a directory", given)
         return await asyncio.to_thread(self.allowed_paths.to_write, given)
+
+    async def checkpoint(self, given: str) -> str:
+        """Return the resolved path, or the URI, of the weights that an operation is to load.
+
+        :raises InvalidRequestError: operations may not load from there, or nothing is there.
+        """
+        return await asyncio.to_thread(self._checkpoint, given)
+
+    def _checkpoint(self, given: str) -> str:
+        path = self.allowed_paths.to_load(given)
+        if os.path.isabs(path) and not os.path.exists(path):
+            raise InvalidRequestError(f"{path!r:.200} does not exist")
+        return path
 
     def paused(self) -> bool:
         """Return whether an operation has taken the engine out of service."""

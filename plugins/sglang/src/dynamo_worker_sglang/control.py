@@ -200,19 +200,9 @@ class Control(MemoryControl):
     async def update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery, finish the requests in flight, and load new weights from ``model_path``."""
         request = _request(io_struct.UpdateWeightFromDiskReqInput, body)
-        request.model_path = await asyncio.to_thread(self._checkpoint, request.model_path)
+        request.model_path = await self.checkpoint(request.model_path)
         update = self._manager.update_weights_from_disk
         return await self._update(lambda: update(request), request, body, complete=True)
-
-    def _checkpoint(self, wanted: str) -> str:
-        """Return the resolved path of new weights.
-
-        :raises InvalidRequestError: they may not be loaded from there, or nothing is there.
-        """
-        path = self.allowed_paths.to_load(wanted)
-        if os.path.isabs(path) and not os.path.exists(path):
-            raise InvalidRequestError(f"{path!r:.200} does not exist")
-        return path
 
     async def update_weights_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
         """Leave discovery, finish the requests in flight, and load the pickled ``serialized_named_tensors``."""

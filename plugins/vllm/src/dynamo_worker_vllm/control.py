@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.lora.request import LoRARequest
@@ -210,19 +208,9 @@ class Control(EngineControl):
         method = fields.string("engine_rpc", body.get("engine_rpc", _RELOAD))
         if method != _RELOAD:
             self.weights.allow("engine_rpc")
-        path = await asyncio.to_thread(self._checkpoint, fields.string("model_path", body.get("model_path")))
+        path = await self.checkpoint(fields.string("model_path", body.get("model_path")))
         arguments = {"weights_path" if method == _RELOAD else "weight_path": path}
         return await self._update(method, arguments, body, complete=True)
-
-    def _checkpoint(self, wanted: str) -> str:
-        """Return the resolved path of new weights.
-
-        :raises InvalidRequestError: they may not be loaded from there, or nothing is there.
-        """
-        path = self.allowed_paths.to_load(wanted)
-        if os.path.isabs(path) and not os.path.exists(path):
-            raise InvalidRequestError(f"{path!r:.200} does not exist")
-        return path
 
     async def update_weights_from_distributed(self, body: dict[str, Any]) -> dict[str, Any]:
         """Let the method ``engine_rpc`` of vLLM's workers receive weights, with the other fields as its arguments."""

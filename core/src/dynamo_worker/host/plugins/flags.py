@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from dynamo_worker.host.config.options import OPTIONS
+from dynamo_worker.host.config.own_flags import SWITCHES, own_flags
 
 if TYPE_CHECKING:
     import argparse
 
-#: The worker's flags that are not settings.
-_SWITCHES: Final = frozenset({"--help", "-h", "--version", "--print-config", "--no-supervise"})
 
+def colliding(parser: argparse.ArgumentParser, plugin: object) -> list[str]:
+    """Return the flags of a plugin's parser that the worker takes, because the plugin does not claim them.
 
-def colliding(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the flags of a plugin's parser that the worker takes."""
-    own = {flag for row in OPTIONS for flag in row.flags} | _SWITCHES
-    return [flag for action in parser._actions for flag in action.option_strings if flag in own]  # noqa: SLF001
+    :param plugin: the module or the object; its ``claimed_flags`` are its engine's.
+    """
+    taken = {*own_flags(), *SWITCHES}.difference(getattr(plugin, "claimed_flags", ()))
+    return [flag for action in parser._actions for flag in action.option_strings if flag in taken]  # noqa: SLF001

@@ -44,12 +44,10 @@ def checked(record: PluginRecord, plugin: Any, parser: argparse.ArgumentParser) 
     :param parser: has the plugin's flags and no others.
     :raises PluginError: its engine lacks a method, or has one of the wrong kind.
     """
-    claimed = getattr(plugin, "claimed_flags", ())
     warnings = [
         f"its flag {flag} is the worker's, too: the worker takes it, and the engine gets it only after a bare `--` "
         "(rename it; `claimed_flags` can claim those for which the worker has another name)"
-        for flag in colliding(parser)
-        if flag not in claimed
+        for flag in colliding(parser, plugin)
     ]
     named = getattr(plugin, "engine", None)
     if record.group == ENGINE_GROUP and isinstance(named, str):

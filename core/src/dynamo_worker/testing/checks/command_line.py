@@ -93,8 +93,7 @@ class CommandLineChecks:
 
     def test_flags_do_not_collide_with_the_workers(self, trial: Trial) -> None:
         """The worker takes a flag that both define: the engine never sees what the operator wrote."""
-        claimed = getattr(_plugin(trial.plugins), "claimed_flags", ())
-        taken = [flag for flag in colliding(_parser(trial)) if flag not in claimed]
+        taken = colliding(_parser(trial), _plugin(trial.plugins))
         trial.expect(not taken, f"the worker takes {', '.join(taken)}", _hook(trial, "add_arguments"))
 
     def test_help_can_be_shown(self, trial: Trial) -> None:
