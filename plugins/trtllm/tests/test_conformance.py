@@ -16,6 +16,7 @@ from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.supervisor import linux
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
+from dynamo_worker.testing.trial import Trial
 from dynamo_worker_trtllm.engine import TrtllmEngine
 
 
@@ -31,8 +32,11 @@ class TestTrtllm(EngineConformance):
         stats = [linux.read_stat(pid) for pid in engine.processes()]
         assert {stat.name for stat in stats if stat is not None} <= {"orted"}
 
-    def test_an_engine_goes_on_after_a_standstill(self) -> None:
-        pytest.skip("seen: ranks that are stopped and continued together with Open MPI's daemon stay silent")
+    def test_an_engine_goes_on_after_a_standstill(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of its ranks. Those that are stopped and continued together with Open MPI's daemon stay silent (seen)."""
+        _, *ranks = trial.engine.processes()
+        monkeypatch.setattr(trial.engine, "processes", lambda: ranks)
+        super().test_an_engine_goes_on_after_a_standstill(trial)
 
     def test_processes_are_gone_after_cleanup(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         """Except Open MPI's daemon, which belongs to this process and ends with it."""
