@@ -54,6 +54,7 @@ def test_how_transfers_are_chosen(tmp_path: Path) -> None:
         ({"DYN_KV_TRANSFER_DOMAIN": " "}, "DYN_KV_TRANSFER_DOMAIN is not"),
         ({"DYN_KV_TRANSFER_ENFORCEMENT": "hoped"}, "expected one of required, preferred, got 'hoped'"),
         ({"DYN_KV_TRANSFER_PREFERRED_WEIGHT": "much"}, "expected a number, got 'much'"),
+        ({"DYN_KV_TRANSFER_PREFERRED_WEIGHT": "nan"}, "expected a number, got 'nan'"),
         ({"DYN_KV_TRANSFER_DOMAIN": "hall"}, "hall does not exist or is empty after 0 s"),
     ],
 )

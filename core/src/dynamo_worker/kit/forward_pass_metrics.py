@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from dynamo.llm import FpmEventRelay
 
+from dynamo_worker.kit.engine_arguments import switched_on
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ log = get_logger(__name__)
 _PORT: Final = "DYN_FORWARDPASS_METRIC_PORT"
 #: Asks for the metrics and for a trace of them, which the runtime writes.
 _TRACE: Final = "DYN_FPM_TRACE"
-_ON: Final = ("1", "true", "on", "yes")
 _OFF: Final = ("", "0", "false", "off", "no")
 #: Name of the socket files; each rank appends a dot and its number.
 _SOCKET: Final = "forward-passes"
@@ -49,10 +49,10 @@ def wanted(args: argparse.Namespace) -> bool:
     """
     trace = args.fpm_trace
     if trace is None:
+        trace = switched_on(_TRACE)
         given = os.environ.get(_TRACE, "").strip().lower()
-        if given not in _ON + _OFF:
+        if not trace and given not in _OFF:
             log.warning("Forward-pass metrics are not traced", variable=_TRACE, value=given, expected="1 or 0")
-        trace = given in _ON
     if trace or _TRACE in os.environ:
         os.environ[_TRACE] = "1" if trace else "0"
     return trace or bool(os.environ.get(_PORT))

@@ -11,6 +11,7 @@ from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
 
 from dynamo_worker.engine import LargeOperation
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, for_client
+from dynamo_worker.kit.engine_arguments import switched_on
 from dynamo_worker.kit.fields import refusal
 from dynamo_worker.logs import get_logger
 
@@ -31,8 +32,6 @@ _CHANGE_SECONDS: Final = 1800.0
 #: Seconds that the members of a group have to meet, and the variable that sets another time.
 _GROUP_SECONDS: Final = 30.0
 _GROUP_SECONDS_ENV: Final = "DYN_RL_INIT_WEIGHTS_TIMEOUT_S"
-#: Words that switch a variable on, as for Dynamo's own workers.
-_TRUE: Final = ("1", "true", "yes", "on")
 #: Largest body of an operation that describes tensors, in bytes.
 _MOST_BODY_BYTES: Final = 8 * 1024 * 1024
 
@@ -45,7 +44,7 @@ def add_enable_rl(group: argparse._ArgumentGroup, variable: str) -> None:
     group.add_argument(
         "--enable-rl",
         action=argparse.BooleanOptionalAction,
-        default=os.environ.get(variable, "").strip().lower() in _TRUE,
+        default=switched_on(variable),
         help="let trainers send new weights through control routes: as tensors, through a process group, over IPC. "
         "Whoever may call control routes can then execute code in the engine, because tensors are unpickled "
         f"({variable}; default: off)",

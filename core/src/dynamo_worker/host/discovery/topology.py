@@ -7,6 +7,7 @@ has started.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -73,9 +74,12 @@ def _weight(value: str | None) -> float | None:
     if not value:
         return None
     try:
-        return float(value)
+        weight = float(value)
     except ValueError:
-        raise StartError(f"{WEIGHT}: expected a number, got {shown(value)}") from None
+        weight = math.nan
+    if not math.isfinite(weight):  # JSON, in which the model card is written, has no other numbers
+        raise StartError(f"{WEIGHT}: expected a number, got {shown(value)}")
+    return weight
 
 
 async def _domains(directory: str, wanted: str, patience: float) -> dict[str, str]:
