@@ -1,0 +1,56 @@
+"""Whole workers behind the real frontend: what every engine has to show, and what only transformers has."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from dynamo_worker.testing import Cluster, Subject
+from dynamo_worker.testing.serving import Metrics, Serving, SharedWorker
+from dynamo_worker.testing.tiny_model import make_adapter
+
+
+@pytest.mark.timeout(300)
+class TestTransformers(Serving):
+    METRICS: ClassVar = Metrics(
+        "transformers:requests_total", "transformers:generated_tokens_total", "transformers:running_requests"
+    )
+    REFUSED: ClassVar = (({"temperature": 1.0, "use_beam_search": True}, "use_beam_search"),)
+    ADAPTERS: ClassVar = ("--enable-lora",)
+
+    def test_an_answer_that_follows_a_json_schema(self, answering: Cluster) -> None:
+        """There is no grammar backend."""
+        answer_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+        status, answer = answering.chat(response_format=answer_format)
+        assert status == 400
+        assert "guided_decoding.json is not supported" in json.dumps(answer)
+
+    def test_the_worker_itself_stays_small(self, answering: Cluster, shared: SharedWorker) -> None:
+        """It imports neither PyTorch nor transformers: the model is in the other process."""
+        assert answering.complete()[0] == 200
+        maps = Path(f"/proc/{shared.worker.pid_of('worker')}/maps").read_text()
+        assert "libtorch" not in maps
+
+    def test_seeds_and_penalties(self, answering: Cluster) -> None:
+        """What transformers' own batching has no parameters for."""
+
+        def text(**given: object) -> str:
+            status, answer = answering.complete(max_tokens=16, **given)
+            assert status == 200, answer
+            return str(answer["choices"][0]["text"])
+
+        assert text(temperature=1.0, seed=1) == text(temperature=1.0, seed=1) != text(temperature=1.0, seed=2)
+        assert text(logit_bias={"40": 100}) == text(logit_bias={"40": 100}) != text()
+
+    def test_a_death_while_adapters_serve(self, cluster: Cluster, subject: Subject, tmp_path: Path) -> None:
+        adapter = make_adapter(tmp_path / "adapter")
+        (worker,) = cluster.serve(1, *self.ADAPTERS, "--control-load-root", str(tmp_path))
+        load = {"lora_name": "adapted", "source": {"uri": f"file://{adapter}"}}
+        assert worker.operate("load_lora", load)["status"] == "success"
+        worker.signal(signal.SIGKILL, worker.child(subject.processes["core"]))
+        assert worker.wait_gone(15) == 1
+        assert "was killed by SIGKILL" in worker.log or "killed by SIGKILL" in worker.log
