@@ -19,8 +19,11 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["core", "plugins/sglang", "plugins/trtllm", "plugins/vllm", "examples/reverse-engine"]
-PLUGINS = ["plugins/sglang", "plugins/trtllm", "plugins/vllm"]
+PACKAGES = [
+    *("core", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"),
+    "examples/reverse-engine",
+]
+PLUGINS = ["plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 

@@ -69,7 +69,9 @@ def tokens(updates: list[Update]) -> list[int]:
 
 
 def answer(batches: Batches, prompt: list[int], limit: int = 12, **given: Any) -> list[int]:
-    batches.add("one", prompt, limit, given.pop("ends", ()), given.pop("parameters", GREEDY), given.pop("adapter", None))
+    batches.add(
+        "one", prompt, limit, given.pop("ends", ()), given.pop("parameters", GREEDY), given.pop("adapter", None)
+    )
     return tokens(answers(batches, 1)["one"])
 
 
@@ -236,12 +238,12 @@ def test_a_loop_that_fails_says_why(model: Path) -> None:
         assert len(errors) == 1
 
 
-# ------------------------------------------------------------------------------------------- models that cannot be loaded
+# ----------------------------------------------------------------------------------------- models that cannot be loaded
 
 
 def refused(model: Path | str, **given: Any) -> str:
+    options = settings(model, **given)
     with pytest.raises(LoadError) as raised:
-        options = settings(model, **given)
         Batches(load(options), options)
     return str(raised.value)
 
@@ -312,7 +314,7 @@ def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        do_HEAD = do_GET
+        do_HEAD = do_GET  # noqa: N815 - http.server's name
 
         def log_message(self, *_: Any) -> None:
             pass

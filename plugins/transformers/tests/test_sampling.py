@@ -59,7 +59,7 @@ class TestTranslation(Translation):
         assert all(0 <= token < VOCABULARY for token in translated.ends)
         parameters = translated.sampling
         assert parameters.get("temperature", 1.0) == 0.0 or parameters.get("temperature", 1.0) >= 0.01
-        assert 0 <= parameters.get("top_k", 0)
+        assert parameters.get("top_k", 0) >= 0
         assert 0.0 <= parameters.get("top_p", 1.0) <= 1.0
 
     @pytest.mark.parametrize("kind", sorted(set(guided_decoding.KEYS) - {"whitespace_pattern"}))
@@ -108,7 +108,7 @@ def test_a_cache_of_its_own() -> None:
     """Nobody's prefixes are kept apart, unless nobody shares any."""
     salted = {"routing": {"cache_salt": "tenant"}}
     assert translated(salted, shares=False)
-    with pytest.raises(InvalidRequestError, match="cache_salt.*--no-prefix-sharing"):
+    with pytest.raises(InvalidRequestError, match=r"cache_salt.*--no-prefix-sharing"):
         translated(salted, shares=True)
 
 

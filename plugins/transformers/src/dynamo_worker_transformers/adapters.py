@@ -56,8 +56,9 @@ class Adapters:
         name = _name(number)
         self._loaded.discard(name)
         self._activate(())
-        with suppress(ValueError, KeyError):  # it was never there
+        with suppress(ValueError, KeyError):  # it was never there, or in no layer
             self._model.delete_adapter(name)
+        getattr(self._model, "peft_config", {}).pop(name, None)
 
     def prepare(self, requests: Iterable[Any]) -> None:
         """Say whose tokens the next batch has, in the order of the requests; called by the loop."""
@@ -98,7 +99,7 @@ class Adapters:
                 count += 1
         return count
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _try(self, name: str) -> None:
         """Run the model with an adapter for two of three tokens: in some layers others see only some of them."""
         self._set_masks([name], [(name, 2), (None, 1)])

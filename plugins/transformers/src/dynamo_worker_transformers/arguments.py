@@ -48,9 +48,13 @@ def add(parser: argparse.ArgumentParser) -> None:
             )
     group = parser.add_argument_group("transformers engine: the model")
     group.add_argument("--model", required=True, help="directory, or name on the Hugging Face Hub")
-    group.add_argument("--served-model-name", nargs="+", help="names for clients, the main one first (default: --model)")
+    group.add_argument(
+        "--served-model-name", nargs="+", help="names for clients, the main one first (default: --model)"
+    )
     group.add_argument("--max-model-len", type=_at_least(2), help="longest sequence in tokens (default: the model's)")
-    group.add_argument("--dtype", choices=_DTYPES, default="auto", help="type of the weights (default: as they are saved)")
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="type of the weights (default: as they are saved)"
+    )
     group.add_argument("--device", help="PyTorch's name of the device (default: cuda if there is one, or else cpu)")
     group.add_argument("--attn-implementation", help="transformers' name of the attention (default: its own choice)")
     group.add_argument("--trust-remote-code", action="store_true", help="execute code that comes with the model")

@@ -1,7 +1,7 @@
 """The model and its batches, in the engine's own process: transformers' continuous batching, started and fed.
 
-The scheduling, the KV cache and the steps are transformers' (``ContinuousBatchingManager``), in a thread of its own. Here
-is what surrounds them: the model is loaded, requests and aborts are handed over, and the new tokens are collected.
+The scheduling, the KV cache and the steps are transformers' (``ContinuousBatchingManager``), in a thread of its own.
+Here is what surrounds them: the model is loaded, requests and aborts are handed over, and the new tokens are collected.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def load(settings: Mapping[str, Any]) -> Model:
             **({} if attention is None else {"attn_implementation": attention}),
         )
         if missing := sorted(report["missing_keys"]):
-            raise LoadError(f"the weights of {path} are incomplete: {len(missing)} tensors are missing, as {missing[0]}")
+            raise LoadError(
+                f"the weights of {path} are incomplete: {len(missing)} tensors are missing, as {missing[0]}"
+            )
         module = module.to(settings["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     text, generation = config.get_text_config(), module.generation_config
     length = settings["max_model_len"] or getattr(text, "max_position_embeddings", None)
@@ -124,9 +126,15 @@ def _explained(path: str) -> Iterator[None]:
         raise
     except Exception as error:  # model code of any origin runs here
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        if _out_of_memory(error):
             raise LoadError(f"{path} does not fit into memory: {text}") from error
         raise LoadError(f"cannot load {path}: {text}") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # The second text is transformers' own, from its plan of the KV cache.
+    texts = ("can't allocate memory", "is more than available memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 class Batches:
@@ -164,7 +172,7 @@ class Batches:
             raise
         except Exception as error:
             text = str(error).strip() or type(error).__name__
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            if _out_of_memory(error):
                 raise LoadError(f"there is no memory for the KV cache: {text}") from error
             raise LoadError(f"{version} cannot batch this model ({type(module).__name__}): {text}") from error
 
@@ -203,7 +211,7 @@ class Batches:
     def used_blocks(self) -> int:
         """Return the number of KV blocks in use."""
         free = self._manager.batch_processor.cache.compute_free_capacity()
-        return math.ceil((1.0 - free) * self.config.num_blocks - 1e-6)
+        return int(math.ceil((1.0 - free) * self.config.num_blocks - 1e-6))
 
     def failure(self) -> BaseException | None:
         """Return why the loop has ended; None while it runs."""

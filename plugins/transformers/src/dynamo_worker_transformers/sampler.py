@@ -1,8 +1,8 @@
 """How the next tokens are chosen: each row of a batch by its own request's parameters.
 
 transformers' batching loop has one set of logits processors, of which three (temperature, ``top_k``, ``top_p``) can
-differ from request to request, and one random generator. :class:`RequestSampler` is one processor in their place, through
-their own interface. It leaves in each row the likeliest token the one to choose, so that the loop can take the maximum:
+differ from request to request, and one random generator. :class:`RequestSampler` is one processor in their place,
+through their own interface. It leaves in each row the likeliest token the one to choose, so that the loop can take the maximum:
 the noise that makes this a draw from the distribution is Gumbel's, from the request's own generator if it has a seed.
 """
 
@@ -107,7 +107,7 @@ class Sampling:
         :param state: of the request in the loop.
         """
         if len(self._biased):
-            row.index_add_(0, self._biased, self._bias.to(row.dtype))
+            row.number_add_(0, self._biased, self._bias.to(row.dtype))
         if self.penalized:
             counts, seen = self._count(row, state)
             if self.repetition != 1.0:
@@ -146,7 +146,7 @@ def _made(state: RequestState) -> int:
 class _Row(NamedTuple):
     """A row of the batch that needs more than its maximum."""
 
-    index: int
+    number: int
     sampling: Sampling
     state: RequestState
 
@@ -167,10 +167,10 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
         """Remember whose rows the next batch has."""
         self._rows = []
-        for index, request in enumerate(requests_with_new_token):
+        for number, request in enumerate(requests_with_new_token):
             sampling = request.state.logit_processor_kwargs.get(KEY)
             if sampling is not None and not sampling.plain:
-                self._rows.append(_Row(index, sampling, request.state))
+                self._rows.append(_Row(number, sampling, request.state))
         return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
@@ -181,13 +181,13 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         if not self._rows:
             return scores
         reporting = [row for row in self._rows if row.sampling.top_logprobs is not None]
-        raw = torch.log_softmax(scores[[row.index for row in reporting]], dim=-1) if reporting else None
+        raw = torch.log_softmax(scores[[row.number for row in reporting]], dim=-1) if reporting else None
         scores = scores.clone()
         for row in self._rows:
-            row.sampling.adjust(scores[row.index], row.state)
+            row.sampling.adjust(scores[row.number], row.state)
         drawn = [row for row in self._rows if row.sampling.temperature > 0.0]
         if drawn:
-            index = [row.index for row in drawn]
+            index = [row.number for row in drawn]
             scores[index] = _draw(scores[index], [row.sampling for row in drawn])
         if raw is not None:
             _report(raw, scores, reporting)
@@ -267,7 +267,7 @@ def _report(raw: torch.Tensor, scores: torch.Tensor, rows: Sequence[_Row]) -> No
     :param raw: the model's own, one row for each of ``rows``.
     :param scores: of the whole batch, as they are returned.
     """
-    chosen = scores[[row.index for row in rows]].argmax(dim=-1, keepdim=True)
+    chosen = scores[[row.number for row in rows]].argmax(dim=-1, keepdim=True)
     values = raw.gather(-1, chosen)
     ranks = (raw > values).sum(dim=-1) + 1
     most = max(row.sampling.top_logprobs or 0 for row in rows)
@@ -275,6 +275,4 @@ def _report(raw: torch.Tensor, scores: torch.Tensor, rows: Sequence[_Row]) -> No
     top_values, top_tokens = ([[]] * len(rows),) * 2 if tops is None else (tops.values.tolist(), tops.indices.tolist())
     for number, (row, value, rank) in enumerate(zip(rows, values.squeeze(-1).tolist(), ranks.tolist(), strict=True)):
         count = row.sampling.top_logprobs or 0
-        row.sampling.logprobs.append(
-            Logprobs(value, rank, top_tokens[number][:count], top_values[number][:count])
-        )
+        row.sampling.logprobs.append(Logprobs(value, rank, top_tokens[number][:count], top_values[number][:count]))
