@@ -177,7 +177,6 @@ async def answer(engine: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tokens": tokens,
-        "cpu_us_per_token": 1e6 * cpu / tokens,
         **lateness,
         "answers": answers,
     }

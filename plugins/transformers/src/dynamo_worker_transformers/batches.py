@@ -210,8 +210,9 @@ class Batches:
 
     def used_blocks(self) -> int:
         """Return the number of KV blocks in use."""
-        free = self._manager.batch_processor.cache.compute_free_capacity()
-        return int(math.ceil((1.0 - free) * self.config.num_blocks - 1e-6))
+        free: float = self._manager.batch_processor.cache.compute_free_capacity()
+        blocks: int = self.config.num_blocks
+        return math.ceil((1.0 - free) * blocks - 1e-6)
 
     def failure(self) -> BaseException | None:
         """Return why the loop has ended; None while it runs."""

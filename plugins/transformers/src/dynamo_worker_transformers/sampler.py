@@ -2,8 +2,8 @@
 
 transformers' batching loop has one set of logits processors, of which three (temperature, ``top_k``, ``top_p``) can
 differ from request to request, and one random generator. :class:`RequestSampler` is one processor in their place,
-through their own interface. It leaves in each row the likeliest token the one to choose, so that the loop can take the maximum:
-the noise that makes this a draw from the distribution is Gumbel's, from the request's own generator if it has a seed.
+through their own interface. In each row it makes the token to choose the likeliest one, and the loop takes the maximum.
+The noise that makes this a draw from the distribution is Gumbel's, from the request's own generator if it has a seed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Sampling:
         :param state: of the request in the loop.
         """
         if len(self._biased):
-            row.number_add_(0, self._biased, self._bias.to(row.dtype))
+            row.index_add_(0, self._biased, self._bias.to(row.dtype))
         if self.penalized:
             counts, seen = self._count(row, state)
             if self.repetition != 1.0:
