@@ -92,6 +92,9 @@ class Counting(StepEngine):
         elif what.startswith("write "):
             self._outbox._connection.sendall(what[6:].encode() + b"\n")
             time.sleep(60)
+        elif what == "bytes":
+            self._outbox._connection.sendall(b"\xff\xfe\n")
+            time.sleep(60)
         elif what == "endless":
             while True:
                 self._outbox._connection.sendall(b"x" * 65536)

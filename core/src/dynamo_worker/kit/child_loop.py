@@ -35,7 +35,8 @@ class Outbox:
     def __init__(self, connection: socket.socket, most_bytes: int) -> None:
         self._connection, self._most_bytes = connection, most_bytes
         self.requests: dict[str, int] = {}
-        self._chunks: list[tuple[int, Any]] = []
+        #: A number before each chunk: a list of pairs would cost more.
+        self._chunks: list[Any] = []
         self._ended: list[int] = []
         self._unsendable: list[str] = []
 
@@ -45,11 +46,11 @@ class Outbox:
         self.requests[name] = number
         return name
 
-    def send(self, request_id: str, chunk: Any, last: bool) -> None:
+    def send(self, request_id: str, chunk: Any, *, last: bool = False) -> None:
         """Collect a chunk; one of a request that has ended or was aborted is dropped."""
         number = self.requests.get(request_id)
         if number is not None:
-            self._chunks.append((number, chunk))
+            self._chunks += (number, chunk)
             if last:
                 self.end(request_id)
 
@@ -84,7 +85,7 @@ class Outbox:
         found, self._unsendable = self._unsendable, []
         return found
 
-    def _write_chunks(self, chunks: list[tuple[int, Any]], ended: list[int]) -> None:
+    def _write_chunks(self, chunks: list[Any], ended: list[int]) -> None:
         trouble: BaseException | str
         try:
             data = line({"chunks": chunks, "ended": ended})
@@ -95,13 +96,13 @@ class Outbox:
                 self._connection.sendall(data)
                 return
             trouble = f"a chunk has {len(data)} bytes; at most {self._most_bytes}"
-        if len(chunks) > 1:
-            half = len(chunks) // 2
+        if len(chunks) > 2:
+            half = len(chunks) // 4 * 2
             self._write_chunks(chunks[:half], [])
             self._write_chunks(chunks[half:], ended)
             return
         if chunks:
-            number = chunks[0][0]
+            number = chunks[0]
             for name in [name for name, other in self.requests.items() if other == number]:
                 del self.requests[name]
                 self._unsendable.append(name)
@@ -135,7 +136,7 @@ class StepEngine(ABC):
         :param chunk: anything that JSON can carry, not to be modified any more.
         :param last: whether the request ends with it.
         """
-        self._outbox.send(request_id, chunk, last)
+        self._outbox.send(request_id, chunk, last=last)
 
     def end(self, request_id: str) -> None:
         """End a request whose last chunk is sent."""
@@ -200,6 +201,7 @@ class StepEngine(ABC):
         :param first: the message with the options.
         """
         outbox = self._outbox = Outbox(connection, first["most_bytes"])
+        self.send = outbox.send  # type: ignore[method-assign] # called for every token
         outbox.write({"ready": self.start(first["start"])})
         poll = select.poll()
         poll.register(connection, select.POLLIN)
