@@ -155,7 +155,7 @@ def test_what_an_engine_sends_after_an_abort_reaches_nobody():
         ({"add_fails": True}, RuntimeError, "the toy engine: KeyError: 'add fails'"),
         ({"at": 2, "do": "fail"}, RuntimeError, "the toy engine: out of blocks"),
         ({"at": 2, "do": "unsendable"}, RuntimeError, "cannot be written as JSON: TypeError"),
-        ({"at": 2, "do": "huge"}, RuntimeError, "a chunk has .* bytes; at most 50000"),
+        ({"at": 2, "do": "huge"}, RuntimeError, "a chunk has .* bytes; at most 65536"),
     ],
 )
 def test_a_request_that_fails_ends_no_other(payload, error, message):
@@ -167,7 +167,7 @@ def test_a_request_that_fails_ends_no_other(payload, error, message):
         assert await child.ask("counts") == {}, "the engine has forgotten it, too"
         assert await collect(child, "bad") == [0, 1, 2, 3, 4]
 
-    run(test, most_bytes=50_000)
+    run(test, most_bytes=1 << 16)
 
 
 def test_a_payload_that_is_no_json_reaches_nobody():
@@ -271,6 +271,24 @@ def test_a_flood_does_not_block_the_loop():
         assert longest < 0.5
 
     run(test, options={"pause_seconds": None})
+
+
+@pytest.mark.parametrize("kind", ["Counting", "CountingTasks"])
+def test_long_errors_are_cut(kind):
+    async def test(child):
+        with pytest.raises(InvalidRequestError) as refusal:
+            await collect(child, refuse="x" * 500_000)
+        assert len(str(refusal.value)) < 2000
+        with pytest.raises(RuntimeError, match="the answer has"):
+            await child.ask("echo", "x" * 500_000)
+        assert await collect(child) == [0, 1, 2, 3, 4]
+
+    run(test, kind, most_bytes=1 << 16)
+
+
+def test_a_limit_that_no_traceback_fits_is_refused():
+    with pytest.raises(ValueError, match="most_bytes: 1000"):
+        ChildProcess("the toy engine", "child_engines:Counting", most_bytes=1000)
 
 
 # -------------------------------------------------------------------------------------------------------------- death
@@ -674,3 +692,121 @@ def test_the_options_need_not_fit_a_command_line():
         assert len(json.dumps(child.info)) > 1_000_000
 
     run(test, options={"info": {"long": "x" * 1_000_000}})
+
+
+# ---------------------------------------------------------------------------------------------- engines of coroutines
+
+
+def test_tasks_answer_and_are_cancelled():
+    async def test(child):
+        assert child.info == {"options": {"x": 1}}
+        answers = await asyncio.gather(*(collect(child, str(number), count=number) for number in range(1, 30)))
+        assert answers == [list(range(number)) for number in range(1, 30)]
+        leaving = asyncio.ensure_future(collect(child, "leaving", count=10**9))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        await until(lambda: _logged(child, "cancelled leaving"))
+        assert await collect(child, "leaving") == [0, 1, 2, 3, 4]
+        await child.check_health()
+        with pytest.raises(RuntimeError, match="unknown question"):
+            await child.ask("nonsense")
+
+    run(test, "CountingTasks", {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("payload", "error", "message"),
+    [
+        ({"refuse": "temperature"}, InvalidRequestError, "^refused: temperature$"),
+        ({"at": 2, "do": "raise"}, RuntimeError, "ArithmeticError: the step fails"),
+        ({"at": 2, "do": "unsendable"}, RuntimeError, "cannot be written as JSON: TypeError"),
+        ({"at": 2, "do": "huge"}, RuntimeError, "a chunk has .* bytes"),
+        ({"at": 2, "do": "swallow", "count": 10**9}, asyncio.TimeoutError, None),
+    ],
+)
+def test_a_task_that_fails_ends_no_other(payload, error, message):
+    async def test(child):
+        other = asyncio.ensure_future(collect(child, "other", count=100))
+        with pytest.raises(error, match=message):
+            await asyncio.wait_for(collect(child, "bad", **payload), 10 if message else 0.5)
+        assert await other == list(range(100))
+        # Not even one that swallows its cancellation sends anything to the next request with its id.
+        assert await collect(child, "bad") == [0, 1, 2, 3, 4]
+
+    run(test, "CountingTasks", most_bytes=1 << 16)
+
+
+def test_a_slow_client_holds_up_its_own_task_only():
+    async def test(child):
+        slow = child.generate("slow", {"count": 2000, "filler": 1000})
+        assert (await slow.__anext__())["count"] == 0
+        made = -1
+        while made != (made := (await child.ask("made"))["slow"]):
+            await asyncio.sleep(0.1)
+        assert made < 1500
+        assert await collect(child, "quick", count=100) == list(range(100))
+        assert [chunk["count"] async for chunk in slow] == list(range(1, 2000))
+
+    run(test, "CountingTasks")
+
+
+def test_a_task_that_never_waits_leaves_room_for_others():
+    async def test(child):
+        busy = child.generate("busy", {"count": 10**9, "busy": True})
+        await busy.__anext__()
+        assert await collect(child, "other") == [0, 1, 2, 3, 4]
+        await busy.aclose()
+        await until(lambda: _logged(child, "cancelled busy"))
+
+    run(test, "CountingTasks")
+
+
+@pytest.mark.parametrize("how", ["shutdown", "SIGTERM", "no request", "stubborn"])
+def test_tasks_end_in_order(how, tmp_path, capfd):
+    closed = tmp_path / "closed"
+
+    async def main():
+        async with running("CountingTasks", {"close_file": str(closed)}) as child:
+            (pid,) = child.processes()
+            do = {"at": 0, "do": "swallow"} if how == "stubborn" else {}
+            if how != "no request":
+                task = asyncio.ensure_future(collect(child, count=10**9, **do))
+                await asyncio.sleep(0.1)
+            if how == "SIGTERM":
+                os.kill(pid, signal.SIGTERM)
+                with pytest.raises(EngineDeadError, match="its process has exited with code 0"):
+                    await asyncio.wait_for(task, 5)
+            begin = time.monotonic()
+            await child.shutdown(Deadline.after(1))
+            assert time.monotonic() - begin < 1.2
+            assert not alive(pid)
+            if how == "shutdown":
+                with pytest.raises(EngineDeadError):
+                    await task
+            if how == "stubborn":
+                task.cancel()
+
+    asyncio.run(main())
+    if how != "stubborn":
+        assert closed.read_text() == "closed\n"
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["raise", "hang", "block"])
+def test_a_start_of_tasks_fails_or_is_stopped(kind, tmp_path):
+    async def main():
+        child = ChildProcess("the toy engine", "child_engines:CountingTasks", {"start": kind})
+        starting = asyncio.ensure_future(child.start())
+        if kind == "raise":
+            with pytest.raises(StartError, match="RuntimeError: no GPU is visible"):
+                await starting
+        await asyncio.sleep(0.5)
+        begin = time.monotonic()
+        await child.shutdown(Deadline.after(5))
+        assert time.monotonic() - begin < 2
+        if kind != "raise":
+            with pytest.raises(StartError, match="it was shut down"):
+                await starting
+
+    asyncio.run(main())

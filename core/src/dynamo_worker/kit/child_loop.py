@@ -12,7 +12,7 @@ import traceback
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker.errors import InvalidRequestError, describe
+from dynamo_worker.errors import InvalidRequestError, describe, for_client
 from dynamo_worker.kit.child_messages import line, message
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynamo_worker.kit.child_messages import Lines
 
 #: Bytes read at once.
-_READ_BYTES: Final = 256 * 1024
+READ_BYTES: Final = 256 * 1024
 #: Seconds between two messages that tell nothing but progress.
 _PROGRESS_SECONDS: Final = 0.1
 
@@ -80,6 +80,22 @@ class Outbox:
         """Write one message; wait while the worker does not read."""
         self._connection.sendall(line(message))
 
+    def write_answer(self, number: int, value: Any) -> None:
+        """Write the answer to a question."""
+        try:
+            data = line({"answer": number, "value": value})
+            if len(data) > self._most_bytes:
+                raise ValueError(f"the answer has {len(data)} bytes; at most {self._most_bytes}")
+        except (TypeError, ValueError, RecursionError) as error:
+            self.write_error(number, error)
+        else:
+            self._connection.sendall(data)
+
+    def write_error(self, number: int, error: Exception) -> None:
+        """Write that a question has no answer, and why."""
+        traceback.print_exception(error)
+        self.write({"answer": number, "error": for_client(describe(error))})
+
     def unsendable(self) -> list[str]:
         """Return the requests that have failed since the last call because a chunk could not be written."""
         found, self._unsendable = self._unsendable, []
@@ -111,12 +127,11 @@ class Outbox:
             self.write({"chunks": [], "ended": ended})
 
     def _fail(self, number: int, error: BaseException | str) -> None:
-        message = error if isinstance(error, str) else describe(error)
-        if isinstance(error, InvalidRequestError):
-            message = str(error)
-        elif isinstance(error, BaseException):
+        refused = isinstance(error, InvalidRequestError)
+        if isinstance(error, BaseException) and not refused:
             traceback.print_exception(error)
-        self.write({"error": number, "message": message, "refused": isinstance(error, InvalidRequestError)})
+            error = describe(error)
+        self.write({"error": number, "message": for_client(str(error)), "refused": refused})
 
 
 class StepEngine(ABC):
@@ -210,7 +225,7 @@ class StepEngine(ABC):
         while True:
             wait = max(0.0, due - time.monotonic()) if outbox.requests else None
             if poll.poll(wait if wait is None else int(wait * 1000 + 0.999)):
-                data = connection.recv(_READ_BYTES)
+                data = connection.recv(READ_BYTES)
                 if not data:
                     return
                 idle = not outbox.requests
@@ -257,9 +272,8 @@ class StepEngine(ABC):
             outbox.write({"answer": news["ping"], "value": None})
         elif "ask" in news:
             try:
-                outbox.write({"answer": news["ask"], "value": self.answer(news["question"], news["payload"])})
-            except OSError:
-                raise
+                value = self.answer(news["question"], news["payload"])
             except Exception as error:
-                traceback.print_exception(error)
-                outbox.write({"answer": news["ask"], "error": describe(error)})
+                outbox.write_error(news["ask"], error)
+            else:
+                outbox.write_answer(news["ask"], value)

@@ -1,8 +1,9 @@
 """What a worker and a process of its engine say to each other: JSON objects, one a line, over a Unix socket.
 
 The process finds the descriptor of its socket in the environment variable :data:`VARIABLE`. Engines written in Python
-need none of this: they derive from :class:`~dynamo_worker.kit.child_loop.StepEngine`. Others speak as follows; both
-sides ignore keys that they do not know.
+need none of this: they derive from :class:`~dynamo_worker.kit.child_loop.StepEngine` or
+:class:`~dynamo_worker.kit.child_tasks.TaskEngine`. Others speak as follows; both sides ignore keys that they do not
+know.
 
 ======================================== ===========================================================================
 to the process
