@@ -71,7 +71,8 @@ def tests(session: nox.Session, suite: str) -> None:
     shims = tests / "install_shims.py"
     if shims.exists():
         session.run("python", str(shims))
-    _pytest(session, *(session.posargs or [str(tests)]))
+    # Some tests start an engine twice in their own process, which takes a busy machine minutes.
+    _pytest(session, "--timeout", "400", *(session.posargs or [str(tests)]))
 
 
 def _pytest(session: nox.Session, *arguments: str) -> None:
