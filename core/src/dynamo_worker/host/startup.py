@@ -294,8 +294,8 @@ class Startup:
         metrics = self._parts.metrics
         metrics.start_seconds.set(seconds)
         metrics.set_info(
-            version=__version__, engine=settings.engine, model=info.model_name, namespace=settings.namespace,
-            component=settings.component, instance=f"{runtime.worker_id:x}",
+            version=__version__, engine=settings.engine, model=info.model_name, dynamo_namespace=settings.namespace,
+            dynamo_component=settings.component, worker_id=f"{runtime.worker_id:x}",
         )  # fmt: skip
         metrics.ready.set_function(lambda: self._callbacks.state() is State.SERVING and self._problem() is None)
         log.info(
