@@ -15,7 +15,7 @@ from dynamo_worker.hookspecs import API_VERSION
 from dynamo_worker.host.plugins.flags import colliding
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, find, reference
 from dynamo_worker.supervisor import interpreter
-from dynamo_worker.testing.residue import descendants
+from dynamo_worker.testing.resource_snapshot import descendants
 from dynamo_worker.testing.trial import load_plugins
 
 if TYPE_CHECKING:
