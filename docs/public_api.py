@@ -32,8 +32,8 @@ _PACKAGE: Final = Path(dynamo_worker.__file__).parent
 #: Modules of the test kit that are not for other packages; a package covers its modules.
 _INTERNAL: Final = (
     *("testing.checks", "testing.conformance_run", "testing.crash", "testing.lifecycle", "testing.limits"),
-    *("testing.random_draws", "testing.resource_snapshot", "testing.sockets", "testing.source_locations"),
-    "testing.suite_engines",
+    *("testing.port_blocks", "testing.random_draws", "testing.resource_snapshot", "testing.sockets"),
+    *("testing.source_locations", "testing.suite_engines"),
 )
 #: Members of classes that are public in spite of their underscore.
 _SPECIAL: Final = ("__init__", "_HEALTH_CHECK")
