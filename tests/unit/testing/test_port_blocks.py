@@ -13,7 +13,6 @@ import pytest
 from dynamo_worker.testing import port_blocks
 from dynamo_worker.testing.port_blocks import PortBlocks
 
-
 #: The first of six ports that no test uses, and most probably no session beside this one.
 FIRST = 30_000 + 6 * random.SystemRandom().randrange(400)
 
