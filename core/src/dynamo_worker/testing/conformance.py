@@ -40,7 +40,7 @@ from dynamo_worker.testing.suite_engines import SuiteEngines
 from dynamo_worker.testing.trial import load_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from dynamo_worker.host.plugins.facade import Plugins
@@ -76,6 +76,20 @@ class EngineConformance(
     CommandLineChecks,
 ):
     """The checks of one engine: that of the fixture ``subject``. Derive from it in a test module."""
+
+    @pytest.fixture(autouse=True)
+    def _waived(self, request: pytest.FixtureRequest, subject: Subject) -> None:
+        """Expect findings of the checks that the engine's plugin waives, and show its reason."""
+        reason = waivers(load_plugins(subject.engine)).get(request.function.__name__.removeprefix("test_"))
+        if reason is not None:
+            request.applymarker(pytest.mark.xfail(reason=f"waived: {reason}", raises=AssertionError, strict=False))
+
+    def test_waivers_are_of_checks(self, trial: Trial) -> None:
+        """A waiver of a check that does not exist, or without a reason, hides what nobody has looked at."""
+        for name, reason in waivers(trial.plugins).items():
+            known = callable(getattr(self, f"test_{name}", None))
+            trial.expect(known, f"conformance_waivers names {name!r}, which is no check")
+            trial.expect(isinstance(reason, str) and reason.strip(), f"conformance_waivers has no reason for {name!r}")
 
     @pytest.fixture
     def engines(self, request: pytest.FixtureRequest) -> SuiteEngines:
@@ -243,6 +257,12 @@ class EngineConformance(
             stat = linux.read_stat(pid)
             # A dead one may still wait to be reaped by its parent.
             assert stat is None or stat.ended, f"process {pid} survived cleanup"
+
+
+def waivers(plugins: Plugins) -> Mapping[str, str]:
+    """Return the checks that an engine's plugin waives, by name, with the reasons."""
+    found: Mapping[str, str] = getattr(plugins.engine_plugin, "conformance_waivers", {})
+    return found
 
 
 def _why(request: pytest.FixtureRequest) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,7 +12,7 @@ from dynamo_worker.deadline import Deadline
 from dynamo_worker.testing.resource_snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from dynamo_worker.testing.lifecycle import Lifecycle
     from dynamo_worker.testing.trial import Trial
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 def _expect(lifecycle: Lifecycle, left: object, what: str, where: object = None) -> None:
     lifecycle.trial.expect(not left, f"{what}: {left!r:.300}", where)
-
-
-def _skip_kept(lifecycle: Lifecycle, kept: Mapping[str, str], kind: str) -> None:
-    if kind in kept:
-        lifecycle.trial.skip(kept[kind])
 
 
 class CreationChecks:
@@ -63,10 +58,6 @@ def _at(trial: Trial, hook: str) -> object:
 class LeftoverChecks:
     """What is left once the engine is cleaned up; its private directory goes with the worker."""
 
-    #: What the engine's libraries keep until the process ends, and why: ``threads``, ``sockets``, ``descriptors`` or
-    #: ``signals``. A worker has one engine in its life, so this does not add up.
-    KEPT_UNTIL_EXIT: ClassVar[Mapping[str, str]] = {}
-
     def test_cleanup_ends_every_process(self, lifecycle: Lifecycle) -> None:
         """A process that is left keeps the GPU's memory, and the next worker does not fit."""
         for pid in lifecycle.after.processes.keys() - lifecycle.before.processes.keys():
@@ -77,7 +68,6 @@ class LeftoverChecks:
 
     def test_cleanup_ends_every_thread(self, lifecycle: Lifecycle) -> None:
         """A thread that is left keeps its memory, and can hold up the end of the worker."""
-        _skip_kept(lifecycle, self.KEPT_UNTIL_EXIT, "threads")
         for ident in lifecycle.after.threads.keys() - lifecycle.before.threads.keys():
             name = lifecycle.after.threads[ident]
             raise lifecycle.trial.finding(f"the thread {name!r} is left", lifecycle.where(name) or _shutdown(lifecycle))
@@ -88,7 +78,6 @@ class LeftoverChecks:
 
     def test_cleanup_closes_every_socket(self, lifecycle: Lifecycle) -> None:
         """A socket that is open keeps its port, and the next worker cannot listen there."""
-        _skip_kept(lifecycle, self.KEPT_UNTIL_EXIT, "sockets")
         _expect(
             lifecycle,
             lifecycle.after.new_descriptors(lifecycle.before, sockets=True),
@@ -98,7 +87,6 @@ class LeftoverChecks:
 
     def test_cleanup_closes_every_descriptor(self, lifecycle: Lifecycle) -> None:
         """Descriptors that are left open add up until none is left."""
-        _skip_kept(lifecycle, self.KEPT_UNTIL_EXIT, "descriptors")
         new = [
             target
             for target in lifecycle.after.new_descriptors(lifecycle.before, sockets=False)
@@ -119,7 +107,6 @@ class LeftoverChecks:
 
     def test_signal_handlers_are_left_alone(self, lifecycle: Lifecycle) -> None:
         """SIGTERM and SIGINT belong to the worker: without its handlers it cannot drain."""
-        _skip_kept(lifecycle, self.KEPT_UNTIL_EXIT, "signals")
         changed = [
             number.name
             for number, handler in lifecycle.running.signals.items()
