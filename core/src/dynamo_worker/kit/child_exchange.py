@@ -195,6 +195,10 @@ class Exchange(asyncio.Protocol):
             self.lost(f"its process has sent {what}")
             self.close()
 
+    def eof_received(self) -> None:
+        """Take the end of what the process sends, even if it does not read what waits for it."""
+        self.close()
+
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - the exit status tells more
         """Take the end of the connection."""
         self.closed = True
