@@ -32,7 +32,7 @@ def subject(tiny_model: Path) -> Subject:
         model="tiny",
         start_seconds=90.0,
         processes={"core": r"dynamo_worker_transformers\.core:Core"},
-        stream_tokens=1000,
+        stream_tokens=800,
         start_stages=("Loading the model", "Model loaded"),
         stall_timeout=8.0,
     )

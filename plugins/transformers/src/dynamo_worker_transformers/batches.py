@@ -27,8 +27,8 @@ _CONTEXTS: Final = 8
 _MOST_CACHED: Final = 65_536
 #: On a CPU, the tokens per step unless the operator says otherwise: masks take this times the cache's tokens.
 _STEP_TOKENS: Final = 512
-#: Seconds that the loop gets to end.
-_STOP_SECONDS: Final = 5.0
+#: Seconds that the loop gets to end its step.
+_STOP_SECONDS: Final = 1.0
 #: The parameters of ``generation_config.json`` that apply to requests which do not set them.
 _DEFAULTS: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 

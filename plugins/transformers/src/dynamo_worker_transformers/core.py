@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dynamo_worker_transformers.sampler import Logprobs
 
 #: Seconds that a step waits for new tokens; requests and aborts wait as long at the most.
-_WAIT_SECONDS: Final = 0.005
+_WAIT_SECONDS: Final = 0.01
 #: A pause, in seconds, that only says that nothing has happened.
 _NOTHING: Final = 0.0005
 #: Seconds until a loop that has failed a request has said whether it has ended.
