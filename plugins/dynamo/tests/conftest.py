@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_worker.testing import Subject
+from dynamo_worker.testing.fault_table import OF_THE_WORKER
 
 SAMPLE = "dynamo.common.backend.sample_engine:SampleLLMEngine"
 #: What the sample engine ignores: it makes one answer, of its own tokens, and stops at none.
@@ -21,6 +22,14 @@ _HERE = str(Path(__file__).parent)
 # The classes of `engine_classes.py` are found by this process and by the workers that it starts.
 sys.path.insert(0, _HERE)
 os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make those rows of the fault table slow that other engines show in every run."""
+    for item in items:
+        if item.name in OF_THE_WORKER:
+            item.add_marker(pytest.mark.slow)
 
 
 def _byte_characters() -> list[str]:

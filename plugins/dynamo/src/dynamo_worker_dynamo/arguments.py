@@ -53,7 +53,7 @@ class _EngineClass(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        path, *words = values or ()
+        path, *words = values or ("",)
         if not re.fullmatch(r"[\w.]+:[\w.]+", path):
             parser.error(f"argument {option_string}: expected MODULE:CLASS and the class's own flags, got {path!r}")
         namespace.engine_class, namespace.class_arguments = path, tuple(words)
