@@ -1,4 +1,4 @@
-"""Dynamo's sample engine class, and classes of our own that do what it does not, with a model that all of them serve."""
+"""Dynamo's sample engine class, classes of our own that do what it does not, and a model that all of them serve."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "added_tokens": [
             {
                 **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-                **{"id": end, "content": "<|end|>", "special": True},
+                "id": end,
+                "content": "<|end|>",
+                "special": True,
             }
         ],
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
@@ -61,12 +63,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
     config = {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": end, "hidden_size": 64},
-        **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128},
-        **{"max_position_embeddings": 2048, "eos_token_id": end},
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": end,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 2048,
+        "eos_token_id": end,
     }
     settings = {
-        **{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048},
+        "eos_token": "<|end|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 2048,
         "chat_template": "{{ messages[-1].content }}",
     }
     for name, content in (("tokenizer", tokenizer), ("config", config), ("tokenizer_config", settings)):
@@ -85,5 +96,15 @@ def sample(model: Path, *flags: str, delay: float = 0.01, stream_tokens: int = 3
     :param flags: more of the class's own flags.
     :param delay: seconds for each token.
     """
-    own = ("--refuse-fields", IGNORED, "--engine-class", SAMPLE, "--model-name", str(model), "--delay", str(delay), *flags)
+    own = (
+        "--refuse-fields",
+        IGNORED,
+        "--engine-class",
+        SAMPLE,
+        "--model-name",
+        str(model),
+        "--delay",
+        str(delay),
+        *flags,
+    )
     return Subject("dynamo", own, model=str(model), stream_tokens=stream_tokens)

@@ -34,10 +34,10 @@ if __name__ == "__main__":
         if running:
             os.write(1, json.dumps(sorted(running)).encode() + b"\n")
 
-from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig  # noqa: E402
-from dynamo.common.backend.publisher import ComponentSnapshot  # noqa: E402
-from dynamo.llm.exceptions import InvalidArgument  # noqa: E402
-from prometheus_client import CollectorRegistry, Counter  # noqa: E402
+from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
+from dynamo.common.backend.publisher import ComponentSnapshot
+from dynamo.llm.exceptions import InvalidArgument
+from prometheus_client import CollectorRegistry, Counter
 
 WORDS = 3000
 
@@ -178,7 +178,7 @@ class Failing(CountingEngine):
         if kind == "package":
             import a_package_that_nobody_has  # noqa: F401
         if kind == "nothing":
-            return None
+            return "nothing"
         raise LookupError("no such model in the catalogue")
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import engine_classes
 import pytest
 from dynamo.llm.exceptions import (
     CannotConnect,
@@ -17,7 +18,6 @@ from dynamo.llm.exceptions import (
     Unknown,
 )
 
-import engine_classes
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker_dynamo import answers, requests
@@ -249,7 +249,9 @@ class TestRequests:
         given = {"token_ids": [1, 2], "sampling_options": None, "stop_conditions": {"max_tokens": 5}}
         prepared = requests.ClassTable(None).translate(given)
         assert prepared == {
-            **{"token_ids": [1, 2], "sampling_options": {}, "stop_conditions": {"max_tokens": 5}},
+            "token_ids": [1, 2],
+            "sampling_options": {},
+            "stop_conditions": {"max_tokens": 5},
             "output_options": {},
         }
         assert prepared["stop_conditions"] is not given["stop_conditions"]

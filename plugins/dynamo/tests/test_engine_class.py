@@ -32,9 +32,11 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(list(words))
 
 
-async def start(directory: Path, *words: str) -> Any:
+async def start(directory: Path, *words: str, ours: tuple[str, ...] = ()) -> Any:
     """Start an engine and shut it down; return what it says about itself."""
-    engine = DynamoEngine(parse("--engine-class", *words), EngineContext("test.backend", directory, supervised=False))
+    engine = DynamoEngine(
+        parse(*ours, "--engine-class", *words), EngineContext("test.backend", directory, supervised=False)
+    )
     try:
         return await engine.start(7)
     finally:
@@ -51,9 +53,17 @@ async def start(directory: Path, *words: str) -> Any:
         (["dynamo.common.backend:RawEngine"], StartError, "it generates media"),
         (["dynamo.common.backend:BaseEngine"], StartError, "only a BaseEngine"),
         (["engine_classes:Lacking"], StartError, "does not implement cleanup, from_args, generate, start"),
-        (["engine_classes:Failing", "raise"], StartError, "from_args failed: LookupError: no such model in the catalog"),
+        (
+            ["engine_classes:Failing", "raise"],
+            StartError,
+            "from_args failed: LookupError: no such model in the catalog",
+        ),
         (["engine_classes:Failing", "package"], StartError, "package 'a_package_that_nobody_has', which is not inst"),
-        (["engine_classes:Failing", "nothing"], StartError, "must return an LLMEngine and a WorkerConfig, got None"),
+        (
+            ["engine_classes:Failing", "nothing"],
+            StartError,
+            "must return an LLMEngine and a WorkerConfig, got 'nothing'",
+        ),
         (["engine_classes:Failing", "help"], StartError, "has ended its own start"),
         (["engine_classes:Failing", "exit"], UsageError, "refuses its flags"),
         (["engine_classes:CountingEngine"], UsageError, "arguments are required: --model"),
@@ -120,17 +130,9 @@ def test_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 
 def test_processes_that_the_class_does_not_start(model: Path, tmp_path: Path) -> None:
+    words = ("engine_classes:CountingEngine", f"--model={model}")
     with pytest.raises(StartError, match="has started no such process"):
-        args = parse("--engine-processes", "no_such", "--engine-class", "engine_classes:CountingEngine", f"--model={model}")
-        engine = DynamoEngine(args, EngineContext("test.backend", tmp_path, supervised=False))
-
-        async def run() -> None:
-            try:
-                await engine.start(7)
-            finally:
-                await engine.shutdown(Deadline.after(5))
-
-        asyncio.run(run())
+        asyncio.run(start(tmp_path, *words, ours=("--engine-processes", "no_such")))
 
 
 def test_what_a_class_says_about_itself(model: Path, tmp_path: Path) -> None:

@@ -69,5 +69,3 @@ class TestServing:
         assert worker.wait_gone(10) == 0
         assert time.monotonic() - started < 8
         assert core not in worker.children()
-
-

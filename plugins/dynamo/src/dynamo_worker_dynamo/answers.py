@@ -22,7 +22,7 @@ from dynamo_worker_dynamo.failures import translated
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from dynamo_worker.engine import Chunk, RequestContext, Send
+    from dynamo_worker.engine import RequestContext, Send
 
 log = get_logger(__name__)
 
@@ -81,7 +81,7 @@ class Answers:
         self._engine = engine
         self._run_beside = run_beside
         self._on_dead = on_dead
-        self._deferred = DeferredAborts(run_beside) if decode else None
+        self._deferred = DeferredAborts(self._later) if decode else None
         self._running: dict[str, _Running] = {}
 
     async def answer(self, request: dict[str, Any], context: RequestContext, send: Send) -> None:
@@ -113,6 +113,9 @@ class Answers:
         ending = self._end(running)
         if self._deferred is None or running.begun.is_set():
             await asyncio.wait({ending})
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        self._run_beside(work)
 
     def _end(self, running: _Running) -> asyncio.Task[None]:
         if running.ending is None:
@@ -184,7 +187,7 @@ class Answers:
             raise StreamIncomplete("the engine class ended the answer without a finish reason")
 
 
-def _finished(chunk: Chunk, *, stopped: bool) -> Chunk:
+def _finished(chunk: dict[str, Any], *, stopped: bool) -> dict[str, Any]:
     """Return the last chunk of an answer with a finish reason that frontends know.
 
     :param stopped: whether the request was aborted.

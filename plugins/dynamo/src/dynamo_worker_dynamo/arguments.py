@@ -53,7 +53,7 @@ class _EngineClass(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        path, *words = values or ("",)
+        path, *words = list(values or ("",))
         if not re.fullmatch(r"[\w.]+:[\w.]+", path):
             parser.error(f"argument {option_string}: expected MODULE:CLASS and the class's own flags, got {path!r}")
         namespace.engine_class, namespace.class_arguments = path, tuple(words)
@@ -68,9 +68,7 @@ def _fields(text: str) -> tuple[str, ...]:
     names = tuple(name for name in (word.strip() for word in text.split(",")) if name)
     for name in names:
         if name not in REFUSABLE:
-            raise argparse.ArgumentTypeError(
-                f"{name!r} cannot be refused; expected some of {', '.join(REFUSABLE)}"
-            )
+            raise argparse.ArgumentTypeError(f"{name!r} cannot be refused; expected some of {', '.join(REFUSABLE)}")
     return names
 
 

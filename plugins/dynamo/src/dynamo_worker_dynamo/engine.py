@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from dynamo.llm import KvEventPublisher
 from prometheus_client import CollectorRegistry
@@ -66,7 +67,7 @@ class DynamoEngine(EngineLifecycle):
         self._config: Any = None
         self._table = ClassTable(None)
         self._answers: Answers | None = None
-        self._canary: Request = canary.canary_request(None, None)
+        self._canary: dict[str, Any] = {**canary.canary_request(None, None)}
         self._load = LoadPublisher()
         self._snapshots: Snapshots | None = None
         self._metrics = ClassMetrics()
@@ -171,7 +172,8 @@ class DynamoEngine(EngineLifecycle):
 
     def canary_request(self) -> Request:
         """Return the class's own health check, or a request for one token if it has none."""
-        return {**self._canary, "token_ids": [*self._canary["token_ids"]]}
+        request: Any = copy.deepcopy(self._canary)
+        return cast("Request", request)
 
     # ------------------------------------------------------------------------------------------ health and processes
 

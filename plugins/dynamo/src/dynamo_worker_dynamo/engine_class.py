@@ -84,9 +84,7 @@ def _find(path: str) -> Any:
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if found is None:
-        others = [
-            key for key, value in vars(module).items() if _is_engine(value, LLMEngine) and value is not LLMEngine
-        ]
+        others = [key for key, value in vars(module).items() if _is_engine(value, LLMEngine) and value is not LLMEngine]
         known = f"; it has {', '.join(sorted(others))}" if others else ""
         raise StartError(f"--engine-class {path}: the module {name} has no {attribute}{known}")
     if not inspect.isclass(found):

@@ -1,4 +1,4 @@
-"""What the errors of an engine class mean for the worker: a mistake of the client, the end of the engine, or neither."""
+"""What an error of an engine class means for the worker: a mistake of the client, the end of the engine, or neither."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _CLIENT_ERRORS: Final = range(400, 500)
 def translated(error: Exception) -> Exception:
     """Return an error of an engine class as the worker knows it.
 
-    Errors that mean a lost connection, such as ``Disconnected``, stay as they are: with them the request migrates, as it
-    does in Dynamo's own worker. All others, ``ValueError`` included, are bugs: HTTP 500 and a traceback in the log.
+    Errors that mean a lost connection, such as ``Disconnected``, stay as they are: with them the request migrates, as
+    in Dynamo's own worker. All others, ``ValueError`` included, are bugs: HTTP 500 and a traceback in the log.
     """
     if isinstance(error, (EngineDeadError, InvalidRequestError)):
         return error

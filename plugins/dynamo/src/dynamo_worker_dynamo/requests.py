@@ -27,8 +27,16 @@ _FIXED: Final = frozenset({"max_tokens", "stop_token_ids_hidden", "best_of", "us
 #: The fields that an operator may have refused, and the value with which each asks for nothing.
 REFUSABLE: Final[Mapping[str, Any]] = {
     **{name: None for name, entry in {**_SAMPLING, **STOP, **OUTPUT, **_EXTRA}.items() if entry and name not in _FIXED},
-    **{"n": 1, "guided_decoding": {}, "stop_token_ids": [], "ignore_eos": False, "min_tokens": 0},
-    **{"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "top_p": 1, "min_p": 0},
+    "n": 1,
+    "guided_decoding": {},
+    "stop_token_ids": [],
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "top_p": 1,
+    "min_p": 0,
 }
 
 

@@ -51,7 +51,7 @@ def undone() -> Iterator[None]:
 
     with (
         # Records go on to the worker's handlers meanwhile, and not to the runtime, which drops most of them.
-        mock.patch.object(dynamo_logging, "configure_dynamo_logging", lambda *_, **__: None),
+        mock.patch.object(dynamo_logging, "configure_dynamo_logging"),
         mock.patch.object(loop, "add_signal_handler", add_signal_handler),
     ):
         try:
@@ -69,7 +69,7 @@ def undone() -> Iterator[None]:
 def no_exit_of_argparse() -> Iterator[None]:
     """Make parsers raise :class:`FlagsError` instead of printing their usage and ending the interpreter."""
 
-    def error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    def error(_: argparse.ArgumentParser, message: str) -> NoReturn:
         raise FlagsError(message)
 
     with mock.patch.object(argparse.ArgumentParser, "error", error):

@@ -41,13 +41,16 @@ class ClassMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics; those of a class that fails are left out, which is logged once."""
-        for text in self._texts:
-            try:
-                yield from list(text_string_to_metric_families(text()))
-            except Exception as error:
-                if not self._failed:
-                    self._failed = True
-                    log.warning("The metrics of the engine class cannot be read", error=describe(error))
+        return [family for text in self._texts for family in self._parsed(text)]
+
+    def _parsed(self, text: Callable[[], str]) -> list[Metric]:
+        try:
+            return list(text_string_to_metric_families(text()))
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                log.warning("The metrics of the engine class cannot be read", error=describe(error))
+            return []
 
 
 class Snapshots:
