@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Chunk, EngineContext, EngineInfo, Operation, Request, RequestContext, Send
-    from dynamo_worker.supervisor.linux import Process
 
 log = get_logger(__name__)
 
@@ -75,8 +74,8 @@ class DynamoEngine(EngineLifecycle):
         self._operations: dict[str, Operation] = {}
         self._publishers: list[KvEventPublisher] = []
         self._newcomers: engine_processes.StartedSince | None = None
-        self._processes: list[Process] = []
-        self._started: list[Process] | None = None
+        self._processes: list[Any] = []
+        self._started: list[Any] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._dead: EngineDeadError | None = None
         self._failed = False
