@@ -1,7 +1,9 @@
+#!/usr/bin/env python3
 """The table of all engines for docs/engines.md, read from their sources: no engine needs to be installed.
 
 What an engine serves shows in what it takes from the kit. A package can say what its sources do not show, in its
-``pyproject.toml``: ``[tool.dynamo-worker.serves]`` has texts by the names of :data:`FEATURES`.
+``pyproject.toml``: ``[tool.dynamo-worker.serves]`` has texts by the names of :data:`FEATURES`. Run as a program, it prints
+the cells.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 GROUP: Final = "dynamo_worker.engines"
-YES, NO = "yes", "–"
+YES, NO = "yes", "–"  # noqa: RUF001 - a dash
 
 
 class Sources(NamedTuple):
@@ -178,3 +180,8 @@ def rows() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     ]
     table = [(feature, *(engine.serves[feature] for engine in found)) for feature in FEATURES]
     return ("", *(f"`{engine.name}`" for engine in found)), [*facts, *table]
+
+
+if __name__ == "__main__":
+    for row in rows()[1]:
+        print(*row, sep="\t")

@@ -72,7 +72,13 @@ class Case:
         self.chunks: list[Any] = []
         self.died: list[EngineDeadError] = []
         self.tasks: set[asyncio.Task[None]] = set()
-        self.answers = Answers(engine, self.beside, self.died.append, decode=decode)
+        self.broken: EngineDeadError | None = None
+        self.answers = Answers(engine, self.beside, self.died.append, self.stays_well, decode=decode)
+
+    async def stays_well(self) -> None:
+        await asyncio.sleep(0.01)
+        if self.broken is not None:
+            raise self.broken
 
     def beside(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -201,6 +207,18 @@ def test_a_dead_engine_is_reported() -> None:
         with pytest.raises(EngineDeadError, match="gone"):
             await case.ask()
         assert len(case.died) == 1
+
+    run(check)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_an_error_that_says_nothing_may_be_the_first_sign_of_a_broken_engine(broken: bool) -> None:
+    async def check() -> None:
+        case = Case(Engine(error=RuntimeError("the handler is closed")))
+        case.broken = EngineDeadError("a process has died") if broken else None
+        with pytest.raises(EngineDeadError if broken else RuntimeError):
+            await case.ask()
+        assert len(case.died) == broken
 
     run(check)
 

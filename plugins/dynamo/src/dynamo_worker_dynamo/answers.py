@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo.llm.exceptions import Disconnected, StreamIncomplete
+from dynamo.llm.exceptions import Disconnected, DynamoException, StreamIncomplete
 from dynamo.runtime import Context
 
 from dynamo_worker.errors import EngineDeadError, describe
@@ -20,7 +20,7 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker_dynamo.failures import translated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from dynamo_worker.engine import RequestContext, Send
 
@@ -68,6 +68,7 @@ class Answers:
         engine: Any,
         run_beside: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         on_dead: Callable[[EngineDeadError], None],
+        stays_well: Callable[[], Awaitable[None]],
         *,
         decode: bool,
     ) -> None:
@@ -76,11 +77,13 @@ class Answers:
         :param engine: the ``LLMEngine``.
         :param run_beside: runs what outlives a request; the end of the engine cancels it.
         :param on_dead: called when the class says that it is dead.
+        :param stays_well: raises EngineDeadError if the engine breaks within a moment.
         :param decode: whether this is a decode worker: aborts then wait for the KV cache.
         """
         self._engine = engine
         self._run_beside = run_beside
         self._on_dead = on_dead
+        self._stays_well = stays_well
         self._deferred = DeferredAborts(self._later) if decode else None
         self._running: dict[str, _Running] = {}
 
@@ -171,7 +174,7 @@ class Answers:
         except Exception as error:
             if context.is_stopped() and not running.wanted:
                 return  # whatever a class raises to end an aborted request
-            failure = translated(error)
+            failure = await self._meaning(error)
             if isinstance(failure, EngineDeadError):
                 self._on_dead(failure)
             if failure is error:
@@ -185,6 +188,16 @@ class Answers:
                 await stream.aclose()
         if reason is None and not context.is_stopped():
             raise StreamIncomplete("the engine class ended the answer without a finish reason")
+
+    async def _meaning(self, error: Exception) -> Exception:
+        """Return what an error of the class means; one that says nothing may be the first sign of a broken engine."""
+        failure = translated(error)
+        if failure is error and not isinstance(error, DynamoException):
+            try:
+                await self._stays_well()
+            except EngineDeadError as dead:
+                return dead
+        return failure
 
 
 def _finished(chunk: dict[str, Any], *, stopped: bool) -> dict[str, Any]:

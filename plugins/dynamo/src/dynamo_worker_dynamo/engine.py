@@ -43,6 +43,8 @@ log = get_logger(__name__)
 #: Seconds that a prefill worker waits for decode workers if the class cannot tell whether they have what they need.
 _DRAIN_VARIABLE: Final = "DYN_PREFILL_DRAIN_TIMEOUT_S"
 _DRAIN_POLL_SECONDS: Final = 0.1
+#: Looks at the processes after an error of one request, and the seconds after each.
+_LOOKS, _LOOK_SECONDS = 4, 0.25
 #: Seconds that a broken class gets to clean up, once its processes are dead.
 _FAILED_SECONDS: Final = 2.0
 
@@ -121,7 +123,9 @@ class DynamoEngine(EngineLifecycle):
     async def _connect(self, info: EngineInfo, load_seconds: float) -> None:
         """Give the class what it reports to, and take what it offers."""
         self._table = ClassTable(info.context_length, self._args.refuse_fields)
-        self._answers = Answers(self.inner, self._beside, self._die, decode=info.worker_type == "decode")
+        self._answers = Answers(
+            self.inner, self._beside, self._die, self._stays_well, decode=info.worker_type == "decode"
+        )
         await self.inner.register_prometheus(self._metrics)
         first = info.data_parallel_start_rank
         blocks = info.total_kv_blocks
@@ -187,6 +191,15 @@ class DynamoEngine(EngineLifecycle):
         gone = engine_processes.dead(self._processes)
         if gone:
             raise EngineDeadError(f"a process of the engine class has died (pid {gone[0]})")
+
+    async def _stays_well(self) -> None:
+        """Look at the class's processes for a moment; without any there is nothing to see.
+
+        :raises EngineDeadError: one has died.
+        """
+        for _ in range(_LOOKS if self._processes else 0):
+            await self.check_health()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _die(self, error: EngineDeadError) -> None:
         self._dead = self._dead or error
