@@ -2,8 +2,8 @@
 """The table of all engines for docs/engines.md, read from their sources: no engine needs to be installed.
 
 What an engine serves shows in what it takes from the kit. A package can say what its sources do not show, in its
-``pyproject.toml``: ``[tool.dynamo-worker.serves]`` has texts by the names of :data:`FEATURES`. Run as a program, it prints
-the cells.
+``pyproject.toml``: ``[tool.dynamo-worker.serves]`` has texts by the names of :data:`FEATURES`. Run as a program, it prints the
+cells.
 """
 
 from __future__ import annotations
