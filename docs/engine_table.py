@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The table of all engines for docs/engines.md, read from their sources: no engine needs to be installed.
+"""Reads what each engine serves from its sources, for docs/engines.md: no engine needs to be installed.
 
-What an engine serves shows in what it takes from the kit. A package can say what its sources do not show, in its
-``pyproject.toml``: ``[tool.dynamo-worker.serves]`` has texts by the names of :data:`FEATURES`. Run as a program, it prints the
-cells.
+It shows in what an engine takes from the kit. A package can say what its sources do not show, in its
+``pyproject.toml``: ``[tool.dynamo-worker.serves]`` has texts by the names of :data:`FEATURES`.
+Run as a program, this prints the cells.
 """
 
 from __future__ import annotations
