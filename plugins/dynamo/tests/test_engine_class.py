@@ -153,6 +153,23 @@ def test_what_a_class_says_about_itself(model: Path, tmp_path: Path) -> None:
     assert (counting.runtime_data, counting.endpoint_types) == ({"made": "here"}, ("completions", "chat"))
 
 
+def test_what_a_class_leaves_is_killed(model: Path, tmp_path: Path) -> None:
+    """Its cleanup hangs; what it has started is gone at the deadline, with some time to spare."""
+    args = parse("--engine-class", "engine_classes:CountingEngine", f"--model={model}", "--hang")
+
+    async def check() -> None:
+        engine = DynamoEngine(args, EngineContext("test.backend", tmp_path, supervised=False))
+        await engine.start(7)
+        process = engine.inner.process
+        assert list(engine.processes()) == [process.pid]
+        deadline = Deadline.after(1)
+        await engine.shutdown(deadline)
+        assert not deadline.passed
+        assert await process.wait() == -signal.SIGKILL
+
+    asyncio.run(check())
+
+
 def test_what_a_class_does_to_the_process_is_undone() -> None:
     root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level, sys.excepthook)
     signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

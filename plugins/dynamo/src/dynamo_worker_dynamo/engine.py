@@ -47,6 +47,8 @@ _DRAIN_POLL_SECONDS: Final = 0.1
 _LOOKS, _LOOK_SECONDS = 4, 0.25
 #: Seconds that a broken class gets to clean up, once its processes are dead.
 _FAILED_SECONDS: Final = 2.0
+#: Seconds kept for the kill of what a class leaves.
+_KILL_SECONDS: Final = 0.5
 
 
 class DynamoEngine(EngineLifecycle):
@@ -272,7 +274,7 @@ class DynamoEngine(EngineLifecycle):
             await self._kill(deadline)
         if inner is not None:
             try:
-                limit = deadline.within(_FAILED_SECONDS) if self._failed else deadline
+                limit = deadline.within(_FAILED_SECONDS) if self._failed else deadline.reserve(_KILL_SECONDS)
                 await asyncio.wait_for(inner.cleanup(), limit.remaining())
             except asyncio.TimeoutError:
                 log.info("The engine's own shutdown takes too long", engine=self.path, next="kill its processes")
