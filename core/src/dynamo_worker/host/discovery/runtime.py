@@ -17,12 +17,13 @@ from dynamo_worker.host.discovery import model_card, runtime_lease, topology
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.etcd_store import EtcdStore
 from dynamo_worker.host.discovery.file_store import FileStore
+from dynamo_worker.host.discovery.kubernetes_store import KubernetesStore
 from dynamo_worker.host.discovery.registration import Registration
 from dynamo_worker.host.discovery.servers import wait_for_servers
 from dynamo_worker.host.discovery.worker_discovery import WorkerDiscovery
 from dynamo_worker.host.listening import keep_on_loopback, listening_ports
 from dynamo_worker.logs import get_logger
-from dynamo_worker.supervisor import ledger
+from dynamo_worker.supervisor import kubernetes, ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -214,9 +215,13 @@ class Runtime:
                 ttl=math.ceil(self._settings.etcd_lease_ttl),
                 runtime_ttl=self._lease_ttl,
             )
+        elif self._settings.discovery_backend == "kubernetes" and kubernetes.in_cluster():
+            store = KubernetesStore()
         if store is None:
             return None
         timeout, outage = self._settings.discovery_timeout, self._settings.discovery_outage
+        if isinstance(store, KubernetesStore):
+            outage = math.inf  # no lease ends, and a restart would only have to wait for the same server
         self._registration = Registration(store, on_fatal, timeout=timeout, outage=outage)
         self.discovery.registration = self._registration
         count = len(self._serving) + self._models
