@@ -40,6 +40,18 @@ class TestFile:
         assert outcome == "file: 4 files removed"
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / other]
 
+    def test_its_publishers_as_well(self, tmp_path):
+        """Their ids are not the worker's."""
+        prefix = "namespace%2Fdynamo%2Ftopic%2Fkv%2Devents%2F"
+        for name in ("159af42bd761b4", "8e7168f07fe58", "159af42bd761b5", "7"):
+            (tmp_path / f"{prefix}{name}").touch()
+        recorded = ["159af42bd761b4", "8e7168f07fe58", "7", ".*", None]
+        entry = {"backend": "file", "root": str(tmp_path), "instance": INSTANCE}
+        for wrong in ("159af42bd761b4", 5, None, {}):
+            assert discovery.withdraw({**entry, "publishers": wrong}, soon()) == "file: 0 files removed"
+        assert discovery.withdraw({**entry, "publishers": recorded}, soon()) == "file: 2 files removed"
+        assert {path.name for path in tmp_path.iterdir()} == {f"{prefix}159af42bd761b5", f"{prefix}7"}
+
     def test_nothing_there(self, tmp_path):
         entry = {"backend": "file", "root": str(tmp_path / "missing"), "instance": INSTANCE}
         assert discovery.withdraw(entry, soon()) == "file: 0 files removed"
