@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor import kubernetes
-from dynamo_worker.supervisor.etcd import EtcdError, Gateway, entries_lease, etcd_endpoints
+from dynamo_worker.supervisor.etcd import EtcdError, Gateway, entries_lease, etcd_endpoints, secured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +21,17 @@ _INSTANCE = re.compile(r"[0-9a-f]{8,16}")
 
 #: Most event publishers of one worker.
 _MOST_PUBLISHERS = 256
+
+
+def prepare() -> None:
+    """Load what a withdrawal over TLS needs: that takes longer than the withdrawal itself.
+
+    No certificate is read yet: by the time of the withdrawal, others may be valid.
+    """
+    if os.environ.get("DYN_DISCOVERY_BACKEND") == "kubernetes" or any(map(secured, etcd_endpoints())):
+        import ssl
+
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def withdraw(registration: dict[str, Any], deadline: float, root: str | None = None) -> str:
