@@ -1,7 +1,7 @@
 """The part of a Kubernetes API server that discovery needs, with TLS.
 
-``python kubernetes_server.py PORT CERTIFICATE [RESOURCE:VERB …]``; without verbs, an account may do everything. A POST to
-``/trouble`` with a status makes it answer everything with that, until one with 200 comes.
+``python kubernetes_server.py PORT CERTIFICATE [RESOURCE:VERB …]``; without verbs, an account may do everything.
+A POST to ``/trouble`` with a status makes it answer everything with that, until one with 200 comes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
-
 
 _KIND = "dynamoworkermetadatas"
 

@@ -47,7 +47,9 @@ def test_only_our_own_are_recorded_and_late_ones_too(tmp_path, listener):
     assert store.missing() == [], "it is not restored"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"transport": 5}', '{"transport": {"config": {"endpoint": 5}}}', "["])
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", "{}", '{"transport": 5}', '{"transport": {"config": {"endpoint": 5}}}']
+)
 def test_what_is_no_announcement(tmp_path, listener, text):
     recorded = []
     announce(tmp_path, "1111aaaa", "").write_text(text)

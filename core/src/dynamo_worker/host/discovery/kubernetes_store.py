@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Groups of entries without which no requests arrive.
 _ENDPOINTS: Final = "endpoints"
 _CARDS: Final = "model_cards"
-#: Seconds between checks: at first, soon after a start or a loss, and at most. 5000 workers ask 170 times a second then.
+#: Seconds between checks, soon after a start or a loss and at most: then 5000 workers ask 170 times a second.
 _SHORTEST: Final = 2.0
 _LONGEST: Final = 30.0
 #: By which part of itself a time varies, so that a fleet does not ask at once.
@@ -197,4 +197,4 @@ def _endpoint_of(key: str) -> str:
 
 
 def _varied(seconds: float) -> float:
-    return seconds * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spreads load
+    return seconds * random.uniform(1 - _JITTER, 1 + _JITTER)
