@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -87,6 +88,27 @@ class TestFile:
 
     def test_incomplete_entry(self):
         assert discovery.withdraw({"backend": "file"}, soon()).startswith("file: failed: KeyError")
+
+
+@pytest.mark.parametrize(
+    ("variables", "loaded"),
+    [
+        ({}, False),
+        ({"ETCD_ENDPOINTS": "http://one:2379"}, False),
+        ({"ETCD_ENDPOINTS": "http://one:2379,https://two:2379"}, True),
+        ({"ETCD_ENDPOINTS": "two:2379", "ETCD_AUTH_CA": "/nowhere"}, True),
+        ({"DYN_DISCOVERY_BACKEND": "kubernetes"}, True),
+    ],
+)
+def test_tls_is_loaded_before_it_is_needed(variables, loaded):
+    """Only where it is needed: guardians without it stay small."""
+    names = ("ETCD_ENDPOINTS", "ETCD_AUTH_CA", "DYN_DISCOVERY_BACKEND")
+    environment = {**{name: value for name, value in os.environ.items() if name not in names}, **variables}
+    code = (
+        "import sys; from dynamo_worker.supervisor import discovery; discovery.prepare(); print('ssl' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == str(loaded)
 
 
 @pytest.mark.parametrize("backend", ["kubernetes", "mem"])
