@@ -165,7 +165,7 @@ def test_what_a_class_leaves_is_killed(model: Path, tmp_path: Path) -> None:
         deadline = Deadline.after(1)
         await engine.shutdown(deadline)
         assert not deadline.passed
-        assert await process.wait() == -signal.SIGKILL
+        assert await asyncio.wait_for(process.wait(), 5) == -signal.SIGKILL
 
     asyncio.run(check())
 
