@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     group = parser.add_argument_group(
-        "dynamo engine", "Runs an engine class of Dynamo's LLMEngine protocol (dynamo.common.backend), unchanged."
+        "dynamo engine",
+        "Runs an engine class of Dynamo's LLMEngine protocol, unchanged; pip install 'dynamo-worker-dynamo[cuda]' has "
+        "that protocol (dynamo.common.backend).",
     )
     group.add_argument(
         "--engine-processes",
@@ -38,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action=_EngineClass,
         nargs=argparse.REMAINDER,
         metavar="MODULE:CLASS",
-        help="the class; all engine flags after it are its own: --engine-class my_engine:MyEngine --model M",
+        help="MODULE:CLASS, and after it the class's own flags: --engine-class my_engine:MyEngine --model M",
     )
     parser.set_defaults(class_arguments=(), disaggregation_mode="aggregated")
 
