@@ -1,0 +1,98 @@
+"""`dynamo-worker new NAME`: write the package of an engine plugin that passes every test at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from dynamo_worker.cli.package_writer import TEMPLATES, write
+from dynamo_worker.cli.plugin_names import PluginNames
+from dynamo_worker.errors import UsageError
+from dynamo_worker.supervisor.text import safe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DESCRIPTION: Final = """\
+Writes the package of an engine plugin: the engine NAME in the package dynamo-worker-NAME, with tests, README and CI. A
+toy is in the engine's place, so that it serves and passes `dynamo-worker check NAME --conformance` and the fault table
+at once. Put your engine where the comment YOUR ENGINE HERE is, and keep the tests green."""
+
+EPILOG: Final = """\
+templates:
+{templates}
+
+examples:
+  dynamo-worker new my-engine
+  dynamo-worker new my-engine --template {other} --directory ~/src/my-engine
+  uvx dynamo-worker new my-engine                       without an installation
+
+Nothing is ever overwritten. docs/tutorial.md goes on from there to a published package."""
+
+#: Files that say that this program is installed in an environment of its own, and by what.
+_TOOLS: Final = {"uv-receipt.toml": "uv", "pipx_metadata.json": "pipx"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"new: {message}", hint=f"`{self.prog} --help` shows how")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write one package.
+
+    :raises UsageError: the name is not valid or taken, or something would be overwritten.
+    :raises WorkerError: the package cannot be written.
+    """
+    width = max(map(len, TEMPLATES)) + 2
+    templates = "\n".join(f"  {name:{width}}{template.summary}" for name, template in TEMPLATES.items())
+    parser = _Parser(
+        "dynamo-worker new",
+        description=DESCRIPTION,
+        epilog=EPILOG.format(templates=templates, other=list(TEMPLATES)[-1]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help="name of the engine, as for --engine")
+    parser.add_argument("--template", choices=list(TEMPLATES), default="thread", help="see below [default: thread]")
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where to write the package [default: dynamo-worker-NAME]"
+    )
+    arguments = parser.parse_args(argv)
+    names = PluginNames.of(arguments.name)
+    names.refuse_taken()
+    directory = Path(names.distribution) if arguments.directory is None else arguments.directory
+    files = write(TEMPLATES[arguments.template], names, directory)
+    print(f"The engine {names.engine} in {safe(str(directory))}:")
+    for path in files:
+        print(f"  {path}")
+    print("\nNext:")
+    for command in next_commands(names, directory):
+        print(f"  {command}")
+    print("\nThen put your engine where the comment YOUR ENGINE HERE is; README.md says what is where.")
+    return 0
+
+
+def next_commands(names: PluginNames, directory: Path) -> list[str]:
+    """Return the commands that install the package, check it and serve it.
+
+    They install it beside the `dynamo-worker` that runs now, unless that is in an environment of its own, as `uv tool`
+    and `pipx` make them.
+    """
+    there = f"cd {shlex.quote(str(directory))} && "
+    tool = next((by for file, by in _TOOLS.items() if (Path(sys.prefix) / file).exists()), None)
+    if tool is None:
+        pip = "uv pip" if importlib.util.find_spec("pip") is None else "pip"
+        install, program = f"{pip} install -e '.[test]'", "dynamo-worker"
+    else:
+        make = "uv venv && uv pip" if tool == "uv" else "python3 -m venv .venv && .venv/bin/pip"
+        install, program = f"{make} install -e '.[test]'", ".venv/bin/dynamo-worker"
+    return [
+        there + install,
+        f"{program} check {names.engine} --conformance",
+        f"{program} --engine {names.engine} --frontend",
+    ]
