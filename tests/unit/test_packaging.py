@@ -12,6 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import dynamo_worker
+from dynamo_worker.cli.package_writer import TEMPLATES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,6 +53,7 @@ def test_every_package_is_listed_here():
     found = [*(ROOT / "plugins").glob("*/pyproject.toml"), *(ROOT / "examples").glob("*/pyproject.toml")]
     assert {str(path.parent.relative_to(ROOT)) for path in found} == set(PACKAGES) - {"core"}
     assert {Path(plugin).name for plugin in PLUGINS} == set(from_noxfile("ENGINES"))
+    assert list(TEMPLATES) == from_noxfile("TEMPLATES")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

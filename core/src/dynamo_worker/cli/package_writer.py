@@ -24,6 +24,8 @@ _TEMPLATES: Final = _PACKAGE / "templates"
 #: The toy's `config.json` and tokenizer are those of the echo engine.
 _MODEL: Final = _PACKAGE / "engines" / "echo_model"
 _MODEL_PLACE: Final = Path("src/dynamo_worker_acme/model")
+#: What tools leave beside sources.
+_CACHES: Final = frozenset({"__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 #: What may already be in the package's directory.
 _HARMLESS: Final = frozenset({".git"})
 
@@ -43,7 +45,7 @@ class Template:
         """Yield each file: its path in the package, and its text."""
         for root, place in [*((_TEMPLATES / layer, Path()) for layer in self.layers), (_MODEL, _MODEL_PLACE)]:
             for path in sorted(root.rglob("*")):
-                if path.is_file() and "__pycache__" not in path.parts:
+                if path.is_file() and _CACHES.isdisjoint(path.parts):
                     yield place / path.relative_to(root), path.read_text(encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from dynamo_worker.testing import Cluster
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
 

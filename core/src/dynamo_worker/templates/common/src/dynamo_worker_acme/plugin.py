@@ -22,7 +22,10 @@ class AcmePlugin(EnginePlugin):
         """Add the engine's flags."""
         group = parser.add_argument_group("acme engine")
         group.add_argument(
-            "--served-model-name", default="acme", metavar="NAME", help="name clients ask for (default: acme)"
+            "--served-model-name",
+            default="acme",
+            metavar="NAME",
+            help="name clients ask for (default: acme)",
         )
         group.add_argument(
             "--tokens-per-second",

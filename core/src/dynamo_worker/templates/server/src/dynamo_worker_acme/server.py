@@ -15,7 +15,7 @@ from dynamo_worker.kit.python_command import python_command
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from dynamo_worker import Deadline
 
@@ -89,7 +89,7 @@ class Server:
         async with self._request("GET", "/health"):
             pass
 
-    async def complete(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def complete(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of an answer; closing the iterator ends the request.
 
         :raises RefusedError: the server refuses the request.

@@ -16,7 +16,7 @@ ANSWER_TOKEN, END_TOKEN, FIRST_BYTE_TOKEN = 0, 1, 3
 _SHORTEST_STEP = 0.001
 
 
-# YOUR ENGINE HERE. Put your engine into these five methods; nothing else in this package knows the toy. All of them run
+# YOUR ENGINE HERE. Put your engine into these methods; nothing else in this package knows the toy. All of them run
 # in one thread and may block: a step is one pass of the model over all requests in progress.
 class Toy:
     """Requests in progress. Each has a key that the caller chooses, such as a number.
@@ -30,16 +30,15 @@ class Toy:
         self._jobs: dict[Any, _Job] = {}
 
     def add(self, key: Any, prompt: list[int], parameters: Mapping[str, Any]) -> None:
-        """Take a request: its tokens, and its parameters as `translation.TABLE` names them. Must not raise."""
+        """Take a request: its tokens, and its parameters as `translation.TABLE` names them.
+
+        May raise: then only this request fails, with HTTP 400 if it is an `InvalidRequestError`.
+        """
         self._jobs[key] = _Job(prompt, parameters)
 
     def abort(self, key: Any) -> None:
         """Forget a request; it may be finished."""
         self._jobs.pop(key, None)
-
-    def busy(self) -> bool:
-        """Return whether there is anything to do."""
-        return bool(self._jobs)
 
     def step(self) -> dict[Any, tuple[int, str | None]]:
         """Return the next token of each request, with its finish reason if it is the last one.

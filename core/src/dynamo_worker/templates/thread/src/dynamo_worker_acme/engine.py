@@ -63,7 +63,10 @@ class AcmeEngine(EngineLifecycle):
         prompt, made = request["token_ids"], 0
         answer = self._answers[context.id()] = thread.add(prompt, parameters)
         try:
-            while (output := await answer.get()) is not None:
+            while True:
+                output = await answer.get()
+                if isinstance(output, BaseException):
+                    raise output
                 token, reason = output
                 made += 1
                 chunk: Chunk = {"token_ids": [token], "index": 0}
@@ -73,7 +76,6 @@ class AcmeEngine(EngineLifecycle):
                 yield chunk
                 if reason is not None:
                     return
-            self._alive()
         finally:
             thread.abort(answer)  # it may end early: the client is gone
             if self._answers.get(context.id()) is answer:
