@@ -28,7 +28,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 #: `tests/install_shims.py` if there is one. Its tests on a GPU install the `cuda` extra.
 ENGINES = ["vllm", "sglang", "trtllm"]
 #: What `dynamo-worker new` writes packages from.
-TEMPLATES = ["thread", "process", "server"]
+TEMPLATES = ["process", "thread", "server"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")

@@ -125,15 +125,19 @@ def test_it_says_what_it_has_written_and_what_comes_next(capsys, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("file", "install"),
+    ("place", "install"),
     [
-        ("uv-receipt.toml", "uv venv && uv pip install -e '.[test]'"),
-        ("pipx_metadata.json", "python3 -m venv .venv && .venv/bin/pip install -e '.[test]'"),
+        ("dynamo-worker/uv-receipt.toml", "uv venv && uv pip install -e '.[test]'"),
+        ("archive-v0/pyvenv.cfg", "uv venv && uv pip install -e '.[test]'"),
+        ("dynamo-worker/pipx_metadata.json", "python3 -m venv .venv && .venv/bin/pip install -e '.[test]'"),
     ],
 )
-def test_a_tool_in_an_environment_of_its_own_installs_into_another_one(tmp_path, monkeypatch, file, install):
-    (tmp_path / file).touch()
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+def test_a_tool_in_an_environment_of_its_own_installs_into_another_one(tmp_path, monkeypatch, place, install):
+    parent, file = place.split("/")
+    prefix = tmp_path / parent / "w6dN"
+    prefix.mkdir(parents=True)
+    (prefix / file).touch()
+    monkeypatch.setattr(sys, "prefix", str(prefix))
     first, *others = new.next_commands(PluginNames.of("acme"), Path("a b"))
     assert first == f"cd 'a b' && {install}"
     assert all(command.startswith(".venv/bin/dynamo-worker ") for command in others)
@@ -200,6 +204,15 @@ def test_help_says_what_each_template_is_for(capsys):
     output = capsys.readouterr().out
     for name, template in TEMPLATES.items():
         assert re.search(rf"{name} +{re.escape(template.summary)}", output)
+
+
+def test_the_tutorial_shows_what_it_says(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(new, "_installer", lambda: "pip")
+    assert main.main(["new", "acme"]) == 0
+    text = (Path(__file__).parents[3] / "docs" / "tutorial.md").read_text()
+    (shown,) = re.findall(r"<!-- example:new -->\n```text\n(.*?)```", text, re.DOTALL)
+    assert shown == capsys.readouterr().out
 
 
 # --- The packages

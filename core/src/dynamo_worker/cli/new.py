@@ -31,10 +31,14 @@ examples:
   dynamo-worker new my-engine --template {other} --directory ~/src/my-engine
   uvx dynamo-worker new my-engine                       without an installation
 
-Nothing is ever overwritten. docs/tutorial.md goes on from there to a published package."""
+Nothing is ever overwritten. docs/tutorial.md, in the repository of dynamo-worker, goes on to a published package."""
 
+_DEFAULT: Final = next(iter(TEMPLATES))
 #: Files that say that this program is installed in an environment of its own, and by what.
 _TOOLS: Final = {"uv-receipt.toml": "uv", "pipx_metadata.json": "pipx"}
+
+#: Beginning of the name of the directory with the environments that ``uvx`` makes.
+_UVX_DIRECTORY: Final = "archive-v"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,9 +62,11 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help="name of the engine, as for --engine")
-    parser.add_argument("--template", choices=list(TEMPLATES), default="thread", help="see below [default: thread]")
     parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="where to write the package [default: dynamo-worker-NAME]"
+        "--template", choices=list(TEMPLATES), default=_DEFAULT, help=f"see below [default: {_DEFAULT}]"
+    )
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where to write the package [default: ./dynamo-worker-NAME]"
     )
     arguments = parser.parse_args(argv)
     names = PluginNames.of(arguments.name)
@@ -80,19 +86,31 @@ def main(argv: Sequence[str]) -> int:
 def next_commands(names: PluginNames, directory: Path) -> list[str]:
     """Return the commands that install the package, check it and serve it.
 
-    They install it beside the `dynamo-worker` that runs now, unless that is in an environment of its own, as `uv tool`
-    and `pipx` make them.
+    They install it beside the `dynamo-worker` that runs now, unless that is in an environment of its own, as `uvx`,
+    `uv tool` and `pipx` make them.
     """
     there = f"cd {shlex.quote(str(directory))} && "
-    tool = next((by for file, by in _TOOLS.items() if (Path(sys.prefix) / file).exists()), None)
-    if tool is None:
-        pip = "uv pip" if importlib.util.find_spec("pip") is None else "pip"
-        install, program = f"{pip} install -e '.[test]'", "dynamo-worker"
-    else:
+    tool = _tool()
+    if tool:
         make = "uv venv && uv pip" if tool == "uv" else "python3 -m venv .venv && .venv/bin/pip"
         install, program = f"{make} install -e '.[test]'", ".venv/bin/dynamo-worker"
+    else:
+        install, program = f"{_installer()} install -e '.[test]'", "dynamo-worker"
     return [
         there + install,
         f"{program} check {names.engine} --conformance",
         f"{program} --engine {names.engine} --frontend",
     ]
+
+
+def _tool() -> str:
+    """Return what has made an environment for this program alone, ``uv`` or ``pipx``; nothing if it shares one."""
+    prefix = Path(sys.prefix)
+    if prefix.parent.name.startswith(_UVX_DIRECTORY):
+        return "uv"
+    return next((by for file, by in _TOOLS.items() if (prefix / file).exists()), "")
+
+
+def _installer() -> str:
+    """Return what installs into this environment: those that uv makes have no pip."""
+    return "uv pip" if importlib.util.find_spec("pip") is None else "pip"

@@ -49,14 +49,15 @@ class Template:
                     yield place / path.relative_to(root), path.read_text(encoding="utf-8")
 
 
+#: The first one is the default.
 TEMPLATES: Final = {
-    "thread": Template(
-        "the engine is a library that this process can load: it works in a thread of the worker",
-        ("common", "steps", "thread"),
-    ),
     "process": Template(
-        "the engine blocks, holds the GIL, or may crash: it works in a process of its own",
+        "the engine is a library: it works in a process of its own, where it may block and crash",
         ("common", "steps", "process"),
+    ),
+    "thread": Template(
+        "the engine is a library that releases the GIL: it works in a thread of the worker",
+        ("common", "steps", "thread"),
     ),
     "server": Template(
         "the engine is an OpenAI-compatible server: the worker starts it and passes requests on",
