@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import HasCanary, ReportsProgress
-from dynamo_worker.testing.places import BLOCKED_SECONDS, LoopWatch
+from dynamo_worker.testing.source_locations import BLOCKED_SECONDS, LoopWatch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -55,8 +55,7 @@ class EventLoopChecks:
         def work() -> Awaitable[Any]:
             request = trial.request(2, prompt=1)
             length = min(_LONG_PROMPT, ((trial.info and trial.info.context_length) or _LONG_PROMPT) // 2)
-            request["token_ids"] = [*([request["token_ids"][0]] * length), *request["token_ids"]]
-            return trial.ask(request)
+            return trial.ask(trial.dialect.lengthened(request, length))
 
         _check(trial, work)
 
