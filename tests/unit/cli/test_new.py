@@ -27,6 +27,12 @@ else:
 SOURCES = Path(dynamo_worker.__file__).parent / "templates"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty directory, which packages are written to by default."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(params=TEMPLATES)
 def package(request, tmp_path):
     """Return a package that is written from each template."""
@@ -56,8 +62,7 @@ def test_names():
 
 
 @pytest.mark.parametrize("name", ["", "Acme", "2fast", "a b", "a.b", "-a", "a-", "a--b", "a/b", "../a", "ümla", "a\n"])
-def test_a_name_that_is_not_valid_is_refused(capsys, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
+def test_a_name_that_is_not_valid_is_refused(capsys, tmp_path, name):
     assert "is no name for an engine" in refused(capsys, "--", name)
     assert everything(tmp_path) == []
 
@@ -108,8 +113,7 @@ def test_an_engine_may_be_named_after_the_library_that_it_wraps(name):
 # --- Writing
 
 
-def test_it_says_what_it_has_written_and_what_comes_next(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_it_says_what_it_has_written_and_what_comes_next(capsys, tmp_path):
     assert main.main(["new", "fast-llm"]) == 0
     output = capsys.readouterr().out
     written = [str(path.relative_to(tmp_path / "dynamo-worker-fast-llm")) for path in tmp_path.rglob("*.*")]
@@ -206,8 +210,7 @@ def test_help_says_what_each_template_is_for(capsys):
         assert re.search(rf"{name} +{re.escape(template.summary)}", output)
 
 
-def test_the_tutorial_shows_what_it_says(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_tutorial_shows_what_it_says(capsys, monkeypatch):
     monkeypatch.setattr(new, "_installer", lambda: "pip")
     assert main.main(["new", "acme"]) == 0
     text = (Path(__file__).parents[3] / "docs" / "tutorial.md").read_text()

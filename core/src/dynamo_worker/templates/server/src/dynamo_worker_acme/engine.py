@@ -80,7 +80,7 @@ class AcmeEngine(EngineLifecycle):
                     if reason is not None:
                         return
         except RefusedError as error:
-            if 400 <= error.status < 500:
+            if error.status in (400, 413, 422):  # it is the client's mistake
                 raise InvalidRequestError(str(error)) from error
             raise
         except (OSError, EOFError):
