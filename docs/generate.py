@@ -18,12 +18,14 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import dashboard
 import public_api
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 import dynamo_worker
 from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
+from dynamo_worker import text as text_types
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config import options, peer_flags
@@ -221,6 +223,16 @@ def transitions() -> str:
 
 def metrics() -> str:
     """Return the table of the worker's own metrics."""
+    return _table(("metric", "type", "labels", "meaning"), _metrics())
+
+
+def grafana() -> str:
+    """Return the dashboard of the worker's own metrics."""
+    return dashboard.dashboard({name.strip("`"): kind for name, kind, _, _ in _metrics()})
+
+
+def _metrics() -> list[tuple[str, str, str, str]]:
+    """Return the worker's own metrics: name, type, labels and meaning."""
     worker_metrics = WorkerMetrics(RequestRegistry())
     labels: dict[str, tuple[str, ...]] = {}
     for metric in vars(worker_metrics).values():
@@ -234,7 +246,7 @@ def metrics() -> str:
         own = labels.get(family.name) or tuple({key: None for sample in family.samples for key in sample.labels})
         shown = ", ".join(f"`{label}`" for label in own if label != "le")
         rows.append((f"`{name}`", family.type, shown, f"{family.documentation}."))
-    return _table(("metric", "type", "labels", "meaning"), rows)
+    return rows
 
 
 def peer_routes() -> str:
@@ -267,9 +279,18 @@ def chunk_types() -> str:
     return _typed_dicts(responses, responses.Chunk)
 
 
+def text_request_types() -> str:
+    """Return the tables of all parts of a text engine's requests and chunks."""
+    return _typed_dicts(text_types, text_types.TextRequest)
+
+
 def _typed_dicts(module: ModuleType, first: Any) -> str:
     """Return one table of fields for each ``TypedDict`` of a module, the outermost one first."""
-    kinds = [kind for name, kind in vars(module).items() if not name.startswith("_") and typing.is_typeddict(kind)]
+    kinds = [
+        kind
+        for name, kind in vars(module).items()
+        if not name.startswith("_") and typing.is_typeddict(kind) and kind.__module__ == module.__name__
+    ]
     parts = []
     for kind in sorted(kinds, key=lambda kind: kind is not first):
         paragraphs, fields = text(kind)
@@ -301,8 +322,13 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "peer-routes": peer_routes,
     "public-api": public_names,
     "request": request_types,
+    "text": text_request_types,
     "chunk": chunk_types,
 }
+
+
+#: Files that are generated as a whole.
+FILES: Final[dict[Path, Callable[[], str]]] = {ROOT / "deploy" / "monitoring" / "dashboard.json": grafana}
 
 
 # --- Writing the documentation
@@ -347,6 +373,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             new = regenerated(page, path.name)
             if new != page:
                 path.write_text(new, encoding="utf-8")
+    for path, content in FILES.items():
+        now = content()
+        if not path.exists() or path.read_text(encoding="utf-8") != now:
+            found += 1
+            print(f"{path.relative_to(ROOT)}: {'is stale' if check else 'regenerated'}")
+            if not check:
+                path.write_text(now, encoding="utf-8")
     if check and found:
         print("run: python docs/generate.py")
         return 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_worker import __version__
 from dynamo_worker.address import Address
 from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.engine import (
@@ -23,6 +23,7 @@ from dynamo_worker.engine import (
     PublishesEvents,
 )
 from dynamo_worker.errors import StartError
+from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.model_card import check_endpoint_types
 from dynamo_worker.host.discovery.runtime import Runtime, stay_on_loopback
@@ -34,13 +35,16 @@ from dynamo_worker.host.parts import ReadyWorker
 from dynamo_worker.host.requested_drain import RequestedDrain
 from dynamo_worker.host.requests.canary import Canary
 from dynamo_worker.host.requests.engine_checks import EngineChecks
+from dynamo_worker.host.requests.kinds import kind_of
 from dynamo_worker.host.requests.serving import RequestHandler
 from dynamo_worker.host.status.control_routes import ControlAccess, read_token
 from dynamo_worker.host.status.drain_routes import drain_routes
 from dynamo_worker.host.status.model_taints import taint_routes
 from dynamo_worker.host.status.scrape import Scrape
 from dynamo_worker.host.status.status_server import StatusServer
+from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor import linux
 from dynamo_worker.supervisor.protocol import RUN_DIR, STATUS_SERVER
 from dynamo_worker.supervisor.run_directory import RunDirectory
 
@@ -53,8 +57,8 @@ if TYPE_CHECKING:
     from dynamo_worker.host.drain_phase import DrainPhase
     from dynamo_worker.host.parts import WorkerParts
     from dynamo_worker.host.plugins.facade import Plugins
+    from dynamo_worker.host.requests.kinds import RequestKind
     from dynamo_worker.host.supervisor_channel import SupervisorChannel
-    from dynamo_worker.lifecycle import State
 
 log = get_logger(__name__)
 
@@ -96,7 +100,6 @@ class Startup:
         self._callbacks = callbacks
         self._control = control
         self._checks = EngineChecks(plugins.engine)
-        self._created = time.monotonic()
 
     async def run(self) -> ReadyWorker:
         """Start everything, and return once the worker is ready.
@@ -110,7 +113,9 @@ class Startup:
         runtime = await self._start_runtime()
         engine = self._create_engine(runtime, private_dir)
         info = await self._start_engine(engine, runtime)
-        await self._warm_up(engine, info)
+        kind = kind_of(runtime.completed(info), self._checks)
+        self._adapt_drain(kind)
+        await self._warm_up(engine, info, kind)
         require_thread()
         _freeze_garbage()
         self._parts.egress.start()
@@ -118,14 +123,14 @@ class Startup:
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(self._settings.endpoint), runtime.completed(info))
         runtime.record_registration(private_dir)
-        registration = await self._serve_endpoints(engine, runtime, info)
+        registration = await self._serve_endpoints(engine, runtime, info, kind)
         self._offer_metrics_and_control_routes(engine, runtime, info)
         await self._wait_for_frontend(runtime.completed(info))
         # Not earlier: the runtime opens the port of a publisher some time after the publisher was created.
         runtime.close_to_others(earlier_ports)
         runtime.set_ready(True)
         self._report_ready(runtime, info)
-        return ReadyWorker(engine, runtime.completed(info), registration)
+        return ReadyWorker(engine, runtime.completed(info), registration, self._settings)
 
     async def _start_status_server(self) -> None:
         """Answer probes from the first moment on."""
@@ -217,7 +222,19 @@ class Startup:
         self._parts.processes.watch(self._checks.pids(engine.processes()), "engine process")
         return info
 
-    async def _warm_up(self, engine: Engine, info: EngineInfo) -> None:
+    def _adapt_drain(self, kind: RequestKind) -> None:
+        """Let requests finish that ``--drain handoff`` would end with an error, as no frontend continues them."""
+        self._parts.requests.migrate = kind.migrates
+        settings = self._settings
+        if not kind.migrates and settings.drain is DrainMode.HANDOFF:
+            self._settings = settings.without_handoff()
+            log.warning(
+                "Requests cannot be handed off: frontends continue no request of a text engine",
+                drain=self._settings.drain,
+                grace_s=self._settings.grace_period,
+            )
+
+    async def _warm_up(self, engine: Engine, info: EngineInfo, kind: RequestKind) -> None:
         settings = self._settings
         if not settings.warmup or info.model_path is None:
             return
@@ -225,18 +242,14 @@ class Startup:
             log.warning("No warm-up and no stall detection: the engine has no canary request")
             return
         canary = Canary(engine, engine.canary_request, self._parts.requests)
-        await canary.warm_up(self._checks, info.vocab_size, settings.warmup_timeout)
+        await canary.warm_up(self._checks, kind, settings.warmup_timeout)
 
-    async def _serve_endpoints(self, engine: Engine, runtime: Runtime, info: EngineInfo) -> Registration | None:
+    async def _serve_endpoints(
+        self, engine: Engine, runtime: Runtime, info: EngineInfo, kind: RequestKind
+    ) -> Registration | None:
         """Serve the endpoints, register the model, and return the object that keeps both in discovery."""
-        handler = RequestHandler(
-            engine,
-            self._parts.requests,
-            self._parts.egress,
-            self._callbacks.on_found_dead,
-            info.vocab_size,
-            info.context_length,
-        )
+        parts = self._parts
+        handler = RequestHandler(engine, parts.requests, parts.egress, self._callbacks.on_found_dead, kind)
         endpoints = self._endpoints(info)
         for spec in endpoints:
             task = runtime.serve(spec, handler.handler(spec))
@@ -268,7 +281,7 @@ class Startup:
         if parts.status is not None:
             routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
             own = {
-                **drain_routes(self._requested_drain(engine, runtime), settings),
+                **drain_routes(self._requested_drain(engine, runtime), settings, handoff=parts.requests.migrate),
                 **taint_routes(runtime.discovery.set_taints),
             }
             parts.status.serve_routes({**self._checks.mapping("control_routes", routes), **own})
@@ -293,8 +306,14 @@ class Startup:
 
     def _report_ready(self, runtime: Runtime, info: EngineInfo) -> None:
         settings, frontend = self._settings, self._parts.frontend
-        seconds = time.monotonic() - self._created
-        self._parts.metrics.start_seconds.set(seconds)
+        seconds = linux.age(os.getpid()) or 0.0  # with the imports, which take seconds
+        metrics = self._parts.metrics
+        metrics.start_seconds.set(seconds)
+        metrics.set_info(
+            version=__version__, engine=settings.engine, model=info.model_name, dynamo_namespace=settings.namespace,
+            dynamo_component=settings.component, worker_id=f"{runtime.worker_id:x}",
+        )  # fmt: skip
+        metrics.ready.set_function(lambda: self._callbacks.state() is State.SERVING and self._problem() is None)
         log.info(
             "Worker ready",
             model=info.model_name,
