@@ -39,7 +39,7 @@ class TestText(FaultTable):
         return Subject(
             "echo",
             ["--text", "--process-tree", "--tokens-per-second", "80"],
-            processes={"core": r"echo_process core"},
+            processes={"core": r"echo_process:Core"},
             expected=echoed,
             migrates=False,
         )

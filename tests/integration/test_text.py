@@ -148,7 +148,7 @@ def test_what_does_not_finish_in_time_is_ended(cluster: Cluster) -> None:
 def test_a_standstill_is_found_by_a_canary_of_text(cluster: Cluster) -> None:
     text_engine(cluster, "--process-tree", "--stall-timeout", "2")
     worker = cluster.worker()
-    since = worker.signal(signal.SIGSTOP, worker.engine_process(r"echo_process core"))
+    since = worker.signal(signal.SIGSTOP, worker.engine_process(r"echo_process:Core"))
     assert worker.wait_gone(20) == 1
     assert time.monotonic() - since < 12
     assert "Fatal error kind=EngineStalledError" in worker.log
