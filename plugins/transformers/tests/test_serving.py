@@ -39,9 +39,9 @@ class TestTransformers(Serving):
         """What transformers' own batching has no parameters for."""
 
         def text(**given: object) -> str:
-            status, answer = answering.complete(max_tokens=16, **given)
+            status, answer = answering.complete(max_tokens=24, **given)
             assert status == 200, answer
             return str(answer["choices"][0]["text"])
 
         assert text(temperature=1.0, seed=1) == text(temperature=1.0, seed=1) != text(temperature=1.0, seed=2)
-        assert text(logit_bias={"40": 100}) == text(logit_bias={"40": 100}) != text()
+        assert text(frequency_penalty=2.0) == text(frequency_penalty=2.0) != text()
