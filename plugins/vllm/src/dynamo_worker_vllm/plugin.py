@@ -28,7 +28,7 @@ class VllmPlugin(EnginePlugin):
 
     conformance_waivers: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "cleanup_closes_every_descriptor": "ZMQ's own descriptors and pipes to processes that have ended; the plugin "
+            "cleanup_closes_every_descriptor": "descriptors of ZMQ and pipes to processes that have ended: the plugin "
             "closes those that it knows",
         }
     )
