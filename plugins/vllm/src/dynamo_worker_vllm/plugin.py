@@ -26,6 +26,13 @@ class VllmPlugin(EnginePlugin):
     # Otherwise vLLM reports the model, the hardware and its settings to its makers.
     environment: ClassVar[Mapping[str, str]] = MappingProxyType({"VLLM_NO_USAGE_STATS": "1"})
 
+    conformance_waivers: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "cleanup_closes_every_descriptor": "descriptors of ZMQ and pipes to processes that have ended: the plugin "
+            "closes those that it knows",
+        }
+    )
+
     def is_headless(self, args: argparse.Namespace) -> bool:
         """Return whether this node only runs ranks of an engine that serves from another node."""
         return bool(args.headless)
