@@ -136,6 +136,11 @@ class EngineProcesses:
                 if not process_tree.is_resource_tracker(process.pid):
                     self._below.append(process)
 
+    @property
+    def pids(self) -> list[int]:
+        """The pids of the leaders and of everything below them."""
+        return [process.pid for process in self._leaders + self._below]
+
     @staticmethod
     def _is_titled(process: Process, title: bytes) -> bool:
         command = _command(process)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from dynamo_worker.errors import StartError
-from dynamo_worker.kit.engine_processes import EngineProcesses, named
+from dynamo_worker.kit.engine_processes import EngineProcesses
 from dynamo_worker_server.arguments import HOST, PORT_PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ class ServerProcess:
         sockets = _listening_sockets(self.port)
         if not sockets:  # in a network namespace of its own, or gone again
             return
-        ours = [self._process.pid, *(pid for pid in named(b"") if pid != self._process.pid)]
-        listener = next((pid for pid in ours if sockets & _sockets_of(pid)), None)
+        # The one nearest to the command: others may have inherited its socket, and come and go.
+        listener = next((pid for pid in self._tree().pids if sockets & _sockets_of(pid)), None)
         if listener is None:
             raise StartError(
                 f"port {self.port} belongs to a process that {self.command[0]} has not started",
@@ -134,10 +134,13 @@ class ServerProcess:
 
         :param patience: seconds that it gets.
         """
-        tree = EngineProcesses(b"", leaders=[self._process.pid])
+        tree = self._tree()
         tree.signal_leaders(signal.SIGTERM)
         await tree.end(patience, deadline)
         self._process.poll()
+
+    def _tree(self) -> EngineProcesses:
+        return EngineProcesses(b"", leaders=[self._process.pid])
 
     def _relay(self, output: IO[bytes]) -> None:
         """Pass the output on, and keep its end; a server whose output nobody reads would stop."""
