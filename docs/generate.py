@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import dynamo_worker
 from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
+from dynamo_worker import text as text_types
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config import options, peer_flags
@@ -267,9 +268,18 @@ def chunk_types() -> str:
     return _typed_dicts(responses, responses.Chunk)
 
 
+def text_request_types() -> str:
+    """Return the tables of all parts of a text engine's requests and chunks."""
+    return _typed_dicts(text_types, text_types.TextRequest)
+
+
 def _typed_dicts(module: ModuleType, first: Any) -> str:
     """Return one table of fields for each ``TypedDict`` of a module, the outermost one first."""
-    kinds = [kind for name, kind in vars(module).items() if not name.startswith("_") and typing.is_typeddict(kind)]
+    kinds = [
+        kind
+        for name, kind in vars(module).items()
+        if not name.startswith("_") and typing.is_typeddict(kind) and kind.__module__ == module.__name__
+    ]
     parts = []
     for kind in sorted(kinds, key=lambda kind: kind is not first):
         paragraphs, fields = text(kind)
@@ -301,6 +311,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "peer-routes": peer_routes,
     "public-api": public_names,
     "request": request_types,
+    "text": text_request_types,
     "chunk": chunk_types,
 }
 

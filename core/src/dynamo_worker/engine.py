@@ -115,6 +115,9 @@ Generate = Callable[[Request, RequestContext], AsyncIterator[Chunk]]
 #: not be encoded.
 Send = Callable[[Chunk], None]
 
+#: Answers one request by calling ``send``.
+Push = Callable[[Request, RequestContext, Send], Awaitable[None]]
+
 
 @dataclass(frozen=True)
 class EngineContext:
@@ -148,8 +151,8 @@ class EndpointSpec:
         error as soon as the drain starts.
     :param metrics_labels: additional labels for the runtime's metrics of this endpoint.
     :param registers_model: whether the model is registered on this endpoint.
-    :param takes_tokens: whether its requests carry a prompt as ``token_ids``, which the worker then checks. Otherwise
-        requests and chunks may be any JSON object.
+    :param takes_tokens: whether its requests carry a prompt as ``EngineInfo.model_input`` says, which the worker then
+        checks. Otherwise requests and chunks may be any JSON object.
     """
 
     name: str
@@ -169,6 +172,9 @@ class EngineInfo:
         model (a headless rank of a multi-node engine).
     :param model_aliases: additional names of the model.
     :param endpoint_types: OpenAI APIs to serve: names of ``dynamo.llm.ModelType`` members in lower case.
+    :param model_input: what requests and chunks contain: ``tokens``, or ``text`` for bodies and chunks of OpenAI's APIs
+        (:mod:`dynamo_worker.text`), whose requests no frontend can continue on another worker. Names of
+        ``dynamo.llm.ModelInput`` members in lower case.
     :param worker_type: ``aggregated``, ``prefill``, ``decode`` or ``encode``.
     :param needs: peers without which this worker cannot serve: a list of alternatives, each a list of worker types.
     :param context_length: longest sequence in tokens, prompt and answer together.
@@ -209,6 +215,7 @@ class EngineInfo:
     runtime_config: Mapping[str, Any] = field(default_factory=dict)
     runtime_data: Mapping[str, Any] = field(default_factory=dict)
     endpoints: Sequence[EndpointSpec] = ()
+    model_input: str = "tokens"
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from dynamo_worker.errors import StartError
 from dynamo_worker.host.requests.canary import Canary
 from dynamo_worker.host.requests.engine_checks import EngineChecks
 from dynamo_worker.host.requests.serving import RequestRegistry
+from dynamo_worker.host.requests.token_kind import TokenRequests
 
 ANSWER = [{"token_ids": [1]}, {"token_ids": [2], "finish_reason": "stop"}]
 
@@ -88,10 +89,10 @@ def test_an_abort_that_fails_hides_nothing():
 )
 def test_a_warm_up_is_checked(engine, message):
     with pytest.raises(StartError, match=message):
-        asyncio.run(canary(engine)[0].warm_up(EngineChecks("engine 'toy'"), 100, 0.05))
+        asyncio.run(canary(engine)[0].warm_up(EngineChecks("engine 'toy'"), TokenRequests(100), 0.05))
 
 
 def test_a_warm_up_passes_a_good_answer():
     engine = Engine()
-    asyncio.run(canary(engine)[0].warm_up(EngineChecks("engine 'toy'"), 100, 5))
+    asyncio.run(canary(engine)[0].warm_up(EngineChecks("engine 'toy'"), TokenRequests(100), 5))
     assert len(engine.asked) == 1

@@ -13,6 +13,7 @@ from dynamo_worker.engine import EngineInfo
 from dynamo_worker.engines.echo import EchoEngine, plugin
 from dynamo_worker.errors import StartError
 from dynamo_worker.host.requests.engine_checks import AnswerCheck, EngineChecks
+from dynamo_worker.host.requests.token_kind import TokenRequests
 
 INFO = EngineInfo("toy", "/models/toy")
 GOOD = {"token_ids": [5], "index": 0}
@@ -36,7 +37,7 @@ def test_a_good_engine_passes(checks):
     assert asyncio.run(checks.started(engine.start(1))).model_name == "echo"
     assert checks.pids(engine.processes()) == []
     assert checks.pids(range(7, 9)) == [7, 8]
-    assert checks.canary(engine.canary_request(), 259) == engine.canary_request()
+    assert checks.canary(engine.canary_request(), TokenRequests(259).checked) == engine.canary_request()
     assert checks.mapping("control_routes", {"sleep": print}) == {"sleep": print}
 
 
@@ -129,7 +130,7 @@ def test_processes_that_are_no_pids(checks, processes):
 @pytest.mark.parametrize("request_", [None, {}, {"token_ids": []}, {"token_ids": [300]}], ids=repr)
 def test_a_canary_that_no_client_could_send(checks, request_):
     with pytest.raises(StartError, match="canary_request returned an invalid request: "):
-        checks.canary(request_, 259)
+        checks.canary(request_, TokenRequests(259).checked)
 
 
 @pytest.mark.parametrize("stream", [None, [GOOD], iter([GOOD])], ids=lambda value: type(value).__name__)

@@ -28,7 +28,8 @@ from dynamo_worker.errors import EngineDeadError, InvalidRequestError
 from dynamo_worker.host.config.drain_mode import Cut
 from dynamo_worker.host.requests import serving
 from dynamo_worker.host.requests.egress import Egress
-from dynamo_worker.host.requests.serving import RequestHandler, RequestOutcome, RequestRegistry, validated
+from dynamo_worker.host.requests.serving import RequestHandler, RequestOutcome, RequestRegistry
+from dynamo_worker.host.requests.token_kind import TokenRequests, validated
 from dynamo_worker.kit.push_engine import pulled
 
 REQUEST = {"token_ids": [5, 6, 7]}
@@ -120,12 +121,12 @@ class Sender:
 class Served:
     """One endpoint of an engine, with what it told the worker."""
 
-    def __init__(self, engine, *, graceful=True, registry=None, generate=None):
+    def __init__(self, engine, *, graceful=True, registry=None, generate=None, kind=None):
         self.engine = engine
         self.registry = RequestRegistry() if registry is None else registry
         self.dead = []
         self.egress = new_egress()
-        self.requests = RequestHandler(engine, self.registry, self.egress, self.dead.append)
+        self.requests = RequestHandler(engine, self.registry, self.egress, self.dead.append, kind or TokenRequests())
         self.handler = self.requests.handler(EndpointSpec("generate", generate, graceful_shutdown=graceful))
 
     async def request(self, context=None, sender=None, request=None):
@@ -847,7 +848,7 @@ def test_a_wrong_request_is_refused_by_name(request_, message):
 def test_a_prompt_beyond_the_vocabulary_never_reaches_the_engine(pack):
     async def main():
         engine = FakeEngine()
-        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, 100)
+        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, TokenRequests(100))
         handler = requests.handler(EndpointSpec("generate"))
         assert [item async for item in handler({"token_ids": pack([0, 99])}, Context(id="r"))] == CHUNKS
         with pytest.raises(InvalidArgument, match="100 is not in the model's vocabulary of 100 tokens"):
@@ -875,7 +876,7 @@ def test_a_prompt_beyond_the_context_is_not_even_looked_at(tokens):
 def test_the_context_of_the_engine_is_what_counts():
     async def main():
         engine = FakeEngine()
-        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, None, 2)
+        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, TokenRequests(None, 2))
         handler = requests.handler(EndpointSpec("generate"))
         assert [item async for item in handler({"token_ids": [0, 99]}, Context(id="r"))] == CHUNKS
         with pytest.raises(InvalidArgument, match="the prompt has 3 tokens"):
@@ -893,7 +894,7 @@ def test_a_refusal_that_quotes_what_it_refuses_is_cut(caplog):
             yield
 
     async def main():
-        requests = RequestHandler(Quoting(), RequestRegistry(), new_egress(), lambda error: None)
+        requests = RequestHandler(Quoting(), RequestRegistry(), new_egress(), lambda error: None, TokenRequests())
         with pytest.raises(InvalidArgument) as raised:
             await requests.handler(EndpointSpec("generate"))({"token_ids": [1]}, Context(id="r")).__anext__()
         return str(raised.value)
@@ -917,7 +918,7 @@ def test_an_endpoint_for_operations_takes_any_object():
 
     async def main():
         engine = FakeEngine()
-        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None)
+        requests = RequestHandler(engine, RequestRegistry(), new_egress(), lambda error: None, TokenRequests())
         handler = requests.handler(EndpointSpec("control", takes_tokens=False))
         chunks = [item async for item in handler({"level": 1}, Context(id="r"))]
         assert chunks == CHUNKS

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker import EngineInfo, hookimpl
+from dynamo_worker.engines.echo_text import EchoTextEngine
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError
 from dynamo_worker.kit.engine_arguments import non_negative
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
@@ -331,10 +332,17 @@ class EchoPlugin(EnginePlugin):
             help="generate in separate processes, as big engines do, instead of inside the worker",
         )
 
+        group.add_argument(
+            "--text",
+            action="store_true",
+            help="take and give text instead of tokens: the engine tokenizes, not the frontend",
+        )
+
     @hookimpl
-    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> EchoEngine:
+    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> EchoEngine | EchoTextEngine:
         """Return the engine that the flags choose."""
-        return EchoProcessEngine(args, context) if args.process_tree else EchoEngine(args)
+        engine = EchoProcessEngine(args, context) if args.process_tree else EchoEngine(args)
+        return EchoTextEngine(engine, args.model_name) if args.text else engine
 
 
 plugin = EchoPlugin()

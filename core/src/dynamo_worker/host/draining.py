@@ -63,6 +63,8 @@ async def end_requests(requests: RequestRegistry, how: Cut, reason: str = SHUTTI
     """End the requests in flight, and wait a moment for their last messages to be sent."""
     cut = requests.cut(how, reason=reason)
     if cut:
-        log.info("Handing off requests" if how is Cut.HANDOFF else "Aborting requests", requests=cut)
+        log.info(
+            "Handing off requests" if how is Cut.HANDOFF and requests.migrate else "Aborting requests", requests=cut
+        )
     with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
         await asyncio.wait_for(requests.wait_idle(), CUT_SECONDS)

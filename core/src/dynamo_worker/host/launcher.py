@@ -336,6 +336,9 @@ class Launcher:
 
     async def _start(self) -> None:
         self._ready = await self._startup.run()
+        self._settings = self._ready.settings
+        self._plan = self._settings.shutdown_plan
+        self._shutdown.use(self._settings)
 
     def _enter_serving(self, _: State) -> None:
         start_monitors(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dynamo_worker.engine import Engine, EngineInfo
+    from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.discovery.registration import Registration
     from dynamo_worker.host.discovery.runtime import Runtime
     from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
@@ -56,8 +57,10 @@ class ReadyWorker:
     :param engine: the started engine.
     :param info: the registered information: the engine's, completed by the worker's flags.
     :param registration: keeps the worker's entries in discovery; None if this kind of discovery needs no watching.
+    :param settings: the settings in force, adapted to the engine.
     """
 
     engine: Engine
     info: EngineInfo
     registration: Registration | None
+    settings: WorkerSettings

@@ -56,6 +56,10 @@ class Shutdown:
         self._supervised = supervised
         self._unregistered = False
 
+    def use(self, settings: WorkerSettings) -> None:
+        """Shut down with these settings: those of the start, adapted to the engine."""
+        self._settings = settings
+
     async def unregister(self, deadline: Deadline) -> None:
         """Leave discovery by the deadline; a supervisor withdraws entries that could not be removed."""
         runtime, requested = self._parts.runtime, self._parts.requested_drain

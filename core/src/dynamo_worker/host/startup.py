@@ -23,6 +23,7 @@ from dynamo_worker.engine import (
     PublishesEvents,
 )
 from dynamo_worker.errors import StartError
+from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.runtime import Runtime, stay_on_loopback
 from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
@@ -33,6 +34,7 @@ from dynamo_worker.host.parts import ReadyWorker
 from dynamo_worker.host.requested_drain import RequestedDrain
 from dynamo_worker.host.requests.canary import Canary
 from dynamo_worker.host.requests.engine_checks import EngineChecks
+from dynamo_worker.host.requests.kinds import kind_of
 from dynamo_worker.host.requests.serving import RequestHandler
 from dynamo_worker.host.status.control_routes import ControlAccess, read_token
 from dynamo_worker.host.status.drain_routes import drain_routes
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from dynamo_worker.host.drain_phase import DrainPhase
     from dynamo_worker.host.parts import WorkerParts
     from dynamo_worker.host.plugins.facade import Plugins
+    from dynamo_worker.host.requests.kinds import RequestKind
     from dynamo_worker.host.supervisor_channel import SupervisorChannel
     from dynamo_worker.lifecycle import State
 
@@ -109,7 +112,9 @@ class Startup:
         runtime = await self._start_runtime()
         engine = self._create_engine(runtime, private_dir)
         info = await self._start_engine(engine, runtime)
-        await self._warm_up(engine, info)
+        kind = kind_of(runtime.completed(info), self._checks)
+        self._adapt_drain(kind)
+        await self._warm_up(engine, info, kind)
         require_thread()
         _freeze_garbage()
         self._parts.egress.start()
@@ -117,14 +122,14 @@ class Startup:
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(self._settings.endpoint), runtime.completed(info))
         runtime.record_registration(private_dir)
-        registration = await self._serve_endpoints(engine, runtime, info)
+        registration = await self._serve_endpoints(engine, runtime, info, kind)
         self._offer_metrics_and_control_routes(engine, runtime, info)
         await self._wait_for_frontend(runtime.completed(info))
         # Not earlier: the runtime opens the port of a publisher some time after the publisher was created.
         runtime.close_to_others(earlier_ports)
         runtime.set_ready(True)
         self._report_ready(runtime, info)
-        return ReadyWorker(engine, runtime.completed(info), registration)
+        return ReadyWorker(engine, runtime.completed(info), registration, self._settings)
 
     async def _start_status_server(self) -> None:
         """Answer probes from the first moment on."""
@@ -214,7 +219,19 @@ class Startup:
         self._parts.processes.watch(self._checks.pids(engine.processes()), "engine process")
         return info
 
-    async def _warm_up(self, engine: Engine, info: EngineInfo) -> None:
+    def _adapt_drain(self, kind: RequestKind) -> None:
+        """Let requests finish that ``--drain handoff`` would end with an error, as no frontend continues them."""
+        self._parts.requests.migrate = kind.migrates
+        settings = self._settings
+        if not kind.migrates and settings.drain is DrainMode.HANDOFF:
+            self._settings = settings.without_handoff()
+            log.warning(
+                "Requests cannot be handed off: frontends continue no request of a text engine",
+                drain=self._settings.drain,
+                grace_s=self._settings.grace_period,
+            )
+
+    async def _warm_up(self, engine: Engine, info: EngineInfo, kind: RequestKind) -> None:
         settings = self._settings
         if not settings.warmup or info.model_path is None:
             return
@@ -222,18 +239,14 @@ class Startup:
             log.warning("No warm-up and no stall detection: the engine has no canary request")
             return
         canary = Canary(engine, engine.canary_request, self._parts.requests)
-        await canary.warm_up(self._checks, info.vocab_size, settings.warmup_timeout)
+        await canary.warm_up(self._checks, kind, settings.warmup_timeout)
 
-    async def _serve_endpoints(self, engine: Engine, runtime: Runtime, info: EngineInfo) -> Registration | None:
+    async def _serve_endpoints(
+        self, engine: Engine, runtime: Runtime, info: EngineInfo, kind: RequestKind
+    ) -> Registration | None:
         """Serve the endpoints, register the model, and return the object that keeps both in discovery."""
-        handler = RequestHandler(
-            engine,
-            self._parts.requests,
-            self._parts.egress,
-            self._callbacks.on_found_dead,
-            info.vocab_size,
-            info.context_length,
-        )
+        parts = self._parts
+        handler = RequestHandler(engine, parts.requests, parts.egress, self._callbacks.on_found_dead, kind)
         endpoints = self._endpoints(info)
         for spec in endpoints:
             task = runtime.serve(spec, handler.handler(spec))
@@ -265,7 +278,7 @@ class Startup:
         if parts.status is not None:
             routes = engine.control_routes() if isinstance(engine, HasControlRoutes) else {}
             own = {
-                **drain_routes(self._requested_drain(engine, runtime), settings),
+                **drain_routes(self._requested_drain(engine, runtime), settings, handoff=parts.requests.migrate),
                 **taint_routes(runtime.discovery.set_taints),
             }
             parts.status.serve_routes({**self._checks.mapping("control_routes", routes), **own})

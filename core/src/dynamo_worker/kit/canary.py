@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_worker.requests import Request
+    from dynamo_worker.text import TextRequest
 
 #: Dynamo's mark on health-check requests.
 MARK: Final = "_HEALTH_CHECK"
@@ -32,6 +33,14 @@ def canary_request(tokenizer: object, text_config: object, *, prompt_tokens: int
         "sampling_options": {"temperature": 0.0},
         "_HEALTH_CHECK": True,
     }
+
+
+def text_canary(model: str) -> TextRequest:
+    """Return a request for one token, for a text engine that serves chats.
+
+    :param model: the name of the model.
+    """
+    return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stream": True}
 
 
 def is_canary(request: Mapping[str, Any]) -> bool:

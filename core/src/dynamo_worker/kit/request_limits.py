@@ -37,6 +37,9 @@ _JSON: Final = (
 #: An engine turns each answer into a separate request.
 ANSWERS: Final = Limit(128, "answers", "`n`")
 STOP_TOKENS: Final = Limit(1024, "tokens", "each list of stop tokens; `logprob_token_ids`")
+#: The end of a text is compared with the beginning of each, for each chunk.
+STOP_STRINGS: Final = Limit(32, "strings", "`stop`, for text engines")
+STOP_STRING_CHARACTERS: Final = Limit(256, "characters", "each of them")
 ALLOWED_TOKENS: Final = Limit(2**18, "tokens", "`allowed_token_ids`")
 BIASES: Final = Limit(4096, "tokens", "`logit_bias`")
 #: Each is a Python object, and those of a prompt are made at once on the event loop.

@@ -25,7 +25,7 @@ from dynamo_worker.errors import InvalidRequestError, describe
 from dynamo_worker.host.plugins import plugin_errors
 from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, find
-from dynamo_worker.host.requests.serving import validated
+from dynamo_worker.host.requests.token_kind import validated
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping

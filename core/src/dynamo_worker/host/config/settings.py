@@ -213,6 +213,13 @@ class WorkerSettings(BaseSettings):
             mode=self.drain,
         )
 
+    def without_handoff(self) -> WorkerSettings:
+        """Return these settings with ``--drain complete``, and its grace period unless one was chosen."""
+        mode = DrainMode.COMPLETE
+        chosen = "grace_period" in self.model_fields_set
+        grace = self.grace_period if chosen else mode.default_grace_period
+        return self.model_copy(update={"drain": mode, "grace_period": grace})
+
     def contradictions(self) -> list[str]:
         """Return the conflicts between settings, one sentence each."""
         found = []

@@ -88,7 +88,7 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
         _check_template(template, named)
     try:
         await register_model(
-            ModelInput.Tokens,
+            _model_input(info),
             model_type(info.endpoint_types),
             endpoint,
             info.model_path or "",
@@ -116,7 +116,7 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
 async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:
     """Register a LoRA adapter of a registered model as a separate model."""
     await register_model(
-        ModelInput.Tokens,
+        _model_input(info),
         model_type(info.endpoint_types),
         endpoint,
         info.model_path or "",
@@ -167,6 +167,11 @@ def _router_config(settings: WorkerSettings) -> RouterConfig | None:
         return None
     mode = getattr(RouterMode, ROUTER_MODES[settings.router_mode])
     return RouterConfig(mode, KvRouterConfig() if mode == RouterMode.KV else None)
+
+
+def _model_input(info: EngineInfo) -> ModelInput:
+    model_input: ModelInput = getattr(ModelInput, info.model_input.capitalize())
+    return model_input
 
 
 def _worker_type(name: str) -> WorkerType:

@@ -24,6 +24,7 @@ PUBLIC_MODULES: Final = (
     "requests",
     "responses",
     "testing",
+    "text",
 )
 
 #: The release that moved the names below.

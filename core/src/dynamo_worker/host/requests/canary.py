@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 from dynamo_worker.containment import contained
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.errors import StartError
-from dynamo_worker.host.requests.engine_checks import AnswerCheck
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.engine import Chunk, Engine, Generate, Request, RequestContext
     from dynamo_worker.host.requests.engine_checks import EngineChecks
+    from dynamo_worker.host.requests.kinds import RequestKind
     from dynamo_worker.host.requests.serving import RequestRegistry
 
 log = get_logger(__name__)
@@ -43,15 +43,16 @@ class Canary:
         """Send one request and read its whole answer."""
         await self._ask(self._engine.generate, self._make_request(), lambda _: None)
 
-    async def warm_up(self, checks: EngineChecks, vocab_size: int | None, timeout: float) -> None:
+    async def warm_up(self, checks: EngineChecks, kind: RequestKind, timeout: float) -> None:
         """Send the first request and check its answer; some engines compile kernels for up to 20 s first (measured).
 
+        :param kind: the kind of the engine's requests.
         :param timeout: seconds for the whole answer.
         :raises StartError: it takes longer, or the answer could not be given to a client.
         """
         started = time.monotonic()
-        request = checks.canary(self._make_request(), vocab_size)
-        answer = AnswerCheck(checks, vocab_size)
+        request = checks.canary(self._make_request(), kind.checked)
+        answer = kind.first_answer(checks, request)
 
         def generate(request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
             return checks.stream(self._engine.generate(request, context))

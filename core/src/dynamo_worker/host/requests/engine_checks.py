@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.engine import EndpointSpec, EngineInfo, PushesChunks
 from dynamo_worker.errors import InvalidRequestError, StartError
 from dynamo_worker.host.plugins.plugin_errors import where
 from dynamo_worker.host.plugins.plugin_imports import what_moved
-from dynamo_worker.host.requests.serving import validated
 
 if TYPE_CHECKING:
     from dynamo_worker.engine import Engine, Request
@@ -100,15 +99,17 @@ class EngineChecks:
             raise self.problem(f"processes: expected pids, got {processes!r:.80}")
         return pids
 
-    def canary(self, request: object, vocab_size: int | None) -> Request:
+    def canary(self, request: object, checked: Callable[[Any], Any]) -> Request:
         """Return the engine's canary request.
 
+        :param checked: checks a request of its kind.
         :raises StartError: it is not a valid request.
         """
         try:
-            return validated(request, vocab_size)
+            request_: Request = checked(request)
         except InvalidRequestError as error:
             raise self.problem(f"canary_request returned an invalid request: {error}") from None
+        return request_
 
     def stream(self, stream: object) -> AsyncIterator[Any]:
         """Return the stream of an answer.
@@ -178,7 +179,7 @@ class AnswerCheck:
                 unknown = self._limit == _TOKEN_LIMIT
                 limit = "a 32-bit number" if unknown else f"in its vocabulary of {self._limit} tokens"
                 return f"has the token {token}, which is not {limit}"
-        return self._wrong_end(chunk) or _not_encodable(chunk)
+        return self._wrong_end(chunk) or not_encodable(chunk)
 
     def _wrong_end(self, chunk: Mapping[str, Any]) -> str | None:
         reason = chunk.get("finish_reason")
@@ -193,7 +194,7 @@ class AnswerCheck:
         return None
 
 
-def _not_encodable(chunk: Mapping[str, Any]) -> str | None:
+def not_encodable(chunk: object) -> str | None:
     """Return why a chunk cannot be sent, or None: it must be JSON, in which bytes are allowed."""
 
     def unknown(value: object) -> str:

@@ -19,6 +19,7 @@ _MOST_LISTED: Final = 16
 _LISTED_UNITS: Final = 16
 #: Weight of a chunk and of an alternative in its ``top_logprobs``; a token weighs 1. One unit is about 40 bytes.
 CHUNK_WEIGHT: Final = 8
+_UNIT: Final = 40
 _ALTERNATIVE_WEIGHT: Final = 10
 
 #: The keys of a chunk that can be joined with the next one. All but ``index`` are lists with one entry for each token.
@@ -63,9 +64,20 @@ def _continues(first: Chunk, second: Chunk) -> bool:
 
 def weight(chunk: Chunk) -> int:
     """Return the memory that a chunk takes, in units of about 40 bytes."""
+    if "choices" in chunk:
+        return _size(chunk)
     tokens, top = chunk.get("token_ids"), chunk.get("top_logprobs")
     alternatives = sum(len(entry) for entry in top if type(entry) is list) if type(top) is list else 0
     return CHUNK_WEIGHT + _ALTERNATIVE_WEIGHT * alternatives + (len(tokens) if type(tokens) is list else 0)
+
+
+def _size(value: object) -> int:
+    """Return the memory that a chunk of text takes, in the same units; called for slow clients only."""
+    if isinstance(value, dict):
+        return CHUNK_WEIGHT + sum(_size(entry) for entry in value.values())
+    if isinstance(value, (list, tuple)):
+        return 2 + sum(map(_size, value))
+    return 1 + len(value) // _UNIT if isinstance(value, str) else 1
 
 
 def units(chunk: Chunk) -> int:

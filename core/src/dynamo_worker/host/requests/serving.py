@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dynamo.llm.exceptions import (
     Cancelled,
@@ -18,8 +17,8 @@ from dynamo.llm.exceptions import (
     WorkerUnavailable,
 )
 
-from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, PushesChunks, Request, Send
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client, shown
+from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, Push, PushesChunks, Send
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client
 from dynamo_worker.host.config.drain_mode import Cut
 from dynamo_worker.host.requests.streams import SlowClientError, Stream
 from dynamo_worker.logs import get_logger
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from dynamo.runtime import Context
 
     from dynamo_worker.host.requests.egress import Egress
+    from dynamo_worker.host.requests.kinds import RequestKind
 
 log = get_logger(__name__)
 
@@ -57,10 +57,6 @@ class RequestOutcome(str, enum.Enum):
 
 #: Why a stopping worker refuses and ends requests.
 SHUTTING_DOWN: Final = "the worker is shutting down"
-#: Upper limit of token ids for a model whose vocabulary is unknown.
-_TOKEN_LIMIT = 2**31
-#: Size of a packed token in bytes.
-_PACKED_BYTES = 4
 #: Seconds for an engine to abort a request.
 _ABORT_SECONDS = 10.0
 #: Outcomes after which the engine may still be working on the request.
@@ -102,6 +98,8 @@ class RequestRegistry:
         self._refusal: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        #: Whether a frontend can continue a request of this worker on another one.
+        self.migrate = True
         #: Chunks sent since the start, for all requests: the cheapest sign of the engine's progress.
         self.chunks = 0
         #: Ended requests by outcome.
@@ -188,18 +186,15 @@ class RequestHandler:
         registry: RequestRegistry,
         egress: Egress,
         on_dead: Callable[[EngineDeadError], None],
-        vocab_size: int | None = None,
-        context_length: int | None = None,
+        kind: RequestKind,
     ) -> None:
         """Serve ``engine``.
 
         :param egress: sends the chunks; already started.
         :param on_dead: called when a request finds the engine dead; must only record the error.
-        :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
-        :param context_length: longest sequence in tokens; None if only the engine can tell.
+        :param kind: the kind of the engine's requests.
         """
-        self._vocab_size = vocab_size
-        self._context_length = context_length
+        self._kind = kind
         self._engine = engine
         self._registry = registry
         self._egress = egress
@@ -215,14 +210,21 @@ class RequestHandler:
         when called without a sender (by in-process clients).
         """
         generate: Generate = endpoint.generate or self._engine.generate
-        push = self._engine.push if endpoint.generate is None and isinstance(self._engine, PushesChunks) else None
+        push: Push | None = None
+        if endpoint.generate is None and isinstance(self._engine, PushesChunks):
+            push = self._engine.push
+        # Chosen here, once: what a kind does not check costs its requests nothing.
+        checked: Callable[[Any], Any] | None = None
+        if endpoint.takes_tokens:
+            checked, generate = self._kind.checked, self._kind.guarded(generate)
+            push = None if push is None else self._kind.guarded_push(push)
         registry, egress = self._registry, self._egress
         graceful = endpoint.graceful_shutdown
 
         async def handle(
             request: Any, context: Context, response_sender: ResponseSender | None = None
         ) -> AsyncGenerator[Chunk, None]:
-            refusal = egress.refusal if response_sender is not None and endpoint.takes_tokens else None
+            refusal = egress.refusal if response_sender is not None and checked is not None else None
             entry = registry.admit(context.id(), graceful=graceful, refusal=refusal)
             outcome = RequestOutcome.FAILED
             out: Stream | None = None
@@ -230,8 +232,8 @@ class RequestHandler:
             gone = context.async_killed_or_stopped()
             gone.add_done_callback(lambda future: self._on_gone(future, entry))
             try:
-                if endpoint.takes_tokens:
-                    request = validated(request, self._vocab_size, self._context_length)
+                if checked is not None:
+                    request = checked(request)
                 if response_sender is not None:
                     out = egress.open(response_sender.send, lambda: registry.cut_one(entry, Cut.SLOW_CLIENT))
                 if push is not None and out is not None:
@@ -283,6 +285,8 @@ class RequestHandler:
         if entry.cut is Cut.ABORT:
             return RequestOutcome.ABORTED, Cancelled(f"aborted: {entry.reason}")
         if entry.cut is Cut.HANDOFF:
+            if not self._kind.migrates:
+                return RequestOutcome.ABORTED, EngineShutdown(f"ended: {entry.reason}")
             return RequestOutcome.HANDED_OFF, EngineShutdown(f"handed off: {entry.reason}")
         if out is not None and isinstance(out.error, SlowClientError):
             log.warning("Request cancelled", request_id=request_id, error=out.error)
@@ -290,7 +294,8 @@ class RequestHandler:
         if isinstance(error, GeneratorExit) and out is None:
             return RequestOutcome.CANCELLED, error
         if isinstance(error, EngineDeadError):
-            return RequestOutcome.HANDED_OFF, EngineShutdown(str(error))
+            outcome = RequestOutcome.HANDED_OFF if self._kind.migrates else RequestOutcome.FAILED
+            return outcome, EngineShutdown(str(error))
         if isinstance(error, InvalidRequestError):
             # Of all errors that become HTTP 400, only InvalidArgument keeps its message (measured on 1.6.1); ValueError
             # and HttpError arrive as "Invalid request".
@@ -343,43 +348,3 @@ class RequestHandler:
         self._aborts.add(task)
         timer = asyncio.get_running_loop().call_later(_ABORT_SECONDS, give_up)
         task.add_done_callback(ended)
-
-
-def validated(request: Any, vocab_size: int | None = None, context_length: int | None = None) -> Request:
-    """Return the request with ``token_ids`` unpacked into a list of ints, if an engine can serve it.
-
-    Frontends may send ``token_ids`` as packed little-endian int32 (``DYN_TOKEN_IDS_AS_BYTES``).
-
-    :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
-    :param context_length: longest sequence in tokens; the tokens of a longer prompt are not even read.
-    :raises InvalidRequestError: it is not an object, or its tokens are missing, empty, too many or not token ids.
-    """
-    if not isinstance(request, dict):
-        raise InvalidRequestError(f"expected a request object, got {type(request).__name__}")
-    tokens = request.get("token_ids")
-    if context_length is not None and isinstance(tokens, (list, bytes, bytearray, memoryview)):
-        length = len(tokens) if isinstance(tokens, list) else len(tokens) // _PACKED_BYTES
-        if length > context_length:
-            raise InvalidRequestError(f"the prompt has {length} tokens; the model's context length is {context_length}")
-    if isinstance(tokens, (bytes, bytearray, memoryview)):
-        packed = array("i")
-        try:
-            packed.frombytes(tokens)
-        except ValueError:
-            raise InvalidRequestError(
-                f"token_ids: expected packed 32-bit integers, got {len(tokens)} bytes, which is not a multiple of 4"
-            ) from None
-        request["token_ids"] = tokens = packed.tolist()
-    elif not isinstance(tokens, list):
-        raise InvalidRequestError(f"token_ids: expected a list of integers, got {type(tokens).__name__}")
-    elif not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans
-        wrong = next(token for token in tokens if type(token) is not int)
-        raise InvalidRequestError(f"token_ids: expected integers, got {shown(wrong)}")
-    if not tokens:
-        raise InvalidRequestError("token_ids: the prompt is empty")
-    if (lowest := min(tokens)) < 0:
-        raise InvalidRequestError(f"token_ids: {lowest} is negative")
-    if (highest := max(tokens)) >= (_TOKEN_LIMIT if vocab_size is None else vocab_size):
-        limit = "a 32-bit integer" if vocab_size is None else f"in the model's vocabulary of {vocab_size} tokens"
-        raise InvalidRequestError(f"token_ids: {highest} is not {limit}")
-    return cast("Request", request)

@@ -23,11 +23,20 @@ if TYPE_CHECKING:
 _FIELDS: Final = ("mode", "budget", "grace_period")
 
 
-def drain_routes(drain: RequestedDrain, settings: WorkerSettings) -> dict[str, Operation]:
-    """Return the routes by name. All answer at once, with the progress; only a resume waits for discovery."""
+def drain_routes(drain: RequestedDrain, settings: WorkerSettings, *, handoff: bool = True) -> dict[str, Operation]:
+    """Return the routes by name. All answer at once, with the progress; only a resume waits for discovery.
+
+    :param handoff: whether frontends can continue the engine's requests on another worker.
+    """
 
     async def begin(body: Any) -> None:
-        await drain.drain(request(body, settings))
+        asked = request(body, settings)
+        if asked.mode is DrainMode.HANDOFF and not handoff:
+            raise InvalidRequestError(
+                "mode: requests cannot be handed off, because frontends continue no request of a text engine; "
+                f"expected {DrainMode.COMPLETE} or {DrainMode.ABORT}"
+            )
+        await drain.drain(asked)
 
     async def resume(body: Any) -> None:
         _check(body, ())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_worker.engine import HasCanary
 from dynamo_worker.errors import InvalidRequestError
-from dynamo_worker.host.requests.serving import validated
+from dynamo_worker.host.requests.token_kind import validated
 
 if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Answer, Trial
