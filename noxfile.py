@@ -13,6 +13,7 @@ import random
 import zipfile
 
 import nox
+import nox.command
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -70,7 +71,13 @@ def tests(session: nox.Session, suite: str) -> None:
     shims = tests / "install_shims.py"
     if shims.exists():
         session.run("python", str(shims))
-    session.run("pytest", *(session.posargs or [str(tests)]))
+    # Some tests start an engine twice in their own process, which takes a busy machine minutes.
+    _pytest(session, "--timeout", "400", *(session.posargs or [str(tests)]))
+
+
+def _pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest, which keeps what failed for each session apart, and says which tests took longest."""
+    session.run("pytest", "-o", f"cache_dir=.pytest_cache/{session.name}", "--durations=20", *arguments)
 
 
 def _run_core_tests(session: nox.Session, *others: str) -> None:
@@ -79,11 +86,16 @@ def _run_core_tests(session: nox.Session, *others: str) -> None:
     The former measure times that anything beside them would stretch. The latter mostly wait, so they run side by side.
     """
     if session.posargs:
-        session.run("pytest", *session.posargs)
+        _pytest(session, *session.posargs)
         return
-    session.run("pytest", "tests/unit", "tests/conformance", f"--ignore={SEEDED_BUGS}")
+    try:
+        _pytest(session, "tests/unit", "tests/conformance", f"--ignore={SEEDED_BUGS}")
+    except nox.command.CommandFailed:
+        if others:  # what these find is worth knowing all the same
+            _pytest(session, *PROCESSES, *others)
+        raise
     if others:
-        session.run("pytest", *PROCESSES, *others)
+        _pytest(session, *PROCESSES, *others)
 
 
 @nox.session

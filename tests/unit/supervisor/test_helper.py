@@ -24,6 +24,10 @@ def soon():
     return time.monotonic() + 10.0
 
 
+#: The timer and the signal are what is tested here.
+pytestmark = pytest.mark.timeout(method="thread")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left():
     """No timer, no handler, no child, no descriptor."""

@@ -1,0 +1,118 @@
+"""Runs the test suites, two at a time and isolated from each other, and those that failed once more, alone.
+
+Run by `.ci/run`, with nox on the path. On two cores one after the other takes an hour and a half, because tests of
+workers mostly wait; beside each other they take more than half of that. Where suites cannot be isolated
+(`.ci/isolated`), they run one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ISOLATED = str(ROOT / ".ci" / "isolated")
+
+#: What differs between the oldest and the newest Python shows in these; `tests(core)` has all integration tests.
+_PYTHONS = ["tests/unit", "tests/conformance/test_echo.py", "tests/integration/test_request_path.py"]
+#: Sessions of nox and the tests they run, the longest first, so that the lanes end together. Empty: all of them.
+SUITES: dict[str, list[str]] = {
+    "tests(vllm)": [],
+    "tests(core)": [],
+    "tests(sglang)": [],
+    "pythons-3.10": _PYTHONS,
+    "pythons-3.13": _PYTHONS,
+    "tests(trtllm)": [],
+}
+LANES = 2
+
+#: With more failures than this something is broken, and another run would only take time.
+_FEW = 8
+
+
+def main() -> int:
+    """Run all suites, print what they printed, one after the other, and return 0 if all passed."""
+    isolated = subprocess.run([ISOLATED, "true"], capture_output=True, check=False).returncode == 0
+    if not isolated:
+        print("suites: no namespaces here (they need root): one suite after the other", flush=True)
+    waiting = list(SUITES)
+    failed: list[str] = []
+    lock = threading.Lock()
+
+    def lane() -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                suite = waiting.pop(0)
+            passed = _run(suite, SUITES[suite], lock, isolated=isolated)
+            if not passed:
+                failed.append(suite)
+
+    lanes = [threading.Thread(target=lane) for _ in range(LANES if isolated else 1)]
+    for one in lanes:
+        one.start()
+    for one in lanes:
+        one.join()
+    broken = [suite for suite in failed if not _run_again(suite, lock, isolated=isolated)]
+    for suite in broken:
+        print(f"suites: {suite} failed", flush=True)
+    return 1 if broken else 0
+
+
+def _run(suite: str, selection: list[str], lock: threading.Lock, *, isolated: bool) -> bool:
+    """Install what a suite needs and run it; return whether it passed."""
+    started = time.monotonic()
+    print(f"suites: {suite} begins", flush=True)
+    # Isolated tests have no network, so what they need comes first.
+    output, passed = _nox(suite, "--install-only")
+    if passed:
+        output, passed = _nox(suite, "--no-install", *(["--", *selection] if selection else []), isolated=isolated)
+    with lock:
+        print(output)
+        took = time.monotonic() - started
+        print(f"suites: {suite} {'passed' if passed else 'failed'} after {took:.0f} s", flush=True)
+    return passed
+
+
+def _run_again(suite: str, lock: threading.Lock, *, isolated: bool) -> bool:
+    """Run the failed tests of a suite once more with nothing beside them, and say so; return whether they passed.
+
+    Two cores cannot keep every bound of a test with an engine that compiles beside it. A defect fails again.
+    """
+    try:
+        tests = list(json.loads((_cache(suite) / "v" / "cache" / "lastfailed").read_text()))
+    except (OSError, ValueError):
+        return False
+    if not 0 < len(tests) <= _FEW:
+        return False
+    print(f"suites: {suite}: once more, alone: {len(tests)} failed", *tests, sep="\n  ", flush=True)
+    passed = _run(suite, tests, lock, isolated=isolated)
+    if passed:
+        print(f"suites: UNSTEADY, passed when run alone: {', '.join(tests)}", flush=True)
+    return passed
+
+
+def _nox(suite: str, *options: str, isolated: bool = False) -> tuple[str, bool]:
+    """Run a session of nox; return what it printed, and whether it passed."""
+    command = [shutil.which("nox") or "nox", "--no-error-on-missing-interpreters", "-s", suite, *options]
+    done = subprocess.run(
+        [ISOLATED, *command] if isolated else command,
+        cwd=ROOT, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    return done.stdout, done.returncode == 0
+
+
+def _cache(suite: str) -> pathlib.Path:
+    """Return the folder in which pytest keeps which tests of a suite failed, as noxfile.py names it."""
+    return ROOT / ".pytest_cache" / suite
+
+
+if __name__ == "__main__":
+    sys.exit(main())
