@@ -27,12 +27,15 @@ def test_the_command_is_taken_as_it_is() -> None:
     assert settings.command == tuple(command)
     assert settings.attach is None
     assert settings.names == ("a", "b")
+    assert read("--server-command", "a 'b c' --x {port}").command == ("a", "b c", "--x", "{port}")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "needs a COMMAND or --attach"),
+        (["--server-command", "'a {port}"], "No closing quotation"),
+        (["--server-command", "a {port}", "--", "b"], "given twice"),
         (["--"], "needs a COMMAND or --attach"),
         (["--", "llama-server"], "no {port}"),
         (["--attach", "http://h:1", "--", "llama-server"], "expected no COMMAND"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         f"where {PORT_PLACEHOLDER} in COMMAND is the port to listen on.",
     )
     group.add_argument("--attach", metavar="URL", help="use a server that already runs, instead of COMMAND")
+    group.add_argument(
+        "--server-command",
+        metavar="COMMAND",
+        help="COMMAND in one word, quoted as for a shell, as in a configuration file; no shell runs it",
+    )
     group.add_argument(
         "--server-port",
         type=_port,
@@ -167,7 +173,7 @@ class Settings:
 
         :raises UsageError: they contradict each other, or say too little.
         """
-        command = tuple(args.command[1:] if args.command[:1] == ["--"] else args.command)
+        command = _command(args)
         attach = None if args.attach is None else Address.of(args.attach)
         if attach is None:
             _check_command(command, args.server_port)
@@ -208,6 +214,18 @@ class Settings:
         if not text or len(text) > _TOKEN_CHARACTERS or not (text.isascii() and text.isprintable()) or " " in text:
             raise UsageError(f"{where}: expected an API key, which is one word of printable ASCII characters")
         return text
+
+
+def _command(args: argparse.Namespace) -> tuple[str, ...]:
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.server_command is None:
+        return tuple(words)
+    if words:
+        raise UsageError("COMMAND is given twice: as --server-command and at the end", hint="leave one out")
+    try:
+        return tuple(shlex.split(args.server_command))
+    except ValueError as error:
+        raise UsageError(f"--server-command: {error}") from None
 
 
 def _check_command(command: Sequence[str], port: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dynamo_worker import EngineDeadError, EngineInfo, StartError
 from dynamo_worker.errors import UsageError
 from dynamo_worker.kit.blocking import in_thread
-from dynamo_worker.kit.canary import MARK
+from dynamo_worker.kit.canary import MARK, text_canary
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
 from dynamo_worker.logs import get_logger
 from dynamo_worker_server.arguments import HOST, Address, Settings
@@ -18,6 +18,7 @@ from dynamo_worker_server.upstream import Model, UnexpectedAnswerError, Upstream
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
     from collections.abc import AsyncIterator, Iterable
 
     from dynamo_worker.deadline import Deadline
@@ -41,7 +42,8 @@ _OF_DYNAMO: Final = ("nvext", MARK)
 class ServerEngine(EngineLifecycle):
     """Passes requests on to a server, as text, and watches it."""
 
-    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:  # noqa: ARG002 - as for all engines
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
+        self._context = context
         self._settings = Settings.of(args)
         self._process: ServerProcess | None = None
         self._upstream: Upstream | None = None
@@ -72,9 +74,10 @@ class ServerEngine(EngineLifecycle):
         log.info("Server is ready", address=address, health=self._health_path, models=",".join(self._models))
         return EngineInfo(
             model_name=main.name,
-            model_path=main.name,
+            model_path=str(self._described(main)),
             model_aliases=tuple(model.name for model in others),
             context_length=main.context_length,
+            model_input="text",
         )
 
     async def generate(self, request: dict[str, Any], context: RequestContext) -> AsyncIterator[dict[str, Any]]:
@@ -119,14 +122,7 @@ class ServerEngine(EngineLifecycle):
 
     def canary_request(self) -> dict[str, Any]:
         """Return a request for one token."""
-        return {
-            "model": next(iter(self._models)),
-            "messages": [{"role": "user", "content": "."}],
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "stream": True,
-            MARK: True,
-        }
+        return {**text_canary(next(iter(self._models))), "temperature": 0.0}
 
     # --- The lifecycle hooks
 
@@ -224,6 +220,13 @@ class ServerEngine(EngineLifecycle):
         main = found[0]
         self._models = dict.fromkeys(settings.names, main.name)
         return [Model(name, main.context_length) for name in settings.names]
+
+    def _described(self, model: Model) -> Path:
+        """Return a directory that the runtime takes for the model's: the server alone knows the real one."""
+        directory = self._context.private_dir / "model"
+        directory.mkdir(exist_ok=True)
+        (directory / "config.json").write_text("{}")
+        return directory
 
     async def _broken(self, error: OSError) -> BaseException:
         """Return what a broken connection means: the server's death, or that of one request."""

@@ -184,6 +184,8 @@ class ChunkStream:
                     break
                 chunk = _chunk(event)
                 for choice in chunk["choices"]:
+                    if "index" not in choice:
+                        choice["index"] = 0
                     reason = choice.get("finish_reason")
                     if reason:
                         self._finished = True
