@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import shlex, json, urllib.request
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +20,11 @@ def subject() -> Subject:
 
 
 def test_serves(cluster: Cluster) -> None:
-    cluster.serve(1)
+    ws=cluster.serve(2, "--served-model-name", "fake,other", "--dump-config-to", "/dev/null")
     result = cluster.ask(6, "one two")
-    print(result)
     assert result.text.startswith("one two one two")
+    print(json.load(urllib.request.urlopen(cluster.url + "/v1/models")))
+    for f in cluster.discovery.rglob("*"):
+        if f.is_file(): print(f, f.read_text()[:3000])
+    print(ws[1].log)
+    assert 0

@@ -207,7 +207,9 @@ def _is_name(value: object) -> bool:
 
 
 def _model(entry: Mapping[str, Any]) -> Model:
-    length = entry.get("max_model_len")  # of vLLM, SGLang and LMDeploy
+    meta = entry.get("meta")
+    # The former of vLLM, SGLang and LMDeploy, the latter of llama.cpp.
+    length = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
     return Model(entry["id"], length if type(length) is int and length > 0 else None)
 
 

@@ -1,0 +1,75 @@
+"""`vllm serve` behind the server engine: the one smoke test that every run has; `-m slow` has the fault table."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dynamo_worker.testing import Subject
+
+if TYPE_CHECKING:
+    from dynamo_worker.testing import Cluster
+
+ROOT = Path(__file__).parents[3]
+#: vLLM has an environment of its own, which `nox -s "tests(vllm)"` makes, as it has on any machine that serves it.
+VLLM = shutil.which("vllm", path=f"{ROOT / '.nox' / 'tests-vllm' / 'bin'}:{os.environ['PATH']}")
+
+pytestmark = [
+    pytest.mark.skipif(VLLM is None, reason='vLLM is not installed: `nox -s "tests(vllm)" -- --version` installs it'),
+    pytest.mark.timeout(400),
+]
+
+#: What vLLM needs on a small machine; see `plugins/vllm/tests/conftest.py`.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHINDUCTOR_CACHE_DIR": str(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo-worker-tests" / "torchinductor"
+    ),
+}
+FLAGS = "--enforce-eager --max-model-len 2048 --dtype float32 --served-model-name tiny --host 127.0.0.1 --port {port}"
+_MAKE = "import pathlib, sys; from dynamo_worker.testing.tiny_model import make; make(pathlib.Path(sys.argv[1]))"
+
+
+@pytest.fixture(scope="session")
+def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the kit's tiny model, which vLLM's own environment can make."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    python = Path(str(VLLM)).parent / "python"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "core" / "src")}
+    subprocess.run([python, "-c", _MAKE, path], check=True, env=environment)
+    return path
+
+
+@pytest.fixture
+def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    return Subject(
+        "server",
+        ["--server-command", f"{shlex.quote(str(VLLM))} serve {shlex.quote(str(vllm_model))} {FLAGS}"],
+        model="tiny",
+        start_seconds=180.0,
+        processes={"server": r"vllm serve", "core": r"VLLM::EngineCore"},
+        stream_tokens=1500,
+        start_stages=(r"Initializing a V1 LLM engine",),
+        stall_timeout=10.0,
+    )
+
+
+def test_serves(cluster: Cluster) -> None:
+    (worker,) = cluster.serve(1)
+    chat = cluster.ask(5)
+    assert chat.ok
+    assert chat.finish_reason == "length"
+    worker.stop()
