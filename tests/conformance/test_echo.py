@@ -12,6 +12,12 @@ class TestEcho(EngineConformance):
     pass
 
 
+class TestEchoText(EngineConformance):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject("echo", ["--text", "--process-tree"])
+
+
 class TestEchoProcessTree(EngineConformance):
     @pytest.fixture
     def subject(self) -> Subject:

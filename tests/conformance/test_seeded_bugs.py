@@ -87,6 +87,13 @@ FOUND_BY = {
     "leaks-a-descriptor": "cleanup_closes_every_descriptor",
     "signal-handlers": "signal_handlers_are_left_alone",
     "changes-directory": "the_current_directory_is_left_alone",
+    # an engine that takes text
+    "text-ignores-stop-strings": "a_stop_string_ends_the_answer[list]",
+    "text-ignores-unknown-fields": "an_unknown_field_of_the_body_is_refused_by_name",
+    "text-counts-unasked": "a_stream_is_not_counted_unasked",
+    "text-is-never-counted": "an_answer_without_a_stream_is_counted",
+    "text-has-no-model": "chunks_have_the_form_of_the_api",
+    "text-repeats-old-text": "chunks_have_new_text_only",
     # before any engine exists
     "help-imports-the-engine": "importing_the_plugin_imports_no_engine",
     "help-cannot-be-shown": "help_can_be_shown",
@@ -146,7 +153,9 @@ def test_a_finding_says_what_where_and_why() -> None:
 
 
 def test_every_bug_of_the_engine_is_in_the_table() -> None:
-    source = "".join((PLUGINS / name).read_text() for name in ("buggy_engine.py", "dynamo_worker_buggy.py"))
+    source = "".join(
+        (PLUGINS / name).read_text() for name in ("buggy_engine.py", "buggy_text.py", "dynamo_worker_buggy.py")
+    )
     named = set(re.findall(r'BUG (?:==|!=) "([a-z-]+)"', source))
     for several in re.findall(r"BUG in \(([^)]+)\)", source):
         named |= set(re.findall(r'"([a-z-]+)"', several))

@@ -20,7 +20,7 @@ if BUG == "help-imports-the-engine":
 
 class BuggyPlugin(EnginePlugin):
     dynamo_worker_api = "0.9" if BUG == "wrong-api-version" else "1.2"
-    engine = "buggy_engine:BuggyEngine"
+    engine = "buggy_text:BuggyTextEngine" if BUG.startswith("text-") else "buggy_engine:BuggyEngine"
 
     @hookimpl
     def prepare(self, arguments: list[str]) -> None:

@@ -40,7 +40,7 @@ def text_canary(model: str) -> TextRequest:
 
     :param model: the name of the model.
     """
-    return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stream": True}
+    return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
 
 def is_canary(request: Mapping[str, Any]) -> bool:

@@ -35,7 +35,9 @@ from dynamo_worker.testing.checks.log_probabilities import LogProbabilityChecks
 from dynamo_worker.testing.checks.metrics import MetricsChecks
 from dynamo_worker.testing.checks.progress import ProgressChecks
 from dynamo_worker.testing.checks.standstill import StandstillChecks
+from dynamo_worker.testing.checks.text import TextChecks
 from dynamo_worker.testing.checks.usage import UsageChecks
+from dynamo_worker.testing.dialects import dialect_of, skip_others
 from dynamo_worker.testing.trial import load_plugins
 from dynamo_worker.testing.trials import Trials
 
@@ -66,6 +68,7 @@ class EngineConformance(
     ProgressChecks,
     HealthChecks,
     MetricsChecks,
+    TextChecks,
     FieldChecks,
     LogProbabilityChecks,
     UsageChecks,
@@ -92,6 +95,7 @@ class EngineConformance(
         """Return the started engine that all checks of this class share."""
         trial = trials.shared(subject)
         trial.why = _why(request)
+        skip_others(request.function, trial.dialect)
         return trial
 
     @pytest.fixture
@@ -154,12 +158,8 @@ class EngineConformance(
     def request(self, engine: Engine, tokens: int) -> Request:
         """Return a request for so many tokens, made from the engine's own canary."""
         assert isinstance(engine, HasCanary)
-        request = engine.canary_request()
-        request["stop_conditions"] = {
-            **(request.get("stop_conditions") or {}),
-            "max_tokens": tokens,
-            "ignore_eos": True,
-        }
+        canary = engine.canary_request()
+        request: Request = dialect_of(canary).request(canary, tokens, 0, None, {})  # type: ignore[assignment]
         return request
 
     def test_generate(self, trial: Trial) -> None:
@@ -167,10 +167,10 @@ class EngineConformance(
         assert trial.info is not None
         trial.expect(trial.info.model_name, "EngineInfo.model_name is empty", trial.engine.start)
         answer = trial.answer(5, prompt=0)
-        made = len(answer.tokens())
+        made = answer.made
         trial.expect(made == 5, f"max_tokens is 5; the answer has {made} tokens", trial.engine.generate)
         trial.expect(answer.reasons == ["length"], f"finish reasons: {answer.reasons}", trial.engine.generate)
-        last = answer.chunks[-1].get("finish_reason")
+        last = trial.dialect.reason(answer.parts[-1]) if answer.parts else None
         trial.expect(last == "length", f"the last chunk has {last!r}", trial.engine.generate)
 
     def test_healthy_while_it_runs(self, trial: Trial) -> None:
@@ -198,7 +198,7 @@ class EngineConformance(
             await trial.engine.abort("long")
             await trial.engine.abort("a request nobody made")
             chunks = [c async for c in trial.engine.generate(self.request(trial.engine, 1), LocalContext("next"))]
-            return bool(chunks and chunks[-1].get("finish_reason"))
+            return any(trial.dialect.reason(chunk) for chunk in chunks)
 
         trial.expect(trial.run(check()), "the next request was not answered", trial.engine.generate)
 

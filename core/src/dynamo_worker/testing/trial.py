@@ -25,13 +25,16 @@ from dynamo_worker.errors import InvalidRequestError, describe
 from dynamo_worker.host.plugins import plugin_errors
 from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, find
-from dynamo_worker.host.requests.token_kind import validated
+from dynamo_worker.host.requests.engine_checks import EngineChecks
+from dynamo_worker.host.requests.kinds import kind_of
+from dynamo_worker.testing.dialects import dialect_of
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
     from dynamo_worker.engine import Engine
-    from dynamo_worker.requests import Request
+    from dynamo_worker.host.requests.kinds import RequestKind
+    from dynamo_worker.testing.dialects import Dialect
     from dynamo_worker.testing.subject import Subject
 
 T = TypeVar("T")
@@ -72,21 +75,41 @@ class Answer:
     :param seconds: how long it took.
     """
 
-    request: Request
+    request: Any
     chunks: list[Any] = field(default_factory=list)
     originals: list[Any] = field(default_factory=list)
     refusal: str | None = None
     seconds: float = 0.0
 
-    def tokens(self, index: int = 0) -> list[int]:
-        """Return the tokens of one of the answers."""
-        mine = [chunk for chunk in self.chunks if isinstance(chunk, dict) and (chunk.get("index") or 0) == index]
-        return [token for chunk in mine for token in chunk.get("token_ids") or ()]
+    @property
+    def dialect(self) -> Dialect:
+        """How to read it."""
+        return dialect_of(self.request)
+
+    def content(self, index: int = 0) -> Any:
+        """Return what one of the answers says: its tokens, or its text."""
+        return self.dialect.content(self.chunks, index)
+
+    @property
+    def made(self) -> int:
+        """The number of its tokens; skips the check if a text engine does not count them."""
+        return self.dialect.made(self.chunks)
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """The token counts; None if it has none."""
+        return self.dialect.usage(self.chunks)
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The chunks that belong to one of the answers, without those that have token counts only."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, dict) and self.dialect.index(chunk) is not None]
 
     @property
     def reasons(self) -> list[Any]:
         """The finish reasons, in the order in which they came."""
-        return [c["finish_reason"] for c in self.chunks if isinstance(c, dict) and c.get("finish_reason") is not None]
+        found = [self.dialect.reason(chunk) for chunk in self.chunks if isinstance(chunk, dict)]
+        return [reason for reason in found if reason is not None]
 
 
 @functools.cache
@@ -260,37 +283,32 @@ class Trial:
         self._names += 1
         return f"conformance-{self._names}"
 
-    def canary(self) -> Request:
+    def canary(self) -> Any:
         """Return the engine's canary request."""
         if not isinstance(self.engine, HasCanary):
             raise self.finding("warm-up and stall detection need canary_request(), which the engine lacks")
         return copy.deepcopy(self.engine.canary_request())
 
-    def request(self, tokens: int, *, prompt: int = 0, **sections: Mapping[str, Any]) -> Request:
+    def request(self, tokens: int, *, prompt: int = 0, **sections: Mapping[str, Any]) -> Any:
         """Return a request made from the engine's canary, answered with the likeliest tokens.
 
         :param tokens: ``max_tokens``.
         :param prompt: different numbers have different prompts; 0 is the canary's.
         :param sections: more fields, by section.
         """
-        request: dict[str, Any] = dict(self.canary())
-        if prompt:
-            request["token_ids"] = self.prompt(prompt)
-        given: dict[str, Mapping[str, Any]] = {
-            **sections,
-            "stop_conditions": {"max_tokens": tokens, "ignore_eos": True, **sections.get("stop_conditions", {})},
-        }
-        for section, values in given.items():
-            request[section] = {**(request.get(section) or {}), **values}
-        return request  # type: ignore[return-value]
+        canary = self.canary()
+        return self.dialect.request(canary, tokens, prompt, self.info, sections)
 
-    def prompt(self, number: int) -> list[int]:
-        """Return a prompt of its own for each number: the canary's, with other tokens in front."""
-        tokens = list(self.canary()["token_ids"])
-        first = max(tokens[0], 3)
-        limit = self.info.vocab_size if self.info is not None and self.info.vocab_size else first + 100
-        room = max(1, min(limit, 250) - first)
-        return [first + (number * 11 + at * 3) % room for at in range(5)] + tokens[1:]
+    @property
+    def dialect(self) -> Dialect:
+        """How the engine's requests are made: that of its canary."""
+        return dialect_of(self.canary())
+
+    @property
+    def kind(self) -> RequestKind:
+        """How the worker checks the engine's requests."""
+        assert self.info is not None
+        return kind_of(self.info, EngineChecks("the engine"))
 
     def plain(self) -> Answer:
         """Return the answer to a plain request, which all checks of chunks share."""
@@ -300,19 +318,17 @@ class Trial:
             raise self.finding(f"it refused its own canary with max_tokens=12: {self._plain.refusal}")
         return self._plain
 
-    async def ask(self, request: Request, name: str = "", most: int = _MOST_CHUNKS) -> Answer:
+    async def ask(self, request: Any, name: str = "", most: int = _MOST_CHUNKS) -> Answer:
         """Return the engine's answer to a request, which is checked first as the worker does it.
 
         :param name: the request's id.
         :param most: take no more chunks; close the stream and abort the request, as the worker does.
         """
-        info = self.info
         answer = Answer(copy.deepcopy(request))
         name = name or self.name()
         started = time.monotonic()
         try:
-            checked = validated(request, info.vocab_size if info else None, info.context_length if info else None)
-            stream = self.engine.generate(checked, LocalContext(name))
+            stream = self.engine.generate(self.kind.checked(request), LocalContext(name))
             async for chunk in stream:
                 answer.chunks.append(copy.deepcopy(chunk))
                 answer.originals.append(chunk)
@@ -331,7 +347,7 @@ class Trial:
         """Return the answer to one request, which may be a refusal."""
         return self.run(self.ask(self.request(tokens, prompt=prompt, **sections)), where=self.engine.generate)
 
-    async def cancelled(self, after: int = 3, name: str = "", request: Request | None = None) -> float:
+    async def cancelled(self, after: int = 3, name: str = "", request: Any = None) -> float:
         """Run a long request, and cancel its consumer once it has some chunks, as the worker does.
 
         :param after: number of chunks; 0 cancels at once.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from dynamo_worker.engine import HasCanary
 from dynamo_worker.errors import InvalidRequestError
-from dynamo_worker.host.requests.token_kind import validated
 
 if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Answer, Trial
@@ -18,9 +17,8 @@ class CanaryChecks:
 
     def test_the_canary_is_a_valid_request(self, trial: Trial) -> None:
         """The worker checks it like a client's request: a wrong one fails the start."""
-        assert trial.info is not None
         try:
-            validated(trial.canary(), trial.info.vocab_size)
+            trial.kind.checked(trial.canary())
         except InvalidRequestError as error:
             raise trial.finding(f"canary_request: {error}") from error
 
@@ -34,14 +32,14 @@ class CanaryChecks:
 
     def test_the_canary_asks_for_one_token(self, trial: Trial) -> None:
         """A longer canary holds up clients and takes longer than the stall detection allows."""
-        limit = (trial.canary().get("stop_conditions") or {}).get("max_tokens")
+        limit = trial.dialect.limit(trial.canary())
         trial.expect(limit == 1, f"its max_tokens is {limit!r}", getattr(trial.engine, "canary_request", None))
 
     def test_the_canary_is_answered(self, trial: Trial) -> None:
         """An engine whose canary fails never becomes ready."""
         answer = trial.run(trial.ask(trial.canary(), "canary-1"), where=trial.engine.generate)
         trial.expect(answer.refusal is None, f"it was refused: {answer.refusal}", trial.engine.generate)
-        trial.expect(len(answer.tokens()) == 1, f"the answer has {len(answer.tokens())} tokens")
+        trial.expect(answer.made == 1, f"the answer has {answer.made} tokens")
 
     def test_the_canary_is_answered_beside_requests(self, trial: Trial) -> None:
         """A canary that waits for all other requests takes a busy engine for a dead one."""

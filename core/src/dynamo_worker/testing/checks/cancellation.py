@@ -73,8 +73,8 @@ class CancellationChecks:
             await trial.engine.abort(name)
             return await trial.ask(trial.request(12, prompt=1))
 
-        plain = trial.plain().tokens()
-        tokens = trial.run(check(), where=trial.engine.abort).tokens()
+        plain = trial.plain().content()
+        tokens = trial.run(check(), where=trial.engine.abort).content()
         trial.expect(tokens == plain, f"the next answer is {tokens} instead of {plain}", trial.engine.abort)
 
     def test_an_abort_ends_no_other_request(self, trial: Trial) -> None:
@@ -87,7 +87,7 @@ class CancellationChecks:
             await trial.engine.abort(name)
             return await other
 
-        made = len(trial.run(check(), where=trial.engine.abort).tokens())
+        made = trial.run(check(), where=trial.engine.abort).made
         trial.expect(made == 80, f"the other answer has {made} of 80 tokens", trial.engine.abort)
 
     @pytest.mark.parametrize("name", ["never-seen", "", "x" * 300])
@@ -135,7 +135,7 @@ class CancellationChecks:
             await asyncio.sleep(_SILENCE)  # aborts may be on their way, and are known by the id alone
             return await trial.ask(trial.request(3, prompt=1), name)
 
-        made = len(trial.run(check(), where=trial.engine.abort).tokens())
+        made = trial.run(check(), where=trial.engine.abort).made
         trial.expect(made == 3, f"the second request of that id has {made} of 3 tokens", trial.engine.abort)
 
     def test_an_iterator_may_be_closed_early(self, trial: Trial) -> None:
@@ -147,7 +147,7 @@ class CancellationChecks:
             await trial.engine.abort(name)
             return await trial.ask(trial.request(3, prompt=1))
 
-        made = len(trial.run(check(), where=trial.engine.generate).tokens())
+        made = trial.run(check(), where=trial.engine.generate).made
         trial.expect(made == 3, f"the next answer has {made} of 3 tokens", trial.engine.generate)
 
     def test_an_iterator_may_never_be_iterated(self, trial: Trial) -> None:
@@ -161,7 +161,7 @@ class CancellationChecks:
             await trial.engine.abort(name)
             return await trial.ask(trial.request(3, prompt=1))
 
-        made = len(trial.run(check(), where=trial.engine.generate).tokens())
+        made = trial.run(check(), where=trial.engine.generate).made
         trial.expect(made == 3, f"the next answer has {made} of 3 tokens", trial.engine.generate)
 
     def test_many_cancellations_at_once(self, trial: Trial) -> None:
@@ -173,8 +173,8 @@ class CancellationChecks:
             await asyncio.gather(*map(trial.engine.abort, names))
             return await trial.ask(trial.request(12, prompt=1))
 
-        tokens = trial.run(check(), where=trial.engine.abort).tokens()
-        trial.expect(tokens == trial.plain().tokens(), f"the next answer is {tokens}", trial.engine.abort)
+        tokens = trial.run(check(), where=trial.engine.abort).content()
+        trial.expect(tokens == trial.plain().content(), f"the next answer is {tokens}", trial.engine.abort)
 
     def test_a_request_that_waits_can_be_cancelled(self, trial: Trial) -> None:
         """A request in the engine's queue must leave it when its client does."""
@@ -188,5 +188,5 @@ class CancellationChecks:
             await asyncio.gather(*tasks)
             return await trial.ask(trial.request(3, prompt=1))
 
-        made = len(trial.run(check(), where=trial.engine.abort).tokens())
+        made = trial.run(check(), where=trial.engine.abort).made
         trial.expect(made == 3, f"the next answer has {made} of 3 tokens", trial.engine.abort)

@@ -7,15 +7,25 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.engine import LocalContext, PushesChunks
+from dynamo_worker.host.requests import text_kind
 from dynamo_worker.host.requests.engine_checks import FINISH_REASONS
 from dynamo_worker.responses import Chunk
+from dynamo_worker.testing.dialects import only
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from dynamo_worker.testing.trial import Answer, Trial
 
 
 def _dictionaries(answer: Answer) -> list[dict[str, Any]]:
     return [chunk for chunk in answer.chunks if isinstance(chunk, dict)]
+
+
+def _reasons(trial: Trial) -> Collection[str]:
+    """Return the finish reasons that the frontend accepts."""
+    given = (name for name in text_kind.FINISH_REASONS if trial.canary().get(name) is not None)
+    return next((text_kind.FINISH_REASONS[name] for name in given), FINISH_REASONS)
 
 
 def _at(trial: Trial) -> Any:
@@ -50,27 +60,31 @@ class ChunkChecks:
                 isinstance(chunk, dict), f"a chunk is of type {type(chunk).__name__}: {chunk!r:.100}", _at(trial)
             )
 
+    @only("tokens")
     def test_every_chunk_has_a_list_of_token_ids(self, trial: Trial) -> None:
         """The frontend reads ``token_ids`` of every chunk, and fails the request without it."""
         for chunk in _dictionaries(trial.plain()):
             tokens = chunk.get("token_ids")
             trial.expect(isinstance(tokens, (list, tuple)), f"token_ids is {tokens!r:.100}", _at(trial))
 
+    @only("tokens")
     def test_token_ids_are_integers(self, trial: Trial) -> None:
         """A float, a boolean or a NumPy scalar cannot be decoded: the client's stream breaks off."""
         for chunk in _dictionaries(trial.plain()):
             for token in chunk.get("token_ids") or ():
                 trial.expect(type(token) is int, f"a token id is {token!r} ({type(token).__name__})", _at(trial))
 
+    @only("tokens")
     def test_token_ids_lie_in_the_vocabulary(self, trial: Trial) -> None:
         """The frontend has no text for an id beyond the vocabulary: the client gets an error or garbage."""
         assert trial.info is not None
         limit = trial.info.vocab_size or 2**32
-        for token in trial.plain().tokens():
+        for token in trial.plain().content():
             trial.expect(
                 0 <= token < limit, f"the answer has the token {token}; the vocabulary has {limit}", _at(trial)
             )
 
+    @only("tokens")
     def test_the_engine_says_its_vocabulary(self, trial: Trial) -> None:
         """Without ``vocab_size`` the worker passes on any 32-bit token, and some engines die of an unknown one."""
         assert trial.info is not None
@@ -79,8 +93,10 @@ class ChunkChecks:
     def test_the_index_is_that_of_the_answer(self, trial: Trial) -> None:
         """The frontend sorts chunks by ``index``: a wrong one is a choice that the client did not ask for."""
         for chunk in _dictionaries(trial.plain()):
-            trial.expect(chunk.get("index", 0) == 0, f"the index of the only answer is {chunk['index']!r}")
+            index = trial.dialect.index(chunk)
+            trial.expect(index in (0, None), f"the index of the only answer is {index!r}")
 
+    @only("tokens")
     def test_fields_of_chunks_are_known(self, trial: Trial) -> None:
         """The runtime drops a field that it does not know, such as a misspelt one, without a word."""
         for chunk in _dictionaries(trial.plain()):
@@ -107,18 +123,18 @@ class ChunkChecks:
 
     def test_no_chunk_follows_the_finish(self, trial: Trial) -> None:
         """What comes after the finish reason never reaches the client, although it was paid for."""
-        chunks = _dictionaries(trial.plain())
-        at = next((at for at, chunk in enumerate(chunks) if chunk.get("finish_reason") is not None), len(chunks) - 1)
+        chunks, reason = trial.plain().parts, trial.dialect.reason
+        at = next((at for at, chunk in enumerate(chunks) if reason(chunk) is not None), len(chunks) - 1)
         after = chunks[at + 1 :]
         trial.expect(not after, f"{len(after)} chunks follow the finish_reason: {after!r:.100}", _at(trial))
 
     def test_finish_reasons_are_known(self, trial: Trial) -> None:
         """The runtime cannot encode a reason that Dynamo does not have: the request ends with HTTP 500."""
         for reason in trial.plain().reasons:
-            known = isinstance(reason, str) and reason in FINISH_REASONS
+            expected = _reasons(trial)
             trial.expect(
-                known,
-                f"the finish_reason is {reason!r}; expected one of {', '.join(sorted(FINISH_REASONS))}",
+                isinstance(reason, str) and reason in expected,
+                f"the finish_reason is {reason!r}; expected one of {', '.join(sorted(expected))}",
                 _at(trial),
             )
 
@@ -127,9 +143,10 @@ class ChunkChecks:
         for reason in trial.plain().reasons:
             trial.expect(reason == "length", f"an answer cut off at max_tokens ended with {reason!r}", _at(trial))
 
+    @only("tokens")
     def test_chunks_have_new_tokens_only(self, trial: Trial) -> None:
         """The frontend joins chunks: one that repeats earlier tokens shows the client its text twice."""
-        count = len(trial.plain().tokens())
+        count = trial.plain().made
         trial.expect(count <= 12, f"max_tokens is 12, and the chunks have {count} tokens", _at(trial))
 
     def test_chunks_are_not_modified_afterwards(self, trial: Trial) -> None:
@@ -147,8 +164,8 @@ class ChunkChecks:
         """The likeliest tokens of the same prompt are the same each time, or a request depends on the one before."""
         first, again = trial.plain(), trial.answer(12)
         trial.expect(
-            first.tokens() == again.tokens(),
-            f"the same request was answered with {first.tokens()} and with {again.tokens()}",
+            first.content() == again.content(),
+            f"the same request was answered with {first.content()} and with {again.content()}",
             _at(trial),
         )
 
@@ -159,9 +176,9 @@ class ChunkChecks:
             trial.skip("the engine does not push")
         chunks: list[Any] = []
         trial.run(engine.push(trial.request(12, prompt=1), LocalContext(trial.name()), chunks.append))
-        pushed = [token for chunk in chunks for token in chunk["token_ids"]]
+        pushed = trial.dialect.content(chunks, 0)
         trial.expect(
-            pushed == trial.plain().tokens(), f"push: {pushed}, generate: {trial.plain().tokens()}", engine.push
+            pushed == trial.plain().content(), f"push: {pushed}, generate: {trial.plain().content()}", engine.push
         )
 
     def test_a_send_that_fails_ends_one_request_only(self, trial: Trial) -> None:
@@ -182,4 +199,4 @@ class ChunkChecks:
             return await trial.ask(trial.request(12, prompt=1))
 
         answer = trial.run(check())
-        trial.expect(answer.tokens() == trial.plain().tokens(), "the next answer is another one", engine.push)
+        trial.expect(answer.content() == trial.plain().content(), "the next answer is another one", engine.push)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_worker.engine import EngineInfo
 from dynamo_worker.host.requests.engine_checks import EngineChecks
+from dynamo_worker.testing.dialects import only
 
 if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Trial
@@ -44,6 +45,7 @@ class DescriptionChecks:
             right = value is None or (type(value) is int and value > 0)
             trial.expect(right, f"EngineInfo.{name} is {value!r}; expected a positive integer", trial.engine.start)
 
+    @only("tokens")
     def test_the_context_length_is_known(self, trial: Trial) -> None:
         """Without it neither the worker nor the frontend can refuse a prompt that is too long."""
         trial.expect(_info(trial).context_length, "EngineInfo.context_length is not set", trial.engine.start)
@@ -55,6 +57,7 @@ class DescriptionChecks:
             trial.skip("the model is not a directory")
         trial.expect((Path(path) / "config.json").is_file(), f"{path} has no config.json", trial.engine.start)
 
+    @only("tokens")
     def test_the_canary_lies_in_the_vocabulary(self, trial: Trial) -> None:
         """A vocabulary that is too small makes the worker refuse the engine's own canary."""
         size, tokens = _info(trial).vocab_size, trial.canary()["token_ids"]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dynamo_worker.testing.dialects import only
+
 if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Answer, Trial
 
@@ -31,6 +33,7 @@ def _prompt(trial: Trial, kind: str) -> list[Any]:
 class ErrorChecks:
     """Requests that are wrong."""
 
+    @only("tokens")
     @pytest.mark.parametrize("kind", _PROMPTS)
     def test_a_wrong_token_does_not_kill_the_engine(self, trial: Trial, kind: str) -> None:
         """Any client can send such a prompt: one request must not end the worker and all other answers."""
@@ -40,6 +43,7 @@ class ErrorChecks:
         trial.expect(answer.refusal is not None or answer.chunks, "neither answer nor refusal", trial.engine.generate)
         trial.expect(trial.answer(2).reasons, "the next request got no answer", trial.engine.generate)
 
+    @only("tokens")
     def test_a_prompt_beyond_the_context_is_refused(self, trial: Trial) -> None:
         """Engines fail in their own ways at a prompt that does not fit; the client must get HTTP 400."""
         assert trial.info is not None
@@ -61,7 +65,7 @@ class ErrorChecks:
                 await trial.ask(bad)
             return await other
 
-        made = len(trial.run(check(), where=trial.engine.generate).tokens())
+        made = trial.run(check(), where=trial.engine.generate).made
         trial.expect(made == 40, f"the other answer has {made} of 40 tokens", trial.engine.generate)
 
     def test_a_refusal_has_a_message(self, trial: Trial) -> None:

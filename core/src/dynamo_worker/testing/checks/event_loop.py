@@ -55,8 +55,7 @@ class EventLoopChecks:
         def work() -> Awaitable[Any]:
             request = trial.request(2, prompt=1)
             length = min(_LONG_PROMPT, ((trial.info and trial.info.context_length) or _LONG_PROMPT) // 2)
-            request["token_ids"] = [*([request["token_ids"][0]] * length), *request["token_ids"]]
-            return trial.ask(request)
+            return trial.ask(trial.dialect.lengthened(request, length))
 
         _check(trial, work)
 

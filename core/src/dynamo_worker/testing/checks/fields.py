@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dynamo_worker.testing.dialects import only
+
 if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Answer, Trial
 
@@ -50,21 +52,24 @@ def _survived(trial: Trial, request: Any, sections: dict[str, dict[str, Any]]) -
 class FieldChecks:
     """Every field of a request."""
 
+    @only("tokens")
     @pytest.mark.parametrize(("section", "name", "value"), _WRONG_TYPES, ids=_id)
     def test_a_wrong_type_is_no_crash(self, trial: Trial, section: str, name: str, value: Any) -> None:
         """A client's mistake that raises anything but InvalidRequestError is HTTP 500 and a page for the operator."""
         _survived(trial, trial.request(3, prompt=1), {section: {name: value}})
 
+    @only("tokens")
     @pytest.mark.parametrize("section", ["sampling_options", "stop_conditions", "output_options", "extra_args"])
     def test_a_section_of_a_wrong_type_is_no_crash(self, trial: Trial, section: str) -> None:
         """Any client that reaches the endpoint can send it."""
         request: dict[str, Any] = {**trial.request(3, prompt=1), section: "nonsense"}
         if section == "stop_conditions":
-            answer = trial.run(trial.ask(request, most=3))  # type: ignore[arg-type]
+            answer = trial.run(trial.ask(request, most=3))
             trial.expect(answer.refusal or answer.chunks, "no answer", trial.engine.generate)
             return
         _survived(trial, request, {})
 
+    @only("tokens")
     @pytest.mark.parametrize("section", ["sampling_options", "stop_conditions", "output_options"])
     def test_a_missing_section_is_no_crash(self, trial: Trial, section: str) -> None:
         """Frontends leave empty sections out, or send null."""
@@ -72,13 +77,14 @@ class FieldChecks:
 
         async def check() -> Answer:
             name = trial.name()
-            answer = await trial.ask(request, name, most=3)  # type: ignore[arg-type]
+            answer = await trial.ask(request, name, most=3)
             await trial.engine.abort(name)
             return answer
 
         answer = trial.run(check())
         trial.expect(answer.chunks, f"no answer: {answer.refusal}", trial.engine.generate)
 
+    @only("tokens")
     @pytest.mark.parametrize("section", ["sampling_options", "stop_conditions", "output_options"])
     def test_an_unknown_field_is_refused_by_name(self, trial: Trial, section: str) -> None:
         """A client cannot tell that it did not get what it asked for, if the engine ignores the field."""
@@ -92,6 +98,7 @@ class FieldChecks:
             trial.engine.generate,
         )
 
+    @only("tokens")
     def test_an_unknown_extra_option_is_refused_by_name(self, trial: Trial) -> None:
         """``extra_args.sampling_options`` has what clients ask for beyond Dynamo's fields."""
         answer = trial.answer(3, extra_args={"sampling_options": {"no_such_option": 1}})
@@ -101,6 +108,7 @@ class FieldChecks:
             trial.engine.generate,
         )
 
+    @only("tokens")
     @pytest.mark.parametrize(("section", "name", "value"), _ENGINES_OWN, ids=_id)
     def test_an_option_is_honoured_or_refused(self, trial: Trial, section: str, name: str, value: Any) -> None:
         """An option that is ignored gives the client an answer to a question it did not ask."""
@@ -112,7 +120,7 @@ class FieldChecks:
             trial.expect(indexes == {0, 1}, f"n = 2 gave the answers {indexes}", trial.engine.generate)
             trial.expect(len(answer.reasons) == 2, f"two answers ended with {answer.reasons}", trial.engine.generate)
         else:
-            changed = answer.tokens() != trial.plain().tokens()
+            changed = answer.content() != trial.plain().content()
             trial.expect(changed, f"{section}.{name} = {value!r} changed nothing in the answer", trial.engine.generate)
 
     @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
@@ -127,8 +135,8 @@ class FieldChecks:
         answer = trial.answer(5, sampling_options=sharpest)
         if answer.refusal is not None:
             trial.skip(f"refused: {answer.refusal}")
-        plain = trial.plain().tokens()[:5]
-        trial.expect(answer.tokens() == plain, f"{sharpest} gave {answer.tokens()} instead of {plain}")
+        plain = trial.plain().content()[: len(answer.content())]
+        trial.expect(answer.content() == plain, f"{sharpest} gave {answer.content()} instead of {plain}")
 
     def test_a_seed_makes_sampling_repeatable(self, trial: Trial) -> None:
         """Clients use seeds to get the same answer again."""
@@ -137,8 +145,9 @@ class FieldChecks:
         if first.refusal is not None:
             trial.skip(f"refused: {first.refusal}")
         again = trial.answer(5, sampling_options=sampling)
-        trial.expect(first.tokens() == again.tokens(), f"{first.tokens()} and {again.tokens()} with the same seed")
+        trial.expect(first.content() == again.content(), f"{first.content()} and {again.content()} with the same seed")
 
+    @only("tokens")
     def test_the_frontends_own_fields_are_accepted(self, trial: Trial) -> None:
         """The frontend sends them with every request: an engine that refuses them serves nobody."""
         answer = trial.answer(

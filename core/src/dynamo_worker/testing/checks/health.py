@@ -39,8 +39,8 @@ class HealthChecks:
                 await _health(trial)
             return await answer
 
-        tokens = trial.run(check()).tokens()
-        trial.expect(tokens == trial.plain().tokens(), f"{tokens} instead of {trial.plain().tokens()}")
+        tokens = trial.run(check()).content()
+        trial.expect(tokens == trial.plain().content(), f"{tokens} instead of {trial.plain().content()}")
 
     def test_health_checks_beside_each_other(self, trial: Trial) -> None:
         """A late check may overlap with the next one."""

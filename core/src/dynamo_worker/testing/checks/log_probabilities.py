@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.responses import TopLogprob
+from dynamo_worker.testing.dialects import only
 
 if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Answer, Trial
@@ -25,6 +26,7 @@ def _chunks(trial: Trial) -> list[dict[str, Any]]:
     return [chunk for chunk in _answer(trial).chunks if chunk.get("token_ids")]
 
 
+@only("tokens")
 class LogProbabilityChecks:
     """``log_probs`` and ``top_logprobs`` of an engine that has them; one that has not must refuse."""
 
@@ -82,7 +84,7 @@ class LogProbabilityChecks:
 
     def test_log_probabilities_change_no_token(self, trial: Trial) -> None:
         """Asking for log probabilities must not change the answer."""
-        answer, plain = _answer(trial).tokens(), trial.plain().tokens()
+        answer, plain = _answer(trial).content(), trial.plain().content()
         trial.expect(answer == plain[:5], f"{answer} instead of {plain[:5]}", trial.engine.generate)
 
     def test_prompt_log_probabilities_are_there_or_refused(self, trial: Trial) -> None:

@@ -74,7 +74,7 @@ class StandstillChecks:
 
     def test_an_engine_goes_on_after_a_standstill(self, trial: Trial) -> None:
         """Machines are suspended and debugged: what was stopped must go on where it was."""
-        plain = trial.plain().tokens()
+        plain = trial.plain().content()
 
         async def asked() -> Answer:
             asking = asyncio.ensure_future(trial.ask(trial.request(12, prompt=1)))
@@ -82,5 +82,5 @@ class StandstillChecks:
                 await asyncio.sleep(_SETTLE)
             return await asking
 
-        tokens = trial.run(asked(), where=trial.engine.generate).tokens()
+        tokens = trial.run(asked(), where=trial.engine.generate).content()
         trial.expect(tokens == plain, f"the answer is {tokens} instead of {plain}", trial.engine.generate)

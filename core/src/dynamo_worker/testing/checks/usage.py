@@ -9,12 +9,10 @@ if TYPE_CHECKING:
 
 
 def _usage(trial: Trial) -> dict[str, Any]:
-    last = trial.plain().chunks[-1]
-    usage = last.get("completion_usage") if isinstance(last, dict) else None
+    usage = trial.plain().usage
     if not usage:
         trial.skip("the engine reports no usage")
-    found: dict[str, Any] = usage
-    return found
+    return usage
 
 
 class UsageChecks:
@@ -22,12 +20,15 @@ class UsageChecks:
 
     def test_usage_counts_the_prompt(self, trial: Trial) -> None:
         """Customers are billed by this number."""
-        expected, got = len(trial.plain().request["token_ids"]), _usage(trial).get("prompt_tokens")
-        trial.expect(got == expected, f"prompt_tokens: expected {expected}, got {got!r}", trial.engine.generate)
+        expected, got = trial.dialect.prompt_tokens(trial.plain().request), _usage(trial).get("prompt_tokens")
+        right = got == expected if expected is not None else type(got) is int and got > 0
+        trial.expect(right, f"prompt_tokens: expected {expected or 'some'}, got {got!r}", trial.engine.generate)
 
     def test_usage_counts_the_answer(self, trial: Trial) -> None:
         """Customers are billed by this number."""
-        expected, got = len(trial.plain().tokens()), _usage(trial).get("completion_tokens")
+        # The plain answer ends at its max_tokens.
+        counted = trial.dialect.model_input == "tokens"
+        expected, got = trial.plain().made if counted else 12, _usage(trial).get("completion_tokens")
         trial.expect(got == expected, f"completion_tokens: expected {expected}, got {got!r}", trial.engine.generate)
 
     def test_total_usage_is_the_sum(self, trial: Trial) -> None:
@@ -50,14 +51,12 @@ class UsageChecks:
     def test_usage_of_one_token(self, trial: Trial) -> None:
         """The shortest answer is where an off-by-one shows."""
         _usage(trial)
-        last = trial.answer(1).chunks[-1]
-        got = (last.get("completion_usage") or {}).get("completion_tokens")
+        got = (trial.answer(1).usage or {}).get("completion_tokens")
         trial.expect(got == 1, f"completion_tokens of one token: got {got!r}", trial.engine.generate)
 
     def test_usage_is_that_of_each_request(self, trial: Trial) -> None:
         """Counts that add up over requests bill one customer for another."""
         _usage(trial)
         for tokens in (3, 5):
-            last = trial.answer(tokens, prompt=2).chunks[-1]
-            got = (last.get("completion_usage") or {}).get("completion_tokens")
+            got = (trial.answer(tokens, prompt=2).usage or {}).get("completion_tokens")
             trial.expect(got == tokens, f"completion_tokens: expected {tokens}, got {got!r}", trial.engine.generate)
