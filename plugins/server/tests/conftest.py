@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import shlex
 import sys
 import urllib.request
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import uvloop
 
 from dynamo_worker import Deadline
 from dynamo_worker.engine import LocalContext
+from dynamo_worker.testing import Subject
 from dynamo_worker_server import arguments
 from dynamo_worker_server.engine import ServerEngine
 
@@ -26,6 +28,31 @@ if TYPE_CHECKING:
     from dynamo_worker import EngineInfo
 
 FAKE = str(Path(__file__).parent / "fake_server.py")
+
+
+LLAMA = str(Path(__file__).parent / "llama_server.py")
+
+
+@pytest.fixture(scope="session")
+def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of a tiny model for llama.cpp."""
+    from tiny_gguf import make
+
+    return make(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def subject(gguf_model: Path) -> Subject:
+    """llama.cpp's own server."""
+    command = shlex.join([sys.executable, LLAMA, "--model", str(gguf_model), "--port", "{port}"])
+    return Subject(
+        "server",
+        ["--server-command", command],
+        model="tiny",
+        processes={"server": r"llama_server\.py --model"},
+        stream_tokens=600,
+        start_stages=("Server started", "Server is ready"),
+    )
 
 
 def fake(*flags: str) -> list[str]:

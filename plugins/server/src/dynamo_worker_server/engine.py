@@ -10,6 +10,7 @@ from dynamo_worker import EngineDeadError, EngineInfo, StartError
 from dynamo_worker.errors import UsageError
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.canary import MARK, text_canary
+from dynamo_worker.kit.fields import refusal
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
 from dynamo_worker.logs import get_logger
 from dynamo_worker_server.arguments import HOST, Address, Settings
@@ -35,6 +36,8 @@ _MOST_FAILURES: Final = 3
 #: Seconds in which a process whose connections break turns out to have died.
 _DEATH_SECONDS: Final = 0.5
 _DEATH_POLLS: Final = 10
+#: Fields that servers read without a look at their types: a client's mistake would be the server's failure.
+_TYPES: Final = {"tools": (list,), "stream_options": (dict,), "response_format": (dict,), "logit_bias": (dict, list)}
 #: Fields of a request that are Dynamo's, and not the server's to understand.
 _OF_DYNAMO: Final = ("nvext", MARK)
 
@@ -86,9 +89,14 @@ class ServerEngine(EngineLifecycle):
         if upstream is None:
             raise EngineDeadError("the server is not started")
         asked = request.get("model")
+        for name, kinds in _TYPES.items():
+            if not isinstance(request.get(name), (*kinds, type(None))):
+                raise refusal(name, " or ".join(kind.__name__ for kind in kinds), request[name])
         body = {name: value for name, value in request.items() if name not in _OF_DYNAMO}
         body["model"] = self._models.get(str(asked), asked)
         body["stream"] = True
+        if not request.get("stream"):  # the frontend makes one answer of the chunks, with the token counts
+            body["stream_options"] = {"include_usage": True}
         chat = "messages" in request
         # The frontend refuses chunks without these, which some servers leave out.
         missing = (

@@ -155,7 +155,7 @@ class ServerProcess:
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._kept.decode(errors="replace").splitlines()]
-        quoted = [line[-_QUOTED_CHARACTERS:] for line in lines if line][-_QUOTED_LINES:]
+        quoted = [line[-_QUOTED_CHARACTERS:] for line in lines if line.strip("^~ ")][-_QUOTED_LINES:]
         return "".join(f"\n  {line}" for line in quoted)
 
 
