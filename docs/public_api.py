@@ -31,8 +31,9 @@ CHANGELOG: Final = ROOT / "CHANGELOG.md"
 _PACKAGE: Final = Path(dynamo_worker.__file__).parent
 #: Modules of the test kit that are not for other packages; a package covers its modules.
 _INTERNAL: Final = (
-    *("testing.checks", "testing.conformance_run", "testing.death", "testing.life", "testing.limits", "testing.places"),
-    *("testing.random_draws", "testing.residue", "testing.sockets", "testing.trials"),
+    *("testing.checks", "testing.conformance_run", "testing.crash", "testing.lifecycle", "testing.limits"),
+    *("testing.port_blocks", "testing.random_draws", "testing.resource_snapshot", "testing.sockets"),
+    *("testing.source_locations", "testing.suite_engines"),
 )
 #: Members of classes that are public in spite of their underscore.
 _SPECIAL: Final = ("__init__", "_HEALTH_CHECK")

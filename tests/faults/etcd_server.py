@@ -31,6 +31,7 @@ class Etcd:
         self.url = f"{scheme}://127.0.0.1:{free_port()}"
         self._gateway = Gateway([self.url], 5.0)
         self._directory = directory
+        self._log = directory.with_suffix(".log")
         self._environment = environment
         peers = f"http://127.0.0.1:{free_port()}"
         self._command = ["etcd", "--data-dir", str(directory), "--listen-client-urls", self.url]
@@ -40,13 +41,10 @@ class Etcd:
 
     def start(self) -> None:
         """Start the server, with the data that it has, and wait until it answers."""
-        self.process = subprocess.Popen(
-            self._command,
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
         eventually(self._answers, 20, "etcd")
 
     def pause(self) -> None:
@@ -71,6 +69,10 @@ class Etcd:
         return self._gateway.call(path, body)
 
     def _answers(self) -> bool:
+        # Whoever answers at the address of a server that has ended is another's: none may be taken for this one.
+        assert self.process.poll() is None, (
+            f"etcd ended with {self.process.returncode}: {self._log.read_text()[-2000:]}"
+        )
         try:
             self.call("/v3/kv/range", _ALL)
         except OSError as error:

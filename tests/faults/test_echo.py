@@ -21,7 +21,7 @@ class TestProcessTree(FaultTable):
         return Subject(
             "echo",
             ["--process-tree", "--tokens-per-second", "80"],
-            processes={"core": r"echo_process core", "rank": r"echo_process rank"},
+            processes={"core": r"echo_process:Core", "rank": r"echo_process rank"},
             expected=echoed,
         )
 

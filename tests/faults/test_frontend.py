@@ -49,7 +49,7 @@ def test_streams_of_others_and_those_handed_off_are_finished(cluster: Cluster, e
     if end == "handoff":
         first.signal(signal.SIGTERM)
     elif end == "engine dead":
-        first.signal(signal.SIGKILL, first.child("echo_process core"))
+        first.signal(signal.SIGKILL, first.child("echo_process:Core"))
     else:
         first.signal(signal.SIGKILL, first.worker_pid if end == "worker killed" else first.pid)
     worker_gone = Path(f"/proc/{first.worker_pid}")

@@ -22,7 +22,7 @@ class TestRandom(RandomFaults):
         return Subject(
             "echo",
             ["--process-tree", "--tokens-per-second", "100"],
-            processes={"core": r"echo_process core", "rank": r"echo_process rank"},
+            processes={"core": r"echo_process:Core", "rank": r"echo_process rank"},
             expected=echoed,
             stream_tokens=120,
         )

@@ -30,6 +30,8 @@ log = get_logger(__name__)
 
 #: Long enough for every test, short enough to end by itself.
 FOREVER = 100.0
+#: Longer than a health check should take, shorter than it may.
+SLOW = 6.0
 #: Longer than the operator's liveness probe waits, shorter than the heartbeat timeout.
 NAP = 9.0
 
@@ -261,6 +263,9 @@ class FaultyPlugin:
                 raise RuntimeError(f"{hook} is broken")
             if kind == "block":
                 time.sleep(FOREVER)
+            if kind == "slow":
+                await asyncio.sleep(SLOW)
+                continue
             while True:
                 try:
                     await asyncio.sleep(FOREVER)

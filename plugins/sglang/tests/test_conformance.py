@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any, ClassVar
+from typing import Any
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import Engine, LocalContext, PushesChunks
@@ -15,15 +15,6 @@ from dynamo_worker_sglang.engine import SglangEngine
 
 
 class TestSglang(EngineConformance):
-    #: As seen with SGLang 0.5 on a CPU; its process ends with its engine.
-    KEPT_UNTIL_EXIT: ClassVar = {
-        **dict.fromkeys(
-            ("threads", "sockets", "descriptors"),
-            "left by SGLang 0.5.21 itself, not traced further; the worker exits right after the cleanup",
-        ),
-        "signals": "a failed process of SGLang sends SIGQUIT, which the plugin handles",
-    }
-
     def test_an_aborted_request_ends_within_a_step(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
         async def check() -> None:
             assert isinstance(engine, PushesChunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -21,12 +21,6 @@ from dynamo_worker_trtllm.engine import TrtllmEngine
 
 
 class TestTrtllm(EngineConformance):
-    #: As seen with the stand-in; the worker's process ends with its engine.
-    KEPT_UNTIL_EXIT: ClassVar = {
-        "threads": "seen: the thread `trtllm-stats`, in a call of TensorRT-LLM",
-        "sockets": "seen: a connection that the other side has closed; not traced further",
-    }
-
     def test_create_starts_nothing(self, engine: Engine) -> None:
         """Open MPI's daemon is there if an earlier engine of this process needed it."""
         stats = [linux.read_stat(pid) for pid in engine.processes()]

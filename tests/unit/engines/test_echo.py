@@ -26,6 +26,8 @@ from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import EngineContext, HasCanary, LocalContext, ReportsProgress
 from dynamo_worker.engines.echo import ANSWER_TOKEN, CONTEXT_LENGTH, MODEL_DIR, EchoRequest, plugin
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError
+from dynamo_worker.kit.child_messages import line
+from dynamo_worker.kit.python_command import python_command
 
 TEXT = st.lists(st.integers(3, 258), min_size=1, max_size=40)
 
@@ -317,12 +319,16 @@ def test_shutdown_leaves_nothing(tmp_path, stopped):
 def test_processes_whose_worker_is_killed_say_nothing(tmp_path):
     """A connection that is reset under them is the end, not an error with a traceback."""
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "dynamo_worker.engines.echo_process", "core", str(theirs.fileno()), "0"]
+    command = [*python_command("dynamo_worker.kit.child_main"), "dynamo_worker.engines.echo_process:Core"]
+    environment = {**os.environ, "DYNAMO_WORKER_CHILD_FD": str(theirs.fileno())}
     with theirs:
-        core = subprocess.Popen([*command, str(tmp_path)], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+        core = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stderr=subprocess.PIPE)
+    options = {"tokens_per_second": 0.0, "private_dir": str(tmp_path)}
     with ours:
-        ours.sendall(json.dumps({"add": "r", "count": 100_000}).encode() + b"\n")
-        ours.recv(4096)
+        ours.sendall(line({"start": options, "most_bytes": 1 << 20, "path": []}))
+        assert b"rank_pid" in ours.recv(4096)
+        ours.sendall(line({"add": 1, "id": "r", "payload": 100_000}))
+        assert b"chunks" in ours.recv(4096)
         select.select([ours], [], [], 10)  # tokens that nobody will read: the connection is reset
     assert core.communicate(timeout=10) == (None, b"")
     assert core.returncode == 0

@@ -662,6 +662,23 @@ def test_a_late_loop_shows_in_the_metrics():
     asyncio.run(main())
 
 
+def test_a_block_is_logged_when_it_is_over(caplog, monkeypatch):
+    async def main():
+        monkeypatch.setattr(Heartbeat, "BLOCKED_SECONDS", 0.1)
+        registry, control = RequestRegistry(), FakeControl()
+        metrics = WorkerMetrics(registry)
+        async with running(Heartbeat(control, registry, metrics, timeout=0.25)):
+            await until(lambda: len(control.sent) >= 2)
+            assert not caplog.records
+            time.sleep(0.3)
+            await until(lambda: len(control.sent) >= 4)
+        assert "The event loop was blocked" in caplog.text
+        counts = [line for line in metrics.exposition().splitlines() if "delay_seconds_count" in line]
+        assert float(counts[0].split()[1]) >= 3
+
+    asyncio.run(main())
+
+
 def test_without_a_timeout_the_heart_still_beats():
     async def main():
         registry, control = RequestRegistry(), FakeControl()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo_worker.deadline import Deadline
 from dynamo_worker.host.requests.serving import RequestOutcome, RequestRegistry
 from dynamo_worker.host.status.metrics import WorkerMetrics
 from dynamo_worker.kit.metrics import ComponentCollector, PrefixCollector
@@ -72,8 +74,31 @@ def test_one_state_is_set(state):
     }
 
 
+def test_a_shutdown_has_a_deadline():
+    metrics = WorkerMetrics(RequestRegistry())
+    name = "dynamo_worker_shutdown_deadline_timestamp_seconds"
+    assert samples(metrics)[name,] == 0
+    metrics.set_state(State.DRAINING, Deadline.after(30))
+    assert abs(samples(metrics)[name,] - time.time() - 30) < 2
+    metrics.set_state(State.SERVING)
+    assert samples(metrics)[name,] == 0
+
+
+def test_what_the_worker_is():
+    metrics = WorkerMetrics(RequestRegistry())
+    metrics.set_info(version="1.2.3", engine="echo", model='a "model"')
+    [sample] = [
+        sample
+        for family in text_string_to_metric_families(metrics.exposition())
+        for sample in family.samples
+        if sample.name == "dynamo_worker_info"
+    ]
+    assert (sample.value, sample.labels) == (1, {"version": "1.2.3", "engine": "echo", "model": 'a "model"'})
+
+
 def test_what_the_worker_measures_is_shown():
     metrics = WorkerMetrics(RequestRegistry())
+    metrics.event_loop_delay.observe(0.02)
     metrics.health_check_seconds.observe(0.02)
     metrics.health_check_failures.inc()
     metrics.event_loop_lag.set(0.25)
@@ -86,6 +111,8 @@ def test_what_the_worker_measures_is_shown():
     assert values["dynamo_worker_health_check_seconds_bucket", "0.01"] == 0
     assert values["dynamo_worker_health_check_failures_total",] == 1
     assert values["dynamo_worker_event_loop_lag_seconds",] == 0.25
+    assert values["dynamo_worker_event_loop_delay_seconds_bucket", "0.05"] == 1
+    assert values["dynamo_worker_event_loop_delay_seconds_bucket", "0.01"] == 0
     assert values["dynamo_worker_fatal_errors_total", "EngineDeadError"] == 1
     assert values["dynamo_worker_shutdown_stage_seconds", "DRAINING"] == 3
     assert values["dynamo_worker_start_seconds",] == 12

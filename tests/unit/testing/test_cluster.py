@@ -82,13 +82,6 @@ def test_free_ports_are_free_and_not_those_of_outgoing_connections():
             pass
 
 
-def test_processes_side_by_side_have_ports_of_their_own(monkeypatch):
-    monkeypatch.setattr("dynamo_worker.testing.cluster._PROCESSES", 2)
-    for process in range(2):
-        monkeypatch.setattr("dynamo_worker.testing.cluster._PROCESS", process)
-        assert {free_port() % 2 for _ in range(20)} == {process}
-
-
 def test_a_worker_is_waited_for_by_what_it_logs(program):
     worker = program("import time; print('Worker ready model=m instance=4ec5 x=1', flush=True); time.sleep(60)")
     assert worker.wait_ready().instance == "4ec5"

@@ -7,24 +7,19 @@ It needs no model and no GPU, but serves through the same entry point and hooks 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import signal
-import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynamo_worker import EngineInfo, hookimpl
 from dynamo_worker.engines.echo_text import EchoTextEngine
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError
+from dynamo_worker.errors import InvalidRequestError
+from dynamo_worker.kit.child_process import ChildProcess
 from dynamo_worker.kit.engine_arguments import non_negative
-from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
+from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
 from dynamo_worker.kit.engine_plugin import EnginePlugin
 from dynamo_worker.kit.fields import integer, section, unsupported
-from dynamo_worker.kit.python_command import python_command
 from dynamo_worker.kit.translation import FRONTEND, OUTPUT, SAMPLING, STOP, RequestTable
 
 if TYPE_CHECKING:
@@ -181,122 +176,56 @@ class EchoEngine(EngineLifecycle):
 class EchoProcessEngine(EchoEngine):
     """Generates in a process tree like those of the big engines (docs/design.md).
 
-    The worker talks to a core process over a socket. The core runs in its own session, makes its rank process compute
-    every step, and owns shared memory and files.
+    The core process makes its rank process compute every step, and owns shared memory and files.
     """
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args)
-        self._private_dir = context.private_dir
-        self._tokens_per_second: float = args.tokens_per_second
-        self._process: subprocess.Popen[bytes] | None = None
-        self._rank_pid = 0
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader_task: asyncio.Task[None] | None = None
-        self._streams: dict[str, asyncio.Queue[dict[str, Any] | None]] = {}
-        self._dead: str | None = None
+        self._core = ChildProcess(
+            "the echo engine",
+            "dynamo_worker.engines.echo_process:Core",
+            {"tokens_per_second": args.tokens_per_second, "private_dir": str(context.private_dir)},
+        )
 
     async def start(self, worker_id: int) -> EngineInfo:
         """Start the process tree and wait until its rank runs."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *python_command("dynamo_worker.engines.echo_process"),
-                    "core",
-                    str(theirs.fileno()),
-                    str(self._tokens_per_second),
-                    str(self._private_dir),
-                ],
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
-        hello = await reader.readline()
-        if not hello:
-            code = self._process.wait(timeout=5)
-            raise start_error("the echo engine", f"its core process exited with code {code}")
-        self._rank_pid = json.loads(hello)["rank_pid"]
-        self._reader_task = asyncio.ensure_future(self._read(reader))
+        await self._core.start()
         return await super().start(worker_id)
 
     async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         """Yield the tokens that the core process sends for this request."""
         echo = EchoRequest.parse(request)
-        if self._dead is not None or self._writer is None:
-            raise EngineDeadError(self._dead or "the echo engine is not started")
         if self._prefill_seconds:
             await self._prefill()
-        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        request_id = context.id()
-        self._streams[request_id] = queue
-        try:
-            self._send({"add": request_id, "count": echo.count})
-            index = 0
-            while True:
-                step = await queue.get()
-                if step is None:
-                    raise EngineDeadError(self._dead or "the echo engine's core process is gone")
-                count = step["tokens"]
-                tokens = [echo.token(index + offset) for offset in range(count)]
-                index += count
-                if step["last"]:
-                    yield {"token_ids": tokens, "index": 0, "finish_reason": echo.finish_reason}
-                    return
+        index = 0
+        async for count, last in self._core.generate(context.id(), echo.count):
+            tokens = [echo.token(index + offset) for offset in range(count)]
+            index += count
+            if last:
+                yield {"token_ids": tokens, "index": 0, "finish_reason": echo.finish_reason}
+            else:
                 yield {"token_ids": tokens, "index": 0}
-        finally:
-            self._streams.pop(request_id, None)
 
     async def abort(self, request_id: str) -> None:
         """Tell the core to drop the request."""
-        if self._dead is None:
-            self._send({"abort": request_id})
+        await self._core.abort(request_id)
 
     def processes(self) -> Iterable[int]:
         """Return the pids of the core and its rank."""
-        return () if self._process is None else (self._process.pid, self._rank_pid)
+        core = self._core.processes()
+        return (*core, self._core.info["rank_pid"]) if core and self._core.info else core
+
+    def progress(self) -> int:
+        """Return the number of steps of the core, and of prefills."""
+        return self._steps + self._core.progress()
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError once the connection to the core has ended."""
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
+        """Raise EngineDeadError once the core has ended."""
+        self._core.check()
 
     async def shutdown(self, deadline: Deadline) -> None:
         """Ask the core to end, and kill it at the deadline."""
-        if self._reader_task is not None:
-            self._reader_task.cancel()
-        if self._writer is not None:
-            self._writer.close()
-        process, self._process = self._process, None
-        if process is None:
-            return
-        # A stopped process does not handle the SIGTERM.
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-        while process.poll() is None:
-            if deadline.passed:
-                process.kill()
-                break
-            await asyncio.sleep(0.005)
-        process.wait()
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self._writer is not None
-        self._writer.write(json.dumps(message).encode() + b"\n")
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            step = json.loads(line)
-            last = set(step["last"])
-            for request_id, tokens in step["tokens"].items():
-                queue = self._streams.get(request_id)
-                if queue is not None:
-                    queue.put_nowait({"tokens": tokens, "last": request_id in last})
-        self._dead = "the echo engine's core process has closed its connection"
-        for queue in self._streams.values():
-            queue.put_nowait(None)
+        await self._core.shutdown(deadline)
 
 
 class EchoPlugin(EnginePlugin):

@@ -217,7 +217,6 @@ class Launcher:
         now = time.monotonic()
         self._metrics.shutdown_stage_seconds.labels(self._state.value).set(now - self._entered)
         previous, self._state, self._entered = self._state, state, now
-        self._metrics.set_state(state)
         if self._stage is not None and not self._stage.done():
             self._stage.cancel()
             await asyncio.wait({self._stage}, timeout=_CANCEL_SECONDS)
@@ -248,6 +247,7 @@ class Launcher:
         self._events.put_nowait(ends_with)
 
     def _announce(self) -> None:
+        self._metrics.set_state(self._state, self._deadline)
         self._control.send(
             "state",
             state=self._state.value,

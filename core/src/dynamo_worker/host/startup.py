@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_worker import __version__
 from dynamo_worker.address import Address
 from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.engine import (
@@ -41,7 +41,9 @@ from dynamo_worker.host.status.drain_routes import drain_routes
 from dynamo_worker.host.status.model_taints import taint_routes
 from dynamo_worker.host.status.scrape import Scrape
 from dynamo_worker.host.status.status_server import StatusServer
+from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor import linux
 from dynamo_worker.supervisor.protocol import RUN_DIR, STATUS_SERVER
 from dynamo_worker.supervisor.run_directory import RunDirectory
 
@@ -56,7 +58,6 @@ if TYPE_CHECKING:
     from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.host.requests.kinds import RequestKind
     from dynamo_worker.host.supervisor_channel import SupervisorChannel
-    from dynamo_worker.lifecycle import State
 
 log = get_logger(__name__)
 
@@ -98,7 +99,6 @@ class Startup:
         self._callbacks = callbacks
         self._control = control
         self._checks = EngineChecks(plugins.engine)
-        self._created = time.monotonic()
 
     async def run(self) -> ReadyWorker:
         """Start everything, and return once the worker is ready.
@@ -303,8 +303,14 @@ class Startup:
 
     def _report_ready(self, runtime: Runtime, info: EngineInfo) -> None:
         settings, frontend = self._settings, self._parts.frontend
-        seconds = time.monotonic() - self._created
-        self._parts.metrics.start_seconds.set(seconds)
+        seconds = linux.age(os.getpid()) or 0.0  # with the imports, which take seconds
+        metrics = self._parts.metrics
+        metrics.start_seconds.set(seconds)
+        metrics.set_info(
+            version=__version__, engine=settings.engine, model=info.model_name, dynamo_namespace=settings.namespace,
+            dynamo_component=settings.component, worker_id=f"{runtime.worker_id:x}",
+        )  # fmt: skip
+        metrics.ready.set_function(lambda: self._callbacks.state() is State.SERVING and self._problem() is None)
         log.info(
             "Worker ready",
             model=info.model_name,

@@ -86,6 +86,10 @@ class Lane:
         loop = asyncio.get_running_loop()
         return asyncio.wrap_future(self._executor.submit(_on_behalf, loop, function, *arguments))
 
+    def close(self) -> None:
+        """Take no more calls; the thread ends after those that it has."""
+        self._executor.shutdown(wait=False)
+
 
 def _on_behalf(loop: asyncio.AbstractEventLoop, function: Callable[..., _T], *arguments: Any) -> _T:
     asyncio._set_running_loop(loop)  # noqa: SLF001 - exported for such cases, though with an underscore
@@ -108,11 +112,20 @@ class Poller(Generic[_T]):
         self._read, self._take = read, take
         self._loop = asyncio.get_running_loop()
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop reading, after the call that is under way."""
         self._stopped.set()
+
+    async def stopped(self, limit: float) -> None:
+        """Stop reading, and wait for the call that is under way: some never return once the engine is shut down.
+
+        :param limit: longest wait in seconds.
+        """
+        self.stop()
+        await asyncio.to_thread(self._thread.join, limit)
 
     def _run(self) -> None:
         pause = _PAUSE

@@ -54,6 +54,9 @@ class EnginePlugin:
     preload: ClassVar[str] = ""
     #: Environment variables to set before the engine is imported, in its processes too, unless the operator has.
     environment: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    #: Checks of the conformance suite whose findings are accepted: the check's name, without ``test_``, and why. For
+    #: what an engine's own library does and the plugin cannot mend. They run all the same; findings count as waived.
+    conformance_waivers: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def is_headless(self, args: argparse.Namespace) -> bool:  # noqa: ARG002 - for engines that have such nodes
         """Return whether this node belongs to an engine that serves its requests elsewhere."""

@@ -117,6 +117,10 @@ class RequestsInFlight(Generic[_T]):
         while self._running:
             await asyncio.sleep(_POLL_SECONDS)
 
+    def close(self) -> None:
+        """Take no more requests, nor aborts: the engine is shut down."""
+        self._lane.close()
+
     def _abort_late(self, request_id: str, submitted: asyncio.Future[_T], answer: TrackedAnswer[_T]) -> None:
         if not submitted.cancelled() and submitted.exception() is None:
             answer.follow(submitted.result())

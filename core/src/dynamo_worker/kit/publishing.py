@@ -92,6 +92,10 @@ class LoadPoller(Generic[_T]):
         """Stop reading."""
         self._poller.stop()
 
+    async def stopped(self, limit: float) -> None:
+        """Stop reading, and wait for the call that is under way, for at most ``limit`` seconds."""
+        await self._poller.stopped(limit)
+
     def requests(self) -> int:
         """Return the number of requests that the ranks had when they last reported."""
         return sum(self._requests.values())

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
@@ -126,6 +127,12 @@ def read_stat(pid: int) -> Stat | None:
         start=int(fields[19]),
         ticks=int(fields[11]) + int(fields[12]),
     )
+
+
+def age(pid: int) -> float | None:
+    """Return the seconds since a process started, or None if it is gone."""
+    stat = read_stat(pid)
+    return None if stat is None else time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start / os.sysconf("SC_CLK_TCK")
 
 
 def is_alive(process: Process) -> bool:

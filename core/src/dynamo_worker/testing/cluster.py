@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.testing.client import Load, Result, chat
 from dynamo_worker.testing.leftovers import MARKER
+from dynamo_worker.testing.port_blocks import PortBlocks
 from dynamo_worker.testing.sockets import Listener, listening
 from dynamo_worker.testing.waiting import eventually
 
@@ -32,27 +31,17 @@ _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
 #: Variables that set the addresses on which workers and frontends listen.
 _HOSTS = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
 
-#: Ports already handed out; their owners may not be listening yet.
-_given: set[int] = set()
-#: The number of this process of pytest-xdist, and the number of processes; their ports must differ.
-_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_ports = PortBlocks()
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface, and never the same port twice.
+    """Return a TCP port that is free on the loopback interface, and that no other test on this machine gets.
 
-    The port is below the range that the kernel uses for outgoing connections. With pytest-xdist each process has ports
-    of its own.
+    The port is below the range that the kernel uses for outgoing connections.
+
+    :raises RuntimeError: tests have claimed all ports.
     """
-    while True:
-        candidate = random.SystemRandom().randrange(10_000 + _PROCESS, 30_000, _PROCESSES)
-        if candidate in _given:
-            continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", candidate))
-            _given.add(candidate)
-            return candidate
+    return _ports.next()
 
 
 def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -23,7 +23,7 @@ from dynamo_worker.testing.checks.cancellation import CancellationChecks
 from dynamo_worker.testing.checks.chunks import ChunkChecks
 from dynamo_worker.testing.checks.command_line import CommandLineChecks
 from dynamo_worker.testing.checks.concurrency import ConcurrencyChecks
-from dynamo_worker.testing.checks.death import DeathChecks
+from dynamo_worker.testing.checks.crash import CrashChecks
 from dynamo_worker.testing.checks.description import DescriptionChecks
 from dynamo_worker.testing.checks.errors import ErrorChecks
 from dynamo_worker.testing.checks.event_loop import EventLoopChecks
@@ -38,25 +38,25 @@ from dynamo_worker.testing.checks.standstill import StandstillChecks
 from dynamo_worker.testing.checks.text import TextChecks
 from dynamo_worker.testing.checks.usage import UsageChecks
 from dynamo_worker.testing.dialects import dialect_of, skip_others
+from dynamo_worker.testing.suite_engines import SuiteEngines
 from dynamo_worker.testing.trial import load_plugins
-from dynamo_worker.testing.trials import Trials
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from dynamo_worker.host.plugins.facade import Plugins
-    from dynamo_worker.testing.death import Death
-    from dynamo_worker.testing.life import Life
+    from dynamo_worker.testing.crash import Crash
+    from dynamo_worker.testing.lifecycle import Lifecycle
     from dynamo_worker.testing.subject import Subject
     from dynamo_worker.testing.trial import Trial
 
-_TRIALS = pytest.StashKey[Trials]()
+_ENGINES = pytest.StashKey[SuiteEngines]()
 
 
 class EngineConformance(
     # pytest runs the last one first: those that use an engine up come at the end.
-    DeathChecks,
+    CrashChecks,
     StopChecks,
     LeftoverChecks,
     CreationChecks,
@@ -80,57 +80,71 @@ class EngineConformance(
 ):
     """The checks of one engine: that of the fixture ``subject``. Derive from it in a test module."""
 
+    @pytest.fixture(autouse=True)
+    def _waived(self, request: pytest.FixtureRequest, subject: Subject) -> None:
+        """Expect findings of the checks that the engine's plugin waives, and show its reason."""
+        reason = waivers(load_plugins(subject.engine)).get(request.function.__name__.removeprefix("test_"))
+        if reason is not None:
+            request.applymarker(pytest.mark.xfail(reason=f"waived: {reason}", raises=AssertionError, strict=False))
+
+    def test_waivers_are_of_checks(self, trial: Trial) -> None:
+        """A waiver of a check that does not exist, or without a reason, hides what nobody has looked at."""
+        for name, reason in waivers(trial.plugins).items():
+            known = callable(getattr(self, f"test_{name}", None))
+            trial.expect(known, f"conformance_waivers names {name!r}, which is no check")
+            trial.expect(isinstance(reason, str) and reason.strip(), f"conformance_waivers has no reason for {name!r}")
+
     @pytest.fixture
-    def trials(self, request: pytest.FixtureRequest) -> Trials:
+    def engines(self, request: pytest.FixtureRequest) -> SuiteEngines:
         """Return the engines of this class; the shared one is ended with the class."""
         node = request.node.getparent(pytest.Class)
-        if _TRIALS not in node.stash:
-            node.stash[_TRIALS] = trials = Trials()
-            node.addfinalizer(trials.close)
-        found: Trials = node.stash[_TRIALS]
+        if _ENGINES not in node.stash:
+            node.stash[_ENGINES] = engines = SuiteEngines()
+            node.addfinalizer(engines.close)
+        found: SuiteEngines = node.stash[_ENGINES]
         return found
 
     @pytest.fixture
-    def trial(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Trial:
+    def trial(self, request: pytest.FixtureRequest, subject: Subject, engines: SuiteEngines) -> Trial:
         """Return the started engine that all checks of this class share."""
-        trial = trials.shared(subject)
+        trial = engines.shared(subject)
         trial.why = _why(request)
         skip_others(request.function, trial.dialect)
         return trial
 
     @pytest.fixture
-    def fresh(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Callable[[], Trial]:
+    def fresh(self, request: pytest.FixtureRequest, subject: Subject, engines: SuiteEngines) -> Callable[[], Trial]:
         """Return a function that creates an engine for this check alone, which has to close it."""
 
         def make() -> Trial:
-            trial = trials.fresh(subject)
+            trial = engines.fresh(subject)
             trial.why = _why(request)
             return trial
 
         return make
 
     @pytest.fixture
-    def start_seconds(self, subject: Subject, trials: Trials) -> float:
+    def start_seconds(self, subject: Subject, engines: SuiteEngines) -> float:
         """Return how long the engine takes to start."""
-        if not trials.start_seconds:
-            trials.shared(subject)
-        return trials.start_seconds
+        if not engines.start_seconds:
+            engines.shared(subject)
+        return engines.start_seconds
 
     @pytest.fixture
-    def life(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Life:
+    def lifecycle(self, request: pytest.FixtureRequest, subject: Subject, engines: SuiteEngines) -> Lifecycle:
         """Return the record of one life of the engine, made once for the class."""
-        life = trials.life(subject)
-        life.trial.why = _why(request)
-        return life
+        lifecycle = engines.lifecycle(subject)
+        lifecycle.trial.why = _why(request)
+        return lifecycle
 
     @pytest.fixture
-    def death(self, request: pytest.FixtureRequest, subject: Subject, trials: Trials) -> Death:
+    def crash(self, request: pytest.FixtureRequest, subject: Subject, engines: SuiteEngines) -> Crash:
         """Return the record of the death of one of the engine's processes, made once for the class."""
-        if not list(trials.shared(subject).engine.processes()):
+        if not list(engines.shared(subject).engine.processes()):
             pytest.skip("the engine has no processes")
-        death = trials.death(subject)
-        death.trial.why = _why(request)
-        return death
+        crash = engines.crash(subject)
+        crash.trial.why = _why(request)
+        return crash
 
     @pytest.fixture
     def plugins(self, subject: Subject) -> Plugins:
@@ -138,9 +152,9 @@ class EngineConformance(
         return load_plugins(subject.engine)
 
     @pytest.fixture
-    def engine(self, subject: Subject, plugins: Plugins, tmp_path: Path, trials: Trials) -> Engine:
+    def engine(self, subject: Subject, plugins: Plugins, tmp_path: Path, engines: SuiteEngines) -> Engine:
         """Return an engine that is created but not started; no other engine runs."""
-        trials.close()
+        engines.close()
         parser = argparse.ArgumentParser(allow_abbrev=False)
         plugins.add_arguments(parser)
         context = EngineContext(component="test.backend", private_dir=tmp_path, supervised=False)
@@ -243,6 +257,12 @@ class EngineConformance(
             stat = linux.read_stat(pid)
             # A dead one may still wait to be reaped by its parent.
             assert stat is None or stat.ended, f"process {pid} survived cleanup"
+
+
+def waivers(plugins: Plugins) -> Mapping[str, str]:
+    """Return the checks that an engine's plugin waives, by name, with the reasons."""
+    found: Mapping[str, str] = getattr(plugins.engine_plugin, "conformance_waivers", {})
+    return found
 
 
 def _why(request: pytest.FixtureRequest) -> str:

@@ -51,7 +51,7 @@ class Reporter:
         self._started = time.monotonic()
         self._count = self._total = 0
         self._group = ""
-        self._outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
+        self._outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0, "waived": 0}
         self._findings: list[str] = []
 
     @pytest.hookimpl(tryfirst=True)
@@ -73,14 +73,18 @@ class Reporter:
             self._outcomes["failed"] += 1
             return
         self._count += 1
-        self._outcomes[report.outcome] += 1
+        waiver = getattr(report, "wasxfail", None)
+        outcome = "waived" if waiver is not None and report.skipped else report.outcome
+        self._outcomes[outcome] += 1
         group = dict(report.user_properties).get("group", "")
         if group != self._group:
             self._group = str(group)
             print(self._group, flush=True)
         name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
-        word = {"passed": "ok  ", "failed": "FAIL", "skipped": "-   "}[report.outcome]
-        reason = f" ({_message(report)})" if report.skipped else ""
+        word = {"passed": "ok  ", "failed": "FAIL", "skipped": "-   ", "waived": "ok  "}[outcome]
+        reason = f" ({waiver if outcome == 'waived' else _message(report)})" if report.skipped else ""
+        if waiver is not None and report.passed:
+            reason = " (passed, so its waiver was not needed)"
         print(f"  {word} {self._count:3}/{self._total} {name}{reason}", flush=True)
         if report.failed:
             self._findings.append(name)
@@ -95,13 +99,15 @@ class Reporter:
     def summary(self) -> int:
         """Print the summary and return the exit code."""
         seconds = time.monotonic() - self._started
-        passed, failed, skipped = (self._outcomes[name] for name in ("passed", "failed", "skipped"))
+        passed, failed, skipped, waived = (self._outcomes[name] for name in ("passed", "failed", "skipped", "waived"))
         if not self._count:
             print(f"no check is called {self._only!r}", file=sys.stderr)
             return _NOTHING
         findings = f"{failed} finding{'s' if failed != 1 else ''}"
         print(
-            f"{self.subject.engine}: {findings}; {passed} checks passed, {skipped} do not apply, in {seconds:.1f} s",
+            f"{self.subject.engine}: {findings}; {passed} checks passed, "
+            + (f"{waived} waived, " if waived else "")
+            + f"{skipped} do not apply, in {seconds:.1f} s",
             flush=True,
         )
         for name in self._findings:

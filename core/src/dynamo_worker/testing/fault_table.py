@@ -5,7 +5,7 @@ All engines share one table. A plugin's tests derive from :class:`FaultTable` an
 
     @pytest.fixture
     def subject() -> Subject:
-        return Subject("echo", ["--process-tree"], processes={"core": r"echo_process core"})
+        return Subject("echo", ["--process-tree"], processes={"core": r"echo_process:Core"})
 
     class TestFaults(FaultTable): ...
 

@@ -291,6 +291,7 @@ class SglangEngine(PushEngine[Started]):
             processes.tokenizer_manager.stop()
         await engine_processes.end(TITLE, signal.SIGKILL, KILLED_SECONDS, deadline)
         if processes is not None:
+            processes.close()
             _remove_files(processes)
 
 

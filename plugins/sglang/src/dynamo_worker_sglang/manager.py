@@ -8,18 +8,19 @@ SGLang's processes, and decides itself what follows.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
-import threading
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import zmq
 from sglang.srt.entrypoints import engine as entrypoint
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
+from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.engine_lifecycle import start_error
 from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import scheduler
@@ -201,6 +202,16 @@ class Processes(entrypoint.Engine):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Do nothing: the original, which also runs at interpreter exit, kills everything below this process."""
 
+    def close(self) -> None:
+        """Close what SGLang leaves open in this process: sockets, an event loop, and pipes to processes that ended."""
+        for owner in (self, self.tokenizer_manager):
+            for value in list(vars(owner).values()):
+                if isinstance(value, zmq.Socket):
+                    value.context.destroy(linger=0)
+        self.loop.close()
+        del self.loop
+        multiprocessing.active_children()  # takes leave of those that have ended
+
 
 async def build(settings: ServerArgs) -> Processes:
     """Start SGLang's processes and wait until they are ready: for seconds or minutes.
@@ -209,19 +220,15 @@ async def build(settings: ServerArgs) -> Processes:
 
     :raises StartError: SGLang fails to start.
     """
-    result: Future[Processes] = Future()
-    result.set_running_or_notify_cancel()  # otherwise cancelling this task would make `set_result` raise
 
-    def work() -> None:
+    def start() -> Processes:
         try:
-            result.set_result(Processes(server_args=settings))
-        except BaseException as error:
-            result.set_exception(error)
-        threading.Event().wait()
+            return Processes(server_args=settings)
+        finally:
+            asyncio.set_event_loop(None)  # SGLang's, which this thread would keep
 
-    threading.Thread(target=work, name="sglang", daemon=True).start()
     try:
-        return await asyncio.wrap_future(result)
+        return await in_thread(start, name="sglang", lasting=True)
     except Exception as error:
         raise start_error("SGLang", error) from error
 

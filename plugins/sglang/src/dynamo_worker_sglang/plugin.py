@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 from dynamo_worker import EnginePlugin
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
 
 class SglangPlugin(EnginePlugin):
@@ -21,6 +23,12 @@ class SglangPlugin(EnginePlugin):
     flags_file = "--config"
     abbreviated_flags = True
     preload = "dynamo_worker_sglang.processes:preload_processes"
+    conformance_waivers: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "signal_handlers_are_left_alone": "a process of SGLang that fails sends SIGQUIT to the worker, which would "
+            "end it: the plugin handles it and fails the engine",
+        }
+    )
 
     def is_headless(self, args: argparse.Namespace) -> bool:
         """Return whether this node follows the first one, which serves."""

@@ -48,6 +48,8 @@ log = get_logger(__name__)
 #: Seconds that TensorRT-LLM's own shutdown gets. It waits for the ranks without a bound, and releases nothing that the
 #: kernel does not release once they are killed.
 _SHUTDOWN_SECONDS: Final = 1.0
+#: Seconds to wait for the end of a call for statistics.
+_STATISTICS_SECONDS: Final = 1.0
 #: Seconds until the kernel has removed ranks that were killed.
 _KILLED_SECONDS: Final = 0.5
 #: Every ``LLM`` of this process, which ends without destroying them: their destructors wait for the ranks.
@@ -91,6 +93,7 @@ class TrtllmEngine(PushEngine[Started]):
             # An abort while the KV cache is on its way would take the prefill worker's blocks with it.
             fetches=lambda: self._started is not None and self._started.role.mode == "decode",
         )
+        self.at_stop.append(self._requests.close)
         # Its check shuts the executor down if it fails.
         self._health = OneAtATime(lambda: in_thread(self.started.llm._check_health, name="trtllm-health"))  # noqa: SLF001
         self._metrics: MetricsCollector | None = None
@@ -238,6 +241,8 @@ class TrtllmEngine(PushEngine[Started]):
         """End the ranks: let TensorRT-LLM try, unless the engine is broken, then kill them."""
         started = self.stop()
         if started is not None and not self._failed:
+            # A call for statistics that is under way when TensorRT-LLM closes its connections never returns.
+            await started.load.stopped(min(_STATISTICS_SECONDS, deadline.remaining()))
             await shut_down(self.NAME, started.llm.shutdown, min(_SHUTDOWN_SECONDS, deadline.remaining()))
         await mpi_job.end(deadline.within(_KILLED_SECONDS))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.kit import child_metrics, engine_processes, forward_pass_metrics, push_engine, request_metadata
+from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.child_metrics import ChildCollector
 from dynamo_worker.kit.chunks import token_decoder
@@ -323,8 +325,18 @@ class VllmEngine(PushEngine[Started]):
         shutdown = asyncio.ensure_future(asyncio.to_thread(llm.shutdown, deadline.remaining()))
         await tree.end(_TERMINATE_SECONDS, deadline)
         await asyncio.wait({shutdown}, timeout=deadline.remaining())
-        if shutdown.done() and shutdown.exception() is not None:
+        if not shutdown.done():
+            return
+        if shutdown.exception() is not None:
             log.warning("vLLM's own shutdown failed", exc_info=shutdown.exception())
+            return
+        # vLLM leaves ZMQ's own threads, which wait for sockets that are open, and pipes to processes that have ended.
+        context = getattr(llm.engine_core, "ctx", None)
+        if context is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                limit = deadline.within(_TERMINATE_SECONDS).remaining()
+                await in_thread(context.term, name="zmq-term", limit=limit)
+        multiprocessing.active_children()
 
 
 def vocab_size(config: VllmConfig, tokenizer: Any) -> int:

@@ -331,6 +331,8 @@ class Heartbeat:
 
     #: Seconds whose largest lag is reported: a scrape must not miss it.
     LAG_SECONDS = 5.0
+    #: A longer lag is logged: streams stand still meanwhile.
+    BLOCKED_SECONDS = 1.0
 
     def __init__(
         self, control: SupervisorChannel, registry: RequestRegistry, metrics: WorkerMetrics, *, timeout: float
@@ -348,5 +350,9 @@ class Heartbeat:
             due = time.monotonic() + self._interval
             self._control.send("heartbeat", in_flight=len(self._registry))
             await asyncio.sleep(self._interval)
-            self._lags.append(max(0.0, time.monotonic() - due))
+            lag = max(0.0, time.monotonic() - due)
+            self._lags.append(lag)
             self._metrics.event_loop_lag.set(max(self._lags))
+            self._metrics.event_loop_delay.observe(lag)
+            if lag > self.BLOCKED_SECONDS:
+                log.warning("The event loop was blocked", seconds=lag, in_flight=len(self._registry))

@@ -106,12 +106,17 @@ class Plugins:
         return self.engine.name
 
     @property
+    def engine_plugin(self) -> object:
+        """Return the engine's plugin: a module or an object."""
+        return self._manager.get_plugin(self.engine_name)
+
+    @property
     def engine_flags(self) -> EngineFlags:
         """Return what the engine's plugin declares about the engine's own command line.
 
         :raises PluginError: it claims a flag that it must not.
         """
-        return EngineFlags.of(self.engine, self._manager.get_plugin(self.engine_name))
+        return EngineFlags.of(self.engine, self.engine_plugin)
 
     @property
     def records(self) -> tuple[PluginRecord, ...]:

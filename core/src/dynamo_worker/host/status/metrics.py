@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -15,6 +16,7 @@ from dynamo_worker.lifecycle import State
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from dynamo_worker.deadline import Deadline
     from dynamo_worker.host.requests.serving import RequestRegistry
 
 
@@ -88,6 +90,12 @@ class WorkerMetrics:
             "How late the event loop woke up: the longest delay of the last 5 s",
             registry=registry,
         )
+        self.event_loop_delay = Histogram(
+            "dynamo_worker_event_loop_delay_seconds",
+            "How late the event loop woke up, measured with every heartbeat",
+            buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30),
+            registry=registry,
+        )
         self.fatal_errors = Counter(
             "dynamo_worker_fatal_errors", "Fatal errors by kind", ["kind"], registry=registry
         )  # fmt: skip
@@ -99,13 +107,27 @@ class WorkerMetrics:
         self.start_seconds = Gauge(
             "dynamo_worker_start_seconds", "Seconds from the start of the process to the first ready", registry=registry
         )
+        self.ready = Gauge("dynamo_worker_ready", "1 while /health answers 200, else 0", registry=registry)
+        self._deadline = Gauge(
+            "dynamo_worker_shutdown_deadline_timestamp_seconds",
+            "Unix time at which a shutdown that is not over is cut short; 0 without one",
+            registry=registry,
+        )
+        self._info = Info(
+            "dynamo_worker", "The worker's version, its engine, and the model that it serves", registry=registry
+        )
         self.set_state(State.STARTING)
         self.set_drain_phase(DrainPhase.SERVING)
 
-    def set_state(self, current: State) -> None:
-        """Show ``current`` as the worker's state."""
+    def set_state(self, current: State, deadline: Deadline | None = None) -> None:
+        """Show ``current`` as the worker's state, and the deadline of its shutdown, if it has one."""
         for state in State:
             self._state.labels(state.value).set(state is current)
+        self._deadline.set(0.0 if deadline is None else time.time() + deadline.remaining())
+
+    def set_info(self, **labels: str) -> None:
+        """Show what this worker is."""
+        self._info.info(labels)
 
     def set_drain_phase(self, current: DrainPhase) -> None:
         """Show ``current`` as the phase of a drain on request."""

@@ -9,17 +9,16 @@ import json
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynamo_worker.hookspecs import API_VERSION
 from dynamo_worker.host.plugins.flags import colliding
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, find, reference
 from dynamo_worker.supervisor import interpreter
-from dynamo_worker.testing.residue import descendants
+from dynamo_worker.testing.resource_snapshot import descendants
 from dynamo_worker.testing.trial import load_plugins
 
 if TYPE_CHECKING:
-    from dynamo_worker.host.plugins.facade import Plugins
     from dynamo_worker.testing.subject import Subject
     from dynamo_worker.testing.trial import Trial
 
@@ -68,12 +67,8 @@ def _parser(trial: Trial) -> argparse.ArgumentParser:
     return parser
 
 
-def _plugin(plugins: Plugins) -> Any:
-    return plugins._manager.get_plugin(plugins.engine.name)  # noqa: SLF001
-
-
 def _hook(trial: Trial, name: str) -> object:
-    return getattr(_plugin(trial.plugins), name, None)
+    return getattr(trial.plugins.engine_plugin, name, None)
 
 
 class CommandLineChecks:
@@ -93,7 +88,7 @@ class CommandLineChecks:
 
     def test_flags_do_not_collide_with_the_workers(self, trial: Trial) -> None:
         """The worker takes a flag that both define: the engine never sees what the operator wrote."""
-        taken = colliding(_parser(trial), _plugin(trial.plugins))
+        taken = colliding(_parser(trial), trial.plugins.engine_plugin)
         trial.expect(not taken, f"the worker takes {', '.join(taken)}", _hook(trial, "add_arguments"))
 
     def test_help_can_be_shown(self, trial: Trial) -> None:
@@ -125,13 +120,13 @@ class CommandLineChecks:
 
     def test_create_engine_is_a_plain_function(self, subject: Subject) -> None:
         """A coroutine is no engine: the start fails."""
-        plugin = _plugin(load_plugins(subject.engine))
+        plugin = load_plugins(subject.engine).engine_plugin
         hook = getattr(plugin, "create_engine", None)
         assert not inspect.iscoroutinefunction(hook), "create_engine is a coroutine function; make it a plain one"
 
     def test_the_plugin_declares_its_api_version(self, trial: Trial) -> None:
         """Without ``dynamo_worker_api`` an incompatible worker fails somewhere instead of saying what to upgrade."""
-        declared = getattr(_plugin(trial.plugins), "dynamo_worker_api", None)
+        declared = getattr(trial.plugins.engine_plugin, "dynamo_worker_api", None)
         trial.expect(declared, f"dynamo_worker_api is not set; this worker has {API_VERSION}")
 
     def test_every_method_of_the_protocol_is_there(self, trial: Trial) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.engine import HasCanary, ReportsProgress
-from dynamo_worker.testing.places import BLOCKED_SECONDS, LoopWatch
+from dynamo_worker.testing.source_locations import BLOCKED_SECONDS, LoopWatch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_worker.testing.residue import descendants
+from dynamo_worker.testing.resource_snapshot import descendants
 
 if TYPE_CHECKING:
     from dynamo_worker.host.plugins.calling import HookOutcome

@@ -1,55 +1,53 @@
-"""Checks of an engine's life: what creating, stopping and cleaning it up may do, and what is left at the end."""
+"""Checks of an engine's lifecycle: what creating, stopping and cleaning it up may do, and what is left at the end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import pytest
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.testing.residue import Snapshot
+from dynamo_worker.testing.resource_snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from dynamo_worker.testing.life import Life
+    from dynamo_worker.testing.lifecycle import Lifecycle
     from dynamo_worker.testing.trial import Trial
 
 
-def _expect(life: Life, left: object, what: str, where: object = None) -> None:
-    life.trial.expect(not left, f"{what}: {left!r:.300}", where)
-
-
-def _skip_kept(life: Life, kept: Mapping[str, str], kind: str) -> None:
-    if kind in kept:
-        life.trial.skip(kept[kind])
+def _expect(lifecycle: Lifecycle, left: object, what: str, where: object = None) -> None:
+    lifecycle.trial.expect(not left, f"{what}: {left!r:.300}", where)
 
 
 class CreationChecks:
     """Creating an engine starts nothing."""
 
-    def test_creating_starts_no_process(self, life: Life) -> None:
+    def test_creating_starts_no_process(self, lifecycle: Lifecycle) -> None:
         """What is created before the start outlives a start that fails."""
-        new = {pid: life.created.processes[pid] for pid in life.created.processes.keys() - life.before.processes.keys()}
+        new = {
+            pid: lifecycle.created.processes[pid]
+            for pid in lifecycle.created.processes.keys() - lifecycle.before.processes.keys()
+        }
         for command in new.values():
-            raise life.trial.finding(f"a process runs before start: {command}", life.where(command))
+            raise lifecycle.trial.finding(f"a process runs before start: {command}", lifecycle.where(command))
 
-    def test_creating_starts_no_thread(self, life: Life) -> None:
+    def test_creating_starts_no_thread(self, lifecycle: Lifecycle) -> None:
         """A thread that runs before the start survives an engine that was never started."""
-        for ident in life.created.threads.keys() - life.before.threads.keys():
-            name = life.created.threads[ident]
-            raise life.trial.finding(f"a thread runs before start: {name}", life.where(name))
+        for ident in lifecycle.created.threads.keys() - lifecycle.before.threads.keys():
+            name = lifecycle.created.threads[ident]
+            raise lifecycle.trial.finding(f"a thread runs before start: {name}", lifecycle.where(name))
 
-    def test_creating_opens_no_descriptor(self, life: Life) -> None:
+    def test_creating_opens_no_descriptor(self, lifecycle: Lifecycle) -> None:
         """A port or a file that is open before the start is held by an engine that may never start."""
-        new = [*life.created.new_descriptors(life.before, sockets=True)]
-        _expect(life, new, "sockets are open before start", type(life.trial.engine).__init__)
+        new = [*lifecycle.created.new_descriptors(lifecycle.before, sockets=True)]
+        _expect(lifecycle, new, "sockets are open before start", type(lifecycle.trial.engine).__init__)
 
 
-def _shutdown(life: Life) -> Callable[..., object]:
-    found: Callable[..., object] = getattr(life.trial.engine, "shutdown", life.trial.engine.start)
+def _shutdown(lifecycle: Lifecycle) -> Callable[..., object]:
+    found: Callable[..., object] = getattr(lifecycle.trial.engine, "shutdown", lifecycle.trial.engine.start)
     return found
 
 
@@ -60,88 +58,91 @@ def _at(trial: Trial, hook: str) -> object:
 class LeftoverChecks:
     """What is left once the engine is cleaned up; its private directory goes with the worker."""
 
-    #: What the engine's libraries keep until the process ends, and why: ``threads``, ``sockets``, ``descriptors`` or
-    #: ``signals``. A worker has one engine in its life, so this does not add up.
-    KEPT_UNTIL_EXIT: ClassVar[Mapping[str, str]] = {}
-
-    def test_cleanup_ends_every_process(self, life: Life) -> None:
+    def test_cleanup_ends_every_process(self, lifecycle: Lifecycle) -> None:
         """A process that is left keeps the GPU's memory, and the next worker does not fit."""
-        for pid in life.after.processes.keys() - life.before.processes.keys():
-            command = life.after.processes[pid]
-            raise life.trial.finding(f"process {pid} is left: {command}", life.where(command) or _shutdown(life))
+        for pid in lifecycle.after.processes.keys() - lifecycle.before.processes.keys():
+            command = lifecycle.after.processes[pid]
+            raise lifecycle.trial.finding(
+                f"process {pid} is left: {command}", lifecycle.where(command) or _shutdown(lifecycle)
+            )
 
-    def test_cleanup_ends_every_thread(self, life: Life) -> None:
+    def test_cleanup_ends_every_thread(self, lifecycle: Lifecycle) -> None:
         """A thread that is left keeps its memory, and can hold up the end of the worker."""
-        _skip_kept(life, self.KEPT_UNTIL_EXIT, "threads")
-        for ident in life.after.threads.keys() - life.before.threads.keys():
-            name = life.after.threads[ident]
-            raise life.trial.finding(f"the thread {name!r} is left", life.where(name) or _shutdown(life))
+        for ident in lifecycle.after.threads.keys() - lifecycle.before.threads.keys():
+            name = lifecycle.after.threads[ident]
+            raise lifecycle.trial.finding(f"the thread {name!r} is left", lifecycle.where(name) or _shutdown(lifecycle))
 
-    def test_cleanup_ends_every_task(self, life: Life) -> None:
+    def test_cleanup_ends_every_task(self, lifecycle: Lifecycle) -> None:
         """A task that goes on uses an engine that is gone."""
-        _expect(life, life.tasks, "tasks are left", _shutdown(life))
+        _expect(lifecycle, lifecycle.tasks, "tasks are left", _shutdown(lifecycle))
 
-    def test_cleanup_closes_every_socket(self, life: Life) -> None:
+    def test_cleanup_closes_every_socket(self, lifecycle: Lifecycle) -> None:
         """A socket that is open keeps its port, and the next worker cannot listen there."""
-        _skip_kept(life, self.KEPT_UNTIL_EXIT, "sockets")
-        _expect(life, life.after.new_descriptors(life.before, sockets=True), "sockets are left open", _shutdown(life))
+        _expect(
+            lifecycle,
+            lifecycle.after.new_descriptors(lifecycle.before, sockets=True),
+            "sockets are left open",
+            _shutdown(lifecycle),
+        )
 
-    def test_cleanup_closes_every_descriptor(self, life: Life) -> None:
+    def test_cleanup_closes_every_descriptor(self, lifecycle: Lifecycle) -> None:
         """Descriptors that are left open add up until none is left."""
-        _skip_kept(life, self.KEPT_UNTIL_EXIT, "descriptors")
         new = [
             target
-            for target in life.after.new_descriptors(life.before, sockets=False)
-            if not target.startswith(life.tmp)
+            for target in lifecycle.after.new_descriptors(lifecycle.before, sockets=False)
+            if not target.startswith(lifecycle.tmp)
         ]
-        _expect(life, new, "descriptors are left open", _shutdown(life))
+        _expect(lifecycle, new, "descriptors are left open", _shutdown(lifecycle))
 
-    def test_cleanup_removes_every_segment(self, life: Life) -> None:
+    def test_cleanup_removes_every_segment(self, lifecycle: Lifecycle) -> None:
         """Shared memory stays until the machine restarts: workers come and go until it is full."""
-        left = [path for path in life.files() if path.startswith("/dev/shm/")]  # noqa: S108
-        _expect(life, left, "shared memory is left", _shutdown(life))
+        left = [path for path in lifecycle.files() if path.startswith("/dev/shm/")]  # noqa: S108
+        _expect(lifecycle, left, "shared memory is left", _shutdown(lifecycle))
 
-    def test_cleanup_removes_every_file(self, life: Life) -> None:
+    def test_cleanup_removes_every_file(self, lifecycle: Lifecycle) -> None:
         """Files outside of the private directory and TMPDIR are removed by nobody."""
-        for path in life.files():
+        for path in lifecycle.files():
             if not path.startswith("/dev/shm/"):  # noqa: S108
-                raise life.trial.finding(f"a file is left: {path}", life.where(path))
+                raise lifecycle.trial.finding(f"a file is left: {path}", lifecycle.where(path))
 
-    def test_signal_handlers_are_left_alone(self, life: Life) -> None:
+    def test_signal_handlers_are_left_alone(self, lifecycle: Lifecycle) -> None:
         """SIGTERM and SIGINT belong to the worker: without its handlers it cannot drain."""
-        _skip_kept(life, self.KEPT_UNTIL_EXIT, "signals")
         changed = [
-            number.name for number, handler in life.running.signals.items() if life.before.signals[number] != handler
+            number.name
+            for number, handler in lifecycle.running.signals.items()
+            if lifecycle.before.signals[number] != handler
         ]
-        _expect(life, changed, "the handlers of signals have changed", life.trial.engine.start)
+        _expect(lifecycle, changed, "the handlers of signals have changed", lifecycle.trial.engine.start)
 
-    def test_the_current_directory_is_left_alone(self, life: Life) -> None:
+    def test_the_current_directory_is_left_alone(self, lifecycle: Lifecycle) -> None:
         """Paths on the command line are relative to it, those of other plugins too."""
-        if life.running.directory != life.before.directory:
-            raise life.trial.finding(f"it is {life.running.directory} now", life.trial.engine.start)
+        if lifecycle.running.directory != lifecycle.before.directory:
+            raise lifecycle.trial.finding(f"it is {lifecycle.running.directory} now", lifecycle.trial.engine.start)
 
 
 class StopChecks:
     """Draining and cleaning up, in every state of the engine."""
 
     @pytest.mark.parametrize("what", ["drain", "second drain", "cleanup", "second cleanup"])
-    def test_a_hook_of_the_stop_works(self, life: Life, what: str) -> None:
+    def test_a_hook_of_the_stop_works(self, lifecycle: Lifecycle, what: str) -> None:
         """A hook that fails leaves its work to the supervisor's SIGKILL, and an error in the log of every stop."""
-        failure = life.failures.get(what)
-        life.trial.expect(failure is None, f"{what}: {failure}", _at(life.trial, what))
+        failure = lifecycle.failures.get(what)
+        lifecycle.trial.expect(failure is None, f"{what}: {failure}", _at(lifecycle.trial, what))
 
     @pytest.mark.parametrize("what", ["drain", "cleanup", "second cleanup"])
-    def test_a_hook_of_the_stop_is_prompt(self, life: Life, what: str) -> None:
+    def test_a_hook_of_the_stop_is_prompt(self, lifecycle: Lifecycle, what: str) -> None:
         """An idle engine that takes long to stop uses the time in which requests could finish."""
-        limit = {"drain": 1.0, "cleanup": 4.0, "second cleanup": 0.5}[what] * life.trial.subject.patience
-        seconds = life.seconds[what]
-        life.trial.expect(seconds < limit, f"{what} took {seconds:.1f} s; at most {limit}", _at(life.trial, what))
+        limit = {"drain": 1.0, "cleanup": 4.0, "second cleanup": 0.5}[what] * lifecycle.trial.subject.patience
+        seconds = lifecycle.seconds[what]
+        lifecycle.trial.expect(
+            seconds < limit, f"{what} took {seconds:.1f} s; at most {limit}", _at(lifecycle.trial, what)
+        )
 
-    def test_a_drained_engine_serves_again(self, life: Life) -> None:
+    def test_a_drained_engine_serves_again(self, lifecycle: Lifecycle) -> None:
         """``dynamo-worker resume`` brings a drained worker back: the drain must end nothing that it needs."""
-        answer = life.after_drain
+        answer = lifecycle.after_drain
         well = answer is not None and bool(answer.reasons)
-        life.trial.expect(well, f"after the drain: {answer!r:.200}", _at(life.trial, "drain"))
+        lifecycle.trial.expect(well, f"after the drain: {answer!r:.200}", _at(lifecycle.trial, "drain"))
 
     def test_cleanup_keeps_its_deadline(self, fresh: Callable[[], Trial]) -> None:
         """A cleanup beyond its deadline is killed, with whatever it still held."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import describe
 from dynamo_worker.testing.leftovers import MARKER
-from dynamo_worker.testing.places import Creations
-from dynamo_worker.testing.residue import Snapshot
+from dynamo_worker.testing.resource_snapshot import Snapshot
+from dynamo_worker.testing.source_locations import Creations
 from dynamo_worker.testing.trial import Trial, load_plugins, private_directories
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _stop(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
-class Life:
+class Lifecycle:
     """What there was before, during and after one life of the engine, and what its hooks did.
 
     :param subject: describes the engine. No other engine may run in this process.
@@ -128,10 +128,10 @@ class Life:
 
     def where(self, name: str) -> str | None:
         """Return where a file, a thread or a process was made; None if it was not seen."""
-        return self.creations.places.get(name)
+        return self.creations.locations.get(name)
 
     def files(self) -> list[str]:
         """Return the files and segments that the engine made or used outside of its own directories, and left."""
-        made = {path for path in self.creations.places if path.startswith(("/tmp/", "/var/tmp/", "/dev/shm/"))}  # noqa: S108
+        made = {path for path in self.creations.locations if path.startswith(("/tmp/", "/var/tmp/", "/dev/shm/"))}  # noqa: S108
         left = {path for path in made | self.running.shared if os.path.exists(path) and path not in self.before.shared}
         return sorted(path for path in left if not path.startswith((self.tmp, private_directories())))

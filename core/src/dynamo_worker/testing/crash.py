@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dynamo_worker.testing.trial import Answer, Trial
 
 
-class Death:
+class Crash:
     """What an engine did when one of its processes was killed. The engine is cleaned up afterwards.
 
     :param trial: a started engine, which is used up.

@@ -6,8 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_worker.testing.death import Death
-from dynamo_worker.testing.life import Life
+from dynamo_worker.testing.crash import Crash
+from dynamo_worker.testing.lifecycle import Lifecycle
 from dynamo_worker.testing.trial import Trial, load_plugins
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
-class Trials:
+class SuiteEngines:
     """Starts engines when a check needs one. At most one runs at any time: engines share their modules' state."""
 
     def __init__(self) -> None:
@@ -56,29 +56,29 @@ class Trials:
         self._lived = True
         return Trial(subject, load_plugins(subject.engine))
 
-    def life(self, subject: Subject) -> Life:
+    def lifecycle(self, subject: Subject) -> Lifecycle:
         """Return the record of one life of the engine.
 
         It is not the first in this process: libraries keep threads and descriptors of their own once they are used.
         """
 
-        def live() -> Life:
+        def observe() -> Lifecycle:
             if not self._lived:
                 self.shared(subject)
             self.close()
-            return Life(subject)
+            return Lifecycle(subject)
 
-        return self._recorded(("life", subject.engine, *subject.flags), live)
+        return self._recorded(("lifecycle", subject.engine, *subject.flags), observe)
 
-    def death(self, subject: Subject) -> Death:
+    def crash(self, subject: Subject) -> Crash:
         """Return the record of the death of one of the engine's processes."""
 
-        def die() -> Death:
+        def kill() -> Crash:
             trial = self.fresh(subject)
             trial.start()
-            return Death(trial)
+            return Crash(trial)
 
-        return self._recorded(("death", subject.engine, *subject.flags), die)
+        return self._recorded(("crash", subject.engine, *subject.flags), kill)
 
     def _recorded(self, key: object, record: Callable[[], T]) -> T:
         """Return a record that is made once; a failure to make it is raised each time."""

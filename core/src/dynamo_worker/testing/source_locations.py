@@ -29,7 +29,7 @@ BLOCKED_SECONDS = 0.05
 _LOOK_SECONDS = 0.01
 
 
-def place(frame: FrameType | None) -> str | None:
+def source_location(frame: FrameType | None) -> str | None:
     """Return the innermost line of the author's code at or above a frame, as ``file:line``; None without one."""
     while frame is not None:
         name = frame.f_code.co_filename
@@ -99,7 +99,7 @@ class LoopWatch:
                 continue
             blocked = late - (self._waited() - waited)
             if blocked > max(self.longest, BLOCKED_SECONDS):
-                where = place(sys._current_frames().get(self._thread))  # noqa: SLF001
+                where = source_location(sys._current_frames().get(self._thread))  # noqa: SLF001
                 if where is not None:
                     self.longest, self.where = blocked, where
 
@@ -109,7 +109,7 @@ class Creations:
 
     def __init__(self) -> None:
         #: The places by path of a file, by name of a thread, and by command line of a process.
-        self.places: dict[str, str] = {}
+        self.locations: dict[str, str] = {}
         self._open = False
 
     @contextlib.contextmanager
@@ -139,6 +139,6 @@ class Creations:
                 self._keep(thread.name)
 
     def _keep(self, name: str) -> None:
-        where = place(sys._getframe(2))  # noqa: SLF001
+        where = source_location(sys._getframe(2))  # noqa: SLF001
         if where is not None:
-            self.places[name] = where
+            self.locations[name] = where
