@@ -50,6 +50,7 @@ def subject(gguf_model: Path) -> Subject:
         ["--server-command", command],
         model="tiny",
         processes={"server": r"llama_server\.py --model"},
+        migrates=False,
         stream_tokens=600,
         start_stages=("Server started", "Server is ready"),
     )

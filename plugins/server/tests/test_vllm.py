@@ -59,6 +59,7 @@ def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         model="tiny",
         start_seconds=180.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
+        migrates=False,
         stream_tokens=1500,
         start_stages=(r"Initializing a V1 LLM engine",),
         stall_timeout=10.0,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import EngineDeadError, EngineInfo, StartError
 from dynamo_worker.errors import UsageError
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.canary import MARK, text_canary
-from dynamo_worker.kit.fields import refusal
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
+from dynamo_worker.kit.fields import refusal
 from dynamo_worker.logs import get_logger
 from dynamo_worker_server.arguments import HOST, Address, Settings
 from dynamo_worker_server.server_process import ServerProcess, choose_port
@@ -19,7 +20,6 @@ from dynamo_worker_server.upstream import Model, UnexpectedAnswerError, Upstream
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
     from collections.abc import AsyncIterator, Iterable
 
     from dynamo_worker.deadline import Deadline
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+#: What the runtime takes for the model's directory; the server alone knows the real one. Without a configuration the
+#: runtime registers no aliases, and with another path for each worker frontends use only one of them (measured on 1.6.1).
+_MODEL: Final = Path(__file__).parent / "model"
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _HEALTH_PATHS: Final = ("/health", "/v1/models")
 #: Seconds between two looks at a server that starts, and for one look.
@@ -45,8 +48,7 @@ _OF_DYNAMO: Final = ("nvext", MARK)
 class ServerEngine(EngineLifecycle):
     """Passes requests on to a server, as text, and watches it."""
 
-    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
-        self._context = context
+    def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:  # noqa: ARG002 - as for all engines
         self._settings = Settings.of(args)
         self._process: ServerProcess | None = None
         self._upstream: Upstream | None = None
@@ -77,7 +79,7 @@ class ServerEngine(EngineLifecycle):
         log.info("Server is ready", address=address, health=self._health_path, models=",".join(self._models))
         return EngineInfo(
             model_name=main.name,
-            model_path=str(self._description()),
+            model_path=str(_MODEL),
             model_aliases=tuple(model.name for model in others),
             context_length=main.context_length,
             model_input="text",
@@ -228,16 +230,6 @@ class ServerEngine(EngineLifecycle):
         main = found[0]
         self._models = dict.fromkeys(settings.names, main.name)
         return [Model(name, main.context_length) for name in settings.names]
-
-    def _description(self) -> Path:
-        """Return a directory that the runtime takes for the model's; the server alone knows the real one.
-
-        Without a configuration the runtime registers neither aliases nor the context length (measured on 1.6.1).
-        """
-        directory = self._context.private_dir / "model"
-        directory.mkdir(exist_ok=True)
-        (directory / "config.json").write_text("{}")
-        return directory
 
     async def _broken(self, error: OSError) -> BaseException:
         """Return what a broken connection means: the server's death, or that of one request."""

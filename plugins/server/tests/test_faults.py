@@ -1,0 +1,9 @@
+"""The fault table on llama.cpp's own server: real model, real processes, real frontend."""
+
+from __future__ import annotations
+
+from dynamo_worker.testing.fault_table import FaultTable
+
+
+class TestLlamaCpp(FaultTable):
+    pass
