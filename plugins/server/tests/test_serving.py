@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import urllib.request
 from typing import TYPE_CHECKING
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def subject() -> Subject:
-    return Subject(
-        "server", ["--server-command", shlex.join(fake("--pause", "0.01")), "--grace-period", "0"], model="mine"
-    )
+    command = shlex.join(fake("--pause", "0.01"))
+    return Subject("server", ["--server-command", command, "--grace-period", "0"], model="mine")
 
 
 def test_a_life_behind_a_frontend(cluster: Cluster) -> None:
@@ -66,8 +66,6 @@ def test_generation_stands_still_while_health_is_fine(cluster: Cluster) -> None:
 
 def test_a_server_elsewhere_dies(cluster: Cluster) -> None:
     """The worker is told a key that is in none of its lines, and exits soon after the server."""
-    import subprocess
-
     port = choose_port(None)
     server = subprocess.Popen([sys.executable, FAKE, "--port", str(port), "--models", "mine", "--key", "sk-secret"])
     try:

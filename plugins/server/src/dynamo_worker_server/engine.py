@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 #: What the runtime takes for the model's directory; the server alone knows the real one. Without a configuration the
-#: runtime registers no aliases, and with another path for each worker frontends use only one of them (measured on 1.6.1).
+#: runtime registers no aliases, and of workers with different paths frontends use only one (measured on 1.6.1).
 _MODEL: Final = Path(__file__).parent / "model"
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _HEALTH_PATHS: Final = ("/health", "/v1/models")

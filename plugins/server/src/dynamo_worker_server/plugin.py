@@ -20,8 +20,8 @@ class ServerPlugin(EnginePlugin):
     takes_command = True
     conformance_waivers: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "an_unknown_field_of_the_body_is_refused_by_name": "requests are the server's to read: vLLM warns of such a "
-            "field, llama.cpp ignores it",
+            "an_unknown_field_of_the_body_is_refused_by_name": "requests are the server's to read: "
+            "vLLM warns of such a field, llama.cpp ignores it",
         }
     )
 
