@@ -68,7 +68,7 @@ class _Bare(asyncio.Protocol):
         if not self.first and b"data:" in data:
             self.first = time.perf_counter()
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         self.end.set_result(None)
 
 
@@ -110,9 +110,8 @@ async def _main(args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser()
     arguments.add(parser)
     (port,) = free_ports(1)
-    engine = ServerEngine(
-        parser.parse_args(["--server-port", str(port), "--", sys.executable, str(_SERVER), "--port", str(port)]), None
-    )  # type: ignore[arg-type]
+    command = [sys.executable, str(_SERVER), "--port", str(port)]
+    engine = ServerEngine(parser.parse_args(["--server-port", str(port), "--", *command]), None)  # type: ignore[arg-type]
     results: dict[str, list[tuple[float, float]]] = {"bare": [], "engine": []}
     try:
         await engine.start(1)

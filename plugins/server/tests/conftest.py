@@ -51,7 +51,7 @@ def subject(gguf_model: Path) -> Subject:
         model="tiny",
         processes={"server": r"llama_server\.py --model"},
         migrates=False,
-        stream_tokens=600,
+        stream_tokens=400,
         start_stages=("Server started", "Server is ready"),
     )
 

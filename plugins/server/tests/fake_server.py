@@ -24,6 +24,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--health", default="200", help="status of /health, `silent`, `garbage` or `large`")
     parser.add_argument("--models", default="fake", help="names with commas, `none`, or `404`, `garbage`")
+    parser.add_argument("--apis", default="chat,completions", help="the others are answered with 404")
+    parser.add_argument("--broken", action="store_true", help="requests are answered with 500")
     parser.add_argument("--context-length", type=int)
     parser.add_argument("--loading", type=float, default=0.0, help="seconds for which /health answers 503")
     parser.add_argument("--key", help="the API key that requests need")
@@ -115,6 +117,10 @@ class Server:
     ) -> None:
         if self.args.key and headers.get("authorization") != f"Bearer {self.args.key}":
             return self.answer(writer, 401, {"error": {"message": "wrong key"}})
+        if self.args.broken:
+            return self.answer(writer, 500, {"error": {"message": "no kernel image"}})
+        if ("chat" if "/chat/" in path else "completions") not in self.args.apis.split(","):
+            return self.answer(writer, 404, {"detail": "Not Found"})
         STATS["model " + str(request.get("model"))] += 1
         prompt = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
         fault = prompt.split()[-1].partition("fail:")[2] if prompt.split() else ""

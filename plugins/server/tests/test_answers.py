@@ -84,7 +84,7 @@ def test_an_answer_that_does_not_begin(run: Run, fault: str, kind: type[Exceptio
         ("bad-chunk", OSError, "not HTTP"),
         ("garbage", Unknown, "not JSON"),
         ("deep", Unknown, "not JSON"),
-        ("array", Unknown, "not a JSON object"),
+        ("array", Unknown, "no chunk of OpenAI"),
         ("error", Unknown, "the server has failed: out of memory"),
         ("old-error", Unknown, "the server has failed: out of memory"),
         ("endless-line", OSError, "more than 1048576 bytes"),

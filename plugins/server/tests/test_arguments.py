@@ -39,7 +39,7 @@ def test_the_command_is_taken_as_it_is() -> None:
         (["--"], "needs a COMMAND or --attach"),
         (["--", "llama-server"], "no {port}"),
         (["--attach", "http://h:1", "--", "llama-server"], "expected no COMMAND"),
-        (["--attach", "http://h:1", "--server-port", "5"], "names the port"),
+        (["--attach", "http://h:1", "--server-port", "5"], "--server-port is for a COMMAND"),
         (["--attach", "h:1"], "expected http://HOST:PORT"),
         (["--attach", "ftp://h"], "expected http://HOST:PORT"),
         (["--attach", "http://"], "expected http://HOST:PORT"),

@@ -6,4 +6,5 @@ from dynamo_worker.testing.fault_table import FaultTable
 
 
 class TestLlamaCpp(FaultTable):
-    pass
+    #: Streams take from one second, on a machine with nothing else to do, to half a minute.
+    GRACE = ("--grace-period", "0.3")

@@ -20,6 +20,7 @@ import uvloop
 
 from conftest import FAKE, Running, engine_of, fake, running
 from dynamo_worker import Deadline, EngineDeadError, StartError
+from dynamo_worker.engine import LocalContext
 from dynamo_worker.errors import UsageError
 from dynamo_worker_server.server_process import choose_port
 
@@ -128,9 +129,28 @@ def test_a_server_without_health_or_models() -> None:
         flags = ("--server-model", "m", "--served-model-name", "n")
         async with running(*flags, "--", *fake("--models", "404")) as server:
             await server.ask()
-            assert (await server.stats())["model m"] == 1
+            assert (await server.stats())["model m"] == 3
 
     uvloop.run(main())
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_server_with_one_api(api: str) -> None:
+    """As for a model without a chat template, or a server without the old API."""
+
+    async def main() -> None:
+        async with running("--", *fake("--apis", api)) as server:
+            assert tuple(server.info.endpoint_types) == (api,)
+            canary = server.engine.canary_request()
+            assert ("messages" in canary) == (api == "chat")
+            assert [chunk async for chunk in server.engine.generate(canary, LocalContext("canary"))]
+
+    uvloop.run(main())
+
+
+def test_a_server_that_answers_nothing() -> None:
+    assert "answers neither API: /v1/chat/completions: Not Found" in start_error("--", *fake("--apis", "none"))
+    assert "the server has failed: no kernel image" in start_error("--", *fake("--broken"))
 
 
 def test_a_model_that_the_server_lacks() -> None:
@@ -167,6 +187,17 @@ def test_the_process_that_listens_is_watched_too() -> None:
             assert FAKE in psutil.Process(listener).cmdline()
 
     uvloop.run(main())
+
+
+def test_further_processes_are_watched_on_request() -> None:
+    async def main() -> None:
+        program = f"sleep 1000 & {SHELL_WITH_BACKGROUND}"
+        async with running("--server-process", "sleep", "--", "sh", "-c", program, "{port}") as server:
+            sleeping = list(server.engine.processes())[2:]
+            assert [psutil.Process(pid).name() for pid in sleeping] == ["sleep", "sleep"]
+
+    uvloop.run(main())
+    assert "no process whose command line begins so" in start_error("--server-process", "VLLM", "--", *fake())
 
 
 @pytest.mark.parametrize("flags", [[], ["--ignore-sigterm"]], ids=["well-behaved", "stubborn"])
@@ -286,8 +317,4 @@ def test_tls_with_a_key_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         words = ("--attach", f"https://localhost:{port}", "--server-token-file", str(key))
         assert "CERTIFICATE_VERIFY_FAILED" in start_error(*words, "--server-start-timeout", "0.5")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-        from dynamo_worker_server import http_exchange
-
-        http_exchange.tls_context.cache_clear()
         uvloop.run(main(port))
-    http_exchange.tls_context.cache_clear()

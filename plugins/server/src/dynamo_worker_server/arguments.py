@@ -61,6 +61,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="what answers 200 when the server is ready (default: /health, or /v1/models if there is none)",
     )
     group.add_argument(
+        "--server-process",
+        action="append",
+        default=[],
+        metavar="TITLE",
+        help="beginning of the command line of a further process that must live, such as VLLM::EngineCore; "
+        "may be given several times (default: COMMAND and the process that listens on the port)",
+    )
+    group.add_argument(
         "--server-start-timeout",
         type=non_negative,
         default=1800.0,
@@ -154,6 +162,7 @@ class Settings:
     :param port: the port that ``command`` has been given; None for a free one.
     :param names: the names of the model for clients, the main one first; empty for the server's own.
     :param model: the server's model; None for all.
+    :param titles: how the command lines of further processes begin that must live.
     """
 
     command: tuple[str, ...]
@@ -162,6 +171,7 @@ class Settings:
     names: tuple[str, ...]
     model: str | None
     health_path: str | None
+    titles: tuple[str, ...]
     start_seconds: float
     stop_seconds: float
     token_variable: str | None
@@ -179,8 +189,9 @@ class Settings:
             _check_command(command, args.server_port)
         elif command:
             raise UsageError("--attach uses a server that already runs; expected no COMMAND", hint="leave one out")
-        elif args.server_port is not None:
-            raise UsageError("--server-port is for a COMMAND; --attach names the port in its address")
+        elif args.server_port is not None or args.server_process:
+            flag = "--server-process" if args.server_process else "--server-port"
+            raise UsageError(f"{flag} is for a COMMAND; --attach uses a server that already runs")
         return cls(
             command,
             attach,
@@ -188,6 +199,7 @@ class Settings:
             tuple(served_names(args.served_model_name)),
             args.server_model,
             args.server_health_path,
+            tuple(args.server_process),
             args.server_start_timeout,
             args.server_stop_timeout,
             args.server_token_env,

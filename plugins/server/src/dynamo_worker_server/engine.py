@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dynamo.llm.exceptions import Unknown
+
 from dynamo_worker import EngineDeadError, EngineInfo, StartError
-from dynamo_worker.errors import UsageError
+from dynamo_worker.errors import InvalidRequestError, UsageError
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.canary import MARK, text_canary
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle
@@ -30,7 +34,8 @@ log = get_logger(__name__)
 #: What the runtime takes for the model's directory; the server alone knows the real one. Without a configuration the
 #: runtime registers no aliases, and of workers with different paths frontends use only one (measured on 1.6.1).
 _MODEL: Final = Path(__file__).parent / "model"
-_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+#: The APIs that are passed on.
+_PATHS: Final = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _HEALTH_PATHS: Final = ("/health", "/v1/models")
 #: Seconds between two looks at a server that starts, and for one look.
 _POLL_SECONDS, _LOOK_SECONDS = 0.1, 10.0
@@ -55,6 +60,7 @@ class ServerEngine(EngineLifecycle):
         self._health_path = ""
         #: The server's model for each name that clients use.
         self._models: dict[str, str] = {}
+        self._apis: tuple[str, ...] = tuple(_PATHS)
         self._failures = 0
         self._failed = False
 
@@ -70,17 +76,24 @@ class ServerEngine(EngineLifecycle):
             self._process = ServerProcess(settings.command, port)
             address = Address(HOST, port)
             log.info("Server started", command=self._process.command[0], port=port, pid=self._process.vital[0])
-        self._upstream = upstream = Upstream(address)
-        upstream.token = token
+        # Reads files: OpenSSL's authorities, or those of SSL_CERT_FILE.
+        tls = await in_thread(ssl.create_default_context, name="server-tls") if address.tls else None
+        self._upstream = upstream = Upstream(address, token, tls)
         await self._wait_ready(upstream)
         if self._process is not None:
-            await in_thread(self._process.find_listener, name="server-listener")
+            await in_thread(self._process.find_listener, name="server-processes")
+            await in_thread(self._process.find_others, settings.titles, name="server-processes")
         main, *others = await self._served(upstream)
-        log.info("Server is ready", address=address, health=self._health_path, models=",".join(self._models))
+        self._apis = await self._served_apis(upstream)
+        log.info(
+            "Server is ready",
+            address=address, health=self._health_path, models=",".join(self._models), apis=",".join(self._apis),
+        )  # fmt: skip
         return EngineInfo(
             model_name=main.name,
             model_path=str(_MODEL),
             model_aliases=tuple(model.name for model in others),
+            endpoint_types=self._apis,
             context_length=main.context_length,
             model_input="text",
         )
@@ -101,20 +114,20 @@ class ServerEngine(EngineLifecycle):
             body["stream_options"] = {"include_usage": True}
         chat = "messages" in request
         # The frontend refuses chunks without these, which some servers leave out.
-        missing = (
-            ("id", f"{'chatcmpl' if chat else 'cmpl'}-{context.id()}"),
-            ("object", "chat.completion.chunk" if chat else "text_completion"),
-            ("created", int(time.time())),
-        )
+        missing = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{context.id()}",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(time.time()),
+        }
         headers = {**(context.trace_headers() or {}), "X-Request-Id": context.id()}
         stream = None
         try:
-            stream = await upstream.ask(_CHAT if chat else _COMPLETIONS, body, headers)
+            stream = await upstream.ask(_PATHS["chat" if chat else "completions"], body, headers)
             while chunks := await stream.read():
                 for chunk in chunks:
-                    for name, value in missing:
-                        if name not in chunk:
-                            chunk[name] = value
+                    if missing:  # what the first chunk has, all have
+                        missing = {name: value for name, value in missing.items() if name not in chunk}
+                        chunk.update(missing)
                     chunk["model"] = asked
                     yield chunk
         except OSError as error:
@@ -132,7 +145,13 @@ class ServerEngine(EngineLifecycle):
 
     def canary_request(self) -> dict[str, Any]:
         """Return a request for one token."""
-        return {**text_canary(next(iter(self._models))), "temperature": 0.0}
+        return self._canary(self._apis[0])
+
+    def _canary(self, api: str) -> dict[str, Any]:
+        chat = {**text_canary(next(iter(self._models))), "temperature": 0.0}
+        if api == "chat":
+            return chat
+        return {**{name: value for name, value in chat.items() if name != "messages"}, "prompt": "Hi"}
 
     # --- The lifecycle hooks
 
@@ -230,6 +249,28 @@ class ServerEngine(EngineLifecycle):
         main = found[0]
         self._models = dict.fromkeys(settings.names, main.name)
         return [Model(name, main.context_length) for name in settings.names]
+
+    async def _served_apis(self, upstream: Upstream) -> tuple[str, ...]:
+        """Return the APIs that the server has for its model: a model without a chat template answers no chats."""
+        served, problems = [], []
+        for api, path in _PATHS.items():
+            body = {**self._canary(api), "model": next(iter(self._models.values()))}
+            try:
+                # It may compile first: the same time as for everything else before the start is over.
+                with contextlib.closing(
+                    await asyncio.wait_for(upstream.ask(path, body, {}), self._settings.start_seconds)
+                ) as stream:
+                    await asyncio.wait_for(stream.read(), self._settings.start_seconds)
+                served.append(api)
+            except InvalidRequestError as error:
+                problems.append(f"{path}: {error}")
+            except (OSError, Unknown, asyncio.TimeoutError) as error:
+                raise StartError(
+                    f"the server does not answer its first request: {path}: {error or 'no answer'}"
+                ) from error
+        if not served:
+            raise StartError(f"the server answers neither API: {'; '.join(problems)}")
+        return tuple(served)
 
     async def _broken(self, error: OSError) -> BaseException:
         """Return what a broken connection means: the server's death, or that of one request."""

@@ -8,7 +8,6 @@ environment for proxies, or reads more than the caller has taken.
 from __future__ import annotations
 
 import asyncio
-import functools
 from typing import TYPE_CHECKING, Final
 
 import httptools
@@ -229,11 +228,3 @@ def request_bytes(method: str, path: str, headers: Mapping[str, str], body: byte
     if body:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """Return the context for servers behind TLS, which trusts what OpenSSL does (``SSL_CERT_FILE``). Reads files."""
-    import ssl
-
-    return ssl.create_default_context()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from dynamo_worker.errors import StartError
-from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.engine_processes import EngineProcesses, named
 from dynamo_worker_server.arguments import HOST, PORT_PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -128,6 +128,18 @@ class ServerProcess:
             )
         if listener not in self.vital:
             self.vital.append(listener)
+
+    def find_others(self, titles: Sequence[str]) -> None:
+        """Find further processes, and add them to the vital ones. Reads all of /proc.
+
+        :param titles: how their command lines begin.
+        :raises StartError: there is none with one of them.
+        """
+        for title in titles:
+            found = named(title.encode())
+            if not found:
+                raise StartError(f"--server-process {title}: the server has no process whose command line begins so")
+            self.vital += [pid for pid in found if pid not in self.vital]
 
     async def end(self, patience: float, deadline: Deadline) -> None:
         """Ask the command to end with SIGTERM, wait, and kill all that is left of it. Idempotent.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from dynamo.llm.exceptions import Unknown
 
 from dynamo_worker.errors import InvalidRequestError, for_client, shown
-from dynamo_worker_server.event_stream import EventStream
-from dynamo_worker_server.http_exchange import HttpError, HttpExchange, request_bytes, tls_context
+from dynamo_worker_server.event_stream import EventStream, EventStreamError
+from dynamo_worker_server.http_exchange import HttpError, HttpExchange, request_bytes
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Mapping
 
     from dynamo_worker_server.arguments import Address
@@ -59,12 +59,14 @@ class Model:
 class Upstream:
     """One server.
 
+    :param tls: for an address behind TLS.
     :ivar token: its API key, or None.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, token: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.address = address
-        self.token: str | None = None
+        self.token = token
+        self.tls = tls
 
     # --- Questions about the server
 
@@ -134,10 +136,7 @@ class Upstream:
         sent = {"Host": address.authority, **{name: value for name, value in headers.items() if _is_safe(value)}}
         if self.token is not None:
             sent["Authorization"] = f"Bearer {self.token}"
-        tls = None
-        if address.tls:
-            tls = await asyncio.get_running_loop().run_in_executor(None, tls_context)
-        return await HttpExchange.begin(address, tls, request_bytes(method, address.prefix + path, sent, body))
+        return await HttpExchange.begin(address, self.tls, request_bytes(method, address.prefix + path, sent, body))
 
 
 class ChunkStream:
@@ -177,12 +176,13 @@ class ChunkStream:
     def _chunks(self, received: bytes) -> list[dict[str, Any]]:
         """Return what can be read; an error is kept until that has been sent."""
         chunks = []
+        event = b""
         try:
             for event in self._events.feed(received):
                 if event == _DONE:
                     self._over = True
                     break
-                chunk = _chunk(event)
+                chunk = orjson.loads(event)
                 for choice in chunk["choices"]:
                     if "index" not in choice:
                         choice["index"] = 0
@@ -190,10 +190,13 @@ class ChunkStream:
                     if reason:
                         self._finished = True
                         choice["finish_reason"] = _FINISH_REASONS.get(reason, reason)
+                if chunk.get("error"):
+                    self._error = _no_chunk(event)
+                    break
                 chunks.append(chunk)
-        except (AttributeError, KeyError, TypeError):
-            self._error = Unknown(f"the server has sent a chunk without choices: {shown(event)}")
-        except Exception as error:
+        except (AttributeError, KeyError, TypeError, ValueError):
+            self._error = _no_chunk(event)
+        except EventStreamError as error:
             self._error = error
         return chunks
 
@@ -213,21 +216,15 @@ def _model(entry: Mapping[str, Any]) -> Model:
     return Model(entry["id"], length if type(length) is int and length > 0 else None)
 
 
-def _chunk(event: bytes) -> dict[str, Any]:
-    """Return the chunk of an event.
-
-    :raises InvalidRequestError: it says that the request is invalid.
-    :raises Unknown: it says that the server has failed, or is not a chunk.
-    """
+def _no_chunk(event: bytes) -> Exception:
+    """Return the error for an event that is no chunk: what the server says, or what is wrong with it."""
     try:
-        chunk = orjson.loads(event)
+        answer = orjson.loads(event)
     except ValueError as error:
-        raise Unknown(f"the server has sent a chunk that is not JSON ({error}): {shown(event)}") from None
-    if not isinstance(chunk, dict):
-        raise Unknown(f"the server has sent a chunk that is not a JSON object: {shown(event)}")
-    if chunk.get("error"):
-        raise _failure(_message(chunk), _code(chunk["error"]))
-    return chunk
+        return Unknown(f"the server has sent a chunk that is not JSON ({error}): {shown(event)}")
+    if isinstance(answer, dict) and answer.get("error"):
+        return _failure(_message(answer), _code(answer["error"]))
+    return Unknown(f"the server has sent what is no chunk of OpenAI's API: {shown(event)}")
 
 
 async def _refused(exchange: HttpExchange, status: int) -> None:
