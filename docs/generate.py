@@ -18,6 +18,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import dashboard
 import public_api
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
@@ -222,6 +223,16 @@ def transitions() -> str:
 
 def metrics() -> str:
     """Return the table of the worker's own metrics."""
+    return _table(("metric", "type", "labels", "meaning"), _metrics())
+
+
+def grafana() -> str:
+    """Return the dashboard of the worker's own metrics."""
+    return dashboard.dashboard({name.strip("`"): kind for name, kind, _, _ in _metrics()})
+
+
+def _metrics() -> list[tuple[str, str, str, str]]:
+    """Return the worker's own metrics: name, type, labels and meaning."""
     worker_metrics = WorkerMetrics(RequestRegistry())
     labels: dict[str, tuple[str, ...]] = {}
     for metric in vars(worker_metrics).values():
@@ -235,7 +246,7 @@ def metrics() -> str:
         own = labels.get(family.name) or tuple({key: None for sample in family.samples for key in sample.labels})
         shown = ", ".join(f"`{label}`" for label in own if label != "le")
         rows.append((f"`{name}`", family.type, shown, f"{family.documentation}."))
-    return _table(("metric", "type", "labels", "meaning"), rows)
+    return rows
 
 
 def peer_routes() -> str:
@@ -316,6 +327,10 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
 }
 
 
+#: Files that are generated as a whole.
+FILES: Final[dict[Path, Callable[[], str]]] = {ROOT / "deploy" / "monitoring" / "dashboard.json": grafana}
+
+
 # --- Writing the documentation
 
 
@@ -358,6 +373,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             new = regenerated(page, path.name)
             if new != page:
                 path.write_text(new, encoding="utf-8")
+    for path, content in FILES.items():
+        now = content()
+        if not path.exists() or path.read_text(encoding="utf-8") != now:
+            found += 1
+            print(f"{path.relative_to(ROOT)}: {'is stale' if check else 'regenerated'}")
+            if not check:
+                path.write_text(now, encoding="utf-8")
     if check and found:
         print("run: python docs/generate.py")
         return 1

@@ -1,6 +1,7 @@
 """The part of a Kubernetes API server that discovery needs, with TLS.
 
 ``python kubernetes_server.py PORT CERTIFICATE [RESOURCE:VERB …]``; without verbs, an account may do everything.
+A POST to ``/trouble`` with a status makes it answer everything with that, until one with 200 comes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+_KIND = "dynamoworkermetadatas"
 
 
 class Objects:
@@ -53,6 +56,8 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     objects = Objects()
+    trouble = 200
+    asked = 0
 
     def log_message(self, *_: object) -> None:
         """Stay quiet."""
@@ -66,6 +71,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def _refused(self) -> bool:
+        Handler.asked += 1
+        if Handler.trouble != 200:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._answer({"kind": "Status", "code": Handler.trouble, "message": "in trouble"}, Handler.trouble)
+            return True
         may = not sys.argv[3:] or all(action in sys.argv[3:] for action in self._actions())
         if may and self.headers.get("Authorization") == "Bearer right":
             return False
@@ -77,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         """Return what RBAC would have to allow for this request, as ``RESOURCE:VERB``."""
         parts = urlsplit(self.path)
         *_, above, last = parts.path.split("/")
+        if self.command == "GET" and above == _KIND:
+            return [f"{above}:get"]
         if self.command == "GET":
             return [f"{last}:{'watch' if 'watch' in parse_qs(parts.query) else 'list'}"]
         creates = (
@@ -88,7 +100,14 @@ class Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         parts = urlsplit(self.path)
-        kind = parts.path.rpartition("/")[2]
+        *_, above, kind = parts.path.split("/")
+        if above == _KIND:
+            value = self.objects.get((above, kind))
+            if value is None:
+                self._missing(kind)
+            else:
+                self._answer(value)
+            return
         if "watch" in parse_qs(parts.query):
             self._watch(kind)
             return
@@ -127,11 +146,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.objects.remove(key):  # type: ignore[arg-type]
             self._answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
         else:
-            self._missing()
+            self._missing(key[1])
 
-    def _missing(self) -> None:
+    def do_POST(self) -> None:
+        Handler.trouble = int(self.rfile.read(int(self.headers["Content-Length"])))
+        asked, Handler.asked = Handler.asked, 0
+        self._answer({"asked": asked})
+
+    def _missing(self, name: str) -> None:
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-        self._answer({**status, "message": "not found"}, 404)
+        self._answer({**status, "message": f"{name} not found", "details": {"name": name, "kind": _KIND}}, 404)
 
     def do_PATCH(self) -> None:
         if self._refused():
@@ -141,10 +165,18 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Content-Type"] == "application/json-patch+json":
             value = self.objects.get(key)  # type: ignore[arg-type]
             if value is None:
-                self._missing()
+                self._missing(key[1])
                 return
             assert [(each["op"], each["path"]) for each in change] == [("replace", "/spec/data")]
             change = {**value, "spec": {"data": change[0]["value"]}}
+        else:
+            # Fields of an owner with another name would stay when the runtime removes them.
+            assert parse_qs(urlsplit(self.path).query) == {"force": ["true"], "fieldManager": ["dynamo-worker"]}
+            before = self.objects.get(key)  # type: ignore[arg-type]
+            version = change["metadata"].get("resourceVersion")
+            if version is not None and (before is None or before["metadata"]["resourceVersion"] != version):
+                self._answer({"kind": "Status", "code": 409, "message": "the object has been modified"}, 409)
+                return
         self.objects.put(key, change)  # type: ignore[arg-type]
         self._answer(self.objects.get(key))  # type: ignore[arg-type]
 

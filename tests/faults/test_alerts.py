@@ -22,7 +22,9 @@ from dynamo_worker.testing import Worker, eventually
 from .conftest import FaultyCluster
 from .test_slow_clients import Unread, unread  # noqa: F401 -- a fixture
 
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (prometheus)")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
+)
 
 RULES = Path(__file__).parents[2] / "deploy" / "monitoring" / "alerts.yaml"
 #: Seconds between two values, as in deploy/monitoring/podmonitor.yaml.

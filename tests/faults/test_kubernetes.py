@@ -67,6 +67,17 @@ class Api:
             return None
         return {item["metadata"]["name"]: item["spec"]["data"] for item in items}
 
+    def call(self, method: str, path: str, body: bytes = b"") -> Any:
+        """Call the API as an administrator."""
+        headers = {"Authorization": "Bearer right", "Content-Type": "application/json-patch+json"}
+        request = urllib.request.Request(f"https://127.0.0.1:{self.port}{path}", body, headers, method=method)
+        with urllib.request.urlopen(request, timeout=5, context=self._context) as response:
+            return json.load(response)
+
+    def answer_all(self, status: int) -> int:
+        """Have it answer everything with a status; return how many requests there were since the last such call."""
+        return int(self.call("POST", "/trouble", str(status).encode())["asked"])
+
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
@@ -97,8 +108,8 @@ def endpoints(api: Api, name: str) -> int:
     return len((api.resources() or {})[name]["endpoints"])
 
 
-def serving(cluster: Cluster, **pod: Any) -> Worker:
-    return cluster.worker("--grace-period", "0", **pod)
+def serving(cluster: Cluster, *arguments: str, **pod: Any) -> Worker:
+    return cluster.worker("--grace-period", "0", *arguments, **pod)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +138,33 @@ def test_a_killed_worker_is_withdrawn(cluster: Cluster, api: Api, mode: dict[str
     assert endpoints(api, name) == 1
     again.stop()
     assert endpoints(api, name) == 0
+
+
+_RESOURCE = "/apis/nvidia.com/v1alpha1/namespaces/ours/dynamoworkermetadatas/worker-0"
+
+
+def test_a_resource_that_is_deleted_or_emptied_is_put_back(cluster: Cluster, api: Api) -> None:
+    """``/health`` says no meanwhile; an API that does not answer or refuses is no reason for that, nor for an end."""
+    api.start(*role("dynamo-discovery-read", "dynamo-discovery-write"), "dynamoworkermetadatas:delete")
+    worker = serving(cluster, "--discovery-timeout", "3", "--discovery-outage", "3", **api.pod())
+    before = api.resources()
+    api.call("DELETE", _RESOURCE)
+    eventually(lambda: worker.status("/health")[0] == 503, 10, "the loss to be noticed")
+    assert "2 of its entries have vanished" in worker.status("/health")[1]
+    assert worker.status("/live")[0] == 200
+    eventually(lambda: worker.status("/health")[0] == 200, 10, "the worker to be in discovery again")
+    assert api.resources() == before
+
+    api.answer_all(403)
+    eventually(lambda: "HTTP status 403: in trouble" in worker.log, 15, "the refusal to be said")
+    assert worker.status("/health")[0] == 200
+    time.sleep(4)
+    assert worker.running, "neither --discovery-timeout nor --discovery-outage has anything to do with it"
+    asked = api.answer_all(200)
+    assert asked < 10
+    eventually(lambda: "Discovery answers again" in worker.log, 15, "the worker to ask again")
+    worker.stop()
+    assert endpoints(api, "worker-0") == 0, "what the worker removes stays away"
 
 
 def test_an_api_that_is_away_is_waited_for(cluster: Cluster, api: Api) -> None:

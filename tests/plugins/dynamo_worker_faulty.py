@@ -19,6 +19,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import faulty_processes
+from dynamo.llm import KvEventPublisher, WorkerMetricsPublisher
+from dynamo.runtime import Endpoint
 
 from dynamo_worker import Chunk, Deadline, EngineContext, EngineDeadError, EngineInfo, Request, RequestContext, hookimpl
 from dynamo_worker.engine import EndpointSpec, Send
@@ -82,6 +84,13 @@ class FaultyEngine(EchoEngine):
         self.args = args
         self._requests = 0
         self.task: asyncio.Task[None] | None = None
+        self._publishers: list[object] = []
+
+    async def attach(self, endpoint: Endpoint, info: EngineInfo) -> None:
+        if self.args.announce:
+            load = WorkerMetricsPublisher()
+            await load.create_endpoint(endpoint)
+            self._publishers = [load, KvEventPublisher(endpoint=endpoint, kv_block_size=16)]
 
     async def start(self, worker_id: int) -> EngineInfo:
         fault = self.args.start_fault
@@ -218,6 +227,7 @@ class FaultyPlugin:
         group.add_argument("--compile-seconds", type=float, default=0.0)
         group.add_argument("--silent-seconds", type=float, default=0.0)
         group.add_argument("--push", action="store_true")
+        group.add_argument("--announce", action="store_true", help="publish KV events and load")
         group.add_argument("--core-waits", choices=["sleep", "spin"], help="answer from processes")
         group.add_argument("--health-asks-rank", action="store_true")
         group.add_argument("--start-fault", choices=["block", "gil", "hang", "error", "bug"])

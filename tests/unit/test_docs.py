@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import json
 import re
@@ -98,6 +99,42 @@ def test_the_example_of_a_request_table_does_what_the_page_says():
         with pytest.raises(InvalidRequestError, match=re.escape(message)):
             parameters({"token_ids": [5], **change})
     assert "sampling_options.min_p = 0.1 is not supported by this engine" in text
+
+
+def test_the_example_of_an_engine_in_a_process_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = page("plugins.md")
+    (example,) = re.findall(r"<!-- example:child-process -->\n(.*?)<!-- /example -->", text, re.DOTALL)
+    files = blocks(example, "python")
+    assert sum(len(file.splitlines()) for file in files) <= 60
+    (tmp_path / "upper_engine").mkdir()
+    for file in files:
+        (name,) = re.findall(r"^# (upper_engine/\w+\.py): ", file)
+        (tmp_path / name).write_text(file)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = importlib.import_module("upper_engine.engine").UpperEngine(None, None)
+
+    async def main() -> None:
+        info = await made.start(1)
+        assert (info.vocab_size, len(list(made.processes()))) == (256, 1)
+        request = {"token_ids": [5, 6, 7, 8], "stop_conditions": {"max_tokens": 3}}
+        chunks = [chunk async for chunk in made.generate(request, engine.LocalContext("a"))]
+        assert [chunk["token_ids"] for chunk in chunks] == [[5], [6], [7]]
+        assert [chunk.get("finish_reason") for chunk in chunks] == [None, None, "length"]
+        answer = AnswerCheck(EngineChecks("example"), vocab_size=256)
+        for chunk in chunks:
+            answer.take(chunk)
+        await made.check_health()
+        await made.abort("a")
+        assert made.progress() >= 3
+        (pid,) = made.processes()
+        await made.shutdown(dynamo_worker.Deadline.after(5))
+        assert not Path(f"/proc/{pid}").exists()
+
+    try:
+        asyncio.run(main())
+    finally:
+        for name in ("upper_engine", "upper_engine.engine"):
+            sys.modules.pop(name, None)
 
 
 def test_the_example_of_log_probabilities_is_a_chunk():

@@ -15,6 +15,7 @@ import pytest
 from aio import until
 
 from dynamo_worker.errors import DiscoveryLostError, ServerUnreachableError
+from dynamo_worker.host.discovery import etcd_store as etcd_module
 from dynamo_worker.host.discovery import file_store as file_module
 from dynamo_worker.host.discovery import registration as module
 from dynamo_worker.host.discovery.etcd_store import EtcdStore
@@ -468,12 +469,12 @@ class FakeEtcd:
                 return 200, {"message": "half an answer"}
             return 200, {"kvs": [{"key": body["key"], "value": self.kvs[body["key"]], "mod_revision": "5"}]}
         if path == "/v3/kv/txn":
-            assert body["compare"][0]["mod_revision"] == "5"
-            self.put(*(body["success"][0]["request_put"][name] for name in ("key", "value", "lease")))
+            assert all(each["mod_revision"] == "5" for each in body.get("compare", ()))
+            assert len(body["success"]) <= 128, "etcd takes no more"
+            for each in body["success"]:
+                self.put(*(each["request_put"][name] for name in ("key", "value", "lease")))
             return 200, {"succeeded": True}
-        assert path == "/v3/kv/put"
-        self.put(body["key"], body["value"], body["lease"])
-        return 200, {}
+        raise AssertionError(path)
 
 
 @pytest.fixture
@@ -574,6 +575,42 @@ def test_an_etcd_that_does_not_answer_says_nothing_about_the_keys(etcd):
     etcd.down = set()
     assert store.missing() == []
     assert store.interval == interval
+
+
+def test_a_deaf_etcd_is_asked_without_a_pause(etcd, monkeypatch):
+    """Whoever asks when it goes on is back in milliseconds."""
+    store = etcd.store()
+    store.adopt(())
+    now = time.monotonic()
+
+    def wait(*_):
+        nonlocal now
+        now += 2.0
+        raise TimeoutError("it accepted, and did not answer within 2 s")
+
+    with monkeypatch.context() as deaf:
+        deaf.setattr(etcd_module.time, "monotonic", lambda: now)
+        deaf.setattr(Gateway, "post", wait)
+        with pytest.raises(DiscoveryAwayError):
+            store.missing()
+        assert store.interval == 0
+    etcd.down = {"a"}
+    with pytest.raises(DiscoveryAwayError):
+        store.missing()
+    assert store.interval == 1, "one that refuses connections is not asked in a busy loop"
+
+
+def test_many_keys_are_put_back_with_few_requests(etcd):
+    etcd.kvs = {base64.b64encode(b"v1/%d" % number).decode(): "value" for number in range(150)}
+    etcd.lease_of = dict.fromkeys(etcd.kvs, etcd.RUNTIMES)
+    store = etcd.store()
+    store.adopt(())
+    before = dict(etcd.kvs)
+    etcd.delete()
+    etcd.calls.clear()
+    store.restore(list(before))
+    assert etcd.kvs == before
+    assert etcd.calls.count("/v3/kv/txn") == 5
 
 
 def test_a_token_that_has_ended_is_renewed(etcd):

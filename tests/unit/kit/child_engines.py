@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.kit.child_loop import StepEngine
+from dynamo_worker.kit.child_tasks import TaskEngine
 
 
 class Counting(StepEngine):
@@ -91,6 +94,9 @@ class Counting(StepEngine):
             os._exit(0)
         elif what.startswith("write "):
             self._outbox._connection.sendall(what[6:].encode() + b"\n")
+            time.sleep(60)
+        elif what == "bytes":
+            self._outbox._connection.sendall(b"\xff\xfe\n")
             time.sleep(60)
         elif what == "endless":
             while True:
@@ -193,3 +199,58 @@ class Printing(Counting):
         print("a line on stdout")
         print("a line on stderr", file=sys.stderr)
         return super().start(options)
+
+
+class CountingTasks(TaskEngine):
+    """Counts from 0, each request in its own coroutine."""
+
+    async def start(self, options: Any) -> Any:
+        self.options = options or {}
+        self.log: list[str] = []
+        self.made: dict[str, int] = {}
+        if self.options.get("start") == "raise":
+            raise RuntimeError("no GPU is visible")
+        if self.options.get("start") == "hang":
+            await asyncio.sleep(60)
+        if self.options.get("start") == "block":
+            time.sleep(60)
+        return {"options": options}
+
+    async def generate(self, request_id: str, payload: Any) -> AsyncIterator[Any]:
+        if payload.get("refuse"):
+            raise InvalidRequestError(f"refused: {payload['refuse']}")
+        try:
+            for number in range(payload["count"]):
+                if payload.get("at") == number:
+                    what = payload["do"]
+                    if what == "raise":
+                        raise ArithmeticError("the step fails")
+                    if what == "unsendable":
+                        yield {1, 2}
+                    if what == "huge":
+                        yield "x" * 100_000
+                    while what == "swallow":
+                        try:
+                            await asyncio.sleep(0.001)
+                            yield {"count": -1}
+                        except asyncio.CancelledError:
+                            self.log.append("swallowed")
+                self.made[request_id] = number
+                yield {"count": number, "filler": "x" * payload.get("filler", 0)}
+                if not payload.get("busy"):
+                    await asyncio.sleep(0.0005)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.log.append(f"cancelled {request_id}")
+            raise
+
+    async def answer(self, question: str, payload: Any) -> Any:
+        if question in ("log", "made"):
+            return getattr(self, question)
+        if question == "echo":
+            return payload
+        return await super().answer(question, payload)
+
+    def close(self) -> None:
+        if path := self.options.get("close_file"):
+            with open(path, "a") as file:
+                file.write("closed\n")

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -39,6 +40,18 @@ class TestFile:
         outcome = discovery.withdraw({"backend": "file", "root": str(tmp_path), "instance": INSTANCE}, soon())
         assert outcome == "file: 4 files removed"
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / other]
+
+    def test_its_publishers_as_well(self, tmp_path):
+        """Their ids are not the worker's."""
+        prefix = "namespace%2Fdynamo%2Ftopic%2Fkv%2Devents%2F"
+        for name in ("159af42bd761b4", "8e7168f07fe58", "159af42bd761b5", "7"):
+            (tmp_path / f"{prefix}{name}").touch()
+        recorded = ["159af42bd761b4", "8e7168f07fe58", "7", ".*", None]
+        entry = {"backend": "file", "root": str(tmp_path), "instance": INSTANCE}
+        for wrong in ("159af42bd761b4", 5, None, {}):
+            assert discovery.withdraw({**entry, "publishers": wrong}, soon()) == "file: 0 files removed"
+        assert discovery.withdraw({**entry, "publishers": recorded}, soon()) == "file: 2 files removed"
+        assert {path.name for path in tmp_path.iterdir()} == {f"{prefix}159af42bd761b5", f"{prefix}7"}
 
     def test_nothing_there(self, tmp_path):
         entry = {"backend": "file", "root": str(tmp_path / "missing"), "instance": INSTANCE}
@@ -75,6 +88,27 @@ class TestFile:
 
     def test_incomplete_entry(self):
         assert discovery.withdraw({"backend": "file"}, soon()).startswith("file: failed: KeyError")
+
+
+@pytest.mark.parametrize(
+    ("variables", "loaded"),
+    [
+        ({}, False),
+        ({"ETCD_ENDPOINTS": "http://one:2379"}, False),
+        ({"ETCD_ENDPOINTS": "http://one:2379,https://two:2379"}, True),
+        ({"ETCD_ENDPOINTS": "two:2379", "ETCD_AUTH_CA": "/nowhere"}, True),
+        ({"DYN_DISCOVERY_BACKEND": "kubernetes"}, True),
+    ],
+)
+def test_tls_is_loaded_before_it_is_needed(variables, loaded):
+    """Only where it is needed: guardians without it stay small."""
+    names = ("ETCD_ENDPOINTS", "ETCD_AUTH_CA", "DYN_DISCOVERY_BACKEND")
+    environment = {**{name: value for name, value in os.environ.items() if name not in names}, **variables}
+    code = (
+        "import sys; from dynamo_worker.supervisor import discovery; discovery.prepare(); print('ssl' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == str(loaded)
 
 
 @pytest.mark.parametrize("backend", ["kubernetes", "mem"])

@@ -40,3 +40,44 @@ def test_the_address_of_the_api(monkeypatch):
 def test_outside_of_a_pod(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert "no credentials of a pod" in kubernetes.withdraw(time.monotonic() + 1)
+
+
+@pytest.fixture
+def answer(monkeypatch, tmp_path):
+    """The API's next answer: status and text."""
+    for name, text in (("token", "right"), ("ca.crt", "")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(kubernetes, "_CREDENTIALS", str(tmp_path))
+    monkeypatch.setattr(kubernetes, "_POD_INFO", str(tmp_path))
+    monkeypatch.setenv("POD_NAME", "pod-1")
+    monkeypatch.delenv("DYN_KUBE_DISCOVERY_MODE", raising=False)
+    monkeypatch.setattr("ssl.create_default_context", lambda **_: None)
+    given = []
+    monkeypatch.setattr(kubernetes.http_request, "send", lambda *_: given[-1])
+    return given
+
+
+def test_a_resource_that_does_not_exist_is_told_from_resources_that_nobody_knows(answer):
+    """Without its definition, which an upgrade may remove for a while, nobody can say whether it exists."""
+    answer.append((404, b'{"message": "not found", "details": {"name": "pod-1"}}'))
+    assert kubernetes.read(0.0) is None
+    for text in (b"404 page not found", b'{"message": "the server could not find the requested resource"}', b"{}"):
+        answer.append((404, text))
+        with pytest.raises(kubernetes.KubernetesError) as raised:
+            kubernetes.read(0.0)
+        assert raised.value.status == 404
+
+
+@pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b"[" * 100_000, b'{"cut": "of', b"\xff"])
+def test_an_answer_of_something_else_is_an_error(answer, text):
+    answer.append((200, text))
+    with pytest.raises(OSError, match="not a Kubernetes API"):
+        kubernetes.read(0.0)
+    answer.append((500, text))
+    with pytest.raises(kubernetes.KubernetesError):
+        kubernetes.read(0.0)
+
+
+def test_a_list_without_items(answer):
+    answer.append((200, b'{"items": {}, "more": 1}'))
+    assert kubernetes.sample(3, 0.0) == []

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from dynamo_worker.errors import EngineDeadError, InvalidRequestError, shown
+from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, shown
 from dynamo_worker.kit.child_messages import Lines, line, message
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class _Stream:
 
     def __init__(self, number: int, name: str) -> None:
         self.number, self.name = number, name
-        self.chunks: deque[tuple[Any, int]] = deque()
+        self.chunks: deque[Any] = deque()
+        #: What the chunks take as JSON; each counts for its share.
         self.bytes = 0
         self.ended = self.paused = False
         self.error: BaseException | None = None
@@ -43,13 +44,6 @@ class _Stream:
     def notify(self) -> None:
         if self.wake is not None and not self.wake.done():
             self.wake.set_result(None)
-
-    async def news(self) -> None:
-        self.wake = asyncio.get_running_loop().create_future()
-        try:
-            await self.wake
-        finally:
-            self.wake = None
 
 
 class Exchange(asyncio.Protocol):
@@ -106,11 +100,12 @@ class Exchange(asyncio.Protocol):
         self._tell({"add": stream.number, "id": request_id, "payload": payload})
         self._streams[stream.number] = stream
         self._named.setdefault(request_id, set()).add(stream)
-        chunks = stream.chunks
+        chunks, create_future = stream.chunks, asyncio.get_running_loop().create_future
         try:
             while True:
                 while chunks:
-                    chunk, size = chunks.popleft()
+                    size = stream.bytes // len(chunks)
+                    chunk = chunks.popleft()
                     stream.bytes -= size
                     self._waiting -= size
                     if stream.paused and stream.bytes <= _RESUME_BYTES:
@@ -121,7 +116,8 @@ class Exchange(asyncio.Protocol):
                     if stream.error is not None:
                         raise stream.error
                     return
-                await stream.news()
+                stream.wake = create_future()
+                await stream.wake
         finally:
             self._forget(stream)
 
@@ -195,8 +191,13 @@ class Exchange(asyncio.Protocol):
             for text in self._lines.feed(data):
                 self._take(message(text), len(text))
         except _MALFORMED as error:
-            self.lost(f"its process has sent {error}" + (f": {shown(text)}" if text else ""))
+            what = f"something that is no message: {shown(text)} ({describe(error)})" if text else error
+            self.lost(f"its process has sent {what}")
             self.close()
+
+    def eof_received(self) -> None:
+        """Take the end of what the process sends, even if it does not read what waits for it."""
+        self.close()
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - the exit status tells more
         """Take the end of the connection."""
@@ -208,12 +209,9 @@ class Exchange(asyncio.Protocol):
     def _take(self, news: dict[str, Any], size: int) -> None:
         if "chunks" in news:
             self._steps += 1
+            if len(news["chunks"]) % 2:
+                raise ValueError("a chunk without its request")
             self._take_chunks(news["chunks"], news["ended"], size)
-        elif "error" in news:
-            text = str(news["message"])
-            stream = self._streams.get(news["error"])
-            if stream is not None:
-                stream.end(InvalidRequestError(text) if news.get("refused") else RuntimeError(f"{self.name}: {text}"))
         elif "answer" in news:
             question = self._questions.get(news["answer"])
             if question is not None and not question.done():
@@ -221,6 +219,11 @@ class Exchange(asyncio.Protocol):
                     question.set_exception(RuntimeError(f"{self.name}: {news['error']}"))
                 else:
                     question.set_result(news.get("value"))
+        elif "error" in news:
+            text = str(news["message"])
+            stream = self._streams.get(news["error"])
+            if stream is not None:
+                stream.end(InvalidRequestError(text) if news.get("refused") else RuntimeError(f"{self.name}: {text}"))
         elif "ready" in news:
             if self._ready is not None and not self._ready.done():
                 self.dead, self.info = "", news["ready"]
@@ -231,19 +234,21 @@ class Exchange(asyncio.Protocol):
         elif not news:
             self._steps += 1
 
-    def _take_chunks(self, chunks: list[tuple[int, Any]], ended: list[int], size: int) -> None:
-        share = size // len(chunks) if chunks else 0
-        for number, chunk in chunks:
-            stream = self._streams.get(number)
+    def _take_chunks(self, chunks: list[Any], ended: list[int], size: int) -> None:
+        share, find = 2 * size // (len(chunks) or 1), self._streams.get
+        pairs = iter(chunks)
+        for number in pairs:
+            chunk, stream = next(pairs), find(number)
             if stream is None or stream.ended:
                 continue
-            stream.chunks.append((chunk, share))
+            stream.chunks.append(chunk)
             stream.bytes += share
             self._waiting += share
+            if stream.wake is not None and not stream.wake.done():
+                stream.wake.set_result(None)
             if stream.bytes > _PAUSE_BYTES and not stream.paused:
                 stream.paused = True
                 self._tell({"pause": number})
-            stream.notify()
         for number in ended:
             stream = self._streams.get(number)
             if stream is not None:

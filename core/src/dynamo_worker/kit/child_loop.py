@@ -12,7 +12,7 @@ import traceback
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker.errors import InvalidRequestError, describe
+from dynamo_worker.errors import InvalidRequestError, describe, for_client
 from dynamo_worker.kit.child_messages import line, message
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynamo_worker.kit.child_messages import Lines
 
 #: Bytes read at once.
-_READ_BYTES: Final = 256 * 1024
+READ_BYTES: Final = 256 * 1024
 #: Seconds between two messages that tell nothing but progress.
 _PROGRESS_SECONDS: Final = 0.1
 
@@ -35,7 +35,8 @@ class Outbox:
     def __init__(self, connection: socket.socket, most_bytes: int) -> None:
         self._connection, self._most_bytes = connection, most_bytes
         self.requests: dict[str, int] = {}
-        self._chunks: list[tuple[int, Any]] = []
+        #: A number before each chunk: a list of pairs would cost more.
+        self._chunks: list[Any] = []
         self._ended: list[int] = []
         self._unsendable: list[str] = []
 
@@ -45,11 +46,11 @@ class Outbox:
         self.requests[name] = number
         return name
 
-    def send(self, request_id: str, chunk: Any, last: bool) -> None:
+    def send(self, request_id: str, chunk: Any, *, last: bool = False) -> None:
         """Collect a chunk; one of a request that has ended or was aborted is dropped."""
         number = self.requests.get(request_id)
         if number is not None:
-            self._chunks.append((number, chunk))
+            self._chunks += (number, chunk)
             if last:
                 self.end(request_id)
 
@@ -79,12 +80,28 @@ class Outbox:
         """Write one message; wait while the worker does not read."""
         self._connection.sendall(line(message))
 
+    def write_answer(self, number: int, value: Any) -> None:
+        """Write the answer to a question."""
+        try:
+            data = line({"answer": number, "value": value})
+            if len(data) > self._most_bytes:
+                raise ValueError(f"the answer has {len(data)} bytes; at most {self._most_bytes}")
+        except (TypeError, ValueError, RecursionError) as error:
+            self.write_error(number, error)
+        else:
+            self._connection.sendall(data)
+
+    def write_error(self, number: int, error: Exception) -> None:
+        """Write that a question has no answer, and why."""
+        traceback.print_exception(error)
+        self.write({"answer": number, "error": for_client(describe(error))})
+
     def unsendable(self) -> list[str]:
         """Return the requests that have failed since the last call because a chunk could not be written."""
         found, self._unsendable = self._unsendable, []
         return found
 
-    def _write_chunks(self, chunks: list[tuple[int, Any]], ended: list[int]) -> None:
+    def _write_chunks(self, chunks: list[Any], ended: list[int]) -> None:
         trouble: BaseException | str
         try:
             data = line({"chunks": chunks, "ended": ended})
@@ -95,13 +112,13 @@ class Outbox:
                 self._connection.sendall(data)
                 return
             trouble = f"a chunk has {len(data)} bytes; at most {self._most_bytes}"
-        if len(chunks) > 1:
-            half = len(chunks) // 2
+        if len(chunks) > 2:
+            half = len(chunks) // 4 * 2
             self._write_chunks(chunks[:half], [])
             self._write_chunks(chunks[half:], ended)
             return
         if chunks:
-            number = chunks[0][0]
+            number = chunks[0]
             for name in [name for name, other in self.requests.items() if other == number]:
                 del self.requests[name]
                 self._unsendable.append(name)
@@ -110,12 +127,11 @@ class Outbox:
             self.write({"chunks": [], "ended": ended})
 
     def _fail(self, number: int, error: BaseException | str) -> None:
-        message = error if isinstance(error, str) else describe(error)
-        if isinstance(error, InvalidRequestError):
-            message = str(error)
-        elif isinstance(error, BaseException):
+        refused = isinstance(error, InvalidRequestError)
+        if isinstance(error, BaseException) and not refused:
             traceback.print_exception(error)
-        self.write({"error": number, "message": message, "refused": isinstance(error, InvalidRequestError)})
+            error = describe(error)
+        self.write({"error": number, "message": for_client(str(error)), "refused": refused})
 
 
 class StepEngine(ABC):
@@ -135,7 +151,7 @@ class StepEngine(ABC):
         :param chunk: anything that JSON can carry, not to be modified any more.
         :param last: whether the request ends with it.
         """
-        self._outbox.send(request_id, chunk, last)
+        self._outbox.send(request_id, chunk, last=last)
 
     def end(self, request_id: str) -> None:
         """End a request whose last chunk is sent."""
@@ -200,6 +216,7 @@ class StepEngine(ABC):
         :param first: the message with the options.
         """
         outbox = self._outbox = Outbox(connection, first["most_bytes"])
+        self.send = outbox.send  # type: ignore[method-assign] # called for every token
         outbox.write({"ready": self.start(first["start"])})
         poll = select.poll()
         poll.register(connection, select.POLLIN)
@@ -208,7 +225,7 @@ class StepEngine(ABC):
         while True:
             wait = max(0.0, due - time.monotonic()) if outbox.requests else None
             if poll.poll(wait if wait is None else int(wait * 1000 + 0.999)):
-                data = connection.recv(_READ_BYTES)
+                data = connection.recv(READ_BYTES)
                 if not data:
                     return
                 idle = not outbox.requests
@@ -255,9 +272,8 @@ class StepEngine(ABC):
             outbox.write({"answer": news["ping"], "value": None})
         elif "ask" in news:
             try:
-                outbox.write({"answer": news["ask"], "value": self.answer(news["question"], news["payload"])})
-            except OSError:
-                raise
+                value = self.answer(news["question"], news["payload"])
             except Exception as error:
-                traceback.print_exception(error)
-                outbox.write({"answer": news["ask"], "error": describe(error)})
+                outbox.write_error(news["ask"], error)
+            else:
+                outbox.write_answer(news["ask"], value)

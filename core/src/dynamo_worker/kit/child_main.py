@@ -21,6 +21,7 @@ from dynamo_worker.kit.child_messages import VARIABLE, Lines, line, message
 
 if TYPE_CHECKING:
     from dynamo_worker.kit.child_loop import StepEngine
+    from dynamo_worker.kit.child_tasks import TaskEngine
 
 _READ_BYTES: Final = 64 * 1024
 #: Longest traceback that is sent, in characters; its end tells most.
@@ -29,8 +30,8 @@ _TRACEBACK_CHARACTERS: Final = 3000
 _OURS: Final = (os.path.dirname(__file__), os.path.dirname(importlib.__file__))
 
 
-class _Terminated(BaseException):
-    """Raised in the main thread by the first SIGTERM, wherever the engine is."""
+class _Terminated(SystemExit):
+    """Raised in the main thread by the first SIGTERM, wherever the engine is; asyncio lets it through."""
 
 
 class _Sigterm:
@@ -57,10 +58,10 @@ def _gone() -> bytes:
     raise ConnectionError("the worker is gone")
 
 
-def _load(target: str, path: list[str]) -> type[StepEngine]:
+def _load(target: str, path: list[str]) -> type[StepEngine | TaskEngine]:
     """Return the engine's class, from a module that the worker can import."""
     sys.path += [place for place in path if place not in sys.path]
-    found: type[StepEngine] = pkgutil.resolve_name(target)
+    found: type[StepEngine | TaskEngine] = pkgutil.resolve_name(target)
     return found
 
 
@@ -74,7 +75,7 @@ def main() -> int:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     connection = socket.socket(fileno=int(os.environ.pop(VARIABLE)))
     connection.set_inheritable(False)
-    engine: StepEngine | None = None
+    engine: StepEngine | TaskEngine | None = None
     code = 0
     try:
         try:
@@ -90,7 +91,7 @@ def main() -> int:
             code = _report(connection, error)
     except BaseException as error:
         code = _report(connection, error)
-    sigterm.armed = False
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if engine is not None:
         try:
             engine.close()

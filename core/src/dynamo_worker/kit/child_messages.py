@@ -1,8 +1,9 @@
 """What a worker and a process of its engine say to each other: JSON objects, one a line, over a Unix socket.
 
 The process finds the descriptor of its socket in the environment variable :data:`VARIABLE`. Engines written in Python
-need none of this: they derive from :class:`~dynamo_worker.kit.child_loop.StepEngine`. Others speak as follows; both
-sides ignore keys that they do not know.
+need none of this: they derive from :class:`~dynamo_worker.kit.child_loop.StepEngine` or
+:class:`~dynamo_worker.kit.child_tasks.TaskEngine`. Others speak as follows; both sides ignore keys that they do not
+know.
 
 ======================================== ===========================================================================
 to the process
@@ -14,7 +15,8 @@ to the process
 ``ping`` N                               to be answered between two steps
 to the worker
 ``ready`` INFO                           once, when requests may come
-``chunks`` [[N, CHUNK], …], ``ended``    chunks of a step, in their order, and the numbers of requests that have ended
+``chunks`` [N, CHUNK, N, CHUNK, …],      chunks of a step, each after the number of its request, and the numbers of
+``ended`` [N, …]                         requests that have ended
 ``error`` N, ``message``, ``refused``    a request has failed; ``refused`` if it is the client's fault
 ``answer`` N, ``value`` or ``error``     the answer to a question or a ping
 ``failed`` TEXT                          the engine is beyond repair, and why: a traceback
@@ -34,7 +36,8 @@ VARIABLE: Final = "DYNAMO_WORKER_CHILD_FD"
 #: Most bytes of one line to the worker, unless the engine says otherwise: reading it takes its event loop about 40 ms.
 MOST_BYTES: Final = 4 << 20
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+#: A value that contains itself is a RecursionError: looking for those takes a third of the time.
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def line(message: dict[str, Any]) -> bytes:
@@ -51,7 +54,7 @@ def message(text: bytes) -> dict[str, Any]:
     :raises ValueError: it is none.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text.decode())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):

@@ -1,8 +1,8 @@
 """An engine that lives in a process of its own: the worker's side.
 
 :class:`ChildProcess` starts the process, hands requests to it, notices its death and ends it in time. The process runs
-a :class:`~dynamo_worker.kit.child_loop.StepEngine`, or any program that speaks as
-:mod:`~dynamo_worker.kit.child_messages` says.
+a :class:`~dynamo_worker.kit.child_loop.StepEngine` or a :class:`~dynamo_worker.kit.child_tasks.TaskEngine`, or any
+program that speaks as :mod:`~dynamo_worker.kit.child_messages` says.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+#: Least limit for messages of a process.
+_LEAST_BYTES: Final = 1 << 16
 #: Seconds for what a dead process has written while another one still holds its connection, and for the exit status of
 #: a process that has closed its connection.
 _LAST_WORDS_SECONDS, _EXIT_SECONDS = 0.2, 0.5
@@ -67,8 +69,10 @@ class ChildProcess:
             read them.
         :param directory: its current directory; None for that of the worker.
         :param environment: environment variables beside those of the worker.
-        :param most_bytes: length limit of one message from the process; a single chunk has to fit.
+        :param most_bytes: length limit of one message from the process; a single chunk has to fit. At least 64 KiB.
         """
+        if most_bytes < _LEAST_BYTES:
+            raise ValueError(f"most_bytes: {most_bytes} is less than {_LEAST_BYTES}, which a traceback may take")
         self.name = name
         self._command = [*python_command(f"{__package__}.child_main"), program] if isinstance(program, str) else program
         self._options, self._directory, self._environment = options, directory, environment

@@ -5,16 +5,33 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor import kubernetes
-from dynamo_worker.supervisor.etcd import EtcdError, Gateway, entries_lease, etcd_endpoints
+from dynamo_worker.supervisor.etcd import EtcdError, Gateway, entries_lease, etcd_endpoints, secured
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Seconds for one etcd endpoint to answer.
 _ETCD_TIMEOUT = 1.5
 
 #: 64 random bits in hexadecimal digits. Shorter ones could be part of other names.
 _INSTANCE = re.compile(r"[0-9a-f]{8,16}")
+
+#: Most event publishers of one worker.
+_MOST_PUBLISHERS = 256
+
+
+def prepare() -> None:
+    """Load what a withdrawal over TLS needs: that takes longer than the withdrawal itself.
+
+    No certificate is read yet: by the time of the withdrawal, others may be valid.
+    """
+    if os.environ.get("DYN_DISCOVERY_BACKEND") == "kubernetes" or any(map(secured, etcd_endpoints())):
+        import ssl
+
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def withdraw(registration: dict[str, Any], deadline: float, root: str | None = None) -> str:
@@ -31,7 +48,7 @@ def withdraw(registration: dict[str, Any], deadline: float, root: str | None = N
             recorded = str(registration["root"])
             if root is not None and os.path.realpath(recorded) != os.path.realpath(root):
                 return f"file: left to expire: {recorded} is not the discovery directory of this worker"
-            return _withdraw_file(recorded, _instance(registration))
+            return _withdraw_file(recorded, [_instance(registration), *_publishers(registration)])
         if backend == "etcd":
             return _withdraw_etcd(int(_instance(registration), 16), deadline)
         if backend == "kubernetes":
@@ -53,10 +70,17 @@ def _instance(registration: dict[str, Any]) -> str:
     return instance
 
 
-def _withdraw_file(root: str, instance: str) -> str:
-    """Unlink every file below ``root`` with the instance id in its name; routers notice within milliseconds."""
+def _publishers(registration: dict[str, Any]) -> list[str]:
+    """Return the recorded ids of event publishers, as far as they are ids."""
+    recorded = registration.get("publishers")
+    found = [str(each) for each in recorded[:_MOST_PUBLISHERS]] if isinstance(recorded, list) else []
+    return [each for each in found if _INSTANCE.fullmatch(each)]
+
+
+def _withdraw_file(root: str, ids: Sequence[str]) -> str:
+    """Unlink every file below ``root`` with one of the ids in its name; routers notice within milliseconds."""
     # As a whole word: in names it follows an escaped slash, `%2F`.
-    named = re.compile(rf"(?:^|%[0-9A-Fa-f]{{2}}|[^0-9A-Fa-f]){instance}(?![0-9a-f])")
+    named = re.compile(rf"(?:^|%[0-9A-Fa-f]{{2}}|[^0-9A-Fa-f])(?:{'|'.join(ids)})(?![0-9a-f])")
     removed = 0
     with contextlib.suppress(FileNotFoundError):  # nothing was registered there
         for _, _, names, directory in os.fwalk(os.path.realpath(root)):

@@ -53,6 +53,12 @@ def addresses(variable: str, default: str) -> list[str]:
     return [address.strip() for address in text.split(",") if address.strip()]
 
 
+def secured(endpoint: str) -> bool:
+    """Return whether an endpoint wants TLS."""
+    scheme, _, _ = endpoint.rpartition("://")
+    return scheme == "https" or (not scheme and bool(os.environ.get("ETCD_AUTH_CA")))
+
+
 def entries_lease(instance: int) -> int:
     """Return the lease on which a worker's entries hang; the worker's own one, beside that of its runtime.
 
@@ -164,9 +170,8 @@ class Gateway:
         :raises OSError: the endpoint cannot be reached, or does not speak HTTP.
         """
         deadline = min(time.monotonic() + self._timeout, self._deadline)
-        scheme, _, address = endpoint.rpartition("://")
-        address = address.split("/", 1)[0]
-        if scheme == "https" or (not scheme and os.environ.get("ETCD_AUTH_CA")):
+        address = endpoint.rpartition("://")[2].split("/", 1)[0]
+        if secured(endpoint):
             self._tls = self._tls or tls_context()
         text = json.dumps(body).encode()
         status, answer_text = http_request.send("POST", address, path, text, headers, deadline, self._tls)

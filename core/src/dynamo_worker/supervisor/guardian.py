@@ -8,7 +8,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_worker.supervisor import frontend, ledger, linux, process_tree, shared_memory
+from dynamo_worker.supervisor import discovery, frontend, ledger, linux, process_tree, shared_memory
 from dynamo_worker.supervisor.channel import Channel
 from dynamo_worker.supervisor.cleanup import Cleanup, Withdrawal
 from dynamo_worker.supervisor.loop import Loop
@@ -103,8 +103,11 @@ class Guardian:
             self._channel.send("spawned", pid=self._worker.pid, start=self._worker.start)
         self._control.close()
         self._relay.close_ends()
+        discovery.prepare()
         while self._worker is not None and self._exit_code is None and time.monotonic() < self._given_up_at:
             self._pump(min(self._records_due(), self._given_up_at))
+        if self._withdrawal is None:  # before anything else: routers send requests to a dead worker
+            self._withdrawal = Withdrawal(ledger.registrations(self._run_directory.descriptor), self._log)
         if self._segments is not None:
             with contextlib.suppress(OSError):  # out of descriptors: recorded segments are removed all the same
                 self._segments.claim()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from typing import Any, Final
 
 from dynamo_worker.supervisor import http_request
 
@@ -21,17 +22,22 @@ _MOST_BYTES = 1 << 20
 _RESOURCES = "/apis/nvidia.com/v1alpha1/namespaces/{namespace}/dynamoworkermetadatas"
 #: What the runtime writes for a pod without entries (1.6.1).
 _NOTHING: dict[str, object] = {"endpoints": {}, "model_cards": {}, "event_channels": {}, "event_sources": {}}
+#: How the runtime writes (1.6.1). An owner of fields of another name would keep them when the runtime removes them.
+_APPLY: Final = "?force=true&fieldManager=dynamo-worker"
+_JSON: Final = "application/json"
 
 
 class KubernetesError(OSError):
     """The Kubernetes API refuses a call.
 
     :ivar status: the HTTP status.
+    :ivar missing: the name of the object that does not exist; None if it is something else that does not.
     """
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, missing: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.missing = missing
 
 
 def in_cluster() -> bool:
@@ -52,7 +58,53 @@ def check(deadline: float) -> None:
     :raises KubernetesError: the API refuses.
     :raises OSError: it does not answer.
     """
-    _call("GET", "?limit=1", b"", "application/json", deadline)
+    _call("GET", "?limit=1", b"", _JSON, deadline)
+
+
+def read(deadline: float) -> dict[str, Any] | None:
+    """Return the custom resource to which the runtime of this process writes; None if it does not exist. Blocks.
+
+    :param deadline: when to give up (monotonic).
+    :raises KubernetesError: the API refuses, or does not know such resources at all.
+    :raises OSError: it does not answer, or with something else.
+    """
+    name = resource()
+    try:
+        return _call("GET", f"/{name}", b"", _JSON, deadline)
+    except KubernetesError as error:
+        if error.status == 404 and error.missing == name:
+            return None
+        raise
+
+
+def apply(metadata: dict[str, Any], data: dict[str, Any], deadline: float) -> None:
+    """Write the entries of this pod as its runtime would, in place of those that are there. Blocks.
+
+    :param metadata: of the custom resource; with a ``resourceVersion`` nothing is written over a later version.
+    :param data: the entries.
+    :param deadline: when to give up (monotonic).
+    :raises OSError: the API does not answer, or refuses.
+    """
+    named = {**metadata, "name": resource()}
+    whole = {
+        "apiVersion": "nvidia.com/v1alpha1",
+        "kind": "DynamoWorkerMetadata",
+        "metadata": named,
+        "spec": {"data": data},
+    }
+    content = json.dumps(whole).encode()
+    _call("PATCH", f"/{resource()}{_APPLY}", content, "application/apply-patch+yaml", deadline)
+
+
+def sample(count: int, deadline: float) -> list[Any]:
+    """Return the custom resources of some pods of this namespace. Blocks.
+
+    :param count: how many at most.
+    :param deadline: when to give up (monotonic).
+    :raises OSError: the API does not answer, or refuses.
+    """
+    items = _call("GET", f"?limit={count}", b"", _JSON, deadline).get("items")
+    return items if isinstance(items, list) else []
 
 
 def withdraw(deadline: float) -> str:
@@ -92,22 +144,30 @@ def _pod(what: str) -> str:
     return os.environ.get(f"POD_{what.upper()}", "")
 
 
-def _call(method: str, path: str, content: bytes, kind: str, deadline: float) -> None:
+def _call(method: str, path: str, content: bytes, kind: str, deadline: float) -> dict[str, Any]:
     import ssl
 
     with open(f"{_CREDENTIALS}/token", encoding="ascii") as file:
         token = file.read(_MOST_BYTES).strip()
     tls = ssl.create_default_context(cafile=f"{_CREDENTIALS}/ca.crt")
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": kind, "Accept": "application/json"}
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": kind, "Accept": _JSON}
     base = _RESOURCES.format(namespace=_pod("namespace") or "default")
     status, text = http_request.send(method, address(), base + path, content, headers, deadline, tls)
+    answer = _object(text)
     if status not in (200, 201):
-        raise KubernetesError(_message(text) or f"HTTP status {status}", status)
+        details = answer.get("details")
+        missing = details.get("name") if isinstance(details, dict) else None
+        message = str(answer.get("message", "")) or text[:200].decode("utf-8", "replace")
+        raise KubernetesError(message or f"HTTP status {status}", status, missing)
+    if not answer:
+        raise OSError(f"not a Kubernetes API: it answers {text[:40]!r}")
+    return answer
 
 
-def _message(text: bytes) -> str:
+def _object(text: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one if it is none."""
     try:
         answer = json.loads(text)
-    except ValueError:
-        return text[:200].decode("utf-8", "replace")
-    return str(answer.get("message", "")) if isinstance(answer, dict) else ""
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}

@@ -20,7 +20,7 @@ from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.linux import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 #: The run directory: its path (``$DYNAMO_WORKER_RUN_DIR``) or a descriptor of it.
 RunDir = Union[str, "os.PathLike[str]", int]
@@ -38,15 +38,23 @@ _MALFORMED = (ValueError, TypeError, OverflowError, RecursionError)
 
 
 def record_registration(
-    run_dir: RunDir, backend: str, instance_id: int | str, *, root: str | os.PathLike[str] | None = None
+    run_dir: RunDir,
+    backend: str,
+    instance_id: int | str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    publishers: Sequence[str] = (),
 ) -> None:
-    """Record a registration with a discovery service, *before* it is made.
+    """Record a registration with a discovery service, *before* it is made; a later record of it replaces the first.
 
     :param backend: ``file``, ``etcd``, ``kubernetes`` or ``mem``.
     :param instance_id: the Dynamo instance id, as a number or in hexadecimal digits; with ``etcd`` also the lease.
     :param root: of the ``file`` backend.
+    :param publishers: ids of the worker's event publishers in the ``file`` backend, in hexadecimal digits.
     """
-    where = {} if root is None else {"root": os.path.abspath(root)}
+    where: dict[str, Any] = {} if root is None else {"root": os.path.abspath(root)}
+    if publishers:
+        where["publishers"] = list(publishers)
     _append(run_dir, {"kind": "registration", "backend": backend, "instance": _hex(instance_id), **where})
 
 

@@ -51,10 +51,11 @@ class Core(StepEngine):
     def step(self) -> float:
         """Give every request its next token."""
         for name, remaining in list(self._remaining.items()):
+            if remaining:
+                self._usage[name] = self._usage.get(name, 0) + 1
             tokens = [remaining.pop()] if remaining else []
-            self._usage[name] = self._usage.get(name, 0) + len(tokens)
             last = not remaining
-            self.send(name, {"tokens": tokens, "last": last}, last=last)
+            self.send(name, (tokens, last), last=last)
             if last:
                 del self._remaining[name]
         return self._step_seconds

@@ -111,9 +111,9 @@ class ReverseEngine(EngineLifecycle):
         """Yield the prompt backwards, one token a chunk."""
         wanted = ReverseRequest.parse(request)
         reason = "stop" if wanted.count is None else "length"
-        async for step in self._core.generate(context.id(), vars(wanted)):
-            chunk: Chunk = {"token_ids": step["tokens"], "index": 0}
-            if step["last"]:
+        async for tokens, last in self._core.generate(context.id(), vars(wanted)):
+            chunk: Chunk = {"token_ids": tokens, "index": 0}
+            if last:
                 chunk["finish_reason"] = reason
             yield chunk
 

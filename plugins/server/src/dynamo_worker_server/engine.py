@@ -265,9 +265,8 @@ class ServerEngine(EngineLifecycle):
             except InvalidRequestError as error:
                 problems.append(f"{path}: {error}")
             except (OSError, Unknown, asyncio.TimeoutError) as error:
-                raise StartError(
-                    f"the server does not answer its first request: {path}: {error or 'no answer'}"
-                ) from error
+                cause = await self._broken(error) if isinstance(error, OSError) else error
+                raise StartError(f"the server does not answer its first request: {path}: {cause or 'no'}") from error
         if not served:
             raise StartError(f"the server answers neither API: {'; '.join(problems)}")
         return tuple(served)

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
     from dynamo_worker.supervisor.etcd import Gateway
 
-#: Seconds between checks while etcd answers, and while it does not.
+#: Seconds between checks while etcd answers, and while it refuses connections.
 _INTERVAL: Final = 5.0
 _AWAY_INTERVAL: Final = 1.0
+#: Seconds after which an etcd that has accepted a request is deaf: the next one is sent at once.
+_DEAF: Final = 1.0
+#: Keys that are written with one request; etcd takes 128.
+_WRITTEN_AT_ONCE: Final = 32
 #: The part of a lease's life after which it is renewed.
 _RENEWAL: Final = 1 / 3
 
@@ -50,12 +54,19 @@ class EtcdStore:
         self._values: dict[str, str] = {}
         self._renewed = -float("inf")
         self._away = False
+        self._deaf = False
         self._closed = False
 
     @property
     def interval(self) -> float:
-        """Seconds until the next check."""
-        return _AWAY_INTERVAL if self._away else min(_INTERVAL, self._ttl * _RENEWAL)
+        """Seconds until the next check.
+
+        A deaf etcd that goes on removes the keys of leases that have ended within milliseconds. Then a request is
+        there already, whose answer begins the registration: every pause would be a time without workers.
+        """
+        if self._away:
+            return 0.0 if self._deaf else _AWAY_INTERVAL
+        return min(_INTERVAL, self._ttl * _RENEWAL)
 
     @property
     def count(self) -> int:
@@ -80,8 +91,9 @@ class EtcdStore:
 
         :raises DiscoveryAwayError: etcd does not answer.
         """
+        started = time.monotonic()
         try:
-            if self._away or time.monotonic() - self._renewed > self._ttl * _RENEWAL:
+            if self._away or started - self._renewed > self._ttl * _RENEWAL:
                 self._move()
                 self._renew()
             there = self._keys() or set()
@@ -89,7 +101,7 @@ class EtcdStore:
                 with contextlib.suppress(_UnreadableError):
                     self._values[key] = self._value(key)
         except OSError as error:
-            self._away = True
+            self._away, self._deaf = True, time.monotonic() - started >= _DEAF
             raise DiscoveryAwayError(str(error)) from error
         self._away = False
         return [key for key in self._values if key not in there]
@@ -97,9 +109,14 @@ class EtcdStore:
     def restore(self, names: Collection[str]) -> None:
         """Write keys again as they were, the instance (``v1/instances``) before the models (``v1/mdc``)."""
         self._grant()
-        for key in sorted(names, key=base64.b64decode):
+        ordered = sorted(names, key=base64.b64decode)
+        for start in range(0, len(ordered), _WRITTEN_AT_ONCE):
+            puts = [
+                {"request_put": {"key": key, "value": self._values[key], "lease": self._lease}}
+                for key in ordered[start : start + _WRITTEN_AT_ONCE]
+            ]
             if not self._closed:
-                self._etcd.call("/v3/kv/put", {"key": key, "value": self._values[key], "lease": self._lease})
+                self._etcd.call("/v3/kv/txn", {"success": puts})
 
     def endpoint(self, name: str) -> str | None:
         """Return the endpoint ``namespace/component/name`` that an entry stands for; None for other entries."""

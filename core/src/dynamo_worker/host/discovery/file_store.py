@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from dynamo_worker.host.discovery.card_check import CARDS, MOST_CARDS
+from dynamo_worker.host.discovery.publishers import CHANNELS
 from dynamo_worker.host.discovery.store import INSTANCES
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from dynamo_worker.host.discovery.publishers import OwnPublishers
 
 #: Seconds between checks.
 _INTERVAL = 1.0
@@ -32,13 +35,18 @@ class _File(NamedTuple):
 
 
 class FileStore:
-    """The entries of the ``file`` backend: all files below a directory whose names contain the instance id."""
+    """The entries of the ``file`` backend: all files below a directory whose names contain the instance id.
+
+    :param publishers: is shown the announcements of event publishers, whose names contain other ids. They are not
+        restored, because the runtime may remove them at any time.
+    """
 
     interval = _INTERVAL
 
-    def __init__(self, root: str, instance: str) -> None:
+    def __init__(self, root: str, instance: str, publishers: OwnPublishers | None = None) -> None:
         self._root = root
         self._instance = instance
+        self._publishers = publishers
         self._files: dict[str, _File] = {}
         self._directories = [root]
         self._modified: dict[str, int] = {}
@@ -136,6 +144,9 @@ class FileStore:
         directories = []
         for directory, _, names in os.walk(self._root, onerror=_raise):
             directories.append(directory)
+            if self._publishers is not None and os.path.relpath(directory, self._root) == CHANNELS:
+                with contextlib.suppress(OSError):  # without descriptors or room; they end with their lease then
+                    self._publishers.look(directory, names)
             for name in names:
                 if self._instance not in name or name.startswith("."):
                     continue

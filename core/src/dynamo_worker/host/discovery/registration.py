@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,9 +35,10 @@ _CONFIRM = 1.5
 _PATIENCE = 10.0
 #: Seconds that leaving discovery waits for a check in progress.
 _CLOSE = 0.3
-#: Seconds for the worker's entries to appear, and between checks of that.
+#: Seconds for the worker's entries to appear, and between checks of that, at first and at most.
 _ENTER = 5.0
 _ENTER_INTERVAL = 0.02
+_LONGEST_ENTER_INTERVAL = 0.5
 #: Seconds for the last entries to be removed at the end.
 _RELEASE = 0.5
 
@@ -109,7 +111,9 @@ class Registration:
             except DiscoveryAwayError as error:
                 if self._away is None and not self._closed:
                     log.warning(
-                        "Discovery does not answer; the worker keeps serving", reason=error, outage_s=self._outage
+                        "Discovery does not answer; the worker keeps serving",
+                        reason=error,
+                        outage_s=self._outage if math.isfinite(self._outage) else "any",
                     )
                 self._away = str(error)
                 return
@@ -138,6 +142,7 @@ class Registration:
         The runtime does not report it: it registers endpoints some time after the call that serves them.
         """
         give_up = time.monotonic() + _ENTER
+        interval = _ENTER_INTERVAL
         while True:
             async with self._lock:
                 with contextlib.suppress(OSError):
@@ -147,7 +152,8 @@ class Registration:
                 return True
             if time.monotonic() > give_up:
                 return False
-            await asyncio.sleep(_ENTER_INTERVAL)
+            await asyncio.sleep(interval)
+            interval = min(2 * interval, _LONGEST_ENTER_INTERVAL)
 
     async def compare_cards(self) -> None:
         """Warn once if frontends may ignore this worker because its model card differs from another worker's."""

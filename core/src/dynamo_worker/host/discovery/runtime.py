@@ -17,12 +17,14 @@ from dynamo_worker.host.discovery import model_card, runtime_lease, topology
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.etcd_store import EtcdStore
 from dynamo_worker.host.discovery.file_store import FileStore
+from dynamo_worker.host.discovery.kubernetes_store import KubernetesStore
+from dynamo_worker.host.discovery.publishers import OwnPublishers
 from dynamo_worker.host.discovery.registration import Registration
 from dynamo_worker.host.discovery.servers import wait_for_servers
 from dynamo_worker.host.discovery.worker_discovery import WorkerDiscovery
 from dynamo_worker.host.listening import keep_on_loopback, listening_ports
 from dynamo_worker.logs import get_logger
-from dynamo_worker.supervisor import ledger
+from dynamo_worker.supervisor import kubernetes, ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -92,6 +94,7 @@ class Runtime:
         #: How many models are in discovery, adapters included.
         self._models = 0
         self._registration: Registration | None = None
+        self._record: Callable[[list[str]], None] | None = None
         #: What the engine may change of these entries while it serves.
         self.discovery = WorkerDiscovery(self.endpoint(settings.endpoint), self._entry(settings.endpoint))
         #: Port of the runtime's own status server; None if it is off.
@@ -165,7 +168,12 @@ class Runtime:
         """Record where this worker is registered, for a supervisor that has to withdraw it in the worker's place."""
         backend = self._settings.discovery_backend
         root = os.environ["DYN_FILE_KV"] if backend == "file" else None
-        ledger.record_registration(run_dir, backend, self.worker_id, root=root)
+
+        def record(publishers: list[str]) -> None:
+            ledger.record_registration(run_dir, backend, self.worker_id, root=root, publishers=publishers)
+
+        record([])
+        self._record = record
 
     def serve(self, spec: EndpointSpec, handler: Handler) -> asyncio.Task[None]:
         """Serve one endpoint and return the task that ends when the runtime has shut down."""
@@ -206,7 +214,8 @@ class Runtime:
         """
         store: Store | None = None
         if self._settings.discovery_backend == "file":
-            store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}")
+            publishers = None if self._record is None else OwnPublishers(self._record)
+            store = FileStore(os.environ["DYN_FILE_KV"], f"{self.worker_id:x}", publishers)
         elif self._settings.discovery_backend == "etcd" and self._lease_ttl:
             store = EtcdStore(
                 runtime_lease.gateway(),
@@ -214,9 +223,13 @@ class Runtime:
                 ttl=math.ceil(self._settings.etcd_lease_ttl),
                 runtime_ttl=self._lease_ttl,
             )
+        elif self._settings.discovery_backend == "kubernetes" and kubernetes.in_cluster():
+            store = KubernetesStore()
         if store is None:
             return None
         timeout, outage = self._settings.discovery_timeout, self._settings.discovery_outage
+        if isinstance(store, KubernetesStore):
+            outage = math.inf  # no lease ends, and a restart would only have to wait for the same server
         self._registration = Registration(store, on_fatal, timeout=timeout, outage=outage)
         self.discovery.registration = self._registration
         count = len(self._serving) + self._models
