@@ -140,7 +140,7 @@ class Server:
             return self.answer(writer, 400, {"error": {"message": "x" * 5_000_000}})
         if fault == "silent":
             await asyncio.sleep(3600)
-        if fault == "no-stream":
+        if fault == "no-stream" or not request.get("stream"):
             return self.answer(writer, 200, {"choices": []})
         if fault == "garbage-head":
             return writer.write(b"\x00\x01garbage\r\n\r\n" * 10)

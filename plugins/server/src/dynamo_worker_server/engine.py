@@ -254,7 +254,7 @@ class ServerEngine(EngineLifecycle):
         """Return the APIs that the server has for its model: a model without a chat template answers no chats."""
         served, problems = [], []
         for api, path in _PATHS.items():
-            body = {**self._canary(api), "model": next(iter(self._models.values()))}
+            body = {**self._canary(api), "model": next(iter(self._models.values())), "stream": True}
             try:
                 # It may compile first: the same time as for everything else before the start is over.
                 with contextlib.closing(
