@@ -157,7 +157,7 @@ class Server:
             return writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\nxxxx")
         if fault == "interim":
             writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
-        chunked = fault != "unframed"
+        chunked = not fault.startswith("unframed")
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
             + (b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"Connection: close\r\n\r\n")
@@ -202,7 +202,9 @@ class Server:
                 STATS["tokens"] += 1
                 if pause or not index % 100:
                     await asyncio.sleep(pause)
-            if fault == "no-end":
+            if fault == "clean-no-end":
+                writer.write(b"0\r\n\r\n")
+            if fault.endswith("no-end"):
                 return None
             await send(event(count, "", self.args.finish_reason))
             if fault != "no-done":

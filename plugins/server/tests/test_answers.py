@@ -103,10 +103,12 @@ def test_an_answer_that_breaks_off(run: Run, fault: str, kind: type[Exception], 
     run(check)
 
 
-def test_an_end_without_a_finish_reason_is_no_end(run: Run) -> None:
+@pytest.mark.parametrize("fault", ["no-end", "clean-no-end", "unframed-no-end"])
+def test_an_end_without_a_finish_reason_is_no_end(run: Run, fault: str) -> None:
     async def check(server: Running) -> None:
         with pytest.raises(OSError, match=r"closed the connection|in the middle"):
-            await server.ask("a fail:no-end")
+            await server.ask(f"a fail:{fault}")
+        assert len(server.text().split()) == 6
 
     run(check)
 
