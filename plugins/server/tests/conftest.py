@@ -19,6 +19,7 @@ import uvloop
 from dynamo_worker import Deadline
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.testing import Subject
+from dynamo_worker.testing.fault_table import OF_THE_WORKER
 from dynamo_worker_server import arguments
 from dynamo_worker_server.engine import ServerEngine
 
@@ -31,6 +32,14 @@ FAKE = str(Path(__file__).parent / "fake_server.py")
 
 
 LLAMA = str(Path(__file__).parent / "llama_server.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make those rows of the fault table slow that show the worker itself: the echo engine has them."""
+    for item in items:
+        if getattr(item, "originalname", item.name) in OF_THE_WORKER:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ PYTHON = os.environ.get("DYNAMO_WORKER_TEST_VLLM_PYTHON") or str(ROOT / ".nox" /
 
 pytestmark = [
     pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason=f'no {PYTHON}: `nox -s "tests(vllm)"` installs vLLM'),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
 ]
 
 #: What vLLM needs on a small machine; see `plugins/vllm/tests/conftest.py`.
@@ -59,7 +59,7 @@ def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         "server",
         ["--server-process", "VLLM::EngineCore", "--server-command", command],
         model="tiny",
-        start_seconds=180.0,
+        start_seconds=400.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
         migrates=False,
         stream_tokens=1500,
