@@ -219,3 +219,19 @@ def test_links_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_each_promise_has_tests():
+    """The commands of the table of promises select tests."""
+    table = page("testing.md").partition("### How each promise is tested")[2].partition("###")[0]
+    commands = re.findall(r"`pytest ([^`]+)`", table)
+    assert len(commands) > 8
+    for command in commands:
+        paths, _, expression = command.partition(" -k ")
+        files = [ROOT / path for path in paths.split()]
+        assert all(path.exists() for path in files), command
+        sources = [source for path in files for source in (path.rglob("*.py") if path.is_dir() else [path])]
+        sources += sorted(Path(dynamo_worker.__file__).parent.joinpath("testing").rglob("*.py"))
+        names = re.findall(r"def (test_\w+)", "".join(source.read_text(encoding="utf-8") for source in sources))
+        for word in re.findall(r"\w+", expression):
+            assert word == "or" or any(word in name for name in names), f"pytest {command}: no test has {word!r}"

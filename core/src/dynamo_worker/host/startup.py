@@ -25,6 +25,7 @@ from dynamo_worker.engine import (
 from dynamo_worker.errors import StartError
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
+from dynamo_worker.host.discovery.model_card import check_endpoint_types
 from dynamo_worker.host.discovery.runtime import Runtime, stay_on_loopback
 from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
 from dynamo_worker.host.frontend.frontend_process import FrontendProcess
@@ -209,6 +210,7 @@ class Startup:
             events_wanted=settings.events_wanted,
             discovery=runtime.discovery,
         )
+        self._plugins.configure(self._engine_args, context)
         engine = self._plugins.create_engine(self._engine_args, context)
         self._checks.methods(engine)
         self._parts.engine = engine
@@ -216,6 +218,7 @@ class Startup:
 
     async def _start_engine(self, engine: Engine, runtime: Runtime) -> EngineInfo:
         info = await self._checks.started(engine.start(runtime.worker_id))
+        check_endpoint_types(info, self._settings, self._checks.problem)
         self._parts.processes.watch(self._checks.pids(engine.processes()), "engine process")
         return info
 
