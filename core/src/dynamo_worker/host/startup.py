@@ -35,7 +35,7 @@ from dynamo_worker.host.parts import ReadyWorker
 from dynamo_worker.host.requested_drain import RequestedDrain
 from dynamo_worker.host.requests.canary import Canary
 from dynamo_worker.host.requests.engine_checks import EngineChecks
-from dynamo_worker.host.requests.kinds import kind_of
+from dynamo_worker.host.requests.kinds import kind_of, require_router
 from dynamo_worker.host.requests.serving import RequestHandler
 from dynamo_worker.host.status.control_routes import ControlAccess, read_token
 from dynamo_worker.host.status.drain_routes import drain_routes
@@ -114,6 +114,7 @@ class Startup:
         engine = self._create_engine(runtime, private_dir)
         info = await self._start_engine(engine, runtime)
         kind = kind_of(runtime.completed(info), self._checks)
+        require_router(info, self._settings.router_mode)
         self._adapt_drain(kind)
         await self._warm_up(engine, info, kind)
         require_thread()

@@ -106,13 +106,13 @@ class FaultTable:
             for number, result in enumerate(results):
                 assert result.text == subject.expected(f"{PROMPT}{number}", subject.stream_tokens)
 
-    def assert_moved(self, load: Load, subject: Subject) -> None:
-        """Check that no stream was lost with its worker, or that its client has learned of it: none looks complete."""
+    def assert_continued(self, load: Load, subject: Subject) -> None:
+        """Check that every stream is complete although its worker is gone, or tells its client to ask again."""
         if subject.migrates:
             self.assert_complete(load, subject)
             return
-        torn = [result for result in load.wait() if not result.ok and result.error is None]
-        assert not torn, f"{len(torn)} streams ended without a finish reason and without an error"
+        for result in load.wait():
+            assert result.ok or "Service temporarily unavailable" in str(result.error), load.summary()
 
     def assert_gone(self, worker: Worker, since: float, bound: float, subject: Subject) -> int:
         """Wait until the worker has left discovery and has exited; return its exit code."""
@@ -144,7 +144,7 @@ class FaultTable:
             since = worker.signal(signal.SIGKILL, process)
             assert self.assert_gone(worker, since, 1.0, subject) == 1
             assert "Fatal error kind=EngineDeadError" in worker.log
-            self.assert_moved(load, subject)
+            self.assert_continued(load, subject)
             since = spare.signal(signal.SIGKILL, idle_process)
             assert self.assert_gone(spare, since, 1.0, subject) == 1
             assert "Fatal error kind=EngineDeadError" in spare.log
@@ -161,7 +161,7 @@ class FaultTable:
         since = worker.signal(signal.SIGKILL, process)
         assert self.assert_gone(worker, since, 1.0, subject) == 1
         assert "Fatal error kind=EngineDeadError" in worker.log
-        self.assert_moved(load, subject)
+        self.assert_continued(load, subject)
 
     def test_engine_process_stopped(self, cluster: Cluster, subject: Subject, start: Start) -> None:
         self.check_standstill(cluster, subject, start, subject.stall_timeout)
@@ -184,7 +184,7 @@ class FaultTable:
             since = worker.signal(signal.SIGSTOP, process)
             assert self.assert_gone(worker, since, bound + 1.0, subject) == 1
             assert "Fatal error kind=EngineStalledError" in worker.log
-            self.assert_moved(load, subject)
+            self.assert_continued(load, subject)
             since = spare.signal(signal.SIGSTOP, idle_process)
             assert self.assert_gone(spare, since, bound + 1.0, subject) == 1
             assert "Fatal error kind=EngineStalledError" in spare.log
@@ -211,7 +211,7 @@ class FaultTable:
         load = self.busy(cluster, subject, worker)
         since = worker.signal(signal.SIGKILL, worker.worker_pid)
         assert self.assert_gone(worker, since, 0.5, subject) == 128 + signal.SIGKILL
-        self.assert_moved(load, subject)
+        self.assert_continued(load, subject)
         spare.stop()
 
     def test_supervisor_killed_and_guardian_killed(self, subject: Subject, start: Start) -> None:
@@ -246,7 +246,7 @@ class FaultTable:
             with no_more_processes([worker.pid, *worker.children()]):
                 since = worker.signal(number, pid)
                 code = self.assert_gone(worker, since, bound, subject)
-                self.assert_moved(load, subject)
+                self.assert_continued(load, subject)
                 eventually(lambda: not worker.run_dir.exists(), 5.0 * subject.patience, "its run directory to go")
             return code
 
@@ -292,7 +292,7 @@ class FaultTable:
         worker, spare = start(2, "--drain", "handoff", "--grace-period", "0")
         load = self.busy(cluster, subject, worker)
         since = worker.signal(signal.SIGTERM)
-        # Requests that cannot be handed off are completed.
+        # Streams that nobody would continue finish first.
         assert self.assert_gone(worker, since, 2.0 if subject.migrates else 25.0, subject) == 0
         self.assert_complete(load, subject)
         spare.stop()

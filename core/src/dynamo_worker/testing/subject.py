@@ -25,7 +25,7 @@ class Subject:
         predictable, in which case only the end of each stream is checked.
     :param start_stages: patterns of log lines that mark the stages of startup; the worker is stopped at each.
     :param stall_timeout: longest time in seconds until a stall is detected.
-    :param migrates: whether frontends continue the engine's requests on another worker: not those of a text engine.
+    :param migrates: whether frontends continue its requests on another worker: False for an engine that takes text.
     :param patience: factor applied to all time limits.
     """
 

@@ -132,6 +132,12 @@ class ServerEngine(EngineLifecycle):
                     yield chunk
         except OSError as error:
             raise await self._broken(error) from None
+        except Unknown:
+            # A server says that its engine is dead before it dies itself.
+            lost = self._process.lost() if self._process is not None else None
+            if lost is not None:
+                raise EngineDeadError(lost) from None
+            raise
         finally:
             if stream is not None:
                 stream.close()

@@ -106,6 +106,22 @@ class ServerProcess:
         words = self._last_words()
         return f"{self.command[0]} {how}{'; its last output:' if words else ''}{words}"
 
+    def lost(self) -> str | None:
+        """Return which vital process has ended, or None. Reads a file for each."""
+        for pid in self.vital:
+            try:
+                state = (
+                    Path(f"/proc/{pid}/stat")
+                    .read_text(encoding="utf-8", errors="replace")
+                    .rpartition(")")[2]
+                    .split()[0]
+                )
+            except OSError:
+                state = "X"
+            if state in ("X", "Z"):
+                return f"process {pid} of the server has ended"
+        return None
+
     @property
     def running(self) -> bool:
         """Whether the command runs."""
