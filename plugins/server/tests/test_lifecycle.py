@@ -195,6 +195,11 @@ def test_further_processes_are_watched_on_request() -> None:
         async with running("--server-process", "sleep", "--", "sh", "-c", program, "{port}") as server:
             sleeping = list(server.engine.processes())[2:]
             assert [psutil.Process(pid).name() for pid in sleeping] == ["sleep", "sleep"]
+            with pytest.raises(Exception, match="the server has failed"):
+                await server.ask("fail:status-500")
+            os.kill(sleeping[0], signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match=f"process {sleeping[0]} of the server has ended"):
+                await server.ask("fail:status-500")
 
     uvloop.run(main())
     assert "no process whose command line begins so" in start_error("--server-process", "VLLM", "--", *fake())

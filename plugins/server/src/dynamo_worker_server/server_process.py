@@ -110,15 +110,10 @@ class ServerProcess:
         """Return which vital process has ended, or None. Reads a file for each."""
         for pid in self.vital:
             try:
-                state = (
-                    Path(f"/proc/{pid}/stat")
-                    .read_text(encoding="utf-8", errors="replace")
-                    .rpartition(")")[2]
-                    .split()[0]
-                )
+                stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
             except OSError:
-                state = "X"
-            if state in ("X", "Z"):
+                return f"process {pid} of the server has ended"
+            if stat.rpartition(")")[2].split()[0] in ("X", "Z"):
                 return f"process {pid} of the server has ended"
         return None
 
