@@ -22,6 +22,7 @@ from conftest import FAKE, Running, engine_of, fake, running
 from dynamo_worker import Deadline, EngineDeadError, StartError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.errors import UsageError
+from dynamo_worker_server import server_process
 from dynamo_worker_server.server_process import choose_port
 
 if TYPE_CHECKING:
@@ -203,6 +204,21 @@ def test_further_processes_are_watched_on_request() -> None:
 
     uvloop.run(main())
     assert "no process whose command line begins so" in start_error("--server-process", "VLLM", "--", *fake())
+
+
+def test_files_that_close_while_they_are_listed_hide_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy server opens and closes files all the time."""
+    real = os.readlink
+    with socket.socket() as listening:
+        inode = real(f"/proc/self/fd/{listening.fileno()}")[8:-1]
+
+        def readlink(path: Path) -> str:
+            if int(path.name) < listening.fileno():
+                raise FileNotFoundError(path)
+            return real(path)
+
+        monkeypatch.setattr(os, "readlink", readlink)
+        assert inode in server_process._sockets_of(os.getpid())
 
 
 @pytest.mark.parametrize("flags", [[], ["--ignore-sigterm"]], ids=["well-behaved", "stubborn"])

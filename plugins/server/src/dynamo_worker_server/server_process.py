@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -210,10 +211,12 @@ def _rows(table: str) -> Iterable[list[str]]:
 def _sockets_of(pid: int) -> set[str]:
     found = set()
     try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+        entries = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:  # it has ended, or is another user's
+        return found
+    for entry in entries:
+        with contextlib.suppress(OSError):  # closed meanwhile, as a busy server's are
             target = os.readlink(entry)
             if target.startswith("socket:["):
                 found.add(target[8:-1])
-    except OSError:  # it has ended, or is another user's
-        pass
     return found
