@@ -209,7 +209,7 @@ def _rows(table: str) -> Iterable[list[str]]:
 
 
 def _sockets_of(pid: int) -> set[str]:
-    found = set()
+    found: set[str] = set()
     try:
         entries = list(Path(f"/proc/{pid}/fd").iterdir())
     except OSError:  # it has ended, or is another user's
