@@ -20,16 +20,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [
-    "core",
-    "plugins/dynamo",
-    "plugins/server",
-    "plugins/sglang",
-    "plugins/trtllm",
-    "plugins/vllm",
-    "examples/reverse-engine",
+PLUGINS = [
+    *("plugins/dynamo", "plugins/server", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"),
 ]
-PLUGINS = ["plugins/dynamo", "plugins/server", "plugins/sglang", "plugins/trtllm", "plugins/vllm"]
+PACKAGES = ["core", *PLUGINS, "examples/reverse-engine"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
