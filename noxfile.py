@@ -27,7 +27,9 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 #: Every engine with a plugin in `plugins/NAME`. Its tests on a CPU install the `cpu` extra, or the stand-in for the
 #: engine in `tests/standin`, with the versions of `constraints.txt`, without what `overrides.txt` names, and then run
 #: `tests/install_shims.py` if there is one. Its tests on a GPU install the `cuda` extra.
-ENGINES = ["vllm", "sglang", "trtllm", "dynamo", "transformers"]
+ENGINES = ["vllm", "sglang", "trtllm", "dynamo", "transformers", "server"]
+#: Those that bring no engine along, but run what is installed otherwise: they have nothing for a GPU of their own.
+BRINGS_NO_ENGINE = {"server"}
 #: What `dynamo-worker new` writes packages from.
 TEMPLATES = ["process", "thread", "server"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -161,7 +163,7 @@ def _audit(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("suite", ENGINES, ids=ENGINES)
+@nox.parametrize("suite", [name for name in ENGINES if name not in BRINGS_NO_ENGINE])
 def gpu(session: nox.Session, suite: str) -> None:
     """Run the tests of one engine on this machine's GPU, whose memory has to be free again after every test."""
     _install(session, "-e", f"plugins/{suite}[cuda]", *TEST)
@@ -258,6 +260,8 @@ def build(session: nox.Session) -> None:
         listed = _run_installed(session, package, "engines")
         if engine not in listed:
             session.error(f"`dynamo-worker engines` does not list {engine}, although {package} is installed: {listed}")
+        if engine in BRINGS_NO_ENGINE:
+            continue
         # The engine itself is an extra: without it the plugin has to say what to install.
         answer = _run_installed(session, package, "--engine", engine, "--help")
         if f"{package}[" not in answer or "Traceback" in answer:

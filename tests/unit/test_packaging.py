@@ -20,11 +20,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [
-    *("core", "plugins/dynamo", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"),
-    "examples/reverse-engine",
+PLUGINS = [
+    *("plugins/dynamo", "plugins/server", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"),
 ]
-PLUGINS = ["plugins/dynamo", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"]
+PACKAGES = ["core", *PLUGINS, "examples/reverse-engine"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -85,12 +84,15 @@ def test_the_core_is_bounded_to_the_minor_version(package):
 def test_the_core_has_an_extra_for_each_engine(plugin):
     engine = Path(plugin).name
     (found,) = extra("core", engine)
-    assert (found.name, found.extras) == (f"dynamo-worker-{engine}", {"cuda"})
+    extras = set() if engine in from_noxfile("BRINGS_NO_ENGINE") else {"cuda"}
+    assert (found.name, found.extras) == (f"dynamo-worker-{engine}", extras)
     assert found.specifier == Requirement(pyproject(plugin)["project"]["dependencies"][0]).specifier
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_engines_have_an_upper_bound_and_the_tested_version_is_within(plugin):
+    if Path(plugin).name in from_noxfile("BRINGS_NO_ENGINE"):
+        pytest.skip("it brings no engine along")
     names = pyproject(plugin)["project"]["optional-dependencies"]
     bounds = [extra(plugin, name)[0] for name in sorted(names, reverse=True)]
     assert len({bound.specifier for bound in bounds}) == 1
@@ -137,8 +139,10 @@ def test_the_changelog_has_this_version_below_the_unreleased_changes():
 
 def test_workflows_run_every_engine_and_every_python_of_the_noxfile():
     found = jobs()
-    for name in ("ci.yml:engines", "nightly.yml:gpu"):
-        assert found[name]["strategy"]["matrix"]["engine"] == from_noxfile("ENGINES")
+    engines = from_noxfile("ENGINES")
+    assert found["ci.yml:engines"]["strategy"]["matrix"]["engine"] == engines
+    of_gpus = [name for name in engines if name not in from_noxfile("BRINGS_NO_ENGINE")]
+    assert found["nightly.yml:gpu"]["strategy"]["matrix"]["engine"] == of_gpus
     assert found["ci.yml:pythons"]["strategy"]["matrix"]["python"] == from_noxfile("PYTHONS")
     assert "gpu" in found["nightly.yml:gpu"]["runs-on"]
 

@@ -58,7 +58,11 @@ class CommandLine:
 
 
 def split(
-    argv: Sequence[str], switches: Iterable[str] = SWITCHES, claimed: Collection[str] = frozenset()
+    argv: Sequence[str],
+    switches: Iterable[str] = SWITCHES,
+    claimed: Collection[str] = frozenset(),
+    *,
+    keep_separator: bool = False,
 ) -> CommandLine:
     """Separate the worker's own flags from the engine's.
 
@@ -66,6 +70,7 @@ def split(
     a bare ``--`` is the engine's, including flags that the worker defines too.
 
     :param claimed: the flags of the worker that are the engine's.
+    :param keep_separator: leave the bare ``--`` in the engine's part, where it separates a command.
     :raises UsageError: a flag has no value, or a switch has one.
     """
     rows = {flag: row for flag, row in own_flags().items() if flag not in claimed}
@@ -75,7 +80,7 @@ def split(
     while words:
         word = words.pop(0)
         if word == "--":
-            line.rest += words
+            line.rest += [word, *words] if keep_separator else words
             break
         flag, has_value, value = word.partition("=")
         if flag in own_switches:

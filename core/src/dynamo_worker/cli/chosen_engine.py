@@ -36,16 +36,16 @@ class ChosenEngine:
         line = split(argv, switches)
         self._name, modules, file = _choice(line)
         self._loaded: Plugins | None = None
-        claimed = EngineFlags().claimed
+        claimed, command = EngineFlags().claimed, False
         if self._name:
             try:
                 loaded = Plugins.load_engine(self._name, modules)
                 # The file that names the engine was the worker's.
-                claimed = loaded.engine_flags.claimed - {file}
+                claimed, command = loaded.engine_flags.claimed - {file}, loaded.engine_flags.command
                 self._loaded = loaded
             except WorkerError:
                 pass
-        self.line = split(argv, switches, claimed) if claimed else line
+        self.line = split(argv, switches, claimed, keep_separator=command) if claimed or command else line
 
     def settings(self) -> tuple[WorkerSettings, ConfigFile | None]:
         """Return the settings, and the configuration file if there is one.

@@ -30,6 +30,9 @@ def without_peer_flags(words: Sequence[str], engine: str, known: Collection[str]
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
+        if word == "--":  # a command follows
+            result += [word, *waiting]
+            break
         flag, equals, value = word.partition("=")
         row = rows.get(flag)
         # An engine of somebody else may have a flag of its own by one of these names.

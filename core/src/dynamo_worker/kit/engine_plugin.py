@@ -47,6 +47,9 @@ class EnginePlugin:
     flags_file: ClassVar[str] = ""
     #: Whether the engine's own command line takes the beginning of a flag for the flag, as ``argparse`` does.
     abbreviated_flags: ClassVar[bool] = False
+    #: Whether the engine's command line ends with a command of somebody else after a bare ``--``. Its words reach the
+    #: engine's parser unread, after that ``--``, for a positional argument with ``nargs=argparse.REMAINDER``.
+    takes_command: ClassVar[bool] = False
     #: ``preload(arguments)`` starts what can be started before the command line is read.
     preload: ClassVar[str] = ""
     #: Environment variables to set before the engine is imported, in its processes too, unless the operator has.

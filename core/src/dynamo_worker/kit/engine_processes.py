@@ -11,7 +11,7 @@ from dynamo_worker.supervisor import linux, process_tree
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Collection, Iterable
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.supervisor.linux import Process
@@ -159,10 +159,11 @@ class EngineProcesses:
     are gone, and then end by themselves.
     """
 
-    def __init__(self, title: bytes) -> None:
+    def __init__(self, title: bytes, leaders: Collection[int] = ()) -> None:
         """Take the snapshot.
 
         :param title: how the command lines of the engine's processes begin.
+        :param leaders: pids of the leaders, for an engine whose processes have any title; ``title`` is then ignored.
         """
         tree = process_tree.descendants(os.getpid())
         self._leaders: list[Process] = []
@@ -170,14 +171,23 @@ class EngineProcesses:
         belonging: set[int] = set()
         for process, stat in tree.items():  # parents come before their children
             if stat.parent == os.getpid():
-                command = _command(process)
-                if command.startswith(title) or any(mark in command for mark in _SPAWNED):
+                if process.pid in leaders or (not leaders and self._is_titled(process, title)):
                     self._leaders.append(process)
                     belonging.add(process.pid)
             elif stat.parent in belonging:
                 belonging.add(process.pid)
                 if not process_tree.is_resource_tracker(process.pid):
                     self._below.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """The pids of the leaders and of everything below them."""
+        return [process.pid for process in self._leaders + self._below]
+
+    @staticmethod
+    def _is_titled(process: Process, title: bytes) -> bool:
+        command = _command(process)
+        return command.startswith(title) or any(mark in command for mark in _SPAWNED)
 
     def signal_leaders(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Signal the leaders; they, or the kernel, end the processes below them."""

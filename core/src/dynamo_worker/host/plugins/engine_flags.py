@@ -22,11 +22,13 @@ class EngineFlags:
     :param claimed: flags of the worker that are the engine's.
     :param file: the engine's flag for a YAML file of its flags.
     :param abbreviated: whether a flag may be given by its beginning.
+    :param command: whether the words after a bare ``--`` are a command, in which nothing is the engine's flag.
     """
 
     claimed: frozenset[str] = frozenset()
     file: str = ""
     abbreviated: bool = False
+    command: bool = False
 
     @classmethod
     def of(cls, record: PluginRecord, plugin: object) -> EngineFlags:
@@ -43,4 +45,9 @@ class EngineFlags:
                     f"{record} claims {flag}, for which the worker has no other name",
                     hint=f"`claimed_flags` may hold one name each of {', '.join(sorted(_SHARED))}",
                 )
-        return cls(claimed, getattr(plugin, "flags_file", ""), getattr(plugin, "abbreviated_flags", False))
+        return cls(
+            claimed,
+            getattr(plugin, "flags_file", ""),
+            getattr(plugin, "abbreviated_flags", False),
+            getattr(plugin, "takes_command", False),
+        )
