@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "engines": "list the installed engines and plugins",
     "check": "import one engine or plugin and report what is wrong with it",
     "plan": "show the shutdown timeline for the given settings",
+    "top": "watch the workers of a namespace in the terminal",
     "drain": "take a running worker out of service without ending it",
     "resume": "return a drained worker to service",
     "frontend": "run the OpenAI HTTP frontend without a worker",
