@@ -130,7 +130,7 @@ def show_on_a_terminal(cluster: Cluster, instance: str) -> None:
         assert "\x1b[31mred" not in screen  # the name of a stranger's model
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 5, 200, 0, 0))
         process.send_signal(signal.SIGWINCH)
-        read_until(ours, lambda text: "… 2 more, 2 of them not ready" in text)
+        read_until(ours, lambda text: "… 1 more, 1 of them not ready" in text)
         process.send_signal(signal.SIGINT)
         read_until(ours, lambda text: "\x1b[?1049l" in text)
         assert process.wait(10) == 0

@@ -53,6 +53,8 @@ exit codes:
   2      an argument is invalid
   4      discovery cannot be reached"""
 
+#: Seconds between the two looks of ``--once``.
+ONCE_SECONDS: Final = 1.0
 _INTERVAL: Final = Number(0.2, 3600, "seconds")
 
 
@@ -237,7 +239,7 @@ class _Session:
         await self._refresh()
         if not self._watch.workers:
             raise WorkerError(self._nothing or "no worker")
-        await asyncio.sleep(1)
+        await asyncio.sleep(ONCE_SECONDS)
         await self._refresh()
         self._show()
 

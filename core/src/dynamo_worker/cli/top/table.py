@@ -192,9 +192,8 @@ def as_json(worker: WatchedWorker, now: float) -> dict[str, Any]:
 
 def fitting(workers: Sequence[WatchedWorker], lines: int) -> tuple[Sequence[WatchedWorker], str]:
     """Return the workers that fit into some lines, and what to say of the others."""
-    if len(workers) <= lines:
-        return workers, ""
-    shown = workers[: max(0, lines - 1)]
-    hidden = workers[len(shown) :]
-    unready = sum(worker.sample is None or not worker.answers or not worker.sample.ready for worker in hidden)
+    shown, hidden = workers[:lines], workers[lines:]
+    if not hidden:
+        return shown, ""
+    unready = sum(not worker.answers or worker.sample is None or not worker.sample.ready for worker in hidden)
     return shown, f"… {len(hidden)} more, {unready} of them not ready (--sort state shows those first)"
