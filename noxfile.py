@@ -27,7 +27,9 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 #: Every engine with a plugin in `plugins/NAME`. Its tests on a CPU install the `cpu` extra, or the stand-in for the
 #: engine in `tests/standin`, with the versions of `constraints.txt`, without what `overrides.txt` names, and then run
 #: `tests/install_shims.py` if there is one. Its tests on a GPU install the `cuda` extra.
-ENGINES = ["vllm", "sglang", "trtllm"]
+ENGINES = ["vllm", "sglang", "trtllm", "dynamo"]
+#: What `dynamo-worker new` writes packages from.
+TEMPLATES = ["process", "thread", "server"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
@@ -186,7 +188,8 @@ def minimums(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Check style, formatting and the CI workflows."""
     session.install(*LINT)
-    workflows = [str(path) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
+    ours = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    workflows = map(str, [*ours, *sorted(ROOT.glob("core/src/dynamo_worker/templates/*/.github/workflows/*.yml"))])
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -212,6 +215,12 @@ def types(session: nox.Session) -> None:
     """Check the types of everything that is shipped, strictly."""
     _install(session, *TYPES, *TEST)
     session.run("mypy")
+    # What `dynamo-worker new` writes: its sources are layers of packages, which mypy cannot check by themselves.
+    session.run("rm", "-rf", *(f"{session.create_tmp()}/{template}" for template in TEMPLATES), external=True)
+    for template in TEMPLATES:
+        package = f"{session.create_tmp()}/{template}"
+        session.run("dynamo-worker", "new", "typed", "--template", template, "--directory", package)
+        session.run("mypy", f"{package}/src", env={"MYPYPATH": f"{package}/src"})
 
 
 @nox.session
@@ -239,6 +248,8 @@ def build(session: nox.Session) -> None:
     _install_wheel(session, "dynamo-worker")
     _run_installed(session, "dynamo-worker", "--version")
     _run_installed(session, "dynamo-worker", "check", "echo")
+    for template in TEMPLATES:
+        _check_new_package(session, template)
     _install_wheel(session, "dynamo-worker-reverse")
     _run_installed(session, "dynamo-worker-reverse", "check", "reverse")
     for engine in ENGINES:
@@ -251,6 +262,19 @@ def build(session: nox.Session) -> None:
         answer = _run_installed(session, package, "--engine", engine, "--help")
         if f"{package}[" not in answer or "Traceback" in answer:
             session.error(f"--engine {engine} without {engine} installed does not name {package}[…]: {answer}")
+
+
+def _check_new_package(session: nox.Session, template: str) -> None:
+    """Check that the installed core writes a package that its author can publish, and that works once installed."""
+    name, package = f"new-{template}", pathlib.Path(session.create_tmp()).resolve() / template
+    session.run("rm", "-rf", str(package), external=True)
+    _run_installed(session, "dynamo-worker", "new", name, "--template", template, "--directory", str(package))
+    session.run("python", "-m", "build", "--installer", "uv", str(package))
+    built = sorted(map(str, (package / "dist").iterdir()))
+    session.run("twine", "check", "--strict", *built)
+    environment = str(_environment(session, "dynamo-worker"))
+    session.run("uv", "pip", "install", "--quiet", "--python", environment, built[0])
+    _run_installed(session, "dynamo-worker", "check", name)
 
 
 def _check_metadata(session: nox.Session, wheel: pathlib.Path) -> None:

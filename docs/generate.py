@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import dashboard
+import engine_table
 import public_api
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
@@ -204,6 +205,12 @@ def request_limits() -> str:
     return _table(("part of a request", "at most"), rows)
 
 
+def engines() -> str:
+    """Return the table of all engines, with what each serves."""
+    headings, rows = engine_table.rows()
+    return _table(headings, rows)
+
+
 def states() -> str:
     """Return the table of the states."""
     meanings = comments(lifecycle.State)
@@ -316,6 +323,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "engine-info": engine_info,
     "errors": error_types,
     "request-limits": request_limits,
+    "engines": engines,
     "states": states,
     "transitions": transitions,
     "metrics": metrics,

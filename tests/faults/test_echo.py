@@ -30,3 +30,16 @@ class TestInProcess(FaultTable):
     @pytest.fixture
     def subject(self) -> Subject:
         return Subject("echo", ["--tokens-per-second", "80"], expected=echoed)
+
+
+@pytest.mark.slow  # tests/integration/test_text.py has what differs
+class TestText(FaultTable):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject(
+            "echo",
+            ["--text", "--process-tree", "--tokens-per-second", "80"],
+            processes={"core": r"echo_process:Core"},
+            expected=echoed,
+            migrates=False,
+        )

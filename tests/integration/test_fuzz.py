@@ -13,6 +13,7 @@ import json
 import math
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -137,6 +138,63 @@ def test_requests(cluster: Cluster, arguments: tuple[str, ...]) -> None:
             check_answer(client.ask(extreme)[0])
         check_serving(client)
         print(f"\n{next(asked)} requests")
+        watched.end()
+
+
+TEXT: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "CD"}], "max_tokens": 3}
+#: Bodies of text requests, more or less.
+TEXT_REQUESTS = st.one_of(
+    ANYTHING,
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "model": st.just("echo") | ANYTHING,
+            "messages": st.just(TEXT["messages"]) | st.lists(st.fixed_dictionaries({"role": ANYTHING}), max_size=3),
+            "prompt": st.text(max_size=20) | TOKENS | ANYTHING,
+            "max_tokens": st.integers(0, 50) | ANYTHING,
+            **dict.fromkeys(("stream", "stream_options", "stop", "n", "temperature", "tools", "nvext"), ANYTHING),
+        },
+    ),
+    st.builds(lambda content: {**TEXT, "messages": [{"role": "user", "content": content}]}, ANYTHING),
+)
+TEXT_EXTREMES: list[object] = [
+    {**TEXT, "messages": [{"role": "user", "content": "x" * 5_000_000}]},
+    {**TEXT, "messages": [{"role": "user"}] * 100_000},
+    {**TEXT, "messages": [{"role": "user", "content": nested(500)}]},
+    {**TEXT, "model": "x" * 5_000_000},
+    {**TEXT, "stop": ["ab"] * 100_000},
+    {**TEXT, "stop": "x" * 5_000_000},
+    {"model": "echo", "prompt": [70] * 1_000_000},
+    *({**TEXT, "max_tokens": value} for value in (-1, 10**18, math.nan, math.inf, True, "3")),
+]
+
+
+@pytest.mark.timeout(1800)
+def test_text_requests(cluster: Cluster) -> None:
+    """A client that skips the frontend may send a text engine anything, too."""
+
+    def check(answer: tuple[str, object]) -> None:
+        kind, what = answer
+        assert kind in ("ended", "stopped", "error"), answer
+        assert kind != "ended" or isinstance(what, dict), answer
+
+    with Watched(cluster, "--text") as watched, Client(cluster) as client:
+        for extreme in TEXT_EXTREMES:
+            check(client.ask(extreme)[0])
+        watched.begin()
+
+        @FUZZ
+        @given(st.lists(TEXT_REQUESTS, **AT_ONCE))
+        def fuzz(requests: list[object]) -> None:
+            for answer in client.ask(*requests):
+                check(answer)
+
+        fuzz()
+        for extreme in TEXT_EXTREMES:
+            check(client.ask(extreme)[0])
+        how, last = client.ask(TEXT)[0]
+        assert how == "ended", last
+        assert last["usage"]["completion_tokens"] == 3
         watched.end()
 
 

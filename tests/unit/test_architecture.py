@@ -14,23 +14,27 @@ from dynamo_worker.host.plugins.plugin_imports import PUBLIC_MODULES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "core" / "src" / "dynamo_worker"
+#: What `dynamo-worker new` writes packages from: no part of the core, but what somebody outside of it has.
+TEMPLATES = PACKAGE / "templates"
 
 
 def modules(source: Path) -> dict[str, Path]:
     """Return the modules below a source directory by their names."""
     found = {}
     for path in source.rglob("*.py"):
+        if TEMPLATES in path.parents and TEMPLATES not in source.parents:
+            continue
         parts = path.relative_to(source).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
 CORE = modules(PACKAGE.parent)
-#: The plugins and the example: whoever builds on the core from outside.
+#: The plugins, the example and the templates, by their paths: whoever builds on the core from outside.
 PLUGINS = {
-    name: path
-    for source in [*ROOT.glob("plugins/*/src"), *ROOT.glob("examples/*/src")]
-    for name, path in modules(source).items()
+    str(path.relative_to(ROOT)): path
+    for source in [*ROOT.glob("plugins/*/src"), *ROOT.glob("examples/*/src"), *TEMPLATES.glob("*/src")]
+    for path in modules(source).values()
 }
 
 

@@ -18,10 +18,12 @@ import pytest
 
 import dynamo_worker
 from dynamo_worker import Chunk, InvalidRequestError, Request, engine, hookspecs, requests, responses
+from dynamo_worker import text as text_types
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.options import OPTIONS
 from dynamo_worker.host.plugins.plugin_validation import hook_signatures
 from dynamo_worker.host.requests.engine_checks import AnswerCheck, EngineChecks
+from dynamo_worker.host.requests.text_kind import wrong_chunk
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import top_logprob
 
@@ -147,12 +149,39 @@ def test_the_example_of_log_probabilities_is_a_chunk():
     AnswerCheck(EngineChecks("example"), vocab_size=256).take(chunk)
 
 
+def test_the_example_of_a_text_engine_is_one():
+    text = page("requests.md")
+    (example,) = re.findall(r"<!-- example:text-engine -->\n```python\n(.*?)```\n<!-- /example -->", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(example, "requests.md", "exec"), scope)
+
+    async def answer(**fields: Any) -> tuple[str, str, bool]:
+        request = {"model": "m", "messages": [{"role": "user", "content": "one two three"}], **fields}
+        chunks = [chunk async for chunk in scope["generate"](request, engine.LocalContext("1"))]
+        assert [wrong_chunk(chunk, "messages") for chunk in chunks] == [None] * len(chunks)
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        said = "".join(choice["delta"]["content"] for choice in choices)
+        return said, choices[-1]["finish_reason"], "usage" in chunks[-1]
+
+    assert asyncio.run(answer()) == ("three two one ", "stop", True)
+    assert asyncio.run(answer(max_tokens=2, stream=True)) == ("three two ", "length", False)
+    assert asyncio.run(answer(stop="two")) == ("three ", "stop", True)
+    with pytest.raises(InvalidRequestError, match="seed is not supported"):
+        asyncio.run(answer(seed=7))
+
+
+def test_the_chunks_in_the_guide_are_chunks():
+    (shown,) = (block for block in blocks(page("requests.md"), "json") if "chat.completion.chunk" in block)
+    chunks = [json.loads(line) for line in shown.splitlines()]
+    assert [wrong_chunk(chunk, "messages") for chunk in chunks] == [None] * 3
+
+
 def test_the_canary_in_the_guide_is_what_the_kit_makes():
     shown = json.loads(blocks(page("requests.md"), "json")[1])
     assert shown == canary_request(SimpleNamespace(bos_token_id=1), None)
 
 
-@pytest.mark.parametrize("module", [requests, responses])
+@pytest.mark.parametrize("module", [requests, responses, text_types])
 def test_every_field_of_a_request_and_a_chunk_is_in_the_guide(module: ModuleType):
     """With the same fields in its docstring and in the type; 28 and 19 fields are what Dynamo 1.6.1 serializes."""
     text = page("requests.md")
@@ -219,3 +248,19 @@ def test_links_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_each_promise_has_tests():
+    """The commands of the table of promises select tests."""
+    table = page("testing.md").partition("### How each promise is tested")[2].partition("###")[0]
+    commands = re.findall(r"`pytest ([^`]+)`", table)
+    assert len(commands) > 8
+    for command in commands:
+        paths, _, expression = command.partition(" -k ")
+        files = [ROOT / path for path in paths.split()]
+        assert all(path.exists() for path in files), command
+        sources = [source for path in files for source in (path.rglob("*.py") if path.is_dir() else [path])]
+        sources += sorted(Path(dynamo_worker.__file__).parent.joinpath("testing").rglob("*.py"))
+        names = re.findall(r"def (test_\w+)", "".join(source.read_text(encoding="utf-8") for source in sources))
+        for word in re.findall(r"\w+", expression):
+            assert word == "or" or any(word in name for name in names), f"pytest {command}: no test has {word!r}"

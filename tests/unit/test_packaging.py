@@ -12,6 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import dynamo_worker
+from dynamo_worker.cli.package_writer import TEMPLATES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,8 +20,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["core", "plugins/sglang", "plugins/trtllm", "plugins/vllm", "examples/reverse-engine"]
-PLUGINS = ["plugins/sglang", "plugins/trtllm", "plugins/vllm"]
+PACKAGES = ["core", "plugins/dynamo", "plugins/sglang", "plugins/trtllm", "plugins/vllm", "examples/reverse-engine"]
+PLUGINS = ["plugins/dynamo", "plugins/sglang", "plugins/trtllm", "plugins/vllm"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -52,6 +53,7 @@ def test_every_package_is_listed_here():
     found = [*(ROOT / "plugins").glob("*/pyproject.toml"), *(ROOT / "examples").glob("*/pyproject.toml")]
     assert {str(path.parent.relative_to(ROOT)) for path in found} == set(PACKAGES) - {"core"}
     assert {Path(plugin).name for plugin in PLUGINS} == set(from_noxfile("ENGINES"))
+    assert list(TEMPLATES) == from_noxfile("TEMPLATES")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -105,7 +107,10 @@ def test_what_the_core_imports_is_declared():
     from_engines = {"torch", "transformers", "tokenizers", "safetensors"}  # the test kit makes them a tiny model
     for_type_checkers = {"typing_extensions"}
     imported = set()
+    templates = ROOT / "core/src/dynamo_worker/templates"
     for path in (ROOT / "core/src").rglob("*.py"):
+        if templates in path.parents:  # packages of their own
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

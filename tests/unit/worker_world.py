@@ -19,6 +19,7 @@ from dynamo_worker.host import startup
 from dynamo_worker.host.config.settings import WorkerSettings
 from dynamo_worker.host.launcher import Launcher
 from dynamo_worker.host.plugins.calling import HookOutcome
+from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, PluginRecord
 from dynamo_worker.host.supervisor_channel import SupervisorChannel
 from dynamo_worker.supervisor import ledger
 from dynamo_worker.supervisor.channel import Channel, pair
@@ -133,14 +134,19 @@ class FakeRuntime:
 class FakePlugins:
     """The hooks; ``hooks`` maps a name to an asynchronous function that replaces doing nothing."""
 
-    engine = "engine 'toy'"
+    engine = PluginRecord("toy", ENGINE_GROUP, "toy_plugin", version="1.0")
 
     def __init__(self, world):
         self.world = world
+        self.configured = None
         self.hooks = {}
         self.fatal = []
 
+    def configure(self, args, context):
+        self.configured = args, context
+
     def create_engine(self, args, context):
+        assert self.configured == (args, context)
         self.world.context = context
         if isinstance(self.world.engine, BaseException):
             raise self.world.engine

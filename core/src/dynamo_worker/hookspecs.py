@@ -60,6 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
 
 
+@hookspec
+def configure(args: argparse.Namespace, context: EngineContext) -> None:
+    """Take the values of the flags, of one's own and of the engine's, before the engine is created.
+
+    Called once, the engine's plugin first, and only when a worker starts: the place for an extension to check its flags
+    and to keep them. Must not start a process or a thread. Not awaited.
+
+    An exception ends the start (exit code 3; ``UsageError`` 2).
+
+    New in API 1.2.
+
+    :param args: the values of the flags that all plugins' ``add_arguments`` added.
+    :param context: the engine's surroundings.
+    """
+
+
 @hookspec(firstresult=True)
 def create_engine(args: argparse.Namespace, context: EngineContext) -> Engine | None:
     """Create the engine; only the engine's plugin implements this.

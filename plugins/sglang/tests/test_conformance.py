@@ -7,7 +7,7 @@ import contextlib
 from typing import Any
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.engine import Engine, LocalContext, PushesChunks
+from dynamo_worker.engine import Engine, LocalContext
 from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.conformance import EngineConformance
@@ -16,22 +16,7 @@ from dynamo_worker_sglang.engine import SglangEngine
 
 class TestSglang(EngineConformance):
     def test_an_aborted_request_ends_within_a_step(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
-        async def check() -> None:
-            assert isinstance(engine, PushesChunks)
-            async with self.started(subject, plugins, engine):
-                chunks: list[dict[str, Any]] = []
-                request = self.request(engine, 10_000)
-                answer = asyncio.ensure_future(engine.push(request, LocalContext("long"), chunks.append))
-                while len(chunks) < 20:
-                    await asyncio.sleep(0.001)
-                before = len(chunks)
-                await engine.abort("long")
-                await asyncio.wait_for(answer, 10)
-                assert chunks[-1]["finish_reason"] == "cancelled"
-                # What was on its way, the step that had begun, and the end.
-                assert len(chunks) - before <= 3
-
-        asyncio.run(check())
+        self.check_an_abort_ends_within_a_step(subject, plugins, engine)
 
     def test_all_answers_to_a_cancelled_request_leave_the_engine(
         self, subject: Subject, plugins: Plugins, engine: Engine

@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.engine import Engine, LocalContext, PushesChunks
+from dynamo_worker.engine import Engine, LocalContext
 from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker.supervisor import linux
 from dynamo_worker.testing import Subject
@@ -48,22 +48,7 @@ class TestTrtllm(EngineConformance):
         assert (stat.name, stat.parent) == ("orted", os.getpid())
 
     def test_an_aborted_request_ends_within_a_step(self, subject: Subject, plugins: Plugins, engine: Engine) -> None:
-        async def check() -> None:
-            assert isinstance(engine, PushesChunks)
-            async with self.started(subject, plugins, engine):
-                chunks: list[dict[str, Any]] = []
-                request = self.request(engine, 3000)
-                answer = asyncio.ensure_future(engine.push(request, LocalContext("long"), chunks.append))
-                while len(chunks) < 20:
-                    await asyncio.sleep(0.001)
-                before = len(chunks)
-                await engine.abort("long")
-                await asyncio.wait_for(answer, 10)
-                assert chunks[-1]["finish_reason"] == "cancelled"
-                # What was on its way, the step that had begun, and the end.
-                assert len(chunks) - before <= 3
-
-        asyncio.run(check())
+        self.check_an_abort_ends_within_a_step(subject, plugins, engine, 3000)
 
     @pytest.mark.parametrize("answers", [1, 3])
     def test_a_cancelled_request_leaves_the_engine(

@@ -88,6 +88,31 @@ def test_ctrl_c_passes_before_the_worker_takes_signals(site, hook, argument):
         getattr(plugins, hook)(argparse.ArgumentParser())
 
 
+CONFIGURE = "@hookimpl\ndef add_arguments(parser): parser.add_argument('--{0}')\n"
+CONFIGURE += "@hookimpl\ndef configure(args, context):\n    context.append(('{0}', args.toy, args.extra))\n"
+
+
+def test_hook_configure_gets_the_flags_of_all(site):
+    plugins = load(site, CONFIGURE.format("toy"), CONFIGURE.format("extra"))
+    parser = argparse.ArgumentParser()
+    plugins.add_arguments(parser)
+    seen = []
+    plugins.configure(parser.parse_args(["--toy", "1", "--extra", "2"]), seen)
+    assert seen == [("toy", "1", "2"), ("extra", "1", "2")]
+
+
+def test_hook_configure_may_refuse_a_flag(site):
+    raised = "from dynamo_worker import UsageError\n@hookimpl\ndef configure(args): raise {}\n"
+    with pytest.raises(UsageError, match="--size is too large"):
+        load(site, "", raised.format("UsageError('--size is too large')")).configure(argparse.Namespace(), None)
+
+
+def test_hook_configure_fails(site):
+    plugins = load(site, "", "@hookimpl\ndef configure(args): raise OSError('no disk')\n")
+    with pytest.raises(PluginError, match=r"plugin 'extra' from extra-dist 1.0 cannot be configured: OSError: no disk"):
+        plugins.configure(argparse.Namespace(), None)
+
+
 def test_hook_create_engine(site):
     assert load(site).create_engine(argparse.Namespace(), None) == "engine"
 

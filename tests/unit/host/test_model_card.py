@@ -8,9 +8,9 @@ import os
 import pytest
 from dynamo.llm import ModelType
 
-from dynamo_worker.engine import EngineInfo
+from dynamo_worker.engine import EndpointSpec, EngineInfo
 from dynamo_worker.errors import StartError, UsageError
-from dynamo_worker.host.config.settings import WorkerSettings
+from dynamo_worker.host.config.settings import WorkerSettings, load
 from dynamo_worker.host.discovery import model_card
 from dynamo_worker.host.discovery.model_card import model_type
 
@@ -34,6 +34,42 @@ def test_no_surface_at_all():
 
 def test_every_engines_default_is_known():
     model_type(EngineInfo("m", "/m").endpoint_types)
+
+
+def _problem(what):
+    return StartError(what)
+
+
+@pytest.mark.parametrize("names", [("chat",), ("completions", "chat"), ("prefill",), ("empty",)])
+def test_surfaces_of_text_generation_are_served(names):
+    model_card.check_endpoint_types(
+        EngineInfo("m", "/m", endpoint_types=names), WorkerSettings(engine="echo"), _problem
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [(("chat", "embedding"), "'embedding' cannot be served"), (("chatt",), "'chatt'"), ((), "none")]
+)
+def test_an_engine_with_other_surfaces_is_told_what_to_offer(names, found):
+    info = EngineInfo("m", "/m", endpoint_types=names)
+    with pytest.raises(StartError, match=found) as raised:
+        model_card.check_endpoint_types(info, WorkerSettings(engine="echo"), _problem)
+    assert "takes_tokens=False" in str(raised.value)
+
+
+def test_surfaces_that_the_operator_chose_are_refused_by_the_flag():
+    settings = load({"engine": "echo", "endpoint_types": "rerank"}, {})
+    with pytest.raises(UsageError, match="--endpoint-types rerank: 'rerank' cannot be served") as raised:
+        model_card.check_endpoint_types(EngineInfo("m", "/m"), settings, _problem)
+    assert "Dynamo's own worker" in str(raised.value.hint)
+
+
+def test_an_engines_own_endpoint_may_serve_other_surfaces():
+    own = EndpointSpec("embed", registers_model=True, takes_tokens=False)
+    info = EngineInfo("m", "/m", endpoint_types=("embedding",), endpoints=(own,))
+    model_card.check_endpoint_types(info, WorkerSettings(engine="echo"), _problem)
+    headless = EngineInfo("m", None, endpoint_types=("embedding",))
+    model_card.check_endpoint_types(headless, WorkerSettings(engine="echo"), _problem)
 
 
 def register(monkeypatch, info, **values):

@@ -9,7 +9,7 @@ import pytest
 from tests.unit import toy_plugins
 
 from dynamo_worker.host.config.own_flags import SWITCHES
-from dynamo_worker.host.plugins.facade import check
+from dynamo_worker.host.plugins.facade import Plugins, check
 from dynamo_worker.host.plugins.flags import colliding
 from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginError
 from dynamo_worker.host.plugins.plugin_loader import engine_entry
@@ -62,7 +62,8 @@ def test_an_engine_that_cannot_be_imported_here_is_a_warning(site):
 
 
 @pytest.mark.parametrize(
-    ("hook", "arguments"), [("create_engine", "args"), ("add_arguments", "parser"), ("prepare", "arguments")]
+    ("hook", "arguments"),
+    [("create_engine", "args"), ("configure", "args"), ("add_arguments", "parser"), ("prepare", "arguments")],
 )
 def test_a_hook_that_is_not_awaited(site, hook, arguments):
     source = "" if hook == "create_engine" else toy_plugins.CREATE
@@ -74,6 +75,29 @@ def test_a_library_is_not_offered_as_a_module():
     with pytest.raises(UnknownPluginError) as caught:
         engine_entry("yaml")
     assert "-p yaml" not in str(caught.value.hint)
+    assert "pip install dynamo-worker-yaml" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("name", "library"), [("json", "Python's standard library"), ("yaml", "the library ")])
+def test_a_library_is_not_imported_for_its_name(name, library):
+    with pytest.raises(UnknownPluginError, match=library) as caught:
+        check(name)
+    assert f"pip install dynamo-worker-{name}" in str(caught.value.hint)
+    assert "directory" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("engine", ["echo", "json"])
+def test_a_library_that_is_loaded_as_a_module_is_named(engine):
+    with pytest.raises(PluginError, match="'json' implements no hook: its module is that of Python's standard library"):
+        Plugins.load(engine, modules=["json"])
+
+
+def test_a_module_of_a_package_with_plugins_is_no_library(site):
+    site.module("toy_plugin", toy_plugins.HOOKIMPL + toy_plugins.CREATE)
+    site.install("toy-dist", engines={"toy": "toy_plugin"})
+    (site.path / "toy_dist-1.0.dist-info" / "top_level.txt").write_text("toy_plugin\n")
+    (record,), errors = check("toy_plugin")
+    assert (record.status, errors) == ("ok", [])
 
 
 def test_every_flag_of_the_worker_collides():

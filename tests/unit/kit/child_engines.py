@@ -74,6 +74,8 @@ class Counting(StepEngine):
             os._exit(3)
         elif what == "raise":
             raise ArithmeticError("the step fails")
+        elif what == "broken":
+            raise ConnectionResetError("the rank's connection")
         elif what == "sys.exit":
             raise SystemExit("the rank is gone")
         elif what == "kill":

@@ -154,8 +154,8 @@ def test_what_an_engine_sends_after_an_abort_reaches_nobody():
         ({"refuse": "temperature"}, InvalidRequestError, "^refused: temperature$"),
         ({"add_fails": True}, RuntimeError, "the toy engine: KeyError: 'add fails'"),
         ({"at": 2, "do": "fail"}, RuntimeError, "the toy engine: out of blocks"),
-        ({"at": 2, "do": "unsendable"}, RuntimeError, "cannot be written as JSON: TypeError"),
-        ({"at": 2, "do": "huge"}, RuntimeError, "a chunk has .* bytes; at most 65536"),
+        ({"at": 2, "do": "unsendable", "count": 10**9}, RuntimeError, "cannot be written as JSON: TypeError"),
+        ({"at": 2, "do": "huge", "count": 10**9}, RuntimeError, "a chunk has .* bytes; at most 65536"),
     ],
 )
 def test_a_request_that_fails_ends_no_other(payload, error, message):
@@ -301,6 +301,7 @@ def test_a_limit_that_no_traceback_fits_is_refused():
         ("kill", "its process was killed by SIGSEGV"),
         ("raise", "its process has failed: ArithmeticError: the step fails"),
         ("sys.exit", "its process has failed: the rank is gone"),
+        ("broken", "its process has failed: ConnectionResetError: the rank's connection"),
         ("half a frame", "its process has exited with code 0"),
         ("close", "its process has closed its connection"),
         ("helper", "its process has exited with code 4"),
@@ -510,6 +511,7 @@ def test_it_starts_once_and_again_after_a_shutdown():
 
 def test_the_process_is_a_new_interpreter_with_this_ones_environment_and_path(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TOY_VARIABLE", "from the worker")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path / "somewhere"))
 
     async def test(child):
@@ -556,9 +558,12 @@ def test_a_shutdown_ends_requests_and_closes_the_engine(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["deaf", "stopped", "close hangs", "no time"])
-def test_a_shutdown_keeps_its_deadline(how):
+def test_a_shutdown_keeps_its_deadline(how, tmp_path):
+    closed = tmp_path / "closed"
+
     async def main():
-        async with running(options={"close_hangs": how == "close hangs"}) as child:
+        options = {"close_hangs": how == "close hangs", "close_file": str(closed)}
+        async with running(options=options) as child:
             (pid,) = child.processes()
             if how == "deaf":
                 task = asyncio.ensure_future(collect(child, at=1, do="hang"))
@@ -572,6 +577,8 @@ def test_a_shutdown_keeps_its_deadline(how):
             assert seconds < 1.1
             if how in ("deaf", "close hangs"):
                 assert seconds > 0.5, "it had its time"
+            if how == "stopped":
+                assert closed.exists(), "it has ended by itself"
             assert not alive(pid)
 
     asyncio.run(main())
@@ -762,14 +769,14 @@ def test_a_task_that_never_waits_leaves_room_for_others():
     run(test, "CountingTasks")
 
 
-@pytest.mark.parametrize("how", ["shutdown", "SIGTERM", "no request", "stubborn"])
+@pytest.mark.parametrize("how", ["shutdown", "SIGTERM", "busy", "no request", "stubborn"])
 def test_tasks_end_in_order(how, tmp_path, capfd):
     closed = tmp_path / "closed"
 
     async def main():
         async with running("CountingTasks", {"close_file": str(closed)}) as child:
             (pid,) = child.processes()
-            do = {"at": 0, "do": "swallow"} if how == "stubborn" else {}
+            do = {"stubborn": {"at": 0, "do": "swallow"}, "busy": {"busy": True}}.get(how, {})
             if how != "no request":
                 task = asyncio.ensure_future(collect(child, count=10**9, **do))
                 await asyncio.sleep(0.1)
@@ -781,7 +788,7 @@ def test_tasks_end_in_order(how, tmp_path, capfd):
             await child.shutdown(Deadline.after(1))
             assert time.monotonic() - begin < 1.2
             assert not alive(pid)
-            if how == "shutdown":
+            if how in ("shutdown", "busy"):
                 with pytest.raises(EngineDeadError):
                     await task
             if how == "stubborn":

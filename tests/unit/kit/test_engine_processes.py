@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dynamo_worker import Deadline
 from dynamo_worker.kit import engine_processes
-from dynamo_worker.kit.engine_processes import EngineProcesses, Launched, dead, kill, named, while_alive
+from dynamo_worker.kit.engine_processes import (
+    EngineProcesses,
+    Launched,
+    StartedSince,
+    dead,
+    kill,
+    named,
+    while_alive,
+)
 from dynamo_worker.supervisor import process_tree
 from dynamo_worker.testing import eventually
 
@@ -167,3 +177,34 @@ def test_work_may_say_itself_why_a_process_has_died(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(while_alive(work(), lambda: [process]))
     child.wait()
+
+
+class TestStartedSince:
+    """The processes of an engine that does not tell which are its own."""
+
+    def run(self, started: list[subprocess.Popen[bytes]], *command: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(command))
+        return started[-1]
+
+    def test_only_what_came_later_and_stays(self, started: list[subprocess.Popen[bytes]]) -> None:
+        self.run(started, "sleep", "60")
+        since = StartedSince()
+        assert asyncio.run(since.lasting()) == []
+        lasting, brief = self.run(started, "sleep", "61"), self.run(started, "sleep", "0.2")
+        assert {process.pid for process in since.found()} == {lasting.pid, brief.pid}
+        assert [process.pid for process in asyncio.run(since.lasting())] == [lasting.pid]
+
+    def test_helpers_do_not_count(self, started: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
+        since = StartedSince()
+        compiler = tmp_path / "ninja"
+        compiler.symlink_to("/bin/sleep")
+        self.run(started, str(compiler), "60")
+        self.run(started, sys.executable, "-c", SLEEPS, "torch/_inductor/compile_worker")
+        core = self.run(started, sys.executable, "-c", SLEEPS, "core")
+        eventually(lambda: [one.pid for one in since.found()] == [core.pid], 5, "the names of all three")
+
+    def test_those_that_the_operator_names(self, started: list[subprocess.Popen[bytes]]) -> None:
+        since = StartedSince()
+        self.run(started, "sleep", "61")
+        other = self.run(started, "sleep", "62")
+        assert [process.pid for process in asyncio.run(since.lasting(re.compile(r"sleep 62")))] == [other.pid]

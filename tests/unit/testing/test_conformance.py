@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,9 +45,10 @@ class Engine:
 class Plugins:
     """The hooks of the toy engine; ``errors`` are raised by the hook of that name."""
 
-    def __init__(self, **errors):
+    def __init__(self, waivers=None, **errors):
         self.errors = errors
         self.calls = []
+        self.engine_plugin = SimpleNamespace(**({} if waivers is None else {"conformance_waivers": waivers}))
 
     def _outcomes(self, hook):
         self.calls.append(hook)
@@ -209,3 +211,15 @@ def test_a_start_that_takes_too_long():
     with pytest.raises(asyncio.TimeoutError):
         run("test_generate", Slow(), plugins, start_seconds=0.05)
     assert plugins.calls == ["cleanup"], "what has half started is cleaned up"
+
+
+@pytest.mark.parametrize(
+    ("waivers", "found"), [({"no_such_check": "why"}, "no check"), ({"generate": " "}, "no reason for 'generate'")]
+)
+def test_a_waiver_that_waives_nothing(waivers, found):
+    with pytest.raises(Finding, match=found):
+        run("test_waivers_are_of_checks", Engine(), Plugins(waivers))
+
+
+def test_a_waiver_with_its_reason():
+    run("test_waivers_are_of_checks", Engine(), Plugins({"generate": "its library cannot"}))

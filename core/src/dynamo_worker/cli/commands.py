@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 COMMANDS: Final = {
     "engines": "list the installed engines and plugins",
     "check": "import one engine or plugin and report what is wrong with it",
+    "new": "write the package of a new engine plugin, with tests",
     "plan": "show the shutdown timeline for the given settings",
     "top": "watch the workers of a namespace in the terminal",
     "drain": "take a running worker out of service without ending it",

@@ -89,6 +89,10 @@ def _dispatch(argv: list[str]) -> int:
         from dynamo_worker.cli import check
 
         return check.main(argv[1:])
+    if command == "new":
+        from dynamo_worker.cli import new
+
+        return new.main(argv[1:])
     if command == "plan":
         from dynamo_worker.cli import plan
 

@@ -231,7 +231,7 @@ class EchoProcessEngine(EchoEngine):
 class EchoPlugin(EnginePlugin):
     """The plugin of the echo engine."""
 
-    dynamo_worker_api = "1.1"
+    dynamo_worker_api = "1.2"
 
     @hookimpl
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

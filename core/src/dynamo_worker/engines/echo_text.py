@@ -64,14 +64,17 @@ class EchoTextEngine(EngineLifecycle):
     def __init__(self, tokens: TokenEngine, model_name: str) -> None:
         self._tokens = tokens
         self._model_name = model_name
+        self._context_length = 0
 
     async def start(self, worker_id: int) -> EngineInfo:
         """Start the engine that generates."""
-        return replace(await self._tokens.start(worker_id), model_input="text")
+        info = await self._tokens.start(worker_id)
+        self._context_length = info.context_length or 0
+        return replace(info, model_input="text")
 
     async def generate(self, request: Any, context: RequestContext) -> AsyncIterator[Any]:
         """Yield the answer, a character or more a chunk, and the token counts if the client wants them."""
-        prompt = _prompt(request)
+        prompt = _prompt(request, self._context_length)
         refuse_others(request, _HONOURED)
         for name, reader in _IGNORED.items():
             if request.get(name) is not None:
@@ -131,8 +134,11 @@ class EchoTextEngine(EngineLifecycle):
         await self._tokens.shutdown(deadline)
 
 
-def _prompt(request: TextRequest) -> list[int]:
-    """Return the tokens of the prompt: its bytes."""
+def _prompt(request: TextRequest, context_length: int) -> list[int]:
+    """Return the tokens of the prompt: its bytes.
+
+    :raises InvalidRequestError: there are none, or certainly too many; those are not even made.
+    """
     if is_chat(request):
         text = last_message(request)
     elif isinstance(request["prompt"], str):
@@ -141,4 +147,8 @@ def _prompt(request: TextRequest) -> list[int]:
         return list(request["prompt"])
     if not text:
         raise InvalidRequestError("there is nothing to echo: the prompt is empty")
+    if len(text) > context_length:
+        raise InvalidRequestError(
+            f"the prompt has {len(text)} characters; the model's context length is {context_length}"
+        )
     return [byte + FIRST_BYTE for byte in text.encode(errors="replace")]

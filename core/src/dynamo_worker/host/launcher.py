@@ -332,7 +332,7 @@ class Launcher:
         return self._ready
 
     def _enter_starting(self, _: State) -> None:
-        log.info("Starting worker", engine=self._settings.engine, version=__version__, pid=os.getpid())
+        log.info("Starting worker", **self._plugins.engine.identity, worker_version=__version__, pid=os.getpid())
 
     async def _start(self) -> None:
         self._ready = await self._startup.run()

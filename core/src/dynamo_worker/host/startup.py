@@ -25,6 +25,7 @@ from dynamo_worker.engine import (
 from dynamo_worker.errors import StartError
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
+from dynamo_worker.host.discovery.model_card import check_endpoint_types
 from dynamo_worker.host.discovery.runtime import Runtime, stay_on_loopback
 from dynamo_worker.host.frontend.embedded_frontend import EmbeddedFrontend
 from dynamo_worker.host.frontend.frontend_process import FrontendProcess
@@ -34,7 +35,7 @@ from dynamo_worker.host.parts import ReadyWorker
 from dynamo_worker.host.requested_drain import RequestedDrain
 from dynamo_worker.host.requests.canary import Canary
 from dynamo_worker.host.requests.engine_checks import EngineChecks
-from dynamo_worker.host.requests.kinds import kind_of
+from dynamo_worker.host.requests.kinds import kind_of, require_router
 from dynamo_worker.host.requests.serving import RequestHandler
 from dynamo_worker.host.status.control_routes import ControlAccess, read_token
 from dynamo_worker.host.status.drain_routes import drain_routes
@@ -114,6 +115,7 @@ class Startup:
         engine = self._create_engine(runtime, private_dir)
         info = await self._start_engine(engine, runtime)
         kind = kind_of(runtime.completed(info), self._checks)
+        require_router(info, self._settings.router_mode)
         self._adapt_drain(kind)
         await self._warm_up(engine, info, kind)
         require_thread()
@@ -211,6 +213,7 @@ class Startup:
             events_wanted=settings.events_wanted,
             discovery=runtime.discovery,
         )
+        self._plugins.configure(self._engine_args, context)
         engine = self._plugins.create_engine(self._engine_args, context)
         self._checks.methods(engine)
         self._parts.engine = engine
@@ -218,6 +221,7 @@ class Startup:
 
     async def _start_engine(self, engine: Engine, runtime: Runtime) -> EngineInfo:
         info = await self._checks.started(engine.start(runtime.worker_id))
+        check_endpoint_types(info, self._settings, self._checks.problem)
         self._parts.processes.watch(self._checks.pids(engine.processes()), "engine process")
         return info
 

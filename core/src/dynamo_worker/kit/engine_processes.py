@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from dynamo_worker.supervisor import linux, process_tree
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Awaitable, Callable, Iterable
 
     from dynamo_worker.deadline import Deadline
@@ -20,6 +21,10 @@ _T = TypeVar("_T")
 #: Found in the command lines of processes that ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start, until
 #: those set their own titles.
 _SPAWNED = (b"multiprocessing.spawn", b"dynamo_worker.kit.preload")
+#: Found in the command lines of processes that engines can do without: fork servers, and those in which torch compiles.
+_HELPERS = (b"multiprocessing.forkserver", b"compile_worker")
+#: Seconds after which a process that still runs is more than a short question.
+_LASTING_SECONDS = 0.5
 #: Seconds that leaders get once the processes below them are dead: they still unlink shared memory.
 _LEADERS_SECONDS = 0.3
 _POLL_SECONDS = 0.01
@@ -33,6 +38,44 @@ def named(title: bytes) -> list[int]:
     Short-lived helpers such as resource trackers and compilers have no such title.
     """
     return [process.pid for process in process_tree.descendants(os.getpid()) if _command(process).startswith(title)]
+
+
+class StartedSince:
+    """The processes that appear below this one from now on, for an engine that does not tell which are its own.
+
+    Those that only help are left out: trackers of shared memory, fork servers, and compilers.
+    """
+
+    def __init__(self) -> None:
+        """Take note of those that are there already."""
+        self._before = frozenset(process_tree.descendants(os.getpid()))
+
+    def found(self, pattern: re.Pattern[str] | None = None) -> list[Process]:
+        """Return those that run now, parents before their children.
+
+        :param pattern: found in the command lines of those that count; None for all.
+        """
+        return [
+            process
+            for process, stat in process_tree.descendants(os.getpid()).items()
+            if process not in self._before and not stat.ended and _counts(process, stat.name, pattern)
+        ]
+
+    async def lasting(self, pattern: re.Pattern[str] | None = None) -> list[Process]:
+        """Return those that run now and still do after half a second: an engine asks many a program something."""
+        first = self.found(pattern)
+        if not first:
+            return []
+        await asyncio.sleep(_LASTING_SECONDS)
+        return [process for process in first if linux.is_alive(process)]
+
+
+def _counts(process: Process, name: str, pattern: re.Pattern[str] | None) -> bool:
+    command = _command(process)
+    if pattern is not None:
+        return pattern.search(command.replace(b"\0", b" ").decode(errors="replace")) is not None
+    helps = any(mark in command for mark in _HELPERS)
+    return not helps and name not in process_tree.COMPILERS and not process_tree.is_resource_tracker(process.pid)
 
 
 class Launched(NamedTuple):

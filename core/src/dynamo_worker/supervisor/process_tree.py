@@ -29,6 +29,16 @@ _PATIENT_SCANS = 10
 _PAUSE, _LONGEST_PAUSE = 1.0, 16.0
 _SHARE = 500.0
 
+#: Names of the programs that compile kernels, as the kernel shows them. Compilers that run inside an engine's process,
+#: such as Triton's, show up as its CPU time.
+COMPILERS = frozenset(
+    {
+        *("nvcc", "cicc", "cudafe++", "ptxas", "ptxas-blackwell", "fatbinary", "nvlink", "tileiras"),
+        *("hipcc", "hipcc.bin", "amdclang", "amdclang++", "ninja", "make", "cmake", "cc", "c++", "gcc", "g++"),
+        *("cc1", "cc1plus", "as", "ld", "ld.lld", "lld", "collect2", "lto1", "clang", "clang++"),
+    }
+)
+
 _TRACKER = b"from multiprocessing.resource_tracker import main"
 
 #: Waits a number of seconds at most for an event: a signal, a message, or input on a descriptor.

@@ -10,12 +10,12 @@ import argparse
 import asyncio
 import contextlib
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.engine import Engine, EngineContext, EngineInfo, HasCanary, LocalContext, Request
+from dynamo_worker.engine import Engine, EngineContext, EngineInfo, HasCanary, LocalContext, PushesChunks, Request
 from dynamo_worker.errors import EngineDeadError
 from dynamo_worker.supervisor import linux
 from dynamo_worker.testing.checks.canary import CanaryChecks
@@ -175,6 +175,31 @@ class EngineConformance(
         canary = engine.canary_request()
         request: Request = dialect_of(canary).request(canary, tokens, 0, None, {})  # type: ignore[assignment]
         return request
+
+    def check_an_abort_ends_within_a_step(
+        self, subject: Subject, plugins: Plugins, engine: Engine, tokens: int = 10_000
+    ) -> None:
+        """Check that an engine that pushes its chunks ends an aborted request with its next step.
+
+        :param tokens: ``max_tokens`` of the request, which must still run when it is aborted.
+        """
+
+        async def check() -> None:
+            assert isinstance(engine, PushesChunks)
+            async with self.started(subject, plugins, engine):
+                chunks: list[Any] = []
+                request = self.request(engine, tokens)
+                answer = asyncio.ensure_future(engine.push(request, LocalContext("long"), chunks.append))
+                while len(chunks) < 20:
+                    await asyncio.sleep(0.001)
+                before = len(chunks)
+                await engine.abort("long")
+                await asyncio.wait_for(answer, 10)
+                assert chunks[-1]["finish_reason"] == "cancelled"
+                # What was on its way, the step that had begun, and the end.
+                assert len(chunks) - before <= 3
+
+        asyncio.run(check())
 
     def test_generate(self, trial: Trial) -> None:
         """The plainest request there is: an engine that fails it serves nobody."""

@@ -6,6 +6,7 @@ Run as ``python -m dynamo_worker.testing.conformance_run NAME ONLY SLOW FLAGS…
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from dynamo_worker.testing.conformance import EngineConformance
 from dynamo_worker.testing.subject import Subject
+from dynamo_worker.testing.trial import private_directories
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,4 +152,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    shutil.rmtree(private_directories(), ignore_errors=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as a worker ends: libraries such as MPI wait at exit for processes that are gone

@@ -25,6 +25,7 @@ class Subject:
         predictable, in which case only the end of each stream is checked.
     :param start_stages: patterns of log lines that mark the stages of startup; the worker is stopped at each.
     :param stall_timeout: longest time in seconds until a stall is detected.
+    :param migrates: whether frontends continue its requests on another worker: False for an engine that takes text.
     :param patience: factor applied to all time limits.
     """
 
@@ -39,6 +40,7 @@ class Subject:
     start_stages: Sequence[str] = ()
     stall_timeout: float = 5.0
     patience: float = 3.0
+    migrates: bool = True
 
     @property
     def args(self) -> list[str]:

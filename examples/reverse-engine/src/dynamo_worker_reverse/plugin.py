@@ -19,7 +19,7 @@ class ReversePlugin(EnginePlugin):
     `check_health`, `drain`, `cleanup` and so on call the methods of `EngineLifecycle` on it.
     """
 
-    dynamo_worker_api = "1.1"
+    dynamo_worker_api = "1.2"
     engine = "dynamo_worker_reverse.engine:ReverseEngine"
 
     @hookimpl

@@ -8,6 +8,7 @@ SGLang's processes, and decides itself what follows.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 import signal
 from dataclasses import dataclass
@@ -209,8 +210,8 @@ class Processes(entrypoint.Engine):  # type: ignore[misc]
                 if isinstance(value, zmq.Socket):
                     value.context.destroy(linger=0)
         self.loop.close()
-        del self.loop
-        multiprocessing.active_children()  # takes leave of those that have ended
+        multiprocessing.active_children()  # lets go of those that have ended
+        atexit.unregister(self.shutdown)  # which would keep this object, its pipes and its loop
 
 
 async def build(settings: ServerArgs) -> Processes:

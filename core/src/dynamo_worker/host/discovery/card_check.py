@@ -20,7 +20,10 @@ CARDS: Final = "v1/mdc/"
 MOST_CARDS: Final = 64
 #: The items of a card that frontends compare: files by their checksums, and plain values.
 _FILES: Final = ("model_info", "tokenizer", "prompt_formatter", "chat_template_file", "gen_config")
-_VALUES: Final = ("source_path", "context_length", "kv_cache_block_size", "needs", "router_config", "aliases")
+_VALUES: Final = (
+    "model_input",  # not compared, but frontends send all workers of a model requests of one kind
+    *("source_path", "context_length", "kv_cache_block_size", "needs", "router_config", "aliases"),
+)
 
 
 def from_base64(value: str) -> bytes:

@@ -25,7 +25,7 @@ from dynamo_worker.host.discovery.fleet import STATUS_ADDRESS
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from dynamo.runtime import Endpoint
@@ -44,6 +44,8 @@ _STRUCTURAL_TAG: Final[Mapping[str, Any]] = MappingProxyType(
         "tool_arguments_any_order": False,
     }
 )
+#: OpenAI surfaces of text generation: those of clients, that of routers to prefill workers, and none.
+_SERVED: Final = ("chat", "completions", "prefill", "empty")
 #: Longest chat template in bytes; those of models have some tens of thousands at most.
 _MOST_TEMPLATE_BYTES = 1 << 20
 
@@ -156,6 +158,33 @@ def _check_template(path: Path, named: str) -> None:
         raise StartError(f"{named} has {size} bytes; a chat template has at most {_MOST_TEMPLATE_BYTES}")
 
 
+def check_endpoint_types(info: EngineInfo, settings: WorkerSettings, problem: Callable[[str], StartError]) -> None:
+    """Check that the worker serves the OpenAI surfaces for which the model is registered.
+
+    :param info: what the engine says of itself.
+    :param problem: returns the error for a wrong engine.
+    :raises UsageError: the operator chose surfaces that are not served.
+    :raises StartError: the engine did.
+    """
+    if info.model_path is None or any(spec.registers_model and not spec.takes_tokens for spec in info.endpoints):
+        return
+    names = settings.endpoint_types or info.endpoint_types
+    wrong = [name for name in names if name not in _SERVED]
+    if names and not wrong:
+        return
+    found = f"{', '.join(map(repr, wrong))} cannot be served" if wrong else "there is none"
+    found += ": requests carry tokens, and answers are text, which chat and completions are for"
+    if settings.endpoint_types:
+        given = settings.origin("endpoint_types").describe("endpoint_types", ",".join(names))
+        raise UsageError(
+            f"{given}: {found}", hint="use Dynamo's own worker for embeddings, reranking, images and the like"
+        )
+    raise problem(
+        f"start returned an EngineInfo with endpoint_types {list(names)}: {found}; for others, offer an EndpointSpec "
+        "with registers_model=True and takes_tokens=False"
+    )
+
+
 def model_type(names: Sequence[str]) -> ModelType:
     """Return the union of the OpenAI surfaces with these names.
 
@@ -165,10 +194,10 @@ def model_type(names: Sequence[str]) -> ModelType:
     union: ModelType | None = None
     for name in names:
         if name not in known:
-            raise UsageError(f"--endpoint-types: {name!r} is unknown; expected some of {', '.join(sorted(known))}")
+            raise UsageError(f"endpoint_types: {name!r} is unknown; expected some of {', '.join(sorted(known))}")
         union = known[name] if union is None else union | known[name]
     if union is None:
-        raise UsageError("--endpoint-types: expected at least one")
+        raise UsageError("endpoint_types: expected at least one")
     return union
 
 

@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 
     from dynamo_worker.supervisor.linux import Stat
 
-#: Names of the programs that compile kernels, as the kernel shows them. Compilers that run inside an engine's process,
-#: such as Triton's, show up as its CPU time.
-COMPILERS: Final = frozenset(
-    {
-        *("nvcc", "cicc", "cudafe++", "ptxas", "ptxas-blackwell", "fatbinary", "nvlink", "tileiras"),
-        *("hipcc", "hipcc.bin", "amdclang", "amdclang++", "ninja", "make", "cmake", "cc", "c++", "gcc", "g++"),
-        *("cc1", "cc1plus", "as", "ld", "ld.lld", "lld", "collect2", "lto1", "clang", "clang++"),
-    }
-)
-
 #: Share of one core that a process uses while it works. One that only waits in short sleeps uses 0.06 of a core
 #: (vLLM's processes on a CPU, measured).
 WORKING_SHARE: Final = 0.15
@@ -87,7 +77,7 @@ def judge(samples: Sequence[Sample], engine: Collection[int], worker: int) -> Fi
             return Finding(False, f"process {process.pid} ({stat.name}) is {_HELD[stat.state]} (state {stat.state})")
     for sample in samples:
         for process, stat in sample.processes.items():
-            if stat.name in COMPILERS and stat.state not in "TtZX":
+            if stat.name in process_tree.COMPILERS and stat.state not in "TtZX":
                 return Finding(True, f"compiler {stat.name} runs (process {process.pid})")
     seconds = last.at - first.at
     working = _working(last, engine) if engine else {worker}

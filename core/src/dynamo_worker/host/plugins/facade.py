@@ -25,6 +25,7 @@ from dynamo_worker.host.plugins.plugin_errors import PluginError, UnknownPluginE
 from dynamo_worker.host.plugins.plugin_loader import (
     engine_entry,
     extension_entries,
+    install_plugin,
     load_entry,
     load_module,
     new_manager,
@@ -77,10 +78,11 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
         library = library_of(name)
         if not identifiers or library or (local_spec(name) is None and not module_exists(name)):
             known = sorted({record.name for record in discover()})
-            also = f"; the library {library} is no plugin" if library else suggestion(name, known)
+            also = f"; {library} is no plugin" if library else suggestion(name, known)
             raise UnknownPluginError(
                 f"no engine, plugin or module named {name!r}{also}",
-                hint=f"installed: {', '.join(known) or 'nothing'}; a module must be in the current directory",
+                hint=f"installed: {', '.join(known) or 'nothing'}; {install_plugin(name)}"
+                + ("" if library else "; a module must be in the current directory"),
             )
         attempt(lambda manager: load_module(manager, name, None))
     return records, errors
@@ -191,6 +193,20 @@ class Plugins:
                 raise
             except BaseException as error:
                 raise failed(record, "cannot add its flags", error) from error
+
+    def configure(self, args: argparse.Namespace, context: EngineContext) -> None:
+        """Let every plugin take the values of the flags, the engine first.
+
+        :raises WorkerError: as a plugin raised it.
+        :raises PluginError: a plugin raised anything else.
+        """
+        for record in self.records:
+            try:
+                self._call(record.name, "configure", args=args, context=context)
+            except (WorkerError, KeyboardInterrupt):  # noqa: PERF203 - each plugin has its own message
+                raise
+            except BaseException as error:
+                raise failed(record, "cannot be configured", error) from error
 
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> Engine:
         """Create the engine without starting it.

@@ -60,6 +60,11 @@ class PluginRecord:
         """Return ``engine`` or ``plugin``."""
         return "engine" if self.group == ENGINE_GROUP else "plugin"
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """The name and the version as fields of a log line; a local module has no version."""
+        return {self.kind: self.name, **({"version": self.version} if self.version else {})}
+
     def __str__(self) -> str:
         """Return the plugin's name in messages: ``engine 'vllm' from dynamo-worker-vllm 0.3.1``."""
         source = f" from {self.dist} {self.version}" if self.dist else ""

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import packages_distributions
 from typing import TYPE_CHECKING
 
-from dynamo_worker.host.plugins.installed_plugins import module_exists
+from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, PLUGIN_GROUP, find, module_exists
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,11 +45,20 @@ def local_spec(name: str) -> ModuleSpec | None:
 
 
 def library_of(name: str) -> str | None:
-    """Return the distribution that has installed the top-level module of this name; None for a local module."""
+    """Return which library has the top-level module of this name, such as ``the library transformers``.
+
+    :return: None for a local module, for none at all, and for that of a package that offers plugins.
+    """
     top = name.partition(".")[0]
     if local_spec(name) is not None or not module_exists(top):
         return None
-    return next(iter(packages_distributions().get(top, ())), None)
+    if top in sys.stdlib_module_names:
+        return "Python's standard library"
+    distributions = packages_distributions().get(top, ())
+    offering = {entry.dist.name for group in (ENGINE_GROUP, PLUGIN_GROUP) for entry in find(group) if entry.dist}
+    if not distributions or not offering.isdisjoint(distributions):
+        return None
+    return f"the library {distributions[0]}"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import argparse
 
 #: Hooks whose result is not awaited.
-_PLAIN_HOOKS = ("prepare", "add_arguments", "create_engine")
+_PLAIN_HOOKS = ("prepare", "add_arguments", "configure", "create_engine")
 
 
 def refuse_coroutines(record: PluginRecord, plugin: Any) -> None:

@@ -63,12 +63,14 @@ def engine_entry(name: str) -> EntryPoint:
     if not found:
         raise UnknownPluginError(
             f"unknown engine {name!r}{suggestion(name, installed)} ({listing})",
-            hint=f"install its plugin (`pip install dynamo-worker-{name}`, if that is its package)"
-            if library_of(name)
-            else f"install it (`pip install dynamo-worker-{name}`, if that is its package), or load your own module "
-            f"with `-p {name}`",
+            hint=install_plugin(name) + ("" if library_of(name) else f", or load your own module with `-p {name}`"),
         )
     return single(found)
+
+
+def install_plugin(name: str) -> str:
+    """Return how the plugin of this name may be installed; it has the name of its package by convention only."""
+    return f"install its plugin (`pip install dynamo-worker-{name}`, if that is its package)"
 
 
 def extension_entries(allowed: Sequence[str], disabled: Sequence[str]) -> list[EntryPoint]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dynamo_worker import __version__, hookspecs
 from dynamo_worker.hookspecs import API_VERSION, PROJECT_NAME
 from dynamo_worker.host.plugins.installed_plugins import ENGINE_GROUP, LOCAL_GROUP, PluginRecord
+from dynamo_worker.host.plugins.local_modules import library_of
 from dynamo_worker.host.plugins.plugin_errors import PluginError
 from dynamo_worker.suggest import suggestion
 
@@ -89,6 +90,12 @@ def _check_hooks(manager: pluggy.PluginManager, record: PluginRecord, plugin: ob
             )
         _check_arguments(record, attribute, function, hook, specs[hook])
         implemented.append(hook)
+    if not implemented and not from_the_future and not record.dist and (library := library_of(record.name)):
+        raise PluginError(
+            replace(record, status="broken"),
+            f"{record} implements no hook: its module is that of {library}",
+            hint="give a module of your own another name",
+        )
     if record.group == ENGINE_GROUP and "create_engine" not in implemented:
         unmarked = callable(getattr(plugin, "create_engine", None))
         raise PluginError(

@@ -22,6 +22,10 @@ FINISH_REASONS: Final = frozenset({"eos", "length", "stop", "cancelled", "conten
 _TOKEN_LIMIT: Final = 2**32
 
 
+class OtherKindError(Exception):
+    """A request is of another kind than the engine's: its frontend knows workers of both kinds for the model."""
+
+
 class EngineChecks:
     """The checks of one engine, in the order in which the start makes them.
 

@@ -19,6 +19,7 @@ _MOST_LISTED: Final = 16
 _LISTED_UNITS: Final = 16
 #: Weight of a chunk and of an alternative in its ``top_logprobs``; a token weighs 1. One unit is about 40 bytes.
 CHUNK_WEIGHT: Final = 8
+#: Bytes in a unit.
 _UNIT: Final = 40
 _ALTERNATIVE_WEIGHT: Final = 10
 
@@ -71,13 +72,17 @@ def weight(chunk: Chunk) -> int:
     return CHUNK_WEIGHT + _ALTERNATIVE_WEIGHT * alternatives + (len(tokens) if type(tokens) is list else 0)
 
 
-def _size(value: object) -> int:
-    """Return the memory that a chunk of text takes, in the same units; called for slow clients only."""
-    if isinstance(value, dict):
-        return CHUNK_WEIGHT + sum(_size(entry) for entry in value.values())
-    if isinstance(value, (list, tuple)):
-        return 2 + sum(map(_size, value))
-    return 1 + len(value) // _UNIT if isinstance(value, str) else 1
+def _size(value: object, levels: int = 16) -> int:
+    """Return the memory that a chunk of text takes, in the same units; called for slow clients only.
+
+    :param levels: how deep to look.
+    """
+    if isinstance(value, str):
+        return 1 + len(value) // _UNIT
+    if not levels or not isinstance(value, (dict, list, tuple)):
+        return 1
+    inside = value.values() if isinstance(value, dict) else value
+    return (CHUNK_WEIGHT if isinstance(value, dict) else 2) + sum(_size(entry, levels - 1) for entry in inside)
 
 
 def units(chunk: Chunk) -> int:

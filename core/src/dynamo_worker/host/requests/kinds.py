@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from dynamo_worker.errors import UsageError
 from dynamo_worker.host.requests.text_kind import TextRequests
 from dynamo_worker.host.requests.token_kind import TokenRequests
 
@@ -45,6 +46,7 @@ class RequestKind(Protocol):
         """Return a request that the engine can rely on.
 
         :raises InvalidRequestError: it is invalid.
+        :raises OtherKindError: it is a request of another kind.
         """
 
     def guarded(self, generate: Generate) -> Generate:
@@ -55,6 +57,19 @@ class RequestKind(Protocol):
 
     def first_answer(self, checks: EngineChecks, request: Mapping[str, Any]) -> FirstAnswer:
         """Return the check of the engine's answer to its canary request."""
+
+
+def require_router(info: EngineInfo, router_mode: str) -> None:
+    """Check that frontends can route the requests of an engine.
+
+    :raises UsageError: they cannot: the model would never be listed, for a reason that only their log says (measured).
+    """
+    if info.model_input == TEXT and router_mode == "kv":
+        raise UsageError(
+            f"--router-mode kv: the engine takes text, and KV-aware routing needs tokens: frontends would refuse "
+            f"the model {info.model_name!r}",
+            hint="choose another --router-mode (DYN_ROUTER_MODE)",
+        )
 
 
 def kind_of(info: EngineInfo, checks: EngineChecks) -> RequestKind:

@@ -20,6 +20,7 @@ from dynamo.llm.exceptions import (
 from dynamo_worker.engine import Chunk, EndpointSpec, Engine, Generate, Push, PushesChunks, Send
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, describe, for_client
 from dynamo_worker.host.config.drain_mode import Cut
+from dynamo_worker.host.requests.engine_checks import OtherKindError
 from dynamo_worker.host.requests.streams import SlowClientError, Stream
 from dynamo_worker.logs import get_logger
 
@@ -302,6 +303,10 @@ class RequestHandler:
             message = for_client(str(error))
             log.warning("Request refused", request_id=request_id, error=message)
             return RequestOutcome.INVALID, InvalidArgument(message)
+        if isinstance(error, OtherKindError):
+            # Another worker of the model can answer it: not the client's fault.
+            log.warning("Request refused", request_id=request_id, error=error)
+            return RequestOutcome.REFUSED, WorkerUnavailable(str(error))
         if entry.gone or context.is_stopped():
             # The cancellation of its task, or an error that followed from it; or the RuntimeError that the sender of a
             # closed stream raises.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker.errors import InvalidRequestError, shown
-from dynamo_worker.host.requests.engine_checks import not_encodable
+from dynamo_worker.host.requests.engine_checks import OtherKindError, not_encodable
 from dynamo_worker.host.requests.token_kind import check_ids
 
 if TYPE_CHECKING:
@@ -60,11 +60,14 @@ class TextRequests:
     def checked(self, request: Any) -> TextRequest:
         """Return a request whose model and prompt an engine can rely on.
 
+        :raises OtherKindError: it is a request with tokens.
         :raises InvalidRequestError: it is not an object, or one of them is missing or of the wrong type.
         """
         if not isinstance(request, dict):
             raise InvalidRequestError(f"expected a request object, got {type(request).__name__}")
         given = [name for name in _OBJECTS if request.get(name) is not None]
+        if not given and "token_ids" in request:
+            raise OtherKindError("this worker takes text, and the request has tokens")
         if len(given) != 1:
             raise InvalidRequestError(
                 f"expected {' or '.join(self._prompts)}, got {' and '.join(given) if given else 'neither'}"

@@ -6,7 +6,7 @@ from array import array
 from typing import TYPE_CHECKING, Any, cast
 
 from dynamo_worker.errors import InvalidRequestError, shown
-from dynamo_worker.host.requests.engine_checks import AnswerCheck
+from dynamo_worker.host.requests.engine_checks import AnswerCheck, OtherKindError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +60,7 @@ def validated(request: Any, vocab_size: int | None = None, context_length: int |
 
     :param vocab_size: number of token ids that the engine knows; None if only the engine can tell.
     :param context_length: longest sequence in tokens; the tokens of a longer prompt are not even read.
+    :raises OtherKindError: it is a request with text.
     :raises InvalidRequestError: it is not an object, or its tokens are missing, empty, too many or not token ids.
     """
     if not isinstance(request, dict):
@@ -78,6 +79,8 @@ def validated(request: Any, vocab_size: int | None = None, context_length: int |
                 f"token_ids: expected packed 32-bit integers, got {len(tokens)} bytes, which is not a multiple of 4"
             ) from None
         request["token_ids"] = tokens = packed.tolist()
+    elif tokens is None and not request.keys().isdisjoint(("messages", "prompt")):
+        raise OtherKindError("this worker takes tokens, and the request is text")
     elif not isinstance(tokens, list):
         raise InvalidRequestError(f"token_ids: expected a list of integers, got {type(tokens).__name__}")
     elif not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans

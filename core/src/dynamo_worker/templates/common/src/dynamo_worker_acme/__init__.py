@@ -1,0 +1,1 @@
+"""The acme engine as a plugin of dynamo-worker."""

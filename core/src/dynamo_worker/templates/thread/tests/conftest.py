@@ -1,0 +1,20 @@
+"""The test kit of dynamo-worker: real workers, a real frontend, and a check for leftovers after every test."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_worker.testing import Subject
+
+pytest_plugins = ["dynamo_worker.testing.plugin"]
+
+
+@pytest.fixture
+def subject() -> Subject:
+    # Streams must take some seconds: the prompts of the fault table have about 45 characters.
+    return Subject(
+        "acme",
+        ["--tokens-per-second", "11"],
+        model="acme",
+        expected=lambda prompt, tokens: prompt.upper()[:tokens],
+    )
