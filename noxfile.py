@@ -27,7 +27,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 #: Every engine with a plugin in `plugins/NAME`. Its tests on a CPU install the `cpu` extra, or the stand-in for the
 #: engine in `tests/standin`, with the versions of `constraints.txt`, without what `overrides.txt` names, and then run
 #: `tests/install_shims.py` if there is one. Its tests on a GPU install the `cuda` extra.
-ENGINES = ["vllm", "sglang", "trtllm", "dynamo"]
+ENGINES = ["vllm", "sglang", "trtllm", "dynamo", "transformers"]
 #: What `dynamo-worker new` writes packages from.
 TEMPLATES = ["process", "thread", "server"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")

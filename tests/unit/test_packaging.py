@@ -20,8 +20,11 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["core", "plugins/dynamo", "plugins/sglang", "plugins/trtllm", "plugins/vllm", "examples/reverse-engine"]
-PLUGINS = ["plugins/dynamo", "plugins/sglang", "plugins/trtllm", "plugins/vllm"]
+PACKAGES = [
+    *("core", "plugins/dynamo", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"),
+    "examples/reverse-engine",
+]
+PLUGINS = ["plugins/dynamo", "plugins/sglang", "plugins/transformers", "plugins/trtllm", "plugins/vllm"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 

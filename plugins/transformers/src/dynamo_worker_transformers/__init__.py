@@ -1,0 +1,1 @@
+"""Hugging Face's transformers as an engine of dynamo-worker."""
