@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dynamo_worker.host.monitors import engine_activity
-from dynamo_worker.host.monitors.engine_activity import COMPILERS, EngineActivity, Sample, judge
+from dynamo_worker.host.monitors.engine_activity import EngineActivity, Sample, judge
 from dynamo_worker.supervisor import process_tree
 from dynamo_worker.supervisor.linux import Process, Stat
 
@@ -131,7 +131,7 @@ def test_a_compiler_that_does_not_run_is_none(state):
 
 
 def test_the_kernel_shows_at_most_15_characters_of_a_name():
-    assert not [name for name in COMPILERS if len(name) > 15]
+    assert not [name for name in process_tree.COMPILERS if len(name) > 15]
 
 
 @pytest.mark.parametrize(
