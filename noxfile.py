@@ -37,6 +37,7 @@ TEST = nox.project.dependency_groups(PYPROJECT, "test")
 LINT = nox.project.dependency_groups(PYPROJECT, "lint")
 TYPES = nox.project.dependency_groups(PYPROJECT, "types")
 DEPLOY = nox.project.dependency_groups(PYPROJECT, "deploy")
+SITE = nox.project.dependency_groups(PYPROJECT, "site")
 BUILD = nox.project.dependency_groups(PYPROJECT, "build")
 #: Whether the conformance kit finds each of many bugs: an engine of its own for each, for minutes.
 SEEDED_BUGS = "tests/conformance/test_seeded_bugs.py"
@@ -230,6 +231,13 @@ def docs(session: nox.Session) -> None:
     """Regenerate the generated parts of the documentation, or with `-- --check` only say whether they are true."""
     _install(session)
     session.run("python", "docs/generate.py", *session.posargs)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation as a site into build/site; a link that leads nowhere fails it."""
+    session.install(*SITE)
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

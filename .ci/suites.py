@@ -28,6 +28,7 @@ SUITES: dict[str, list[str]] = {
     "pythons-3.10": _PYTHONS,
     "pythons-3.13": _PYTHONS,
     "tests(trtllm)": [],
+    "tests(server)": [],
     "tests(transformers)": [],
     "tests(dynamo)": [],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import signal
@@ -50,6 +51,9 @@ def test_requests_through_etcd(cluster: Cluster, etcd: Etcd) -> None:
     worker = serving(cluster, etcd)
     cluster.wait_model()
     assert cluster.ask().ok
+    top = cluster.run("top", "--once", "--json", DYN_DISCOVERY_BACKEND="etcd", ETCD_ENDPOINTS=etcd.url)
+    (seen,) = json.loads(top.stdout)["workers"]
+    assert (seen["instance"], seen["state"], seen["models"]) == (worker.instance, "SERVING", ["echo"])
     worker.signal(signal.SIGTERM)
     assert worker.wait_gone() == 0
 

@@ -202,9 +202,14 @@ def role(*names: str) -> set[str]:
 
 
 def test_the_roles_of_the_manifest_are_enough(cluster: Cluster, api: Api) -> None:
-    """For the runtime, and for the guardian that withdraws a killed worker."""
+    """For the runtime, for `dynamo-worker top`, and for the guardian that withdraws a killed worker."""
     api.start(*role("dynamo-discovery-read", "dynamo-discovery-write"))
-    worker = serving(cluster, **api.pod())
+    pod = api.pod()
+    worker = serving(cluster, **pod)
+    command = [*pod.pop("prefix"), sys.executable, "-m", "dynamo_worker", "top", "--once", "--json"]
+    top = subprocess.run(command, env=cluster.environment(**pod), capture_output=True, timeout=60, check=True)
+    (seen,) = json.loads(top.stdout)["workers"]
+    assert (seen["instance"], seen["state"], seen["models"]) == (worker.instance, "SERVING", ["echo"])
     worker.signal(signal.SIGKILL, worker.worker_pid)
     assert worker.wait_gone() == 137
     assert 'withdrawn="kubernetes: entries removed"' in worker.log

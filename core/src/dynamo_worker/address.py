@@ -67,6 +67,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_ip(host: str) -> bool:
+    """Return whether the text is an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_unspecified(host: str) -> bool:
+    """Return whether the text stands for all addresses of a machine."""
+    return not host or (is_ip(host) and ipaddress.ip_address(host).is_unspecified)
+
+
 def resolve(host: str, what: str) -> str:
     """Return an IP address for a host to listen on.
 

@@ -81,3 +81,13 @@ def test_an_answer_of_something_else_is_an_error(answer, text):
 def test_a_list_without_items(answer):
     answer.append((200, b'{"items": {}, "more": 1}'))
     assert kubernetes.sample(3, 0.0) == []
+
+
+def test_pages(answer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kubernetes.http_request, "send", lambda *call: asked.append(call[2]) or answer[-1])
+    answer.append((200, b'{"items": [1], "metadata": {"continue": "a b&c"}}'))
+    assert kubernetes.page(50, "", 0.0) == ([1], "a b&c")
+    answer.append((200, b'{"items": [2], "metadata": {"continue": 3}}'))
+    assert kubernetes.page(50, "a b&c", 0.0) == ([2], "")
+    assert [path.rpartition("?")[2] for path in asked] == ["limit=50", "limit=50&continue=a%20b%26c"]

@@ -100,6 +100,7 @@ class Startup:
         self._callbacks = callbacks
         self._control = control
         self._checks = EngineChecks(plugins.engine)
+        self._status_port: int | None = None
 
     async def run(self) -> ReadyWorker:
         """Start everything, and return once the worker is ready.
@@ -147,7 +148,7 @@ class Startup:
         )
         # Without heartbeats only the probe can find a worker that is blocked for good.
         hand_over = self._hand_over_listener if settings.heartbeat_timeout else None
-        port = await status.start(settings.system_host, settings.system_port, hand_over)
+        self._status_port = port = await status.start(settings.system_host, settings.system_port, hand_over)
         log.info("Status server listening", url=f"http://{Address(settings.system_host, port)}")
 
     def _hand_over_listener(self, listener: int, end: int, live_path: str) -> bool:
@@ -199,6 +200,7 @@ class Startup:
         runtime = self._parts.runtime = await Runtime.create(self._settings)
         if self._parts.status is not None and runtime.status_port is not None:
             self._parts.status.forward_to(runtime.status_host, runtime.status_port)
+            runtime.public_status_port = self._status_port
         return runtime
 
     def _create_engine(self, runtime: Runtime, private_dir: Path) -> Engine:

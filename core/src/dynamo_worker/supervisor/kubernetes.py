@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from typing import Any, Final
+from urllib.parse import quote
 
 from dynamo_worker.supervisor import http_request
 
@@ -103,8 +104,22 @@ def sample(count: int, deadline: float) -> list[Any]:
     :param deadline: when to give up (monotonic).
     :raises OSError: the API does not answer, or refuses.
     """
-    items = _call("GET", f"?limit={count}", b"", _JSON, deadline).get("items")
-    return items if isinstance(items, list) else []
+    return page(count, "", deadline)[0]
+
+
+def page(count: int, after: str, deadline: float) -> tuple[list[Any], str]:
+    """Return the custom resources of the next pods of this namespace, and where those after them begin. Blocks.
+
+    :param count: how many at most.
+    :param after: what the page before returned; empty for the first one.
+    :param deadline: when to give up (monotonic).
+    :returns: the resources, and the beginning of the next page, which is empty after the last one.
+    :raises OSError: the API does not answer, or refuses.
+    """
+    answer = _call("GET", f"?limit={count}{after and f'&continue={quote(after)}'}", b"", _JSON, deadline)
+    items, metadata = answer.get("items"), answer.get("metadata")
+    rest = metadata.get("continue") if isinstance(metadata, dict) else None
+    return items if isinstance(items, list) else [], rest if isinstance(rest, str) else ""
 
 
 def withdraw(deadline: float) -> str:

@@ -9,6 +9,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from dynamo_worker.host.discovery.fleet import STATUS_ADDRESS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
@@ -52,7 +54,11 @@ def card(discovery: Path, instance: str) -> dict[str, Any]:
     (entry,) = [path for path in (discovery / "v1" / "mdc").iterdir() if instance in path.name]
     content = json.loads(entry.read_text(encoding="utf-8"))
     found: dict[str, Any] = _plain(content.get("card_json", content))
-    found["runtime_config"]["taints"] = sorted(found["runtime_config"].get("taints", ()))  # a set
+    config = found["runtime_config"]
+    config["taints"] = sorted(config.get("taints", ()))  # a set
+    data = config.get("runtime_data", {})
+    if data.pop(STATUS_ADDRESS, None) is not None and not data:
+        del config["runtime_data"]
     return found
 
 

@@ -210,7 +210,7 @@ class Processes(entrypoint.Engine):  # type: ignore[misc]
                 if isinstance(value, zmq.Socket):
                     value.context.destroy(linger=0)
         self.loop.close()
-        self._scheduler_init_result = None  # its functions hold the schedulers' pipes
+        self._scheduler_init_result: Any = None  # its functions hold the schedulers' pipes
         multiprocessing.active_children()  # lets go of those that have ended
         atexit.unregister(self.shutdown)  # which would keep this object, its pipes and its loop
 

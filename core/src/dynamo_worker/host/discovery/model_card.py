@@ -21,6 +21,7 @@ from dynamo.llm import (
 
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.host.config.router_modes import ROUTER_MODES
+from dynamo_worker.host.discovery.fleet import STATUS_ADDRESS
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
@@ -50,9 +51,15 @@ _MOST_TEMPLATE_BYTES = 1 << 20
 
 
 def completed(
-    info: EngineInfo, settings: WorkerSettings, topology: Mapping[str, Any] = MappingProxyType({})
+    info: EngineInfo,
+    settings: WorkerSettings,
+    topology: Mapping[str, Any] = MappingProxyType({}),
+    status_address: str | None = None,
 ) -> EngineInfo:
-    """Return the information to register: the engine's, completed by the worker's flags and by where the worker is."""
+    """Return the information to register: the engine's, completed by the worker's flags and by where the worker is.
+
+    :param status_address: of the worker's status server, for `dynamo-worker top`; None if there is none.
+    """
     chosen = {
         "tool_call_parser": settings.tool_call_parser,
         "reasoning_parser": settings.reasoning_parser,
@@ -65,7 +72,11 @@ def completed(
         info,
         endpoint_types=settings.endpoint_types or info.endpoint_types,
         runtime_config={**chosen, **topology, **info.runtime_config},
-        runtime_data={**({} if thinking is None else {"default_thinking_mode": thinking}), **info.runtime_data},
+        runtime_data={
+            **({} if thinking is None else {"default_thinking_mode": thinking}),
+            **({} if status_address is None else {STATUS_ADDRESS: status_address}),
+            **info.runtime_data,
+        },
     )
 
 

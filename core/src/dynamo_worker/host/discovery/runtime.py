@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime import DistributedRuntime, Endpoint
 
-from dynamo_worker.address import LOOPBACK, is_loopback
+from dynamo_worker.address import LOOPBACK, Address, is_ip, is_loopback, is_unspecified
 from dynamo_worker.errors import StartError, describe
 from dynamo_worker.host.discovery import model_card, runtime_lease, topology
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
@@ -99,6 +99,8 @@ class Runtime:
         self.discovery = WorkerDiscovery(self.endpoint(settings.endpoint), self._entry(settings.endpoint))
         #: Port of the runtime's own status server; None if it is off.
         self.status_port = status_port
+        #: Port of the worker's status server, which models are registered with; None if it is off.
+        self.public_status_port: int | None = None
 
     @classmethod
     async def create(cls, settings: WorkerSettings) -> Runtime:
@@ -193,7 +195,9 @@ class Runtime:
 
     def completed(self, info: EngineInfo) -> EngineInfo:
         """Return the information to register: the engine's, completed by the worker's flags."""
-        return model_card.completed(info, self._settings, self._topology)
+        port = self.public_status_port
+        address = None if port is None else _published(self._settings.system_host, port)
+        return model_card.completed(info, self._settings, self._topology, address)
 
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
         """Make the model known to frontends.
@@ -307,6 +311,18 @@ def _status_host(settings: WorkerSettings) -> str:
     if read_from_disk or settings.on_loopback:
         return LOOPBACK
     return settings.system_host
+
+
+def _published(host: str, port: int) -> str:
+    """Return the address of the worker's status server for discovery; ``:PORT`` if only readers can tell the host.
+
+    One that listens everywhere is reached where requests are.
+    """
+    if is_unspecified(host):
+        host = os.environ.get(_REQUESTS_HOST, "")
+        if not is_ip(host) or is_unspecified(host):
+            return f":{port}"
+    return str(Address(host, port))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""`dynamo-worker top`: the workers of a namespace, live in a terminal."""
