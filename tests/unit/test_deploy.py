@@ -99,8 +99,12 @@ def test_a_wrong_dockerfile_does_not_pass(old, new, problem):
     assert problems(text.replace(old, new), STAGES["Dockerfile"]) == [problem]
 
 
+#: Plugins for whose engines nobody publishes an image to build on.
+NO_IMAGE = {"dynamo", "server", "transformers"}
+
+
 def test_every_engine_has_an_image():
-    engines = {path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists()}
+    engines = {path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists()} - NO_IMAGE
     assert engines == {name.removesuffix(".Dockerfile") for name in STAGES} - {"Dockerfile"}
     for engine in engines:
         text = (DOCKER / f"{engine}.Dockerfile").read_text()

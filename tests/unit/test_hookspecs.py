@@ -13,6 +13,7 @@ def test_hooks_in_lifecycle_order():
     assert hook_signatures() == {
         "prepare": ("arguments",),
         "add_arguments": ("parser",),
+        "configure": ("args", "context"),
         "create_engine": ("args", "context"),
         "on_ready": ("engine", "info"),
         "check_health": ("engine",),

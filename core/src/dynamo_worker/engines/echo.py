@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_worker import EngineInfo, hookimpl
-from dynamo_worker.engines.echo_text import EchoTextEngine
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.kit.child_process import ChildProcess
 from dynamo_worker.kit.engine_arguments import non_negative
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Chunk, EngineContext, Request, RequestContext
+    from dynamo_worker.engines.echo_text import EchoTextEngine
 
 #: Configuration and tokenizer, with one token per byte and three special tokens.
 MODEL_DIR = Path(__file__).parent / "echo_model"
@@ -271,7 +271,11 @@ class EchoPlugin(EnginePlugin):
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> EchoEngine | EchoTextEngine:
         """Return the engine that the flags choose."""
         engine = EchoProcessEngine(args, context) if args.process_tree else EchoEngine(args)
-        return EchoTextEngine(engine, args.model_name) if args.text else engine
+        if not args.text:
+            return engine
+        from dynamo_worker.engines.echo_text import EchoTextEngine
+
+        return EchoTextEngine(engine, args.model_name)
 
 
 plugin = EchoPlugin()
