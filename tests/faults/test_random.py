@@ -12,7 +12,7 @@ from .test_echo import echoed
 
 @pytest.mark.timeout(3600)
 class TestRandom(RandomFaults):
-    ROUNDS = 200
+    ROUNDS = 100
     PLACES = 4
     SEED = 12
     REPEATS = 1

@@ -712,3 +712,10 @@ def test_a_flag_of_dynamos_own_worker_in_the_file(command, site):
     refused(result, 2, "--output-modalities image is not supported: this worker serves text generation only")
     (command.directory / "w.yaml").write_text("engine_args: {output_modalities: text, size: 2}")
     assert command("--engine", "toy", "--config", "w.yaml", "--print-config").returncode == 0
+
+
+def test_a_plugin_that_imports_the_runtime_gets_a_quiet_one(command, site):
+    """The runtime reads DYN_LOG when it is imported, and logs a line for each request at level INFO."""
+    site.install_engine(source="import os, sys\nsys.exit('quiet' if os.environ.get('DYN_LOG') else 'loud')")
+    result = command("--engine", "toy", RUN)
+    assert "quiet" in result.stderr, result

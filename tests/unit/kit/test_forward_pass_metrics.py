@@ -96,7 +96,7 @@ def test_every_rank_on_this_machine_is_relayed_until_the_end(
 ) -> None:
     """Also when no router reads KV events and load."""
     Relay.made = []
-    monkeypatch.setattr(forward_pass_metrics, "FpmEventRelay", Relay)
+    monkeypatch.setattr("dynamo.llm.FpmEventRelay", Relay)
     address = forward_pass_metrics.address(tmp_path)
     for rank in ranks:
         Path(f"{address.removeprefix('ipc://')}.{rank}").touch()

@@ -46,6 +46,11 @@ def main(argv: list[str]) -> int:
     if not print_only:
         values.check()
         values = values.resolved()
+        # The runtime reads these variables when it is imported, which a plugin may do.
+        if values.log_level != "debug":
+            logs.quiet_runtime()
+        if values.log_format == "json":
+            os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     from dynamo_worker.cli.engine_parser import engine_parser, parse_engine_args
     from dynamo_worker.cli.peer_words import check_variables
 
@@ -68,10 +73,6 @@ def main(argv: list[str]) -> int:
         return 0
     if values.dump_config_to is not None:
         effective_config.dump(values.dump_config_to, values, parser, engine_args, line.variables)
-    if values.log_level != "debug":
-        logs.quiet_runtime()
-    if values.log_format == "json":
-        os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     from dynamo_worker.host import launcher
 
     return launcher.run(values, plugins, engine_args)

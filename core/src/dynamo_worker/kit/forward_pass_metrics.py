@@ -11,14 +11,13 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Final
 
-from dynamo.llm import FpmEventRelay
-
 from dynamo_worker.kit.engine_arguments import switched_on
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dynamo.llm import FpmEventRelay
     from dynamo.runtime import Endpoint
 
 log = get_logger(__name__)
@@ -68,6 +67,8 @@ def relay(endpoint: Endpoint, private_dir: Path) -> list[FpmEventRelay]:
 
     :returns: the relays, which work until their ``shutdown`` is called; none if no rank publishes.
     """
+    from dynamo.llm import FpmEventRelay
+
     sockets = sorted(private_dir.glob(f"{_SOCKET}.*"))
     for path in sockets:
         log.info("Forward-pass metrics are published", rank=path.suffix[1:])

@@ -7,8 +7,6 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from dynamo.llm.exceptions import Disconnected, WorkerUnavailable
-
 from dynamo_worker.engine import LargeOperation
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, for_client
 from dynamo_worker.kit.engine_arguments import switched_on
@@ -107,6 +105,8 @@ class WeightUpdates:
         :raises WorkerUnavailable: a change has failed; another worker can answer.
         """
         if self.failure is not None:
+            from dynamo.llm.exceptions import WorkerUnavailable
+
             raise WorkerUnavailable(f"the weights are incomplete: {self.failure}")
 
     def check_complete(self) -> None:
@@ -197,6 +197,8 @@ class WeightUpdates:
 
     async def _end_all(self) -> None:
         try:
+            from dynamo.llm.exceptions import Disconnected
+
             await self._end_requests(Disconnected(f"the weights are incomplete: {self.failure}"))
         except Exception as error:  # such as an engine that has died; its requests end with it
             log.warning("Requests in flight cannot be ended", error=error)
