@@ -5,7 +5,7 @@ A server in a process of its own sends tokens at a fixed rate, each in a chunk o
 rounds, in another order each round:
 
 - *bare*: the same bytes, received by an event loop and dropped: what no proxy can do without;
-- *engine*: through `generate` of the server engine, as the worker calls it, up to the chunks it yields.
+- *engine*: through `push` of the server engine, as the worker calls it, up to the chunks it sends.
 
 What a worker does with a chunk after that is the same for every engine: `request_path.py` measures it.
 """
@@ -87,9 +87,13 @@ def _bare(port: int) -> Ask:
 def _engine(engine: ServerEngine) -> Ask:
     async def ask(tokens: int, rate: float) -> float:
         started, first, count = time.perf_counter(), 0.0, 0
-        async for _ in engine.generate(_body(tokens, rate), LocalContext("benchmark")):
+
+        def send(_: object) -> None:
+            nonlocal first, count
             first = first or time.perf_counter()
             count += 1
+
+        await engine.push(_body(tokens, rate), LocalContext("benchmark"), send)
         if count != tokens + 1:
             sys.exit(f"expected {tokens + 1} chunks, got {count}")
         return first - started

@@ -11,7 +11,7 @@ import sys
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import uvloop
@@ -84,6 +84,8 @@ class Running:
     engine: ServerEngine
     info: EngineInfo
     chunks: list[Any] = field(default_factory=list)
+    #: Whether to ask as the worker does, or as callers in this process do.
+    pushes: ClassVar[bool] = True
 
     async def ask(self, prompt: str = "one two", tokens: int = 6, name: str = "r", **more: Any) -> str:
         """Return the text of one answer; ``chunks`` has the chunks, even if it fails."""
@@ -94,6 +96,9 @@ class Running:
             **more,
         }
         self.chunks.clear()
+        if self.pushes:
+            await self.engine.push(request, LocalContext(name), self.chunks.append)
+            return self.text()
         async for chunk in self.engine.generate(request, LocalContext(name)):
             self.chunks.append(chunk)
         return self.text()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from dynamo.llm.exceptions import Unknown
 
+from conftest import Running
 from dynamo_worker import EngineDeadError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.errors import InvalidRequestError
@@ -16,9 +17,13 @@ from dynamo_worker.errors import InvalidRequestError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Running
-
     Run = Callable[..., Any]
+
+
+@pytest.fixture(params=["push", "generate"], autouse=True)
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test with both ways to answer."""
+    monkeypatch.setattr(Running, "pushes", request.param == "push")
 
 
 class Traced(LocalContext):
@@ -158,7 +163,7 @@ def test_a_request_that_is_given_up_stops_the_work(run: Run, fault: str) -> None
 
 
 def test_a_slow_client_makes_the_server_wait(run: Run) -> None:
-    """One million tokens that nobody reads must not fill this process' memory."""
+    """One million tokens that nobody reads must not fill this process' memory; pushed ones, the worker bounds."""
 
     async def check(server: Running) -> None:
         request = {"model": "fake", "messages": [{"role": "user", "content": "x" * 1000}], "max_tokens": 1_000_000}

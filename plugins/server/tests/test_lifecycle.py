@@ -199,6 +199,8 @@ def test_further_processes_are_watched_on_request() -> None:
             with pytest.raises(Exception, match="the server has failed"):
                 await server.ask("fail:status-500")
             os.kill(sleeping[0], signal.SIGKILL)
+            while psutil.pid_exists(sleeping[0]) and psutil.Process(sleeping[0]).status() != psutil.STATUS_ZOMBIE:
+                await asyncio.sleep(0.01)
             with pytest.raises(EngineDeadError, match=f"process {sleeping[0]} of the server has ended"):
                 await server.ask("fail:status-500")
 

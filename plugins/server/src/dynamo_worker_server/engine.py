@@ -24,10 +24,11 @@ from dynamo_worker_server.upstream import Model, UnexpectedAnswerError, Upstream
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from dynamo_worker.deadline import Deadline
-    from dynamo_worker.engine import EngineContext, RequestContext
+    from dynamo_worker.engine import EngineContext, RequestContext, Send
+    from dynamo_worker_server.upstream import ChunkStream
 
 log = get_logger(__name__)
 
@@ -100,36 +101,33 @@ class ServerEngine(EngineLifecycle):
 
     async def generate(self, request: dict[str, Any], context: RequestContext) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks with which the server answers."""
+        async with self._asked(request, context) as (stream, completed):
+            while chunks := await stream.read():
+                for chunk in chunks:
+                    yield completed(chunk)
+
+    async def push(self, request: dict[str, Any], context: RequestContext, send: Send) -> None:
+        """Send the chunks with which the server answers, as they arrive: no task is woken for each."""
+        async with self._asked(request, context) as (stream, completed):
+            await stream.deliver(lambda chunk: send(completed(chunk)))
+
+    @contextlib.asynccontextmanager
+    async def _asked(
+        self, request: dict[str, Any], context: RequestContext
+    ) -> AsyncIterator[tuple[ChunkStream, Callable[[dict[str, Any]], Any]]]:
+        """Pass a request on; yield the stream of its answer, and what makes its chunks those that the frontend takes.
+
+        The stream is closed at the end, which stops the server's work.
+        """
         upstream = self._upstream
         if upstream is None:
             raise EngineDeadError("the server is not started")
-        asked = request.get("model")
-        for name, kinds in _TYPES.items():
-            if not isinstance(request.get(name), (*kinds, type(None))):
-                raise refusal(name, " or ".join(kind.__name__ for kind in kinds), request[name])
-        body = {name: value for name, value in request.items() if name not in _OF_DYNAMO}
-        body["model"] = self._models.get(str(asked), asked)
-        body["stream"] = True
-        if not request.get("stream"):  # the frontend makes one answer of the chunks, with the token counts
-            body["stream_options"] = {"include_usage": True}
-        chat = "messages" in request
-        # The frontend refuses chunks without these, which some servers leave out.
-        missing = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{context.id()}",
-            "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": int(time.time()),
-        }
+        body = self._body(request)
         headers = {**(context.trace_headers() or {}), "X-Request-Id": context.id()}
         stream = None
         try:
-            stream = await upstream.ask(_PATHS["chat" if chat else "completions"], body, headers)
-            while chunks := await stream.read():
-                for chunk in chunks:
-                    if missing:  # what the first chunk has, all have
-                        missing = {name: value for name, value in missing.items() if name not in chunk}
-                        chunk.update(missing)
-                    chunk["model"] = asked
-                    yield chunk
+            stream = await upstream.ask(_PATHS["chat" if "messages" in request else "completions"], body, headers)
+            yield stream, _completed(request, context.id())
         except OSError as error:
             raise await self._broken(error) from None
         except Unknown:
@@ -141,6 +139,22 @@ class ServerEngine(EngineLifecycle):
         finally:
             if stream is not None:
                 stream.close()
+
+    def _body(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return a request as the server gets it.
+
+        :raises InvalidRequestError: a field has the wrong type.
+        """
+        for name, kinds in _TYPES.items():
+            if not isinstance(request.get(name), (*kinds, type(None))):
+                raise refusal(name, " or ".join(kind.__name__ for kind in kinds), request[name])
+        body = {name: value for name, value in request.items() if name not in _OF_DYNAMO}
+        asked = request.get("model")
+        body["model"] = self._models.get(str(asked), asked)
+        body["stream"] = True
+        if not request.get("stream"):  # the frontend makes one answer of the chunks, with the token counts
+            body["stream_options"] = {"include_usage": True}
+        return body
 
     async def abort(self, request_id: str) -> None:
         """Do nothing: a request that ends early has closed its connection, at which the server stops."""
@@ -286,6 +300,27 @@ class ServerEngine(EngineLifecycle):
                     return EngineDeadError(str(await in_thread(process.ended, name="server-output")))
                 await asyncio.sleep(_DEATH_SECONDS / _DEATH_POLLS)
         return error
+
+
+def _completed(request: dict[str, Any], request_id: str) -> Callable[[dict[str, Any]], Any]:
+    """Return a function that adds to a chunk what the frontend refuses it without, and some servers leave out."""
+    chat = "messages" in request
+    asked = request.get("model")
+    missing = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
+        "object": "chat.completion.chunk" if chat else "text_completion",
+        "created": int(time.time()),
+    }
+
+    def completed(chunk: dict[str, Any]) -> dict[str, Any]:
+        if missing:
+            for name in [name for name in missing if name in chunk]:  # what the first chunk has, all have
+                del missing[name]
+            chunk.update(missing)
+        chunk["model"] = asked
+        return chunk
+
+    return completed
 
 
 def _unknown(name: str, found: list[Model]) -> list[Model]:

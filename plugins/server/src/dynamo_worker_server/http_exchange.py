@@ -14,7 +14,7 @@ import httptools
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from dynamo_worker_server.arguments import Address
 
@@ -52,6 +52,7 @@ class HttpExchange(asyncio.Protocol):
         self._complete = False
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[bytes], bool] | None = None
 
     @classmethod
     async def begin(cls, address: Address, tls: ssl.SSLContext | None, request: bytes) -> HttpExchange:
@@ -99,6 +100,26 @@ class HttpExchange(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         return data
+
+    async def deliver(self, take: Callable[[bytes], bool]) -> None:
+        """Call ``take`` for each part of the body as it arrives, and return at its end, or once ``take`` returns true.
+
+        No task is woken for a part, and nothing waits here: ``take`` keeps what its own reader does not take.
+
+        :raises OSError: the connection has ended early, or the answer is not HTTP.
+        :raises BaseException: what ``take`` has raised.
+        """
+        self._take = take
+        if self._parts:
+            waiting = b"".join(self._parts)
+            self._parts.clear()
+            self._size = 0
+            if take(waiting):
+                return
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        await self.read()  # there is nothing but the end
 
     async def read_all(self, limit: int) -> bytes:
         """Return the whole body.
@@ -177,7 +198,17 @@ class HttpExchange(asyncio.Protocol):
             self._head.set_result(None)
 
     def on_body(self, data: bytes) -> None:
-        """Keep a part of the body for the caller, and stop reading if it does not come for it."""
+        """Hand a part of the body over, or keep it and stop reading if the caller does not come for it."""
+        if self._take is not None:
+            if self._complete or self._error is not None:  # one read may hold several parts
+                return
+            try:
+                if self._take(data):
+                    self._complete = True
+                    self._wake()
+            except BaseException as error:
+                self._give_up(error)
+            return
         self._parts.append(data)
         self._size += len(data)
         if self._size > _WAITING_BYTES and not self._paused and self._transport is not None:

@@ -13,7 +13,7 @@ from dynamo_worker_server.http_exchange import HttpError, HttpExchange, request_
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from dynamo_worker_server.arguments import Address
 
@@ -27,6 +27,7 @@ _CLIENT_ERRORS: Final = frozenset({400, 404, 405, 409, 413, 415, 422})
 #: Another worker may take the request.
 _BUSY: Final = frozenset({408, 425, 429, 502, 503, 504})
 _DONE: Final = b"[DONE]"
+_BROKEN_OFF: Final = "the server has ended its answer in the middle"
 #: Words of servers such as TGI for what OpenAI calls otherwise.
 _FINISH_REASONS: Final = {"eos_token": "stop", "stop_sequence": "stop", "eos": "stop", "max_tokens": "length"}
 #: Headers that must not break a line: names of requests come from clients.
@@ -160,7 +161,7 @@ class ChunkStream:
             received = await self._exchange.read()
             if not received:
                 if not self._finished:
-                    raise ConnectionResetError("the server has ended its answer in the middle")
+                    raise ConnectionResetError(_BROKEN_OFF)
                 break
             chunks = self._chunks(received)
             if chunks:
@@ -168,6 +169,24 @@ class ChunkStream:
         if self._error is not None:
             raise self._error
         return []
+
+    async def deliver(self, take: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``take`` for each chunk as it arrives, and return after the last one.
+
+        :raises InvalidRequestError, OSError, Unknown: as :meth:`read` does.
+        """
+
+        def take_part(received: bytes) -> bool:
+            if not self._over:
+                for chunk in self._chunks(received):
+                    take(chunk)
+                if self._error is not None:
+                    raise self._error
+            return self._over
+
+        await self._exchange.deliver(take_part)
+        if not (self._over or self._finished):
+            raise ConnectionResetError(_BROKEN_OFF)
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
