@@ -71,7 +71,8 @@ def tests(session: nox.Session, suite: str) -> None:
     if (ROOT / plugin / "overrides.txt").exists():
         pinned += ["--override", f"{plugin}/overrides.txt"]
     standin = (tests / "standin").exists()
-    engine = ["-e", plugin, "-e", f"{plugin}/tests/standin"] if standin else ["-e", f"{plugin}[cpu]"]
+    extra = "test" if suite in BRINGS_NO_ENGINE else "cpu"
+    engine = ["-e", plugin, "-e", f"{plugin}/tests/standin"] if standin else ["-e", f"{plugin}[{extra}]"]
     _install(session, *pinned, *engine, *TEST)
     shims = tests / "install_shims.py"
     if shims.exists():

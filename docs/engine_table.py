@@ -143,7 +143,8 @@ def engines() -> list[Engine]:
 def _of_package(directory: Path) -> Iterator[Engine]:
     content = tomllib.loads((directory / "pyproject.toml").read_text(encoding="utf-8"))
     project: dict[str, Any] = content["project"]
-    declared: dict[str, str] = content.get("tool", {}).get("dynamo-worker", {}).get("serves", {})
+    own: dict[str, Any] = content.get("tool", {}).get("dynamo-worker", {})
+    declared: dict[str, str] = own.get("serves", {})
     unknown = declared.keys() - FEATURES.keys()
     if unknown:
         raise ValueError(f"{directory.name}: [tool.dynamo-worker.serves] has unknown rows: {', '.join(unknown)}")
@@ -154,7 +155,8 @@ def _of_package(directory: Path) -> Iterator[Engine]:
         paths = sorted(module.parent.rglob("*.py")) if extras else [module]
         sources = Sources.read(paths)
         serves = {feature: declared.get(feature) or rule(sources) for feature, rule in FEATURES.items()}
-        yield Engine(name, project["name"], tuple(sorted(extras)), _tested(directory, extras), serves)
+        tested = own.get("tested-with") or _tested(directory, extras)
+        yield Engine(name, project["name"], tuple(sorted(extras.keys() - {"test"})), tested, serves)
 
 
 def _tested(directory: Path, extras: dict[str, list[str]]) -> str:
