@@ -35,6 +35,7 @@ import os, signal, subprocess, sys, time
 executable, leader, below = sys.argv[1:]
 child = subprocess.Popen(["TOY::Below", "-c", below], executable=executable)
 exec(leader)
+open("/proc/self/comm", "w").write("listening")
 child.wait()
 time.sleep(60)
 """
@@ -55,7 +56,8 @@ def start(started: list[subprocess.Popen[bytes]], leader: str = "", below: str =
     arguments = ["TOY::Leader", "-c", LEADER, sys.executable, leader, below]
     process = subprocess.Popen(arguments, executable=sys.executable)
     started.append(process)
-    eventually(lambda: len(named(TITLE)) == 2, 10, "both processes")
+    listening = Path(f"/proc/{process.pid}/comm")
+    eventually(lambda: len(named(TITLE)) == 2 and listening.read_text() == "listening\n", 10, "both processes")
     below_pid = next(pid for pid in named(TITLE) if pid != process.pid)
     return process.pid, below_pid
 
