@@ -94,7 +94,11 @@ class TestVllm(Serving):
     @pytest.mark.parametrize(
         ("flag", "processes"),
         [
-            ("--tensor-parallel-size", ("VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1")),
+            pytest.param(
+                "--tensor-parallel-size",
+                ("VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1"),
+                marks=pytest.mark.slow,
+            ),
             ("--data-parallel-size", ("VLLM::DP", "VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1")),
         ],
     )
@@ -104,13 +108,16 @@ class TestVllm(Serving):
         assert all(tokens.values()), tokens
         spare.stop()
 
-    @pytest.mark.parametrize("flag", ["--async-scheduling", "--no-async-scheduling"])
+    @pytest.mark.parametrize(
+        "flag", ["--async-scheduling", pytest.param("--no-async-scheduling", marks=pytest.mark.slow)]
+    )
     def test_the_planner_sees_what_was_served(self, cluster: Cluster, flag: str) -> None:
         """Also long prompts, which are computed in parts, and after the engine has died."""
         environment = {"DYN_FORWARDPASS_METRIC_PORT": "20380"}
         worker = cluster.worker("--max-num-batched-tokens", "64", flag, **environment)
         forward_passes.check_all(cluster, worker, "VLLM::EngineCore")
 
+    @pytest.mark.slow
     @needs_gpus(2)
     def test_the_planner_sees_every_rank(self, cluster: Cluster) -> None:
         worker = cluster.worker("--data-parallel-size", "2", DYN_FORWARDPASS_METRIC_PORT="20380")
