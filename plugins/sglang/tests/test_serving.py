@@ -147,6 +147,7 @@ class TestSglang(Serving):
         worker = cluster.worker(DYN_FORWARDPASS_METRIC_PORT="20380")
         forward_passes.check_all(cluster, worker, "sglang::scheduler")
 
+    @pytest.mark.slow
     @needs_gpus(2)
     def test_the_planner_sees_every_rank(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # a core for each; otherwise a NUMA node
@@ -171,7 +172,7 @@ class TestSglang(Serving):
     @pytest.mark.parametrize(
         ("flag", "processes"),
         [
-            ("--tp-size", ("sglang::scheduler_TP0", "sglang::scheduler_TP1")),
+            pytest.param("--tp-size", ("sglang::scheduler_TP0", "sglang::scheduler_TP1"), marks=pytest.mark.slow),
             ("--dp-size", ("sglang::scheduler_DP0", "sglang::scheduler_DP1")),
         ],
     )
