@@ -18,7 +18,7 @@ FLAGS = ("--served-model-name", "tiny", "--page-size", "32", "--num-blocks", "25
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make rows of the fault table slow: those that other engines show in seconds, and one that is two others at once."""
+    """Make slow those rows of the fault table that others show in seconds, and one that is two others at once."""
     for item in items:
         if item.name in OF_THE_WORKER or item.name == "test_engine_process_killed_while_draining":
             item.add_marker(pytest.mark.slow)
