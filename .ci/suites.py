@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,8 @@ SUITES: dict[str, list[str]] = {
 }
 LANES = 2
 
+#: What nox says of a command that failed: its program and its exit code.
+_FAILURE = re.compile(r"^nox > Command (\S+) .*failed with exit code (-?\d+)", re.MULTILINE)
 #: With more failures than this something is broken, and another run would only take time.
 _FEW = 8
 
@@ -46,6 +49,7 @@ def main() -> int:
         print("suites: no namespaces here (they need root): one suite after the other", flush=True)
     waiting = list(SUITES)
     failed: list[str] = []
+    broken: list[str] = []
     lock = threading.Lock()
 
     def lane() -> None:
@@ -54,23 +58,26 @@ def main() -> int:
                 if not waiting:
                     return
                 suite = waiting.pop(0)
-            passed = _run(suite, SUITES[suite], lock, isolated=isolated)
+            passed, only_tests = _run(suite, SUITES[suite], lock, isolated=isolated)
             if not passed:
-                failed.append(suite)
+                (failed if only_tests else broken).append(suite)
 
     lanes = [threading.Thread(target=lane) for _ in range(LANES if isolated else 1)]
     for one in lanes:
         one.start()
     for one in lanes:
         one.join()
-    broken = [suite for suite in failed if not _run_again(suite, lock, isolated=isolated)]
+    broken += [suite for suite in failed if not _run_again(suite, lock, isolated=isolated)]
     for suite in broken:
         print(f"suites: {suite} failed", flush=True)
     return 1 if broken else 0
 
 
-def _run(suite: str, selection: list[str], lock: threading.Lock, *, isolated: bool) -> bool:
-    """Install what a suite needs and run it; return whether it passed."""
+def _run(suite: str, selection: list[str], lock: threading.Lock, *, isolated: bool) -> tuple[bool, bool]:
+    """Install what a suite needs and run it; return whether it passed, and else whether tests are all that failed.
+
+    A pytest that was killed, or could not collect, has not run everything: another run of what failed proves nothing.
+    """
     started = time.monotonic()
     print(f"suites: {suite} begins", flush=True)
     # Isolated tests have no network, so what they need comes first.
@@ -81,7 +88,7 @@ def _run(suite: str, selection: list[str], lock: threading.Lock, *, isolated: bo
         print(output)
         took = time.monotonic() - started
         print(f"suites: {suite} {'passed' if passed else 'failed'} after {took:.0f} s", flush=True)
-    return passed
+    return passed, set(_FAILURE.findall(output)) == {("pytest", "1")}
 
 
 def _run_again(suite: str, lock: threading.Lock, *, isolated: bool) -> bool:
@@ -96,7 +103,7 @@ def _run_again(suite: str, lock: threading.Lock, *, isolated: bool) -> bool:
     if not 0 < len(tests) <= _FEW:
         return False
     print(f"suites: {suite}: once more, alone: {len(tests)} failed", *tests, sep="\n  ", flush=True)
-    passed = _run(suite, tests, lock, isolated=isolated)
+    passed, _ = _run(suite, tests, lock, isolated=isolated)
     if passed:
         print(f"suites: UNSTEADY, passed when run alone: {', '.join(tests)}", flush=True)
     return passed
