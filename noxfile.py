@@ -50,8 +50,8 @@ PROCESSES = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
 def _install(session: nox.Session, *packages: str, compiled: bool = True) -> None:
     """Install packages, the core editable.
 
-    :param compiled: whether to compile them: the first imports take twice as long without bytecode. Of an engine and its
-        libraries most is never imported, and compiling all of it takes more than a minute.
+    :param compiled: whether to compile them: the first imports take twice as long without bytecode. Of an engine and
+        its libraries most is never imported, and compiling all of it takes more than a minute.
     """
     # uv looks for local wheels (a CPU build of torch, for one) where pip is told to.
     if os.environ.get("PIP_FIND_LINKS"):
@@ -129,8 +129,6 @@ SECURITY = [
     *(f"tests/unit/host/test_{name}.py" for name in ("control_routes", "runtime", "status_server")),
     *(f"tests/unit/kit/test_{name}.py" for name in ("json_schema", "lora", "translation")),
     "tests/integration",
-    # The same once more with the engine in processes of its own: `nightly` has it.
-    "--deselect=tests/integration/test_fuzz.py::test_requests[process tree]",
 ]
 
 

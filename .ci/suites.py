@@ -1,7 +1,7 @@
 """Runs the checks and the test suites, two at a time, and the suites that failed once more, alone.
 
-Run by `.ci/run`, with nox on the path. Two of them keep two cores busy: what makes this shorter is less work. Suites are
-isolated from each other; where that cannot be (`.ci/isolated`), all runs one after the other.
+Run by `.ci/run`, with nox on the path. Two of them keep two cores busy: what makes this shorter is less work. Suites
+are isolated from each other; where that cannot be (`.ci/isolated`), all runs one after the other.
 """
 
 from __future__ import annotations
@@ -19,8 +19,24 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ISOLATED = str(ROOT / ".ci" / "isolated")
 
-#: Sessions of nox and what they are told, the longest first, so that the lanes end together. Empty: nothing, that is, all
-#: tests of a suite.
+#: What may differ between the oldest and the newest Python: event loops, signals, processes, files, descriptors and
+#: typing, in tests that take seconds, and whole workers. `nox -s pythons` has the rest.
+VERSIONED = [
+    *("tests/unit/host", "tests/unit/engines"),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("answer", "blocking", "child_metrics", "engine_lifecycle")),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("headless", "in_flight", "model_arguments", "push_engine")),
+    "tests/unit/kit/test_child_process.py::test_tasks_answer_and_are_cancelled",
+    *(f"tests/unit/supervisor/test_{name}.py" for name in ("channel", "files", "interpreter", "linux", "loop")),
+    *(f"tests/unit/supervisor/test_{name}.py" for name in ("protocol", "spawn", "worker_channel")),
+    *(f"tests/unit/cli/test_{name}.py" for name in ("help", "main", "run")),
+    *(f"tests/unit/test_{name}.py" for name in ("deadline", "errors", "logs", "packaging")),
+    "tests/integration/test_request_path.py::test_chat",
+    "tests/integration/test_request_path.py::test_a_client_that_goes_away_is_noticed",
+    "tests/faults/test_echo.py::TestProcessTree::test_worker_killed_busy",
+    "tests/faults/test_echo.py::TestProcessTree::test_engine_process_stopped",
+]
+#: Sessions of nox and what they are told, the longest first, so that the lanes end together. A suite that is told
+#: nothing runs all its tests.
 SUITES: dict[str, list[str]] = {
     "lint": [],  # first, because it is over in seconds
     "tests(vllm)": [],

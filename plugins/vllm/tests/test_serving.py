@@ -85,7 +85,7 @@ class TestVllm(Serving):
 
     @needs_gpus(2)
     def test_two_ranks_with_a_frontend_there(self, cluster: Cluster) -> None:
-        """All is on loopback, the router finds a prefix on the rank that holds it, and a rank's death is the worker's."""
+        """All is on loopback, the router finds a prefix on the rank that has it, and a rank's death is the worker's."""
         worker = self.check_loopback(cluster, "kv", "--data-parallel-size", "2")
         # What the ranks tell of prompts goes over files: each listens, and somebody is connected.
         sockets = re.findall(rf"{worker.run_dir}/kv-events\S*", Path("/proc/net/unix").read_text())

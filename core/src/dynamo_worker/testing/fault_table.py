@@ -47,8 +47,8 @@ class FaultTable:
 
     #: Shorter than the default, which keeps the tests short. Streams must last longer.
     GRACE = ("--grace-period", "1")
-    #: The most rounds of :meth:`each_process`, each of which starts two workers; None: one for each process. An engine of
-    #: two processes that takes long to start can do with one: each process is used once, busy or idle.
+    #: The most rounds of :meth:`each_process`, each of which starts two workers; None: one for each process. An engine
+    #: of two processes that takes long to start can do with one: each process is used once, busy or idle.
     ROUNDS: ClassVar[int | None] = None
 
     @pytest.fixture
