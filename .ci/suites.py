@@ -23,6 +23,8 @@ ISOLATED = str(ROOT / ".ci" / "isolated")
 #: typing, in tests that take seconds, and whole workers. `nox -s pythons` has the rest.
 VERSIONED = [
     *("tests/unit/host", "tests/unit/engines"),
+    # These measure times of processes and terminals, which are the machine's.
+    *(f"--ignore=tests/unit/host/test_{name}.py" for name in ("drain_progress", "engine_activity", "engine_monitors")),
     *(f"tests/unit/kit/test_{name}.py" for name in ("answer", "blocking", "child_metrics", "engine_lifecycle")),
     *(f"tests/unit/kit/test_{name}.py" for name in ("headless", "in_flight", "model_arguments", "push_engine")),
     "tests/unit/kit/test_child_process.py::test_tasks_answer_and_are_cancelled",
