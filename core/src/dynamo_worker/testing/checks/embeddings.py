@@ -159,7 +159,7 @@ class EmbeddingChecks:
             await large
             return not waited
 
-        for _ in range(3):
+        for _ in range(2):
             if trial.run(check(), 60.0, trial.engine.generate):
                 return
         raise trial.finding("a request of one token was answered after 1500 others each time", trial.engine.generate)
