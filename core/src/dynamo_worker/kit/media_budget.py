@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
+class NoRoomError(Exception):
+    """There is not enough free memory, and who needs it must not wait: it holds some that others may wait for."""
+
+
 class Budget:
     """A number of bytes, given out in the order of the questions.
 
-    Who takes a share takes all at once, and takes none of a second budget whose holders wait for this one: otherwise
-    requests could wait for each other for ever.
+    Who has a share waits for no second one of the same budget: otherwise two could wait for each other for ever.
 
     :ivar most: all of it.
     :ivar free: what nobody has.
@@ -70,6 +73,16 @@ class Share:
     def __init__(self, budget: Budget, amount: int) -> None:
         self.amount = amount
         self._budget = budget
+
+    def grow(self, amount: int) -> None:
+        """Take ``amount`` bytes more.
+
+        :raises NoRoomError: they are not free.
+        """
+        if amount > self._budget.free:
+            raise NoRoomError
+        self._budget.free -= amount
+        self.amount += amount
 
     def shrink(self, amount: int) -> None:
         """Give back what is more than ``amount``."""

@@ -23,8 +23,8 @@ from dynamo_worker.supervisor import linux
 if TYPE_CHECKING:
     from PIL import Image
 
-#: The formats that are decoded: Pillow's names. MPO is what many phones write as JPEG: several of them in one file.
-FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "GIF")
+#: The formats that are decoded, with Pillow's names. Many phones write several JPEGs into one file (MPO): the first counts.
+FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 ACCEPTED: Final = "PNG, JPEG, WebP or GIF"
 #: Longest message between this process and the worker, in bytes.
 MESSAGE_BYTES: Final = 4096
@@ -62,7 +62,7 @@ _OTHERS: Final = (
 )
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """Why an image is not decoded: completes "image 2 of 3 (https://host/path): "."""
 
 
@@ -89,13 +89,13 @@ def _opened(data: mmap.mmap, limits: dict[str, Any]) -> Image.Image:
         image = Image.open(data, formats=FORMATS)  # type: ignore[arg-type]
     except UnidentifiedImageError:
         kind = describe_content(data)
-        raise Refusal(f"it is {kind}, or broken; expected {ACCEPTED}") from None
+        raise RefusalError(f"it is {kind}, or broken; expected {ACCEPTED}") from None
     except Image.DecompressionBombError as error:
-        raise Refusal(f"{_reason(error)}; {_at_most(limits)}") from None
+        raise RefusalError(f"{_reason(error)}; {_at_most(limits)}") from None
     if image.width * image.height > limits["pixels"]:
-        raise Refusal(f"it has {image.width} x {image.height} pixels, {_at_most(limits)}")
+        raise RefusalError(f"it has {image.width} x {image.height} pixels, {_at_most(limits)}")
     if image.width < 1 or image.height < 1:
-        raise Refusal("it has no pixels")
+        raise RefusalError("it has no pixels")
     return image
 
 
@@ -110,7 +110,7 @@ def _reason(error: BaseException) -> str:
 def probe(data: mmap.mmap, limits: dict[str, Any]) -> dict[str, Any]:
     """Return format, width and height of an image.
 
-    :raises Refusal: it is none, has too many pixels or frames.
+    :raises RefusalError: it is none, has too many pixels or frames.
     """
     image = _opened(data, limits)
     kind = "JPEG" if image.format == "MPO" else str(image.format)
@@ -127,15 +127,15 @@ def probe(data: mmap.mmap, limits: dict[str, Any]) -> dict[str, Any]:
     return {"format": kind, "width": image.width, "height": image.height}
 
 
-def _too_many_frames(most: int) -> Refusal:
+def _too_many_frames(most: int) -> RefusalError:
     frames = "one frame" if most == 1 else f"{most} frames"
-    return Refusal(f"it is animated and has more than {frames} (--media-max-frames)")
+    return RefusalError(f"it is animated and has more than {frames} (--media-max-frames)")
 
 
 def decode(data: mmap.mmap, limits: dict[str, Any], pixels: mmap.mmap) -> None:
     """Decode an image completely, and write its pixels as RGB.
 
-    :raises Refusal: it is broken.
+    :raises RefusalError: it is broken.
     """
     image = _opened(data, limits)
     image.load()
@@ -154,7 +154,7 @@ def _answer(job: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
             with mmap.mmap(descriptors[1], 0) as pixels:
                 decode(data, job, pixels)
             return {}
-        except Refusal as error:
+        except RefusalError as error:
             return {"refused": str(error)}
         except MemoryError:
             return {"refused": "decoding it takes more memory than an image of that size may need"}

@@ -112,7 +112,7 @@ class FileInMemory:
         os.close(self.descriptor)
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """A decoder process has ended without an answer."""
 
 
@@ -181,9 +181,9 @@ class Decoders:
             except asyncio.TimeoutError:
                 why = f"decoding it takes more than {self._settings.decode_timeout:g} s (--media-decode-timeout)"
                 raise MediaError(why) from None
-            except (_Ended, OSError, ValueError):
+            except (_EndedError, OSError, ValueError):
                 how = await decoder.end()
-                log.warning("An image has ended its decoder", how=how, next="another decoder")
+                log.warning("A decoder for images has ended", how=how, next="another decoder")
                 raise MediaError("it has ended its decoder") from None
         if "refused" in answer:
             raise MediaError(str(answer["refused"])[:500])
@@ -195,9 +195,7 @@ class Decoders:
         if self._places.locked():
             waits(f"one of {self._settings.decoders} decoders (--media-decoders)")
         async with self._places:
-            if not self._idle:
-                self._idle.append(_Decoder(self._settings))
-            decoder = self._idle.pop()
+            decoder = await self._next()
             self._busy.add(decoder)
             try:
                 await decoder.ready()
@@ -209,6 +207,16 @@ class Decoders:
                     self._idle.append(decoder)
                 else:
                     await asyncio.shield(decoder.end())
+
+    async def _next(self) -> _Decoder:
+        """Return a decoder that is alive: somebody may have killed one that was idle."""
+        while self._idle:
+            decoder = self._idle.pop()
+            if decoder.is_alive:
+                return decoder
+            how = await decoder.end()
+            log.warning("An idle decoder for images has ended", how=how, next="another decoder")
+        return _Decoder(self._settings)
 
     async def close(self) -> None:
         """Kill all processes."""
@@ -229,7 +237,7 @@ class _Decoder:
         self._connection.setblocking(False)
         with theirs:
             command = [*python_command(_PROGRAM), str(theirs.fileno()), str(os.getpid()), str(settings.max_pixels)]
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
         self.is_idle = False
@@ -238,6 +246,11 @@ class _Decoder:
     def pid(self) -> int:
         """The process's id."""
         return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
 
     async def ready(self) -> None:
         """Wait until it takes jobs.
@@ -250,7 +263,7 @@ class _Decoder:
             answer = await asyncio.wait_for(self._answer(), _START_SECONDS)
         except asyncio.TimeoutError:
             raise StartError(f"a decoder for images did not start within {_START_SECONDS:g} s") from None
-        except (_Ended, OSError, ValueError):
+        except (_EndedError, OSError, ValueError):
             how = await self.end()
             raise StartError(f"a decoder for images does not start: {how}") from None
         if "failed" in answer:
@@ -268,7 +281,7 @@ class _Decoder:
     async def _answer(self) -> dict[str, Any]:
         message = await asyncio.get_running_loop().sock_recv(self._connection, MESSAGE_BYTES)
         if not message:
-            raise _Ended
+            raise _EndedError
         answer = json.loads(message)
         if not isinstance(answer, dict):
             raise ValueError("no object")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dynamo_worker.kit import media_files, media_urls
+from dynamo_worker.kit.media_budget import NoRoomError
 from dynamo_worker.kit.media_http import HttpFetcher, too_large
+from dynamo_worker.kit.media_settings import FILE_COPIES
 from dynamo_worker.kit.media_threads import WaitingThreads
 from dynamo_worker.kit.media_urls import MediaError
 
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from dynamo_worker.kit.media_addresses import AddressPolicy
+    from dynamo_worker.kit.media_budget import Share
     from dynamo_worker.kit.media_settings import MediaSettings
 
 #: Bytes that are hashed at once on the event loop.
-_STEP = 2**18
+_STEP: Final = 2**18
 
 
 class MediaFile(NamedTuple):
@@ -35,25 +38,29 @@ class MediaFile(NamedTuple):
 
 
 class Total:
-    """The bytes of one request's files.
+    """The bytes of one request's files, as they arrive."""
 
-    :ivar taken: those that have arrived.
-    """
+    def __init__(self, most: int, memory: Share) -> None:
+        """Start with none.
 
-    def __init__(self, most: int) -> None:
-        self.taken = 0
-        self._most = most
+        :param memory: what the request has; it grows as needed.
+        """
+        self._taken, self._most, self._memory = 0, most, memory
 
     def add(self, amount: int) -> None:
         """Count bytes.
 
         :raises MediaError: they are more than a request may have.
+        :raises NoRoomError: this worker has no memory for them.
         """
-        self.taken += amount
-        if self.taken > self._most:
+        self._taken += amount
+        if self._taken > self._most:
             raise MediaError(
                 f"the files of this request have more than {self._most} bytes together (--media-max-request-mib)"
             )
+        missing = self._taken * FILE_COPIES - self._memory.amount
+        if missing > 0:
+            self._memory.grow(missing)
 
 
 class Downloads:
@@ -73,6 +80,7 @@ class Downloads:
         :param total: of the request.
         :param waits: called with what this waits for beside the server, and with None when it goes on.
         :raises MediaError: it cannot be loaded.
+        :raises NoRoomError: this worker has no memory for it.
         """
         scheme = media_urls.scheme_of(url)
         if scheme == "data":
@@ -166,11 +174,7 @@ class _Download:
         if self._size > self._settings.max_bytes:
             raise too_large(self._settings)
         for file, total in list(self._wanted.items()):
-            try:
-                total.add(len(part))
-            except MediaError as error:
-                if not file.done():
-                    file.set_exception(error)
+            _count(file, total, len(part))
         self._digest.update(part)
         self._parts.append(part)
 
@@ -200,3 +204,12 @@ class _Download:
                 file.set_exception(result)
             else:
                 file.set_result(result)
+
+
+def _count(file: asyncio.Future[MediaFile], total: Total, amount: int) -> None:
+    """Count what has arrived for one of those who want the file; whoever must not have it gets an error."""
+    try:
+        total.add(amount)
+    except (MediaError, NoRoomError) as error:
+        if not file.done():
+            file.set_exception(error)

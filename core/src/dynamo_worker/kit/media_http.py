@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from yarl import URL
 
     from dynamo_worker.kit.media_addresses import AddressPolicy
-    from dynamo_worker.kit.media_files import WaitingThreads
     from dynamo_worker.kit.media_settings import MediaSettings
+    from dynamo_worker.kit.media_threads import WaitingThreads
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _HEADERS: Final = {

@@ -23,18 +23,18 @@ class MediaReference(NamedTuple):
     """One item that a request names.
 
     :param number: of the item in the request, from 1.
-    :param count: of the request's items.
+    :param items: how many the request has.
     :param url: ``https:``, ``http:``, ``data:`` or ``file:``; not checked yet.
     """
 
     number: int
-    count: int
+    items: int
     url: str
 
     @property
     def name(self) -> str:
         """The item's name in messages, such as ``image 2 of 3``."""
-        return "the image" if self.count == 1 else f"image {self.number} of {self.count}"
+        return "the image" if self.items == 1 else f"image {self.number} of {self.items}"
 
 
 def images(request: Mapping[str, Any]) -> list[MediaReference]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _MIB: Final = 2**20
 #: Bytes of a decoded pixel: red, green and blue.
 PIXEL_BYTES: Final = 3
+#: How often a file is in memory while it is decoded: as it came, and where a decoder reads it.
+FILE_COPIES: Final = 2
 #: The part of the memory that is for files as they came; the rest is for decoded images.
 _FILES_SHARE: Final = 4
 #: What Dynamo's own workers read: switches the checks of addresses off, a directory, the largest file in MB.
@@ -91,10 +93,10 @@ class MediaSettings:
                 f"--media-max-item-mib {self.max_bytes / _MIB:g}",
                 hint="raise the former or lower the latter",
             )
-        if self.max_request_bytes > self.file_memory:
+        if self.max_request_bytes * FILE_COPIES > self.file_memory:
             raise UsageError(
                 f"--media-memory-mib {self.memory / _MIB:g}: a quarter of it is for files, which is less than one "
-                f"request may have (--media-max-request-mib {self.max_request_bytes / _MIB:g})",
+                f"request needs (--media-max-request-mib {self.max_request_bytes / _MIB:g}, {FILE_COPIES} copies each)",
                 hint="raise the former or lower the latter",
             )
         if self.max_pixels * PIXEL_BYTES > self.pixel_memory:
@@ -176,7 +178,7 @@ def _directory(text: str) -> str:
     return text
 
 
-_DEFAULTS: Final = {field.name: field.default for field in fields(MediaSettings)}
+_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(MediaSettings)}
 _COUNT: Final = _number(1, 10_000, whole=True)
 _SECONDS: Final = _number(0.1, 3600, whole=False)
 _SIZE: Final = _number(1, 2**20, whole=True)
@@ -201,9 +203,7 @@ _FLAGS: Final = (
         "N",
         "Width times height of the largest image.",
     ),
-    _Flag(
-        "media-max-frames", "max_frames", _COUNT, "N", "Most frames of an animated image; the model sees the first."
-    ),
+    _Flag("media-max-frames", "max_frames", _COUNT, "N", "Most frames of an animated image; the model sees the first."),
     _Flag(
         "media-decode-timeout",
         "decode_timeout",
@@ -243,9 +243,7 @@ _FLAGS: Final = (
         "CIDR",
         "Fetch from this network although it is not public (repeatable).",
     ),
-    _Flag(
-        "media-allow-path", "paths", _directory, "DIR", "Directory below which file:// URLs may point (repeatable)."
-    ),
+    _Flag("media-allow-path", "paths", _directory, "DIR", "Directory below which file:// URLs may point (repeatable)."),
 )
 
 
@@ -253,9 +251,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a group with the flags ``--media-…``; each has a variable ``DYN_WORKER_MEDIA_…``."""
     group = parser.add_argument_group("media", "where the images of requests may come from, and what they may cost")
     for flag in _FLAGS:
-        default = "none" if flag.is_list else f"{flag.default():g}" if flag.unit == 1 else str(flag.default())
-        if flag.field in ("max_pixels",):
-            default = str(flag.default())
+        default = "none" if flag.is_list else str(flag.default()).removesuffix(".0")
         group.add_argument(
             f"--{flag.name}",
             type=flag.read,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -44,10 +45,8 @@ class WaitingThreads:
                 result.set_result(function(*arguments))
             except BaseException as error:
                 result.set_exception(error)
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._free.release)
-            except RuntimeError:  # the loop is closed
-                pass
 
         threading.Thread(target=run, name="media", daemon=True).start()
         return await asyncio.wrap_future(result)

@@ -36,7 +36,7 @@ class MediaError(Exception):
 
 def shown(url: str) -> str:
     """Return a URL for messages and logs: short, without credentials, query and fragment, which may hold secrets."""
-    scheme, colon, rest = url[: _MOST_CHARACTERS].partition(":")
+    scheme, colon, rest = url[:_MOST_CHARACTERS].partition(":")
     if not colon:
         return "not a URL"
     if scheme.lower() == "data":
