@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import resource
 import signal
 import socket
@@ -66,8 +67,8 @@ class RefusalError(Exception):
     """Why an image is not decoded: completes "image 2 of 3 (https://host/path): "."""
 
 
-def describe_content(data: bytes | mmap.mmap) -> str:
-    """Return what a file is that is not an accepted image."""
+def describe_content(data: bytes | mmap.mmap) -> str | None:
+    """Return what a file is that is not an accepted image, as far as its first bytes tell."""
     head = bytes(data[:512]).lstrip(b" \t\r\n\xef\xbb\xbf").lower()
     for beginning, name in _OTHERS:
         if head.startswith(beginning):
@@ -77,7 +78,7 @@ def describe_content(data: bytes | mmap.mmap) -> str:
         return "an AVIF image" if brand in (b"avif", b"avis") else "a HEIC image or an MP4 video"
     if head[:4] == b"riff":
         return "a RIFF file that is no WebP image"
-    return "no image that is known here"
+    return None
 
 
 def _opened(data: mmap.mmap, limits: dict[str, Any]) -> Image.Image:
@@ -89,9 +90,10 @@ def _opened(data: mmap.mmap, limits: dict[str, Any]) -> Image.Image:
         image = Image.open(data, formats=FORMATS)  # type: ignore[arg-type]
     except UnidentifiedImageError:
         kind = describe_content(data)
-        raise RefusalError(f"it is {kind}, or broken; expected {ACCEPTED}") from None
+        raise RefusalError(f"it is {kind}; expected {ACCEPTED}" if kind else f"it is no valid {ACCEPTED}") from None
     except Image.DecompressionBombError as error:
-        raise RefusalError(f"{_reason(error)}; {_at_most(limits)}") from None
+        pixels = re.search(r"\d+", str(error))
+        raise RefusalError(f"it has {pixels[0] if pixels else 'more'} pixels, {_at_most(limits)}") from None
     if image.width * image.height > limits["pixels"]:
         raise RefusalError(f"it has {image.width} x {image.height} pixels, {_at_most(limits)}")
     if image.width < 1 or image.height < 1:
