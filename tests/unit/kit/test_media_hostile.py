@@ -282,9 +282,8 @@ class Watch:
         """Bytes of memory of its own, and of what is shared with decoders."""
         return self.process.memory_info().rss
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> None:
         self.thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
@@ -367,7 +366,8 @@ def test_everything_hostile_is_refused_by_name(
         return found, before, after
 
     begin = time.monotonic()
-    with Watch(monkeypatch) as watch:
+    watch = Watch(monkeypatch)
+    with watch:
         found, before, after = asyncio.run(check())
     table(found)
     print(

@@ -24,7 +24,7 @@ from dynamo_worker.supervisor import linux
 if TYPE_CHECKING:
     from PIL import Image
 
-#: The formats that are decoded, with Pillow's names. Many phones write several JPEGs into one file (MPO): the first counts.
+#: The formats that are decoded: Pillow's names. Of the JPEGs that phones write into one file (MPO) the first counts.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 ACCEPTED: Final = "PNG, JPEG, WebP or GIF"
 #: Longest message between this process and the worker, in bytes.
