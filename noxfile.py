@@ -54,7 +54,7 @@ def _install(session: nox.Session, *packages: str) -> None:
         session.env.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
     session.env["UV_COMPILE_BYTECODE"] = "1"
     session.env["PYTHONDONTWRITEBYTECODE"] = None
-    session.install("-e", "./core[testing]", *packages)
+    session.install("-e", "./core[media,testing]", *packages)
 
 
 @nox.session

@@ -272,18 +272,22 @@ def test_limits_of_a_request_name_their_flags(server: HostileServer) -> None:
 
 
 def test_who_finds_no_memory_waits_for_it_and_migrates_if_there_is_none_in_time() -> None:
+    first, second = data_url(hostile_files.png(500, 700)), data_url(hostile_files.png(700, 500))
+
+    async def compete(media: Media) -> None:
+        async with media.load(references(first)):
+            with pytest.raises(WorkerUnavailable, match=r"no room for media within 2 s.*--media-memory-mib"):
+                await load(media, second)
+            waiting = asyncio.ensure_future(load(media, second))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+        assert (await waiting)[0].width == 700
+
     async def check() -> None:
         settings = {"max_pixels": 400_000, "memory": 2 * MIB, "max_bytes": 10_000, "max_request_bytes": 100_000}
-        first, second = (hostile_files.png(500, 700), hostile_files.png(700, 500))
         async with media_with(**settings, timeout=2.0) as media:
             await media.start()
-            async with media.load(references(data_url(first))):
-                with pytest.raises(WorkerUnavailable, match=r"no room for media within 2 s.*--media-memory-mib"):
-                    await load(media, data_url(second))
-                waiting = asyncio.ensure_future(load(media, data_url(second)))
-                await asyncio.sleep(0.3)
-                assert not waiting.done()
-            assert (await waiting)[0].width == 700
+            await compete(media)
             assert media._parts.pixels.free == media._parts.pixels.most
             assert media._parts.files.free == media._parts.files.most
 

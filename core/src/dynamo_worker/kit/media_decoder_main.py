@@ -85,6 +85,8 @@ def _opened(data: mmap.mmap, limits: dict[str, Any]) -> Image.Image:
     """Return an image whose header has been read and is within the limits."""
     from PIL import Image, UnidentifiedImageError
 
+    if (size := _webp_size(data[:30])) is not None:  # opening it makes room for its pixels
+        _check_size(*size, limits)
     Image.MAX_IMAGE_PIXELS = max(limits["pixels"] // 2, 1)  # Pillow refuses more than twice of it
     try:
         image = Image.open(data, formats=FORMATS)  # type: ignore[arg-type]
@@ -94,11 +96,28 @@ def _opened(data: mmap.mmap, limits: dict[str, Any]) -> Image.Image:
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise RefusalError(f"it has {pixels[0] if pixels else 'more'} pixels, {_at_most(limits)}") from None
-    if image.width * image.height > limits["pixels"]:
-        raise RefusalError(f"it has {image.width} x {image.height} pixels, {_at_most(limits)}")
-    if image.width < 1 or image.height < 1:
-        raise RefusalError("it has no pixels")
+    _check_size(image.width, image.height, limits)
     return image
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Return width and height from the first 30 bytes of a WebP image, or None if they do not tell."""
+    kind = head[12:16]
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def _check_size(width: int, height: int, limits: dict[str, Any]) -> None:
+    if width * height > limits["pixels"]:
+        raise RefusalError(f"it has {width} x {height} pixels, {_at_most(limits)}")
+    if width < 1 or height < 1:
+        raise RefusalError("it has no pixels")
 
 
 def _at_most(limits: dict[str, Any]) -> str:
