@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,16 @@ def test_every_flag_sets_its_field() -> None:
         ("10.0.0.0/8", "fd00::/8"),
         ("/srv/images",),
     )
+
+
+def test_every_flag_is_in_the_manual_with_its_default() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "requests.md").read_text()
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for action in parser._actions[1:]:
+        assert action.help is not None
+        default = action.help.rpartition("default: ")[2].removesuffix(")")
+        assert f"| `{action.option_strings[0]}` | {default} | " in page
 
 
 def test_variables_stand_in_for_flags(monkeypatch: pytest.MonkeyPatch) -> None:
