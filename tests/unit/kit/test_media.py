@@ -7,6 +7,7 @@ import base64
 import contextlib
 import gc
 import io
+import mmap
 import os
 import signal
 import socket
@@ -26,9 +27,11 @@ from hostile_files import image
 from hostile_server import HostileServer
 from PIL import Image
 
+from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.errors import InvalidRequestError, StartError
 from dynamo_worker.kit import media_threads
 from dynamo_worker.kit.media import LoadedImage, Media
+from dynamo_worker.kit.media_decoders import FileInMemory
 from dynamo_worker.kit.media_requests import MediaReference, images
 from dynamo_worker.kit.media_settings import MediaSettings
 
@@ -330,22 +333,33 @@ def test_a_decoder_that_hangs_harms_only_its_request() -> None:
     asyncio.run(check())
 
 
-def test_a_decoder_that_dies_harms_only_its_request(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_that_ends_two_decoders_harms_only_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    async def crash(media: Media, number: signal.Signals) -> None:
+        await until(lambda: media.processes())
+        (pid,) = media.processes()
+        await until(lambda: psutil.Process(pid).cpu_times().user > 1)  # it decodes
+        os.kill(pid, number)
+        await until(lambda: pid not in media.processes())
+
     async def check() -> None:
-        async with media_with(decode_timeout=60) as media:
+        async with media_with(decode_timeout=60, timeout=60) as media:
             await media.start()
-            (pid,) = media.processes()
             hanging = asyncio.ensure_future(load(media, data_url(HANGS)))
-            await until(lambda: psutil.Process(pid).cpu_times().user > 0.5)
-            os.kill(pid, signal.SIGSEGV)
-            with pytest.raises(InvalidRequestError, match=r"the image .*: it has ended its decoder"):
+            await crash(media, signal.SIGSEGV)
+            await crash(media, signal.SIGKILL)
+            with pytest.raises(InvalidRequestError, match=r"the image .*: it has ended its decoder, and another one"):
                 await hanging
-            assert "A decoder for images has ended" in caplog.text
+            assert caplog.text.count("A decoder for images has ended") == 2
             assert (await load(media, data_url(image())))[0].width == 64
             (pid,) = media.processes()
+            for number in (signal.SIGINT, signal.SIGTERM):  # for the worker, or its whole group
+                os.kill(pid, number)
+            assert (await load(media, data_url(image("JPEG"))))[0].width == 64
+            assert media.processes() == [pid]
             os.kill(pid, signal.SIGKILL)  # while it is idle
-            psutil.wait_procs([psutil.Process(pid)], timeout=0.1)
+            await until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
             assert (await load(media, data_url(image("GIF"))))[0].width == 64
+            assert "An idle decoder for images has ended" in caplog.text
 
     asyncio.run(check())
 
@@ -373,6 +387,24 @@ def test_memory_that_a_decoder_asks_for_has_a_bound() -> None:
             assert now < most < now + 256 * MIB
 
     asyncio.run(check())
+
+
+def test_nobody_changes_what_somebody_else_reads() -> None:
+    target = FileInMemory()
+    with contextlib.closing(target):
+        target.resize(2 * MIB)
+        with mmap.mmap(target.descriptor, 2 * MIB) as writing:
+            writing[:3] = b"abc"
+            with pytest.raises(OSError, match="busy"):
+                target.finished()  # a decoder that could still write
+        pixels = target.finished()
+        with pytest.raises(PermissionError):
+            os.pwrite(target.descriptor, b"x", 0)
+        with pytest.raises(PermissionError):  # whoever reads beyond the end of a file gets SIGBUS
+            os.ftruncate(target.descriptor, 0)
+        with pytest.raises(PermissionError):
+            mmap.mmap(target.descriptor, 2 * MIB)
+        assert bytes(pixels[:3]) == b"abc"
 
 
 def test_decoders_end_with_a_worker_that_is_killed() -> None:
@@ -560,6 +592,15 @@ def test_lookups_that_hang_keep_few_threads(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(check())
 
 
+def test_a_connection_that_does_not_come_about_has_a_limit(server: HostileServer) -> None:
+    async def check() -> None:
+        async with media_with(connect_timeout=0.5) as media:
+            with pytest.raises(InvalidRequestError, match=r"no connection to 127.0.0.1 within 0.5 s"):
+                await load(media, f"https://127.0.0.1:{server.port}/")  # it waits for a request, not for TLS
+
+    asyncio.run(check())
+
+
 def test_certificates_are_checked_for_the_name_of_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -597,5 +638,21 @@ def test_files_below_an_allowed_directory_are_read(tmp_path: Path) -> None:
         async with media_with(paths=(str(tmp_path),)) as media:
             for name in ("a%20b.png", "link.png", "x/../a%20b.png"):
                 assert (await load(media, f"file://{tmp_path}/{name}"))[0].data == image()
+
+    asyncio.run(check())
+
+
+def test_a_link_that_appears_after_the_check_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "x.png").write_bytes(image())
+    (tmp_path / "images").symlink_to(tmp_path / "secret")
+    (tmp_path / "x.png").symlink_to(tmp_path / "secret" / "x.png")
+
+    async def check() -> None:
+        async with media_with(paths=(str(tmp_path),)) as media:
+            for path, why in (("images/x.png", "changed its place"), ("x.png", "cannot be read")):
+                monkeypatch.setattr(AllowedPaths, "to_fetch", lambda *_, at=path: str(tmp_path / at))
+                with pytest.raises(InvalidRequestError, match=why):
+                    await load(media, f"file://{tmp_path}/{path}")
 
     asyncio.run(check())
