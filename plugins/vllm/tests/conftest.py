@@ -28,8 +28,7 @@ ENVIRONMENT = {
 SLOW = {
     *OF_THE_WORKER,
     *OF_A_MOMENT,
-    # One worker of two ranks, which is on loopback and finds prefixes.
-    *("test_all_is_on_loopback_with_a_frontend_there[kv]", "test_a_repeated_prefix_goes_to_the_worker_that_holds_it"),
+    "test_all_is_on_loopback_with_a_frontend_there[kv]",  # a worker of two ranks is
     # TensorRT-LLM's stand-in; what is vLLM's own of it, in `test_leases.py`.
     "test_prefill_here_and_decode_there",
 }

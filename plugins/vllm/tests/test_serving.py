@@ -85,15 +85,11 @@ class TestVllm(Serving):
 
     @needs_gpus(2)
     def test_two_ranks_with_a_frontend_there(self, cluster: Cluster) -> None:
-        """All is on loopback, the router finds a prefix on the rank that has it, and a rank's death is the worker's."""
+        """All is on loopback, and the death of a rank is the worker's."""
         worker = self.check_loopback(cluster, "kv", "--data-parallel-size", "2")
         # What the ranks tell of prompts goes over files: each listens, and somebody is connected.
         sockets = re.findall(rf"{worker.run_dir}/kv-events\S*", Path("/proc/net/unix").read_text())
         assert sorted(Counter(sockets).values()) == [2, 2], sockets
-        self.check_prefixes_are_found(cluster)
-        tokens = by_rank(worker, "generation_tokens_total")
-        assert set(tokens) == {"0", "1"}
-        assert all(tokens.values()), tokens
         worker.signal(signal.SIGKILL, worker.child("VLLM::EngineCore_DP1"))
         assert worker.wait_gone(15) == 1
         assert "Fatal error kind=EngineDeadError" in worker.log
