@@ -93,7 +93,7 @@ def main() -> int:
     progress(f"--seed {seed}")
     interrupted = []
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _: FrameType | None) -> None:
         if interrupted:
             raise KeyboardInterrupt  # the fleet is killed
         interrupted.append(number)

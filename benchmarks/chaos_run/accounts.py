@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 RIGHT, REFUSED, CANCELLED = "right", "refused", "cancelled"
 EXCUSED, UNSERVED, LOST, WRONG = "excused", "unserved", "lost", "wrong"
 OUTCOMES: Final = (RIGHT, REFUSED, CANCELLED, EXCUSED, UNSERVED, LOST, WRONG)
+#: The event with which a stream ends that the worker has refused.
+_REFUSED: Final = re.compile(r'"code": ?4\d\d\b')
 #: Failures whose texts are kept; all are counted.
 _KEPT_FAILURES: Final = 200
 #: Faults and intervals that are kept to explain requests with.
@@ -154,6 +156,15 @@ class RowAccount:
     slowest: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "committed": self.committed,
+            "exits": dict(self.exits),
+            "slowest": self.slowest,
+            "failures": dict(self.failures),
+        }
+
 
 class Accounts:
     """All accounts of a run. Its methods may be called by any thread."""
@@ -250,7 +261,8 @@ class Accounts:
         if answered.cancelled:
             return CANCELLED, ""
         if asked.refusable:
-            if 400 <= answered.status < 500:
+            # A stream has begun by the time that the worker has refused it.
+            if 400 <= answered.status < 500 or _REFUSED.search(answered.error or ""):
                 return REFUSED, ""
             if answered.status == 200 and answered.error is None:
                 return WRONG, ""
@@ -270,7 +282,7 @@ class Accounts:
         """Record the end of a process; return what about it is a failure."""
         problems = end.problems()
         with self._lock:
-            account = self.rows[row.name if row else "nothing"]
+            account = self.rows[row.name if row else end.fault or "nothing"]
             account.exits[str(end.code)] += 1
             account.slowest = max(account.slowest, end.seconds)
         for problem in problems:
@@ -321,7 +333,7 @@ class Accounts:
                 "characters": self.tokens,
                 "excused_by": dict(self.excuses),
                 "faults": self.faults,
-                "rows": {name: asdict(account) for name, account in self.rows.items()},
+                "rows": {name: account.as_json() for name, account in self.rows.items()},
                 "failed": dict(self.failed),
                 "failures": [asdict(failure) for failure in self.failures],
             }

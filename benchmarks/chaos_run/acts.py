@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from chaos_run.accounts import Exit
 from chaos_run.table import BY_NAME, FRONTEND, SERVER
 from chaos_run.worker_acts import ACTS, Scene
+from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.testing import eventually
 from dynamo_worker.testing.leftovers import marked_processes
 from dynamo_worker.testing.random_round import GUARDIAN_TROUBLE, TROUBLE
@@ -127,7 +128,7 @@ class Acts:
                 scene = Scene(self._fleet, slot, target, fault, stack, self._slack)
                 since = ACTS[row.name](scene)
                 if row.codes:
-                    self._await_end(fault, target, since)
+                    self._await_end(fault, target, since, late=scene.late)
         finally:
             now = time.monotonic()
             interval.end = now + _NEWS_SECONDS
@@ -141,8 +142,11 @@ class Acts:
         else:
             self._replace(fault, slot, target, since)
 
-    def _await_end(self, fault: Fault, target: Member, since: float) -> None:
-        """Wait until a worker has ended, judge its end, and kill it if it does not come."""
+    def _await_end(self, fault: Fault, target: Member, since: float, *, late: bool = False) -> None:
+        """Wait until a worker has ended, judge its end, and kill it if it does not come.
+
+        :param late: whether it may have ended well before the fault had an effect.
+        """
         row, bound = fault.row, fault.row.bound + self._slack
         ended = target.ended.wait(max(0.0, since + bound + _LATE_SECONDS - time.monotonic()))
         at = target.ended_at or time.monotonic()
@@ -150,10 +154,13 @@ class Acts:
         reason = ""
         if row.reason:
             with contextlib.suppress(AssertionError):  # a guardian that outlives its supervisor writes the last line
-                eventually(lambda: target.ending()[1], _LEFT_SECONDS, "the reason", 0.1)
-            reason = target.ending()[1]
+                eventually(lambda: target.reason(), _LEFT_SECONDS, "the reason", 0.1)
+            reason = target.reason()
         pattern = row.reason.replace("{signal}", fault.signal)
-        end = Exit(target.name, str(fault), code, reason, at - since, row.codes, pattern, bound)
+        codes = row.codes
+        if late and code == int(ExitCode.STOPPED):
+            codes, pattern = codes | {code}, ""
+        end = Exit(target.name, str(fault), code, reason, at - since, codes, pattern, bound)
         self._accounts.exited(end, row, at, target.tail())
         if not ended:
             self._kill(target)
@@ -245,7 +252,7 @@ class Acts:
         at = dead.ended_at or time.monotonic()
         code = dead.worker.wait_gone(5.0)
         blamed = ", ".join(interval.why for interval in self._accounts.blamed(at - 15.0, at))
-        end = Exit(dead.name, "", code, dead.ending()[1], 0.0, frozenset(), "", 0.0)
+        end = Exit(dead.name, "", code, dead.reason(), 0.0, frozenset(), "", 0.0)
         self._accounts.exited(end, None, at, f"faults at the time: {blamed or 'none'}\n{dead.tail()}")
         with slot.busy:
             if slot.member is dead:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
-from chaos_run.accounts import Answered, Asked
 
+from chaos_run.accounts import Answered, Asked
 from dynamo_worker.testing.client import Result, chat, stream
 
 if TYPE_CHECKING:
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 #: Longest time of a request in seconds; after that it is lost.
 _TIMEOUT: Final = 90.0
 #: Seconds between bursts on average, and requests in one.
-_BURST_PAUSE, _BURST: Final = 30.0, 12
+_BURST_PAUSE: Final = 30.0
+_BURST: Final = 12
 #: Most requests in flight: a fleet that hangs must not fill this machine. More are not sent.
 _MOST_OPEN: Final = 300
 #: Times that a client tries another frontend after a refused connection, and the pause in seconds.
-_TRIES, _TRY_PAUSE: Final = 40, 0.25
+_TRIES: Final = 40
+_TRY_PAUSE: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,15 @@ class Clients:
             urls = self._urls()
             others = [name for name in urls if name != frontend] or list(urls)
             frontend, result = self._rng.choice(others), Result()
-            cancelled = await self._once(session, urls[frontend], body, result, kind.pause, leaves if kind.cancels else 0)
+            stays = leaves if kind.cancels else 0.0
+            cancelled = await self._once(session, urls[frontend], body, result, kind.pause, stays)
             # What a load balancer does: nobody has taken the request yet.
             if cancelled or not (result.error or "").startswith("ClientConnectorError"):
                 break
             self.retried += attempt == 0
             await asyncio.sleep(_TRY_PAUSE)
         asked = Asked(kind.name, model.name, frontend, expected, began, kind.refusable)
-        answered = Answered(
-            result.status, result.text, result.finish_reason, result.error, time.monotonic(), cancelled
-        )
+        answered = Answered(result.status, result.text, result.finish_reason, result.error, time.monotonic(), cancelled)
         self._accounts.answered(asked, answered)
 
     @staticmethod

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from chaos_run import table
+from chaos_run.orphans import Orphans
 from chaos_run.plan import Place
 from chaos_run.servers import Frontend, Nats, Outages
 from dynamo_worker.testing import Cluster, Worker, eventually
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from chaos_run.clients import Model
 
 _HOOKS: Final = Path(__file__).parent.parent / "workers"
-#: Where a process says how it ended; the worker's own line counts if nobody else is left to write one.
+#: Where the supervisor says why the worker ended, and the guardian once that is dead.
 _ENDS: Final = (
-    r'dynamo_worker\S*: (?:Worker stopped|Worker not started)\b.*? code=(?P<code>\d+) reason=(?P<reason>".*?"|\S+)',
-    r'dynamo_worker\S*: Worker process ends\b.*? exit_code=(?P<code>\d+) reason=(?P<reason>".*?"|\S+)',
+    r'dynamo_worker\S*: (?:Worker stopped|Worker not started) code=\d+ reason=(?P<reason>"(?:\\.|[^"\\])*"|\S+)',
+    r"dynamo_worker\S*: Worker stopped by (?P<reason>the guardian, without a supervisor)",
 )
 #: Settings of all workers.
 _SETTINGS: Final = {
@@ -96,13 +97,11 @@ class Member:
                 maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
                 self.segments |= set(re.findall(r"/dev/shm/(\S+)", maps))
 
-    def ending(self) -> tuple[str, str]:
-        """Return code and reason from the last line of its log; empty if there is none."""
+    def reason(self) -> str:
+        """Return why it ended, from the last line of its log; empty if there is none."""
         log = self.worker.log
-        for pattern in _ENDS:
-            if found := list(re.finditer(pattern, log)):
-                return found[-1]["code"], found[-1]["reason"].strip('"')
-        return "", ""
+        found = [found for pattern in _ENDS for found in re.finditer(pattern, log)]
+        return found[0]["reason"].strip('"') if found else ""
 
     def tail(self, characters: int = 3000) -> str:
         """Return the end of its log."""
@@ -162,6 +161,7 @@ class Fleet:
         self.etcd: Etcd | None = None
         self.nats: Nats | None = None
         self.segments_before = shared_memory()
+        self._orphans = Orphans(self._children)
         self._clusters: dict[str, Cluster] = {}
         self._watching: dict[int, tuple[Slot, Member]] = {}
         self._poller = select.epoll()
@@ -243,6 +243,8 @@ class Fleet:
     def close(self) -> None:
         """Kill everything that still runs, and remove what was mounted."""
         self._closed.set()
+        if self._watcher.is_alive():
+            self._watcher.join(5.0)
         left = set(self.markers)
         for marker in left:
             for pid in marked_processes(marker):
@@ -298,6 +300,14 @@ class Fleet:
                 member.ended.set()
                 if not member.fault and not self._closed.is_set():
                     self.on_surprise(slot, member)
+            self._orphans.reap()
+
+    def _children(self) -> set[int]:
+        """Return the pids of all processes that somebody waits for."""
+        with self._lock:
+            known = {member.worker.pid for slot in self.slots.values() for member in slot.living}
+        known |= {frontend.program.pid for frontend in self.frontends.values()}
+        return known | {server.process.pid for server in (self.etcd, self.nats) if server is not None}
 
     def set_healthy(self, slot: Slot, *, healthy: bool) -> None:
         """Note whether the worker of a place can take requests of others."""

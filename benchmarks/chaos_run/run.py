@@ -22,6 +22,8 @@ from chaos_run.acts import Acts
 from chaos_run.clients import Clients
 from chaos_run.fleet import Engine, Fleet
 from chaos_run.plan import Plan
+from chaos_run.table import TERMINATION
+from common.processes import become_subreaper
 from common.report import progress
 from dynamo_worker.testing.leftovers import marked_processes
 
@@ -36,6 +38,9 @@ _AT_ONCE: Final = 6
 _QUIET: Final = 3.0
 #: Seconds that a fault may wait until others have let go of what it hits.
 _WAIT: Final = 180.0
+#: Faults that may wait while later ones go on, and seconds between two looks at them.
+_WAITING: Final = 4
+_POLL: Final = 0.2
 #: Seconds that the end may take, until everything is killed.
 _END: Final = 240.0
 #: Seconds that a worker may take to stop at the end.
@@ -87,6 +92,7 @@ class Run:
         self.fleet = Fleet(self._directory, engines, settings.workers, settings.frontends, self.accounts)
         self._acts = Acts(self.fleet, self.accounts, settings.slack, self.stopping, progress)
         models = list({engine.model.name: engine.model for engine in engines}.values())
+        become_subreaper()
         self.clients = Clients(self.accounts, self._urls, models, settings.rate, settings.seed)
         self._surprises = ThreadPoolExecutor(2)
         self.fleet.on_surprise = lambda slot, member: void(self._surprises.submit(self._acts.surprise, slot, member))
@@ -131,14 +137,8 @@ class Run:
         teller = threading.Thread(target=self._tell, args=(over,), daemon=True)
         teller.start()
         self.stopping.wait(_QUIET)
-        running: list[Future[None]] = []
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for fault in self._faults():
-                if not self._await(fault, began):
-                    break
-                running = [future for future in running if not future.done()]
-                running.append(pool.submit(self._acts.commit, fault))
-            for future in running:
+            for future in self._commit_all(pool, began + self.settings.minutes * 60):
                 future.result()
         self.stopping.wait(_QUIET)
         self.stopping.set()
@@ -164,20 +164,32 @@ class Run:
             return iter([plan.fault(settings.only)])
         return plan.faults(settings.first)
 
-    def _await(self, fault: Fault, began: float) -> bool:
-        """Wait until a fault is due and permitted; return False if the time is up before."""
-        end = began + self.settings.minutes * 60
-        due = min(time.monotonic() + fault.after, end)
-        self.stopping.wait(max(0.0, due - time.monotonic()))
-        latest = time.monotonic() + _WAIT
-        while not self.stopping.is_set() and time.monotonic() < end:
-            if self._acts.permitted(fault):
-                return True
-            if time.monotonic() > latest:
-                self.accounts.fail("recovery", time.monotonic(), f"{fault} has waited {_WAIT:g} s for a healthy fleet")
-                self.stopping.set()
-            self.stopping.wait(0.1)
-        return False
+    def _commit_all(self, pool: ThreadPoolExecutor, end: float) -> list[Future[None]]:
+        """Commit faults as they become due; those that are not permitted yet wait, while later ones go on.
+
+        :return: what still runs when the time is up, and what has failed.
+        """
+        running: list[Future[None]] = []
+        waiting: list[tuple[float, Fault]] = []
+        faults = self._faults()
+        coming = next(faults, None)
+        due = time.monotonic()
+        while (coming or waiting) and time.monotonic() < end and not self.stopping.is_set():
+            if coming and len(waiting) < _WAITING and time.monotonic() >= due + coming.after:
+                due = time.monotonic()
+                waiting.append((due, coming))
+                coming = next(faults, None)
+            for since, fault in list(waiting):
+                if self._acts.permitted(fault):
+                    waiting.remove((since, fault))
+                    running.append(pool.submit(self._acts.commit, fault))
+                elif time.monotonic() > since + _WAIT:
+                    text = f"{fault} has waited {_WAIT:g} s for a healthy fleet"
+                    self.accounts.fail("recovery", time.monotonic(), text)
+                    self.stopping.set()
+            running = [future for future in running if not future.done() or future.exception()]
+            self.stopping.wait(_POLL)
+        return running
 
     def _tell(self, over: threading.Event) -> None:
         while not over.wait(self.settings.every):
@@ -210,9 +222,8 @@ class Run:
             member.ended.wait(max(0.0, since + _STOP - time.monotonic()))
             at = member.ended_at or time.monotonic()
             code = member.worker.wait_gone(5.0) if member.ended.is_set() else None
-            end = Exit(
-                member.name, member.fault, code, member.ending()[1], at - since, frozenset({0}), "", 21.0 + slack
-            )
+            reason, bound = member.reason(), TERMINATION + slack
+            end = Exit(member.name, member.fault, code, reason, at - since, frozenset({0}), "", bound)
             self.accounts.exited(end, None, at, member.tail())
         for frontend in fleet.frontends.values():
             frontend.program.signal(signal.SIGTERM)
@@ -238,6 +249,6 @@ def void(_: object) -> None:
 
 
 def _cpu() -> float:
-    """Return the CPU seconds of this process and of its children that have ended; those of killed trees are missing."""
+    """Return the CPU seconds of this process and of all below it that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _STATE_SECONDS: Final = 15.0
 #: Seconds under load between a limit and what follows.
 _LIMITED_SECONDS: Final = 1.0
+#: The drawn moment of a drain is within so many seconds.
+_DRAIN_SECONDS: Final = 0.5
 #: Usual duration of a start in seconds, without the engine's own.
 _USUAL_START: Final = 2.0
 
@@ -45,6 +47,8 @@ class Scene:
         self.fault = fault
         self.stack = stack
         self._patience = patience
+        #: Whether the worker had ended its requests before the fault: then it may still end well.
+        self.late = False
 
     @property
     def bound(self) -> float:
@@ -80,10 +84,13 @@ class Scene:
         return self.kill(number, self.worker.pid)
 
     def draining(self) -> None:
-        """Ask for a stop, and wait until the worker drains, and for the drawn part of a second."""
+        """Ask for a stop while requests are in flight, and wait until the worker drains."""
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: self.worker.metric("dynamo_worker_in_flight") > 0, _STATE_SECONDS, "a request", 0.05)
         self.stop()
         self.worker.wait_log(" Draining ", _STATE_SECONDS)
-        time.sleep(self.fault.moment)
+        time.sleep(self.fault.moment * _DRAIN_SECONDS)
+        self.late = "Cleaning up worker" in self.worker.log
 
     def starting(self) -> int:
         """Wait for the drawn moment of the start; return the pid of the worker's process."""
