@@ -1,9 +1,10 @@
 """The accounts of a run: every request, exit and leftover, and what of it is a failure. No I/O; callers pass the time.
 
 A request is *lost* if it failed although another worker could have finished it. It is *excused* only inside an interval
-that a fault has opened for requests like it: those through a frontend that was killed, and those of a model whose
-requests cannot move while one of its workers died. It is *unserved* if its model had no healthy worker at some moment
-of its life. Both are counted and shown; a wrong answer is never excused.
+that a fault has opened for requests like it: those through a frontend that was killed; those of a model whose requests
+cannot move, while one of its workers dies; those without output after etcd has lost its data, until frontends know the
+workers again. It is *unserved* if its model had no healthy worker at some moment of its life. Both are counted and
+shown; a wrong answer is never excused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from chaos_run.table import Row
 
@@ -79,6 +80,7 @@ class Interval:
     :param where: the place, frontend or server that it hits.
     :param frontend: requests through this frontend only; empty: any.
     :param group: requests for this model only; empty: any.
+    :param unbegun: only requests that have received nothing yet.
     """
 
     begin: float
@@ -86,6 +88,7 @@ class Interval:
     where: str = ""
     frontend: str = ""
     group: str = ""
+    unbegun: bool = False
     end: float = math.inf
 
     def contains(self, at: float) -> bool:
@@ -167,9 +170,13 @@ class RowAccount:
 
 
 class Accounts:
-    """All accounts of a run. Its methods may be called by any thread."""
+    """All accounts of a run. Its methods may be called by any thread.
 
-    def __init__(self) -> None:
+    :param say: prints each failure when it happens.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda _: None) -> None:
+        self._say = say
         self.outcomes: Counter[str] = Counter()
         self.kinds: dict[str, Counter[str]] = defaultdict(Counter)
         self.excuses: Counter[str] = Counter()
@@ -191,10 +198,10 @@ class Accounts:
             self.rows[row.name].committed += 1
             return self._open(self._faults, Interval(at, why, where))
 
-    def excuse(self, why: str, at: float, *, frontend: str = "", group: str = "") -> Interval:
+    def excuse(self, why: str, at: float, *, frontend: str = "", group: str = "", unbegun: bool = False) -> Interval:
         """Excuse requests that end badly from now on; the caller sets the end of the interval."""
         with self._lock:
-            return self._open(self._excused, Interval(at, why, "", frontend, group))
+            return self._open(self._excused, Interval(at, why, "", frontend, group, unbegun))
 
     @staticmethod
     def _open(intervals: list[Interval], interval: Interval) -> Interval:
@@ -270,7 +277,7 @@ class Accounts:
             return (RIGHT if answered.text == asked.expected else WRONG), ""
         for excuse in reversed(self._excused):
             matches = excuse.frontend in ("", asked.frontend) and excuse.group in ("", asked.group)
-            if matches and excuse.contains(answered.ended):
+            if matches and excuse.contains(answered.ended) and not (excuse.unbegun and answered.text):
                 return EXCUSED, excuse.why
         if not self.always_healthy(asked.group, asked.began, answered.ended):
             return UNSERVED, f"no healthy worker of {asked.group}"
@@ -310,6 +317,7 @@ class Accounts:
                 self.rows[row.name].failures[kind] += 1
             if len(self.failures) < _KEPT_FAILURES:
                 self.failures.append(Failure(kind, at, text, tuple(faults), log))
+                self._say(f"FAILURE ({kind}) {text}")
 
     # --- Results
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: Seconds after an exit until nothing may be left, and in which requests still learn of it.
 _LEFT_SECONDS: Final = 3.0
 _NEWS_SECONDS: Final = 1.5
+#: Seconds until frontends have seen what is in etcd again.
+_SEEN_SECONDS: Final = 5.0
 #: Seconds after the return of etcd and the start of the next worker until no entry may be left.
 _ENTRIES_SECONDS: Final = 10.0
 #: Seconds that a worker which does not end gets beyond its bound, to see how late it is.
@@ -328,6 +330,7 @@ class Acts:
         server = fleet.nats if row.needs == "nats" else fleet.etcd
         assert server is not None
         of_etcd = server is fleet.etcd
+        excuse = None
         if of_etcd:
             fleet.outages.begin()
         since = time.monotonic()
@@ -341,11 +344,17 @@ class Acts:
             if row.name == "etcd emptied":
                 assert fleet.etcd is not None
                 fleet.etcd.forget()
+                # Frontends see an empty etcd, perhaps before the workers do, and know none until both have seen all.
+                excuse = self._accounts.excuse(row.name, time.monotonic(), unbegun=True)
             server.start()
         if of_etcd:
             fleet.outages.end()
             back = time.monotonic()
-            eventually(lambda: not self._missing(), row.bound + self._slack, "all workers to be in etcd again", 0.3)
+            try:
+                eventually(lambda: not self._missing(), row.bound + self._slack, "all workers to be in etcd again", 0.3)
+            finally:
+                if excuse is not None:
+                    excuse.end = time.monotonic() + _SEEN_SECONDS
             self._accounts.served_again(row, time.monotonic() - back)
         else:
             self._accounts.served_again(row, time.monotonic() - since)

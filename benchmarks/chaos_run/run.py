@@ -82,7 +82,7 @@ class Run:
 
     def __init__(self, settings: Settings, engines: Sequence[Engine], logs: Path | None) -> None:
         self.settings = settings
-        self.accounts = Accounts()
+        self.accounts = Accounts(progress)
         self.stopping = threading.Event()
         self.skipped = 0
         self.seconds = 0.0

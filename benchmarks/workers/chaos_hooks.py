@@ -36,6 +36,13 @@ def _hold_interpreter(seconds: float) -> None:
         library.usleep(ctypes.c_uint(int(left * 1e6)))
 
 
+def _block(seconds: float) -> None:
+    """Block the event loop; for a moment only once: the next check must not block again."""
+    if seconds < _FOREVER:
+        Path(os.environ["CHAOS_HOOKS"]).unlink(missing_ok=True)
+    time.sleep(seconds)
+
+
 async def _go_wrong(hook: str) -> None:
     for fault, seconds in _asked(hook):
         if fault == "dead":
@@ -45,9 +52,7 @@ async def _go_wrong(hook: str) -> None:
         if fault == "hang":
             await asyncio.sleep(seconds)
         elif fault == "block":
-            if seconds < _FOREVER:  # once: it is over when the next check begins
-                Path(os.environ["CHAOS_HOOKS"]).unlink(missing_ok=True)
-            time.sleep(seconds)
+            _block(seconds)
         elif fault == "lock":
             _hold_interpreter(seconds)
 
