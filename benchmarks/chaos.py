@@ -13,7 +13,6 @@ explains or that came too late, a worker that does not come back.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import shutil
 import signal
@@ -21,7 +20,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from chaos_run.engines import ENGINES
-from chaos_run.plan import Place, Plan
+from chaos_run.fleet import abilities, frontend_names, places
+from chaos_run.plan import Plan
 from chaos_run.run import Run, Settings
 from chaos_run.summary import print_summary, results, verdict
 from common.report import add_output_arguments, progress, write_json
@@ -70,26 +70,29 @@ def main() -> int:
     arguments = _arguments()
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
     engines = [ENGINES[name]() for name in arguments.engines.split(",")]
-    settings = Settings(
-        seed, arguments.minutes, arguments.workers, arguments.frontends, arguments.rate, arguments.faults_per_minute,
-        arguments.slack, arguments.from_fault, arguments.only_fault, arguments.progress,
-    )  # fmt: skip
-    run = Run(settings, engines, arguments.keep_logs)
     plan = Plan(
         seed,
-        [
-            Place(f"{engine.name}-{number}", engine.model.name, tuple(engine.processes))
-            for engine in engines
-            for number in range(arguments.workers)
-        ],
-        [f"frontend-{number}" for number in range(arguments.frontends)],
-        run.fleet.abilities,
+        places(engines, arguments.workers),
+        frontend_names(arguments.frontends),
+        abilities(),
         arguments.faults_per_minute,
     )
     if arguments.list:
         for number in range(arguments.list):
             print(plan.fault(arguments.from_fault + number))
         return 0
+    settings = Settings(
+        seed,
+        arguments.minutes,
+        arguments.workers,
+        arguments.frontends,
+        arguments.rate,
+        arguments.slack,
+        arguments.from_fault,
+        arguments.only_fault,
+        arguments.progress,
+    )
+    run = Run(settings, plan, engines, arguments.keep_logs)
     progress(f"--seed {seed}")
     interrupted = []
 
@@ -106,7 +109,7 @@ def main() -> int:
     print_summary(run.accounts, plan.rows)
     counts = (run.seconds or 1.0, run.cpu_seconds, run.clients.retried, run.clients.not_sent)
     print(f"\nseed {seed}: {verdict(run.accounts, *counts)}")
-    write_json(arguments.json, "chaos", dataclasses.asdict(settings), results(run.accounts, *counts))
+    write_json(arguments.json, "chaos", vars(arguments) | {"seed": seed}, results(run.accounts, *counts))
     if run.accounts.failed:
         return 1
     return 128 + interrupted[0] if interrupted else 0

@@ -39,7 +39,7 @@ class Asked:
     :param kind: what kind of client: ``short``, ``long``, ``slow``, ``cancelling``, ``huge`` or ``too long``.
     :param group: the model.
     :param frontend: that it was sent to last.
-    :param expected: the whole text of its answer.
+    :param expected: the whole text of its answer; None if that cannot be known.
     :param began: when it was sent (monotonic).
     :param refusable: whether it must be refused: it asks for more than the model can.
     """
@@ -47,7 +47,7 @@ class Asked:
     kind: str
     group: str
     frontend: str
-    expected: str
+    expected: str | None
     began: float
     refusable: bool = False
 
@@ -250,20 +250,21 @@ class Accounts:
                 self.excuses[why] += 1
         if outcome in (LOST, WRONG):
             blamed = list(self.blamed(asked.began, answered.ended))
-            got = f"{len(answered.text)} of {len(asked.expected)} characters"
+            got = f"{len(answered.text)} of {'?' if asked.expected is None else len(asked.expected)} characters"
             text = (
                 f"{outcome} {asked.kind} request for {asked.group} through {asked.frontend}, "
                 f"{answered.ended - asked.began:.2f} s: status {answered.status}, {got}, "
                 f"finish reason {answered.reason}, {answered.error or 'no error'}"
             )
-            if outcome == WRONG:
+            if outcome == WRONG and asked.expected is not None:
                 text += f"; {difference(asked.expected, answered.text)}"
             self.fail(outcome, answered.ended, text, [f"{fault.why} ({_times(fault, asked)})" for fault in blamed])
         return outcome
 
     def _judge(self, asked: Asked, answered: Answered) -> tuple[str, str]:
         """Return the outcome, and what excuses it."""
-        if not asked.expected.startswith(answered.text):
+        expected = answered.text if asked.expected is None else asked.expected
+        if not expected.startswith(answered.text):
             return WRONG, ""
         if answered.cancelled:
             return CANCELLED, ""
@@ -274,7 +275,7 @@ class Accounts:
             if answered.status == 200 and answered.error is None:
                 return WRONG, ""
         elif answered.status == 200 and answered.reason is not None and answered.error is None:
-            return (RIGHT if answered.text == asked.expected else WRONG), ""
+            return (RIGHT if answered.text == expected else WRONG), ""
         for excuse in reversed(self._excused):
             matches = excuse.frontend in ("", asked.frontend) and excuse.group in ("", asked.group)
             if matches and excuse.contains(answered.ended) and not (excuse.unbegun and answered.text):

@@ -13,6 +13,7 @@ from chaos_run.table import BY_NAME, FRONTEND, SERVER
 from chaos_run.worker_acts import ACTS, Scene
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.testing import eventually
+from dynamo_worker.testing.fault_table import DEBOUNCE
 from dynamo_worker.testing.leftovers import marked_processes
 from dynamo_worker.testing.random_round import GUARDIAN_TROUBLE, TROUBLE
 
@@ -304,12 +305,16 @@ class Acts:
             self._accounts.served_again(row, time.monotonic() - since)
             return
         excuse = None
-        if row.name == "frontend killed":
+        if row.name != "frontend stopped by SIGTERM":
             # Nobody can finish a stream whose connection is gone.
             excuse = self._accounts.excuse(row.name, since, frontend=frontend.name)
+        if row.name == "frontend killed":
             program.signal(signal.SIGKILL)
         else:
             program.signal(signal.SIGTERM)
+        if row.name == "frontend gets a second signal":
+            time.sleep(DEBOUNCE + fault.moment)
+            since = program.signal(signal.SIGTERM)
         program.wait(row.bound + self._slack + _LATE_SECONDS)
         at = program.ended_at or time.monotonic()
         if excuse is not None:

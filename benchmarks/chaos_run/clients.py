@@ -8,7 +8,7 @@ import itertools
 import random
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
@@ -64,6 +64,15 @@ KINDS: Final = (
     Kind("too long", 0.01, (10, 20), prompt=(140_000, 200_000), refusable=True),
 )
 
+#: Those of a model with a context of 2048 tokens.
+SMALL_KINDS: Final = tuple(
+    {
+        "huge": replace(kind, prompt=(1000, 1500)),
+        "too long": replace(kind, prompt=(3000, 5000)),
+    }.get(kind.name, kind)
+    for kind in KINDS
+)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -71,13 +80,13 @@ class Model:
 
     :param name: of the model.
     :param share: of all requests.
-    :param answer: returns the whole answer to a prompt, for a number of tokens.
+    :param answer: returns the whole answer to a prompt, for a number of tokens; None if that cannot be known.
     :param kinds: of clients that it has.
     """
 
     name: str
     share: float
-    answer: Callable[[str, int], str]
+    answer: Callable[[str, int], str] | None
     kinds: Sequence[Kind] = KINDS
 
 
@@ -162,7 +171,7 @@ class Clients:
     ) -> None:
         self._accounts.asked()
         body = chat(model.name, prompt, tokens)
-        began, expected = time.monotonic(), model.answer(prompt, tokens)
+        began, expected = time.monotonic(), model.answer(prompt, tokens) if model.answer else None
         frontend, result, cancelled = "", Result(), False
         for attempt in range(_TRIES):
             urls = self._urls()

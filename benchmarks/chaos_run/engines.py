@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from chaos_run.clients import Model, echo
+from chaos_run.clients import SMALL_KINDS, Model, echo
 from chaos_run.fleet import Engine
 
 if TYPE_CHECKING:
@@ -30,5 +30,45 @@ def _text() -> Engine:
     return Engine("text", flags, _TEXT, _PROCESSES, moves=False)
 
 
+def _transformers() -> Engine:
+    flags = ("--engine", "transformers", "--model", "{model}", "--served-model-name", "tiny-transformers")
+    sizes = ("--page-size", "32", "--num-blocks", "256", "--max-model-len", "2048")
+    return Engine(
+        "transformers",
+        (*flags, *sizes),
+        Model("tiny-transformers", 0.2, None, SMALL_KINDS),
+        {"core": r"dynamo_worker_transformers\.core:Core"},
+        start_seconds=180.0,
+        environment={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        tiny_model=True,
+    )
+
+
+def _vllm() -> Engine:
+    flags = ("--engine", "vllm", "--model", "{model}", "--served-model-name", "tiny-vllm")
+    sizes = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32")
+    return Engine(
+        "vllm",
+        (*flags, *sizes),
+        Model("tiny-vllm", 0.2, None, SMALL_KINDS),
+        {"core": r"VLLM::EngineCore", "worker": r"VLLM::Worker"},
+        start_seconds=300.0,
+        environment={
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        },
+        tiny_model=True,
+    )
+
+
 #: Every engine by the name that the command line has for it.
-ENGINES: Final[dict[str, Callable[[], Engine]]] = {"in-process": _in_process, "process": _process, "text": _text}
+ENGINES: Final[dict[str, Callable[[], Engine]]] = {
+    "in-process": _in_process,
+    "process": _process,
+    "text": _text,
+    "transformers": _transformers,
+    "vllm": _vllm,
+}

@@ -19,7 +19,7 @@ from chaos_run import table
 from chaos_run.orphans import Orphans
 from chaos_run.plan import Place
 from chaos_run.servers import Frontend, Nats, Outages
-from dynamo_worker.testing import Cluster, Worker, eventually
+from dynamo_worker.testing import Cluster, Worker, eventually, tiny_model
 from dynamo_worker.testing.etcd_server import Etcd
 from dynamo_worker.testing.leftovers import MARKER, mapped_by_others, marked_processes, shared_memory
 from dynamo_worker.testing.limits import FILLING, possible
@@ -60,6 +60,8 @@ class Engine:
     :param processes: its own processes: patterns of their command lines by name.
     :param start_seconds: longest time until a worker is ready.
     :param moves: whether requests move to another worker.
+    :param environment: further variables of its workers.
+    :param tiny_model: whether it loads the test kit's tiny model, whose directory stands for ``{model}`` in its flags.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Engine:
     processes: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = 90.0
     moves: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tiny_model: bool = False
 
 
 class Member:
@@ -169,9 +173,7 @@ class Fleet:
         #: Called when a worker ends to which nothing was done.
         self.on_surprise: Callable[[Slot, Member], None] = lambda _slot, _member: None
         self._watcher = threading.Thread(target=self._watch, name="watch workers", daemon=True)
-        self.abilities = {name for name in ("pids", "tmp") if possible(name)} | (
-            {"nats"} if Nats.installed() else set()
-        )
+        self.abilities = abilities()
 
     # --- Start and end
 
@@ -181,7 +183,10 @@ class Fleet:
         for engine in self._engines:
             directory = self._directory / engine.name
             directory.mkdir()
-            cluster = Cluster(directory, self._directory, self._run, engine_args=engine.flags)
+            flags = list(engine.flags)
+            if engine.tiny_model:
+                flags = [flag.replace("{model}", str(self._tiny_model())) for flag in flags]
+            cluster = Cluster(directory, self._directory, self._run, engine_args=flags)
             cluster.model, cluster.start_seconds = engine.model.name, engine.start_seconds
             self._clusters[engine.name] = cluster
         plain = next(iter(self._clusters.values())).environment(**{MARKER: self._marker()})
@@ -190,17 +195,23 @@ class Fleet:
             self.nats = Nats(self._directory / "nats", plain)
         self._watcher.start()
         for engine in self._engines:
-            for number in range(self._workers):
-                slot = self._slot(engine, number)
+            for place in places([engine], self._workers):
+                slot = self._slot(engine, place)
                 slot.member = self.launch(slot, "complete")
-        for number in range(self._frontends):
-            name = f"frontend-{number}"
+        for name in frontend_names(self._frontends):
             self.frontends[name] = Frontend(name, {**plain, **self.environment()}, self._directory / "logs")
         for slot in self.slots.values():
             assert slot.member is not None
             slot.member.worker.wait_ready()
         for frontend in self.frontends.values():
             frontend.wait_models(self.models)
+
+    def _tiny_model(self) -> Path:
+        """Return the directory of the tiny model, made if need be."""
+        directory = self._directory / "model" / "tiny"
+        if not directory.exists():
+            tiny_model.make(directory)
+        return directory
 
     @property
     def models(self) -> list[str]:
@@ -222,8 +233,7 @@ class Fleet:
             shared |= {"DYN_EVENT_PLANE": "nats", "NATS_SERVER": self.nats.url}
         return shared
 
-    def _slot(self, engine: Engine, number: int) -> Slot:
-        place = Place(f"{engine.name}-{number}", engine.model.name, tuple(engine.processes))
+    def _slot(self, engine: Engine, place: Place) -> Slot:
         tmp = self._directory / "tmp" / place.name
         tmp.mkdir(parents=True, mode=0o700)
         mounted = "tmp" in self.abilities
@@ -273,10 +283,15 @@ class Fleet:
         name = f"{slot.place.name}.{marker.rpartition('-')[2]}"
         hooks = self._directory / slot.engine.name / f"{name}.hooks"
         settings = [part for flag, value in _SETTINGS.items() for part in (flag, str(value))]
-        own: dict[str, Any] = {MARKER: marker, "TMPDIR": str(slot.tmp), "PYTHONPATH": str(_HOOKS)}
+        own: dict[str, Any] = {
+            MARKER: marker,
+            "TMPDIR": str(slot.tmp),
+            "PYTHONPATH": str(_HOOKS),
+            "CHAOS_HOOKS": str(hooks),
+        }
         with self._lock:
             worker = self._clusters[slot.engine.name].start_worker(
-                *settings, "--drain", mode, "-p", "chaos_hooks", **self.environment(), **own, CHAOS_HOOKS=str(hooks)
+                *settings, "--drain", mode, "-p", "chaos_hooks", **self.environment(), **own, **slot.engine.environment
             )
             member = Member(name, worker, marker, hooks)
             slot.living.append(member)
@@ -366,6 +381,28 @@ class Fleet:
         """Yield what is new in /dev/shm, and no other program uses."""
         new = shared_memory() - self.segments_before
         yield from sorted(new - mapped_by_others(new, self._run) if new else new)
+
+
+def abilities() -> set[str]:
+    """Return what this machine can do, see ``Row.needs``."""
+    return {name for name in ("pids", "tmp") if possible(name)} | ({"nats"} if Nats.installed() else set())
+
+
+def places(engines: Sequence[Engine], workers: int) -> list[Place]:
+    """Return the places of a fleet.
+
+    :param workers: of each engine.
+    """
+    return [
+        Place(f"{engine.name}-{number}", engine.model.name, tuple(engine.processes))
+        for engine in engines
+        for number in range(workers)
+    ]
+
+
+def frontend_names(count: int) -> list[str]:
+    """Return the names of a fleet's frontends."""
+    return [f"frontend-{number}" for number in range(count)]
 
 
 def instance_of(log: str) -> str:

@@ -21,7 +21,6 @@ from chaos_run.accounts import Accounts, Exit
 from chaos_run.acts import Acts
 from chaos_run.clients import Clients
 from chaos_run.fleet import Engine, Fleet
-from chaos_run.plan import Plan
 from chaos_run.table import TERMINATION
 from common.processes import become_subreaper
 from common.report import progress
@@ -30,7 +29,7 @@ from dynamo_worker.testing.leftovers import marked_processes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chaos_run.plan import Fault
+    from chaos_run.plan import Fault, Plan
 
 #: Faults at the same time.
 _AT_ONCE: Final = 6
@@ -55,7 +54,6 @@ class Settings:
     :param minutes: of faults.
     :param workers: of each engine.
     :param rate: requests per second.
-    :param per_minute: faults per minute.
     :param slack: seconds added to each bound.
     :param first: number of the first fault.
     :param only: number of the only fault; None: all.
@@ -67,7 +65,6 @@ class Settings:
     workers: int
     frontends: int
     rate: float
-    per_minute: float
     slack: float
     first: int = 0
     only: int | None = None
@@ -80,8 +77,9 @@ class Run:
     :param logs: where all logs are kept; None: they are thrown away.
     """
 
-    def __init__(self, settings: Settings, engines: Sequence[Engine], logs: Path | None) -> None:
+    def __init__(self, settings: Settings, plan: Plan, engines: Sequence[Engine], logs: Path | None) -> None:
         self.settings = settings
+        self._plan = plan
         self.accounts = Accounts(progress)
         self.stopping = threading.Event()
         self.skipped = 0
@@ -152,17 +150,9 @@ class Run:
         self._stop_fleet()
 
     def _faults(self) -> Iterator[Fault]:
-        settings = self.settings
-        plan = Plan(
-            settings.seed,
-            [slot.place for slot in self.fleet.slots.values()],
-            sorted(self.fleet.frontends),
-            self.fleet.abilities,
-            settings.per_minute,
-        )
-        if settings.only is not None:
-            return iter([plan.fault(settings.only)])
-        return plan.faults(settings.first)
+        if self.settings.only is not None:
+            return iter([self._plan.fault(self.settings.only)])
+        return self._plan.faults(self.settings.first)
 
     def _commit_all(self, pool: ThreadPoolExecutor, end: float) -> list[Future[None]]:
         """Commit faults as they become due; those that are not permitted yet wait, while later ones go on.

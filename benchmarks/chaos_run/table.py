@@ -83,6 +83,8 @@ TABLE: Final = (
     _ends("cleanup hook blocks the loop", _DEADLINE, "not stopped by its deadline", _STOP, drains=True),
     # --- Stops
     _ends("stop", _STOPPED, "stopped by {signal}", _STOP, drains=True, weight=3),
+    _ends("stop of the worker's own process", _STOPPED, "stopped by {signal}", _STOP, drains=True),
+    Row("guardian gets a signal"),
     _ends("SIGQUIT", SIGNAL_BASE + 3, "forced to stop by SIGQUIT", 2.5),
     _ends("second signal", SIGNAL_BASE + 15, "forced to stop by SIGTERM", 2.5),
     _ends("third signal", SIGNAL_BASE + 15, "forced to stop by SIGTERM", 1.0),
@@ -112,6 +114,7 @@ TABLE: Final = (
     # --- Frontends
     _ends("frontend killed", _KILLED, "", 1.0, hits=FRONTEND),
     _ends("frontend stopped by SIGTERM", _STOPPED, "", _STOP, hits=FRONTEND),
+    _ends("frontend gets a second signal", _STOPPED, "", 1.0, hits=FRONTEND),
     Row("frontend pauses", hits=FRONTEND),
 )
 

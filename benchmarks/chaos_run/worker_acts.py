@@ -262,6 +262,19 @@ def _stop(scene: Scene) -> float:
     return scene.stop(_signal(scene))
 
 
+@_act("stop of the worker's own process")
+def _stop_of_the_worker(scene: Scene) -> float:
+    return scene.kill(_signal(scene), scene.worker.worker_pid)
+
+
+@_act("guardian gets a signal")
+def _guardian_signalled(scene: Scene) -> float:
+    since = scene.kill(_signal(scene), scene.worker.guardian_pid)
+    time.sleep(_LIMITED_SECONDS)
+    scene.serves()
+    return since
+
+
 @_act("SIGQUIT")
 def _quit(scene: Scene) -> float:
     return scene.stop(signal.SIGQUIT)
