@@ -37,6 +37,8 @@ _ENTRIES_SECONDS: Final = 10.0
 _LATE_SECONDS: Final = 15.0
 #: The row that leaves everything to the next start.
 _ORPHANED: Final = BY_NAME["supervisor and guardian killed"]
+#: What a worker says whose record is left to the next start.
+_NOT_WITHDRAWN: Final = "Registration not withdrawn"
 _UPGRADE: Final = BY_NAME["rolling upgrade"]
 #: What is done to an additional worker.
 _STARTS: Final = "during the start"
@@ -175,8 +177,12 @@ class Acts:
         member.ended.wait(10.0)
 
     def _replace(self, fault: Fault | None, slot: Slot, dead: Member, since: float) -> None:
-        """Search for what a worker has left, and put the next one in its place."""
+        """Search for what a worker has left, and put the next one in its place.
+
+        What nobody could clean up, or withdraw from an etcd that was away, is left to the next one.
+        """
         orphaned = fault is not None and fault.row is _ORPHANED
+        orphaned = orphaned or (self._fleet.outages.away_since(since) and _NOT_WITHDRAWN in dead.worker.log)
         if not orphaned:
             self._search(fault, slot, dead, since, None)
         if self._stopping.is_set() and not orphaned:
@@ -203,10 +209,10 @@ class Acts:
             time.sleep(0.1)
         row, cause = (fault.row, str(fault)) if fault else (None, "")
         self._accounts.left(dead.name, left, cause, row, time.monotonic(), dead.tail())
-        answers = self._fleet.outages.answers_since
-        if heir is not None or (answers is not None and answers < since):
+        calm = not self._fleet.outages.away_since(since)
+        if heir is not None or calm:
             self._entries(fault, dead, _LEFT_SECONDS + self._slack)
-        self._check_log(fault, dead, calm=answers is not None and answers < since)
+        self._check_log(fault, dead, calm=calm)
         if left:
             self._kill(dead)
         slot.living.remove(dead)

@@ -98,7 +98,7 @@ def echo(prompt: str, tokens: int) -> str:
 class Clients:
     """Clients that send requests in the background until they are stopped.
 
-    :param urls: returns the frontends by name, those that are being stopped too, as a load balancer knows them.
+    :param urls: returns the frontends by name, as a load balancer knows them.
     :param models: that clients ask for.
     :param rate: requests per second, bursts not counted.
     """

@@ -96,7 +96,11 @@ class Run:
         self.fleet.on_surprise = lambda slot, member: void(self._surprises.submit(self._acts.surprise, slot, member))
 
     def _urls(self) -> dict[str, str]:
-        return {name: frontend.url for name, frontend in self.fleet.frontends.items()}
+        """Return the frontends that a load balancer knows as ready: it does not notice at once that one is going."""
+        frontends = self.fleet.frontends
+        return {name: frontend.url for name, frontend in frontends.items() if frontend.ready} or {
+            name: frontend.url for name, frontend in frontends.items()
+        }
 
     def play(self) -> None:
         """Start the fleet, commit faults until the time is up, and end everything."""

@@ -85,6 +85,8 @@ class Frontend:
         self._environment = environment
         #: Held by the fault that it is hit by.
         self.busy = threading.Lock()
+        #: Whether it offers all models: only then does a load balancer send it requests.
+        self.ready = False
         self.start()
 
     def start(self) -> None:
@@ -92,6 +94,7 @@ class Frontend:
 
         :raises AssertionError: it does not.
         """
+        self.ready = False
         command = [sys.executable, "-m", "dynamo_worker", "frontend", "--discovery-backend", "etcd"]
         self.program = Program(self.name, [*command, "--http", f"127.0.0.1:{self.port}"], self._environment, self.log)
         try:
@@ -113,11 +116,12 @@ class Frontend:
         return False
 
     def wait_models(self, models: list[str]) -> None:
-        """Wait until it offers all models.
+        """Wait until it offers all models, and is ready.
 
         :raises AssertionError: it does not.
         """
         eventually(lambda: all(map(self.offers, models)), _START_SECONDS, f"{models} at {self.name}", 0.1)
+        self.ready = True
 
 
 class Outages:
@@ -137,6 +141,11 @@ class Outages:
         """Etcd is back."""
         with self._lock:
             self._away, self._back = False, time.monotonic()
+
+    def away_since(self, since: float) -> bool:
+        """Return whether etcd has been away at some time since a moment (monotonic)."""
+        answers = self.answers_since
+        return answers is None or answers > since
 
     @property
     def answers_since(self) -> float | None:
