@@ -105,7 +105,11 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    run.play()
+    try:
+        run.play()
+    except AssertionError as error:
+        print(f"chaos: the fleet does not start, or the run cannot go on: {error}", file=sys.stderr)
+        return 1
     print_summary(run.accounts, plan.rows)
     counts = (run.seconds or 1.0, run.cpu_seconds, run.clients.retried, run.clients.not_sent)
     print(f"\nseed {seed}: {verdict(run.accounts, *counts)}")

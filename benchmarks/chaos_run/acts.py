@@ -39,6 +39,7 @@ _LATE_SECONDS: Final = 15.0
 _ORPHANED: Final = BY_NAME["supervisor and guardian killed"]
 #: What a worker says whose record is left to the next start.
 _NOT_WITHDRAWN: Final = "Registration not withdrawn"
+_STOP: Final = BY_NAME["stop"]
 _UPGRADE: Final = BY_NAME["rolling upgrade"]
 #: What is done to an additional worker.
 _STARTS: Final = "during the start"
@@ -143,7 +144,7 @@ class Acts:
             self._accounts.served_again(row, time.monotonic() - since)
             self._fleet.set_healthy(slot, healthy=not target.ended.is_set())
         elif additional:
-            self._search(fault, slot, target, since, None)
+            self._search_beside(fault, slot, target, since)
         else:
             self._replace(fault, slot, target, since)
 
@@ -181,8 +182,7 @@ class Acts:
 
         What nobody could clean up, or withdraw from an etcd that was away, is left to the next one.
         """
-        orphaned = fault is not None and fault.row is _ORPHANED
-        orphaned = orphaned or (self._fleet.outages.away_since(since) and _NOT_WITHDRAWN in dead.worker.log)
+        orphaned = (fault is not None and fault.row is _ORPHANED) or self._indebted(dead, since)
         if not orphaned:
             self._search(fault, slot, dead, since, None)
         if self._stopping.is_set() and not orphaned:
@@ -198,6 +198,24 @@ class Acts:
         if not self._stopping.is_set():
             self._fleet.wait_routed(heir)
         self._fleet.set_healthy(slot, healthy=True)
+
+    def _indebted(self, dead: Member, since: float) -> bool:
+        """Return whether a worker could not withdraw its entries from an etcd that was away, and has left a record."""
+        return self._fleet.outages.away_since(since) and _NOT_WITHDRAWN in dead.worker.log
+
+    def _search_beside(self, fault: Fault, slot: Slot, dead: Member, since: float) -> None:
+        """Search for what a worker has left in a place that has another one; start one more if that has to clean."""
+        if not self._indebted(dead, since):
+            self._search(fault, slot, dead, since, None)
+            return
+        heir = self._fleet.launch(slot, fault.mode)
+        heir.fault = "stopped once it had cleaned up"
+        heir.worker.wait_ready()
+        self._search(fault, slot, dead, since, heir)
+        stopped = time.monotonic()
+        heir.worker.signal(signal.SIGTERM)
+        heir.ended.wait(_STOP.bound + self._slack)
+        self._search(fault, slot, heir, stopped, None)
 
     def _search(self, fault: Fault | None, slot: Slot, dead: Member, since: float, heir: Member | None) -> None:
         """Search for everything that a worker has left; its entries only if etcd has answered since the fault.
@@ -296,7 +314,7 @@ class Acts:
         with contextlib.suppress(ProcessLookupError):
             old.worker.signal(signal.SIGTERM)
         self._await_end(fault, old, since)
-        self._search(fault, slot, old, since, None)
+        self._search_beside(fault, slot, old, since)
 
     # --- Frontends
 

@@ -291,7 +291,10 @@ class Fleet:
         }
         with self._lock:
             worker = self._clusters[slot.engine.name].start_worker(
-                *settings, "--drain", mode, "-p", "chaos_hooks", **self.environment(), **own, **slot.engine.environment
+                *settings,
+                # An endpoint serves one model.
+                *("--component", slot.place.group, "--drain", mode, "-p", "chaos_hooks"),
+                **{**self.environment(), **own, **slot.engine.environment},
             )
             member = Member(name, worker, marker, hooks)
             slot.living.append(member)
