@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from chaos_run.accounts import Exit
-from chaos_run.table import BY_NAME, FRONTEND, SERVER
+from chaos_run.table import BY_NAME, FRONTEND, SERVER, WORKER
 from chaos_run.worker_acts import ACTS, Scene
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.testing import eventually
@@ -99,6 +99,8 @@ class Acts:
                 self._hit_worker(fault, self._fleet.slots[fault.victim], interval)
         except AssertionError as error:
             self._accounts.fail("recovery", time.monotonic(), f"{fault}: {error}", [str(fault)], row=fault.row)
+            if fault.row.hits == WORKER and claimed is not None:
+                self._repair(self._fleet.slots[fault.victim])
         finally:
             if interval.end > time.monotonic():
                 interval.end = time.monotonic() + _NEWS_SECONDS
@@ -147,6 +149,21 @@ class Acts:
             self._search_beside(fault, slot, target, since)
         else:
             self._replace(fault, slot, target, since)
+
+    def _repair(self, slot: Slot) -> None:
+        """Replace all workers of a place after a failure: the run goes on."""
+        for member in list(slot.living):
+            member.fault = member.fault or "killed after a failure"
+            self._kill(member)
+            slot.living.remove(member)
+        slot.member = None
+        if self._stopping.is_set():
+            return
+        with contextlib.suppress(AssertionError):
+            slot.member = self._fleet.launch(slot, "complete")
+            slot.member.worker.wait_ready()
+            self._fleet.wait_routed(slot.member)
+            self._fleet.set_healthy(slot, healthy=True)
 
     def _await_end(self, fault: Fault, target: Member, since: float, *, late: bool = False) -> None:
         """Wait until a worker has ended, judge its end, and kill it if it does not come.

@@ -378,7 +378,9 @@ ACTS["no more processes, then killed"] = _limited(_no_processes, _worker_killed)
 @_act("drained and resumed")
 def _drained_and_resumed(scene: Scene) -> float:
     since = time.monotonic()
-    scene.worker.operate("control/drain", {"mode": scene.fault.mode})
+    mode = scene.fault.mode if scene.slot.engine.moves else "complete"  # refused: nobody would continue the requests
+    answer = scene.worker.operate("control/drain", {"mode": mode})
+    assert answer.get("status") == "success", f"{scene.member.name} refuses to drain: {answer}"
 
     def drained() -> bool:
         return scene.member.ended.is_set() or scene.worker.operate("control/drain_status").get("phase") == "drained"
