@@ -48,7 +48,7 @@ class Scene:
         self.fault = fault
         self.stack = stack
         self._patience = patience
-        #: Whether the worker had ended its requests before the fault: then it may still end well.
+        #: Whether the worker had ended its requests before the fault: then it may end well.
         self.late = False
 
     @property
@@ -288,6 +288,7 @@ def _quit(scene: Scene) -> float:
 def _second_signal(scene: Scene) -> float:
     scene.stop()
     time.sleep(max(DEBOUNCE, scene.fault.moment))
+    scene.late = "Cleaning up worker" in scene.worker.log
     return scene.stop()
 
 
