@@ -111,7 +111,8 @@ def _run_core_tests(session: nox.Session, *others: str) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """Run what takes an hour: thousands of random faults and fuzzed requests, and the slow tests of the core."""
+    """Run what takes an hour: thousands of random faults and fuzzed requests, the core's slow tests, then chaos."""
+    session.notify("chaos", posargs=[])  # it runs whatever fails here
     _install(session, *TEST)
     session.env.setdefault("DYNAMO_WORKER_TEST_ROUNDS", "2000")
     session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "2000")
@@ -119,6 +120,13 @@ def nightly(session: nox.Session) -> None:
     session.env.setdefault("DYNAMO_WORKER_TEST_REPEATS", "0")
     session.run("pytest", "tests/faults/test_random.py", "tests/integration/test_fuzz.py", *session.posargs)
     session.run("pytest", "-m", "slow", "tests")
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Run a fleet under load and random faults for 10 minutes; `-- --minutes 60 --seed 7` for longer."""
+    _install(session, *TEST)
+    session.run("python", "benchmarks/chaos.py", *(session.posargs or ["--minutes", "10"]))
 
 
 #: The tests of what docs/security.md promises; those of the plugins run with their suites.
