@@ -47,7 +47,9 @@ from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import linux
+from dynamo_worker.supervisor.last_exit import last_exit
 from dynamo_worker.supervisor.protocol import RUN_DIR, STATUS_SERVER
+from dynamo_worker.supervisor.record_file import default_directory
 from dynamo_worker.supervisor.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class Startup:
         :raises UsageError: the settings or the engine's arguments are wrong.
         """
         await self._start_status_server()
+        self._show_last_exit()
         private_dir = self._private_directory()
         self._start_frontend(private_dir)
         with self._step("runtime"):
@@ -179,6 +182,13 @@ class Startup:
         parts = self._parts
         drained = None if parts.requested_drain is None else parts.requested_drain.problem
         return drained or (None if parts.runtime is None else parts.runtime.problem)
+
+    def _show_last_exit(self) -> None:
+        settings = self._settings
+        directory = default_directory(os.environ) if settings.record_dir is None else str(settings.record_dir)
+        last = last_exit(directory) if directory is not None and settings.record_keep else None
+        if last is not None:
+            self._parts.metrics.set_last_exit(last)
 
     def _private_directory(self) -> Path:
         """Return the supervisor's private directory or, without a supervisor, create one.

@@ -129,6 +129,28 @@ def is_locked(descriptor: int) -> bool:
     return False
 
 
+def by_life(directory: int) -> tuple[list[str], list[str]]:
+    """Return the records of workers that are over, by the time of their ends, and of those that run, by their starts.
+
+    Records that another user may have written are left out.
+
+    :raises OSError: the directory cannot be read.
+    """
+    over: list[tuple[float, str]] = []
+    running: list[str] = []
+    for name in names(directory):
+        with contextlib.suppress(OSError):  # pruned in this moment
+            descriptor = open_record(directory, name)
+            try:
+                if is_locked(descriptor):
+                    running.append(name)
+                else:
+                    over.append((os.fstat(descriptor).st_mtime, name))
+            finally:
+                os.close(descriptor)
+    return [name for _, name in sorted(over)], running
+
+
 def read(descriptor: int, most: int = 2 * MOST_BYTES) -> bytes:
     """Return what a record contains, or as many bytes of it."""
     pieces = []

@@ -53,21 +53,11 @@ def last(directory: str) -> Account:
 
 
 def _last_in(directory: str, place: int) -> Account:
-    over: list[tuple[float, str]] = []
-    running: list[str] = []
-    for name in record_file.names(place):
-        try:
-            descriptor = record_file.open_record(place, name)
-        except OSError:  # another user's, or pruned in this moment
-            continue
-        try:
-            if record_file.is_locked(descriptor):
-                running.append(name)
-            else:
-                over.append((os.fstat(descriptor).st_mtime, name))
-        finally:
-            os.close(descriptor)
-    name = max(over)[1] if over else running[-1] if running else None
+    try:
+        over, running = record_file.by_life(place)
+    except OSError as error:
+        raise UsageError(f"cannot read {directory}: {error.strerror}") from error
+    name = next(reversed([*running[-1:], *over]), None)
     if name is None:
         raise UsageError(
             f"no flight records in {directory}",
