@@ -150,7 +150,7 @@ def account(file: str, entries: list[Entry], *, running: bool) -> Account:
         signals=_signals(entries),
         cleaned={key: value for key, value in cleaned.items() if key not in ("t", "event")},
         samples=_named(entries, "sample", "t"),
-        notes=[entry for entry in _named(entries, "note", "message") if entry.get("level") in ("WARNING", "ERROR")],
+        notes=_troubles(entries),
         dropped=sum(int(number(entry.get("lines", entry.get("entries")))) for entry in entries
                     if entry["event"] in ("gap", "suppressed")),
     )  # fmt: skip
@@ -199,6 +199,12 @@ def _named(entries: list[Entry], event: str, name: str) -> list[Entry]:
     """Return the entries of one kind that have a field, without their kind."""
     found = [entry for entry in entries if entry["event"] == event and entry.get(name) is not None]
     return [{key: value for key, value in entry.items() if key != "event"} for entry in found]
+
+
+def _troubles(entries: list[Entry]) -> list[Entry]:
+    """Return the warnings and errors, without the line that tells the end once more."""
+    notes = _named(entries, "note", "message")
+    return [note for note in notes if note.get("level") in ("WARNING", "ERROR") and note["message"] != "Worker stopped"]
 
 
 def _signals(entries: list[Entry]) -> list[Entry]:

@@ -116,7 +116,7 @@ class WorkerMetrics:
         )
         self._last_exit_at = Gauge(
             "dynamo_worker_last_exit_timestamp_seconds",
-            "Unix time at which the worker before this one ended, by the flight records at the same place; 0 without one",
+            "Unix time at which the worker before this one ended, by the flight records of its place; 0 without one",
             registry=registry,
         )
         self._last_exit_code = Gauge(
