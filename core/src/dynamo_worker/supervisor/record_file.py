@@ -38,7 +38,7 @@ _MOST_LINE: Final = 4096
 #: Seconds after which a file that was to replace a record is a leftover.
 _SETTLED: Final = 60.0
 
-_NAME: Final = re.compile(r"dw-\d{8}T\d{6}\.\d{3}Z-\d+-[0-9a-f]{6}\.jsonl")
+_NAME: Final = re.compile(r"dw-\d{8}T\d{6}\.\d{6}Z-\d+-[0-9a-f]{6}\.jsonl")
 _REPLACEMENT: Final = "~"
 
 #: File systems that may hang: a write there would keep the supervisor from its deadlines.
@@ -198,7 +198,7 @@ class RecordFile:
         directory = open_directory(path, create=True, write=True)
         try:
             now = time.time()
-            stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+            stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now * 1e6) % 1_000_000:06d}Z"
             name = f"dw-{stamp}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
             record = cls(directory, name, _create(directory, name))
         except OSError:
@@ -261,12 +261,23 @@ class RecordFile:
         earlier = [gap for gap in entries(middle) if gap["event"] == "gap"]
         dropped = middle.count(b"\n") - len(earlier) + sum(_number(gap.get("lines")) for gap in earlier)
         gap = json.dumps({"event": "gap", "lines": dropped}, separators=(",", ":")).encode() + b"\n"
+        try:
+            descriptor = self._replace(whole := beginning + gap + end)
+        except OSError:
+            # Bounded all the same: what is left of the old file loses its end instead of its middle.
+            os.ftruncate(self._descriptor, len(beginning))
+            self._size = len(beginning)
+            raise
+        os.close(self._descriptor)
+        self._descriptor, self._size = descriptor, len(whole)
+
+    def _replace(self, whole: bytes) -> int:
+        """Put a new file in the place of the old one, at once, and return its descriptor."""
         replacement = self.name + _REPLACEMENT
         with contextlib.suppress(FileNotFoundError):
             os.unlink(replacement, dir_fd=self._directory)
         descriptor = _create(self._directory, replacement)
         try:
-            whole = beginning + gap + end
             if os.write(descriptor, whole) != len(whole):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.rename(replacement, self.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -274,12 +285,8 @@ class RecordFile:
             os.close(descriptor)
             with contextlib.suppress(OSError):
                 os.unlink(replacement, dir_fd=self._directory)
-            # Bounded all the same: what is left of the old file loses its end instead of its middle.
-            os.ftruncate(self._descriptor, len(beginning))
-            self._size = len(beginning)
             raise
-        os.close(self._descriptor)
-        self._descriptor, self._size = descriptor, len(whole)
+        return descriptor
 
     def entries(self) -> list[dict[str, Any]]:
         """Return all entries so far.
