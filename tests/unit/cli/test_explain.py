@@ -113,6 +113,18 @@ def test_a_record_without_an_end_says_so():
     assert "nothing yet" in text_of(entries)
 
 
+def test_a_wrong_flag_has_no_state():
+    end = {"code": 2, "kind": "usage", "reason": "--drain: expected a mode", "by": "supervisor", "cleaned": {"a": 1}}
+    death = {"t": 1.0, "event": "death", "what": "worker", "pid": 11, "exit_code": 2}
+    told = account("FILE", [START, death, {"t": 1.1, "event": "end", **end}], running=False)
+    assert unknowns(told) == []
+    assert told.exit is not None
+    assert told.exit.stage == "LOADING"
+    assert [stage.name for stage in told.stages] == ["load", "kill"]
+    assert "it was importing its code" in text_of([START, death, {"t": 1.1, "event": "end", **end}])
+    assert html(told)
+
+
 def test_a_worker_that_runs_has_no_end():
     told = account("FILE", [entry for entry in stopped() if entry["t"] < 8], running=True)
     assert told.exit is None

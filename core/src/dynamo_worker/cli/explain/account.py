@@ -273,7 +273,7 @@ def _stages(entries: list[Entry], states: list[Entry], end: Entry, at: float) ->
             seen.append(entry)
     begins = [number(entry.get("t")) for entry in seen]
     found = [Stage("load", 0.0, begins[0] if begins else died)]
-    for entry, begin, until in zip(seen, begins, [*begins[1:], died], strict=True):
+    for entry, begin, until in zip(seen, begins, [*begins[1:], died][: len(seen)], strict=True):
         name = _STAGES.get(entry["state"])
         if name is not None:
             found.append(Stage(name, begin, max(0.0, until - begin), _planned(name, entry, plan)))
