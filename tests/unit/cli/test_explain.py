@@ -100,6 +100,7 @@ def test_a_fatal_error_is_told_with_the_stage_before_it():
     entries = [entry for entry in stopped() if entry["t"] < 8]
     entries.append({"t": 8.0, "event": "state", "state": "FATAL", "deadline_in": 11.5})
     entries.append({"t": 9.0, "event": "end", "code": 1, "kind": "engine-dead", "reason": "died", "by": "supervisor"})
+    assert unknowns(account("FILE", entries, running=False)) == ["what was cleaned", "how the worker's process ended"]
     told = account("FILE", entries, running=False)
     assert told.exit.stage == "SERVING"
     assert [stage.planned for stage in told.stages if stage.name == "fatal"] == [11.5]
@@ -138,7 +139,7 @@ def test_a_worker_that_runs_has_no_end():
     [
         ({"reason": "worker is gone, exit status unknown"}, ["cause"]),
         ({"reason": ""}, ["cause"]),
-        ({"cleaned": {}}, []),
+        ({"cleaned": {}}, ["what was cleaned"]),
     ],
 )
 def test_what_is_unknown_is_named(change, missing):

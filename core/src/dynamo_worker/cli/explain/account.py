@@ -126,8 +126,6 @@ def account(file: str, entries: list[Entry], *, running: bool) -> Account:
     at = max((number(entry.get("t")) for entry in entries if entry.get("by") != "next start"), default=0.0)
     states = [entry for entry in entries if entry["event"] == "state" and text(entry.get("state")) in State.__members__]
     cleaned = _last(entries, "cleaned") or _mapping(end.get("cleaned"))
-    if end and not cleaned:
-        cleaned = {"by": "guardian, in the background"}
     ready = _last(entries, "ready")
     return Account(
         file=file,

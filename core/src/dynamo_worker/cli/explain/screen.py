@@ -113,10 +113,8 @@ def hook(entry: Entry) -> str:
 def cleaned(report: Entry) -> str:
     """Describe what was cleaned up."""
     if not report:
-        return "nothing yet"
-    if "processes" not in report:
-        return str(report.get("by", "not finished"))
-    parts = [f"{report['processes']} processes killed{_in_brackets(report.get('killed'))}"]
+        return "nothing yet: the guardian or the next start on this machine does it"
+    parts = [f"{report.get('processes', 0)} processes killed{_in_brackets(report.get('killed'))}"]
     parts.append(f"{report.get('segments', 0)} shared-memory segments removed")
     withdrawn = report.get("withdrawn")
     parts.append(f"discovery: {', '.join(map(str, withdrawn))}" if isinstance(withdrawn, list) and withdrawn
