@@ -114,6 +114,20 @@ def test_a_model_is_registered_with_what_the_engine_knows(monkeypatch):
     assert options["max_gpu_lora_count"] is None
 
 
+def test_no_path_of_this_machine_is_in_the_card_of_a_text_engine(monkeypatch):
+    """Of workers whose cards differ in it, frontends use only one; and they replace an alias by the model's name."""
+    info = EngineInfo("llama", "/models/llama", model_input="text", model_aliases=("l",), lora_adapters=("poet",))
+    calls = register(monkeypatch, info)
+    assert [args[3:5] for args, _ in calls] == [("llama", "llama"), ("llama", "l"), ("llama", "poet")]
+    assert all(options["skip_model_assets"] for _, options in calls)
+    (_, main), *others = calls
+    assert main["model_aliases"] is None
+    assert [(options["lora_name"], options["base_model_path"]) for _, options in others] == [
+        ("l", "llama"),
+        ("poet", "llama"),
+    ]
+
+
 def test_frontends_learn_how_many_adapters_fit_before_there_is_one(monkeypatch):
     ((_, options),) = register(monkeypatch, EngineInfo("m", "/m", max_loras=4))
     assert options["max_gpu_lora_count"] == 4

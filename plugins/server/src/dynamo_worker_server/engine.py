@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ssl
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo.llm.exceptions import Unknown
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: What the runtime takes for the model's directory; the server alone knows the real one. Without a configuration the
-#: runtime registers no aliases, and of workers with different paths frontends use only one (measured on 1.6.1).
-_MODEL: Final = Path(__file__).parent / "model"
 #: The APIs that are passed on.
 _PATHS: Final = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _HEALTH_PATHS: Final = ("/health", "/v1/models")
@@ -92,7 +88,7 @@ class ServerEngine(EngineLifecycle):
         )  # fmt: skip
         return EngineInfo(
             model_name=main.name,
-            model_path=str(_MODEL),
+            model_path=main.name,
             model_aliases=tuple(model.name for model in others),
             endpoint_types=self._apis,
             context_length=main.context_length,
