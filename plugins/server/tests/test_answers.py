@@ -93,6 +93,13 @@ def test_an_answer_that_does_not_begin(run: Run, fault: str, kind: type[Exceptio
         ("error", Unknown, "the server has failed: out of memory"),
         ("old-error", Unknown, "the server has failed: out of memory"),
         ("endless-line", OSError, "more than 1048576 bytes"),
+        ("null-choices", Unknown, "no chunk of OpenAI"),
+        ("odd-choices", Unknown, "no chunk of OpenAI"),
+        ("odd-reason", Unknown, "no chunk of OpenAI"),
+        ("no-choices", Unknown, "no chunk of OpenAI"),
+        ("surrogate", Unknown, "not JSON"),
+        ("huge-chunk", OSError, "not HTTP"),
+        ("endless-trailer", OSError, "the trailer of the answer has more than 65536 bytes"),
     ],
 )
 def test_an_answer_that_breaks_off(run: Run, fault: str, kind: type[Exception], message: str) -> None:

@@ -36,6 +36,8 @@ _PATHS: Final = {"chat": "/v1/chat/completions", "completions": "/v1/completions
 _HEALTH_PATHS: Final = ("/health", "/v1/models")
 #: Seconds between two looks at a server that starts, and for one look.
 _POLL_SECONDS, _LOOK_SECONDS = 0.1, 10.0
+#: Seconds between two lines of the log about a server that does not become ready.
+_REPORT_SECONDS: Final = 30.0
 #: Consecutive health checks that a server may fail.
 _MOST_FAILURES: Final = 3
 #: Seconds in which a process whose connections break turns out to have died.
@@ -43,6 +45,8 @@ _DEATH_SECONDS: Final = 0.5
 _DEATH_POLLS: Final = 10
 #: Fields that servers read without a look at their types: a client's mistake would be the server's failure.
 _TYPES: Final = {"tools": (list,), "stream_options": (dict,), "response_format": (dict,), "logit_bias": (dict, list)}
+#: What OpenSSL calls an answer in plain HTTP.
+_NO_TLS: Final = "WRONG_VERSION_NUMBER"
 #: Fields of a request that are Dynamo's, and not the server's to understand.
 _OF_DYNAMO: Final = ("nvext", MARK)
 
@@ -214,6 +218,7 @@ class ServerEngine(EngineLifecycle):
         until = time.monotonic() + settings.start_seconds
         paths = [settings.health_path] if settings.health_path is not None else list(_HEALTH_PATHS)
         problem = "it has not answered"
+        reported = time.monotonic()
         while True:
             if self._process is not None:
                 ended = await in_thread(self._process.ended, name="server-output")
@@ -226,6 +231,7 @@ class ServerEngine(EngineLifecycle):
                 problem = f"it does not answer {paths[0]}"
             except OSError as error:
                 problem = str(error)
+                _check_tls(error, upstream.address)
             else:
                 if status == 200:
                     self._health_path = paths[0]
@@ -240,6 +246,9 @@ class ServerEngine(EngineLifecycle):
                     f"the server at {upstream.address} is not ready after {settings.start_seconds:g} s: {problem}",
                     hint="see its output above; --server-start-timeout sets how long the worker waits",
                 )
+            if time.monotonic() - reported >= _REPORT_SECONDS:
+                reported = time.monotonic()
+                log.info("Server is not ready yet", address=upstream.address, problem=problem)
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _served(self, upstream: Upstream) -> list[Model]:
@@ -254,7 +263,7 @@ class ServerEngine(EngineLifecycle):
                 raise StartError(message, hint="name one: --server-model") from None
             found = [Model(settings.model)]
         except (OSError, asyncio.TimeoutError) as error:
-            raise StartError(f"the server does not name its models: {error or 'no answer'}") from error
+            raise StartError(f"the server does not name its models: {str(error) or 'no answer'}") from error
         if settings.model is not None:
             found = [model for model in found if model.name == settings.model] or _unknown(settings.model, found)
         if not found:
@@ -273,16 +282,19 @@ class ServerEngine(EngineLifecycle):
             body = {**self._canary(api), "model": next(iter(self._models.values())), "stream": True}
             try:
                 # It may compile first: the same time as for everything else before the start is over.
-                with contextlib.closing(
-                    await asyncio.wait_for(upstream.ask(path, body, {}), self._settings.start_seconds)
-                ) as stream:
-                    await asyncio.wait_for(stream.read(), self._settings.start_seconds)
+                await asyncio.wait_for(_first_chunk(upstream, path, body), self._settings.start_seconds)
                 served.append(api)
             except InvalidRequestError as error:
                 problems.append(f"{path}: {error}")
-            except (OSError, Unknown, asyncio.TimeoutError) as error:
+            except asyncio.TimeoutError as error:
+                raise StartError(
+                    f"the server does not answer its first request: {path}: "
+                    f"no answer after {self._settings.start_seconds:g} s",
+                    hint="its health is fine; see whether it answers other clients",
+                ) from error
+            except (OSError, Unknown) as error:
                 cause = await self._broken(error) if isinstance(error, OSError) else error
-                raise StartError(f"the server does not answer its first request: {path}: {cause or 'no'}") from error
+                raise StartError(f"the server does not answer its first request: {path}: {cause}") from error
         if not served:
             raise StartError(f"the server answers neither API: {'; '.join(problems)}")
         return tuple(served)
@@ -319,9 +331,28 @@ def _completed(request: dict[str, Any], request_id: str) -> Callable[[dict[str, 
     return completed
 
 
+async def _first_chunk(upstream: Upstream, path: str, body: dict[str, Any]) -> None:
+    with contextlib.closing(await upstream.ask(path, body, {})) as stream:
+        await stream.read()
+
+
 def _unknown(name: str, found: list[Model]) -> list[Model]:
     listed = ", ".join(model.name for model in found[:8])
     raise UsageError(f"--server-model {name}: the server has {listed or 'no models'}")
+
+
+def _check_tls(error: OSError, address: Address) -> None:
+    """Refuse a failure of TLS that no waiting will change.
+
+    :raises StartError: it is one.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise StartError(
+            f"the certificate of {address} cannot be trusted: {error.verify_message}",
+            hint="SSL_CERT_FILE names the file with the authority that vouches for it",
+        ) from error
+    if isinstance(error, ssl.SSLError) and error.reason == _NO_TLS:
+        raise StartError(f"{address} does not speak TLS", hint="attach it with http:// instead") from error
 
 
 def _check_status(status: int, where: str) -> None:
