@@ -64,6 +64,11 @@ def test_a_life_behind_a_frontend(cluster: Cluster, tmp_path: Path) -> None:
     assert first.wait_gone() == 0
     assert all(result.ok for result in load.wait()), load.summary()
     assert all(len(result.text.split()) == 300 for result in load.results)
+    # In the place of a server its own frontend would send it each request again, and again.
+    cluster.engine_args = ["--engine", "server", "--attach", cluster.url]
+    circular = cluster.start_worker()
+    assert circular.wait_gone() == 3
+    assert f"{cluster.url} is a frontend of Dynamo" in circular.log
 
 
 def test_generation_stands_still_while_health_is_fine(cluster: Cluster) -> None:
