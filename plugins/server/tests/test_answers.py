@@ -138,7 +138,7 @@ def test_a_death_in_mid_stream(run: Run, fault: str, how: str) -> None:
         with pytest.raises(EngineDeadError):
             await server.ask()
 
-    run(check)
+    run(check, own=True)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_slow_client_makes_the_server_wait(run: Run) -> None:
         assert (await server.stats())["tokens"] > sent
         await stream.aclose()
 
-    run(check)
+    run(check, own=True)
 
 
 def test_what_the_server_is_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

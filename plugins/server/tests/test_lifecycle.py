@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ import pytest
 import trustme
 import uvloop
 
-from conftest import FAKE, Running, engine_of, fake, running
+from conftest import FAKE, Running, elsewhere, engine_of, fake, running
 from dynamo_worker import Deadline, EngineDeadError, StartError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.errors import UsageError
@@ -27,7 +26,6 @@ from dynamo_worker_server import server_process
 from dynamo_worker_server.server_process import choose_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 SHELL_WITH_BACKGROUND = f"{sys.executable} {FAKE} --port $0 & sleep 1000"
@@ -48,22 +46,6 @@ def start_error(*words: str, seconds: float = 20.0) -> str:
         return str(caught.value)
 
     return uvloop.run(main())
-
-
-@contextlib.contextmanager
-def elsewhere(*flags: str, port: int | None = None) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Run a fake server that is not this engine's."""
-    port = choose_port(port)
-    process = subprocess.Popen([sys.executable, FAKE, "--port", str(port), *flags])
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
-        yield port, process
-    finally:
-        process.kill()
-        process.wait()
 
 
 # --- The start

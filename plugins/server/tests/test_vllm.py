@@ -1,4 +1,4 @@
-"""vLLM's own server behind the server engine: the one smoke test that every run has; `-m slow` has the fault table."""
+"""The fault table on vLLM's own server behind the server engine: `-m slow`, as each start takes half a minute."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[3]
 PYTHON = os.environ.get("DYNAMO_WORKER_TEST_VLLM_PYTHON") or str(ROOT / ".nox" / "tests-vllm" / "bin" / "python")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason=f'no {PYTHON}: `nox -s "tests(vllm)"` installs vLLM'),
     pytest.mark.timeout(900),
 ]
@@ -76,9 +77,8 @@ def test_serves(cluster: Cluster) -> None:
     worker.stop()
 
 
-@pytest.mark.slow
 class TestVllm(FaultTable):
-    """Rows that need a particular engine; each start takes vLLM half a minute."""
+    """Rows that need a particular engine."""
 
 
 @pytest.fixture(autouse=True)
