@@ -88,7 +88,7 @@ def stats(port: int) -> dict[str, int]:
 def test_a_server_elsewhere_dies(cluster: Cluster) -> None:
     """Each of its models answers what is asked of it. The key is in no log; the worker exits soon after the server."""
     port = choose_port(None)
-    flags = ("--models", "mine,other/2", "--key", "sk-secret")
+    flags = ("--models", "mine,other/2,Other:2", "--key", "sk-secret")
     server = subprocess.Popen([sys.executable, FAKE, "--port", str(port), *flags])
     try:
         cluster.engine_args = ["--engine", "server", "--attach", f"http://127.0.0.1:{port}", "--grace-period", "0"]
@@ -108,6 +108,7 @@ def test_a_server_elsewhere_dies(cluster: Cluster) -> None:
         after = stats(port)
         asked = {name: after[name] - before.get(name, 0) for name in ("model mine", "model other/2")}
         assert asked["model other/2"] == 2, asked
+        assert "takes its name for that of another one model=Other:2" in worker.log
         server.kill()
         server.wait()
         assert worker.wait_gone() == 1

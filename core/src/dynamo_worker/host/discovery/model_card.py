@@ -22,6 +22,7 @@ from dynamo.llm import (
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.host.config.router_modes import ROUTER_MODES
 from dynamo_worker.host.discovery.fleet import STATUS_ADDRESS
+from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ _STRUCTURAL_TAG: Final[Mapping[str, Any]] = MappingProxyType(
 _SERVED: Final = ("chat", "completions", "prefill", "empty")
 #: Longest chat template in bytes; those of models have some tens of thousands at most.
 _MOST_TEMPLATE_BYTES = 1 << 20
+#: How the runtime begins its refusal of a second entry under one key; keys have neither capitals nor punctuation.
+_TAKEN: Final = "model update can"
+
+log = get_logger(__name__)
 
 
 def completed(
@@ -102,7 +107,6 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
     if template is not None:
         named = settings.origin("custom_jinja_template").describe("custom_jinja_template", template)
         _check_template(template, named)
-    apart = [*(info.model_aliases if _is_text(info) else ()), *info.lora_adapters]
     try:
         await register_model(
             _model_input(info),
@@ -121,14 +125,35 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
             max_gpu_lora_count=info.max_loras,
             skip_model_assets=_is_text(info),
         )
-        for name in apart:
+        for name in info.lora_adapters:
             await register_adapter(endpoint, info, name)
     except Exception as error:
         raise StartError(
             f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
             hint="check that the directory has config.json and a tokenizer",
         ) from error
-    return 1 + len(apart)
+    entries = 1 + len(info.lora_adapters)
+    for name in info.model_aliases if _is_text(info) else ():
+        entries += await _register_alias(endpoint, info, name)
+    return entries
+
+
+async def _register_alias(endpoint: Endpoint, info: EngineInfo, name: str) -> bool:
+    """Register another name of a text engine's model; return whether it has an entry of its own.
+
+    :raises StartError: discovery refuses it.
+    """
+    try:
+        await register_adapter(endpoint, info, name)
+    except Exception as error:
+        if _TAKEN not in str(error):
+            raise StartError(f"the model {name!r} cannot be registered: {error}") from error
+        log.warning(
+            "A model is not served: discovery takes its name for that of another one",
+            model=name, next="let their names differ in letters or digits",
+        )  # fmt: skip
+        return False
+    return True
 
 
 async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:
