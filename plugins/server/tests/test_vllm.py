@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conftest import PATIENT
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.fault_table import OF_THE_WORKER, FaultTable
 
@@ -58,7 +59,7 @@ def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     command = f"{PYTHON} -m vllm.entrypoints.openai.api_server --model {vllm_model} {FLAGS}"
     return Subject(
         "server",
-        ["--server-process", "VLLM::EngineCore", "--server-command", command],
+        ["--server-process", "VLLM::EngineCore", "--server-command", command, *PATIENT],
         model="tiny",
         start_seconds=400.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
