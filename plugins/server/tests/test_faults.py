@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from conftest import PATIENT
 from dynamo_worker.testing.fault_table import FaultTable
 
 

@@ -59,7 +59,8 @@ def test_a_life_behind_a_frontend(cluster: Cluster, tmp_path: Path) -> None:
     assert not torn.ok
     assert torn.error is not None
     second.stop()
-    load = cluster.load(4, 300)
+    load = Load(cluster.url, [chat(name, "one two", 300) for name in ("mine", "too") * 2])
+    eventually(load.started, 30, "the streams")
     first.signal(signal.SIGTERM)
     assert first.wait_gone() == 0
     assert all(result.ok for result in load.wait()), load.summary()

@@ -59,7 +59,7 @@ def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     command = f"{PYTHON} -m vllm.entrypoints.openai.api_server --model {vllm_model} {FLAGS}"
     return Subject(
         "server",
-        ["--server-process", "VLLM::EngineCore", "--server-command", command, *PATIENT],
+        ["--server-process", "VLLM::EngineCore", "--server-command", command],
         model="tiny",
         start_seconds=400.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
@@ -80,6 +80,8 @@ def test_serves(cluster: Cluster) -> None:
 
 class TestVllm(FaultTable):
     """Rows that need a particular engine."""
+
+    GRACE = (*FaultTable.GRACE, *PATIENT)
 
 
 @pytest.fixture(autouse=True)
