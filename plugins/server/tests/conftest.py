@@ -38,8 +38,8 @@ FAKE = str(Path(__file__).parent / "fake_server.py")
 LLAMA = str(Path(__file__).parent / "llama_server.py")
 
 
-#: For drains of the fault table: eight streams of a real server may need longer than 30 s on a busy machine.
-PATIENT = ("--termination-grace-period", "70")
+#: For drains of the fault table: eight streams of a real server took a minute on a machine with a load of 25.
+PATIENT = ("--termination-grace-period", "120")
 #: Rows and checks that show again, with this engine, what others of every run show: that of a text engine's drain with
 #: the echo engine, of a death with the row without a drain, of a loop that nothing blocks with engines that could.
 SHOWN_ELSEWHERE = OF_THE_WORKER | {
