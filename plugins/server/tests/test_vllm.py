@@ -64,7 +64,7 @@ def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         start_seconds=400.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
         migrates=False,
-        stream_tokens=1500,
+        stream_tokens=700,
         start_stages=(r"Initializing a V1 LLM engine",),
         stall_timeout=10.0,
     )
