@@ -21,6 +21,11 @@ from dynamo_worker.testing import Cluster, Result, Worker, eventually
 from dynamo_worker.testing.cluster import free_port
 from dynamo_worker.testing.etcd_server import Etcd
 
+from .conftest import FaultyCluster
+
+#: Seconds for which the engine of "--start-fault late" starts.
+LATE = 3.0
+
 pytestmark = pytest.mark.skipif(
     shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)"
 )
@@ -66,6 +71,36 @@ def fleet(cluster: Cluster, etcd: Etcd, **changes: str) -> list[Worker]:
         worker.wait_ready()
     cluster.wait_model()
     return workers
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_away_while_the_engine_starts(cluster: Cluster, faulty: FaultyCluster, etcd: Etcd, emptied: bool) -> None:
+    """Loading a model takes minutes: the worker has been connected, and registers once etcd is back.
+
+    An emptied etcd has lost the runtime's lease.
+    """
+    cluster.start_frontend("--discovery-backend", "etcd", **environment(etcd))
+    worker = faulty.start("--start-fault", "late", **environment(etcd))
+    worker.wait_log("Waiting in the start")
+    etcd.kill()
+    time.sleep(LATE + 3)
+    assert worker.running, worker.log
+    if emptied:
+        etcd.forget()
+    etcd.start()
+    worker.wait_ready()
+    cluster.wait_model()
+    assert cluster.ask(3).ok
+    worker.stop()
+
+
+def test_away_while_the_engine_starts_for_too_long(faulty: FaultyCluster, etcd: Etcd) -> None:
+    worker = faulty.start("--start-fault", "late", "--discovery-timeout", "3", **environment(etcd))
+    worker.wait_log("Waiting in the start")
+    etcd.kill()
+    assert worker.wait_gone() == 4
+    assert re.search(r"Worker stopped code=4 reason=\"?etcd cannot be reached", worker.log)
+    shutil.rmtree(worker.run_dir)  # what could not be withdrawn is left for the next start
 
 
 def leave(etcd: Etcd, how: str, seconds: float, workers: list[Worker]) -> float:

@@ -33,6 +33,8 @@ log = get_logger(__name__)
 
 #: Long enough for every test, short enough to end by itself.
 FOREVER = 100.0
+#: Long enough for a server to go away meanwhile.
+LATE = 3.0
 #: Longer than a health check should take, shorter than it may.
 SLOW = 6.0
 #: Longer than the operator's liveness probe waits, shorter than the heartbeat timeout.
@@ -95,7 +97,7 @@ class FaultyEngine(EchoEngine):
 
     async def start(self, worker_id: int) -> EngineInfo:
         fault = self.args.start_fault
-        if fault in ("block", "gil", "hang"):
+        if fault in ("block", "gil", "hang", "late"):
             log.info("Waiting in the start")
         if fault == "block":
             time.sleep(FOREVER)
@@ -103,6 +105,8 @@ class FaultyEngine(EchoEngine):
             hold_gil(FOREVER)
         elif fault == "hang":
             await asyncio.sleep(FOREVER)
+        elif fault == "late":
+            await asyncio.sleep(LATE)
         elif fault == "error":
             raise StartError("no CUDA-capable device is detected", hint="run it on a machine with a GPU")
         elif fault == "bug":
@@ -234,7 +238,7 @@ class FaultyPlugin:
         group.add_argument("--announce", action="store_true", help="publish KV events and load")
         group.add_argument("--core-waits", choices=["sleep", "spin"], help="answer from processes")
         group.add_argument("--health-asks-rank", action="store_true")
-        group.add_argument("--start-fault", choices=["block", "gil", "hang", "error", "bug"])
+        group.add_argument("--start-fault", choices=["block", "gil", "hang", "late", "error", "bug"])
         group.add_argument("--hook-fault", action="append", default=[], metavar="PLACE=KIND")
 
     @hookimpl

@@ -285,6 +285,7 @@ class Startup:
         parts = self._parts
         handler = RequestHandler(engine, parts.requests, parts.egress, self._callbacks.on_found_dead, kind)
         endpoints = self._endpoints(info)
+        await runtime.await_discovery()
         for spec in endpoints:
             task = runtime.serve(spec, handler.handler(spec))
             task.add_done_callback(partial(self._callbacks.on_endpoint_closed, spec.name))

@@ -44,6 +44,8 @@ _EVENTS_HOST = "DYN_EVENT_PLANE_HOST"
 _HOSTS = (_REQUESTS_HOST, "DYN_TCP_RESPONSE_STREAM_HOST", _EVENTS_HOST)
 #: Seconds for the runtime's own drain. It must never outlast ours, and starts once nothing is in flight.
 _RUNTIME_DRAIN_SECONDS = 2
+#: Seconds for a server to answer after it has refused something.
+_ANSWER_SECONDS = 2.0
 
 
 def stay_on_loopback() -> bool:
@@ -71,6 +73,10 @@ def connect(discovery_backend: str, request_plane: str, event_plane: str | None)
             f"the Dynamo runtime cannot start: {describe(error)}",
             hint="raise the limits of this process: descriptors (ulimit -n), threads (ulimit -u, pids.max), memory",
         ) from error
+
+
+async def _wait_for_servers(settings: WorkerSettings, seconds: float) -> None:
+    await wait_for_servers(settings.discovery_backend, settings.request_plane, settings.event_plane, seconds)
 
 
 class Runtime:
@@ -111,9 +117,7 @@ class Runtime:
         :raises UsageError: the discovery directory cannot be written or is not safe.
         """
         lease_ttl = runtime_lease.prepare(settings.discovery_outage) if settings.discovery_backend == "etcd" else 0
-        await wait_for_servers(
-            settings.discovery_backend, settings.request_plane, settings.event_plane, settings.discovery_timeout
-        )
+        await _wait_for_servers(settings, settings.discovery_timeout)
         where = await topology.read()
         if lease_ttl and await runtime_lease.without_gateway(settings.etcd_lease_ttl):
             lease_ttl = 0
@@ -199,16 +203,32 @@ class Runtime:
         address = None if port is None else _published(self._settings.system_host, port)
         return model_card.completed(info, self._settings, self._topology, address)
 
+    async def await_discovery(self) -> None:
+        """Wait until discovery can take entries of this worker: it may have gone away while the engine started.
+
+        :raises ServerUnreachableError: it does not answer within ``discovery_timeout``.
+        """
+        await _wait_for_servers(self._settings, self._settings.discovery_timeout)
+        if self._settings.discovery_backend == "etcd" and self._lease_ttl:
+            lease = runtime_lease.RuntimeLease(runtime_lease.gateway(), self.worker_id, self._lease_ttl)
+            with contextlib.suppress(OSError):  # it has gone away again, as the registration will find out
+                await asyncio.to_thread(lease.ensure)
+
     async def register(self, info: EngineInfo, *, endpoint: str) -> None:
         """Make the model known to frontends.
 
+        :raises ServerUnreachableError: discovery does not answer any more.
         :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
             or discovery refuses it.
         """
         if info.model_path is None:
             return
         info = self.completed(info)
-        self._models += await model_card.register(self.endpoint(endpoint), info, self._settings)
+        try:
+            self._models += await model_card.register(self.endpoint(endpoint), info, self._settings)
+        except StartError:
+            await _wait_for_servers(self._settings, _ANSWER_SECONDS)  # if they are away, they are the reason
+            raise
         self.discovery.model = info
 
     async def watch_registration(self, on_fatal: Callable[[WorkerError], None]) -> Registration | None:
