@@ -75,6 +75,7 @@ def make(directory: Path, seed: int = 0) -> Path:
         model.model.multi_modal_projector.linear_2.weight.mul_(50)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.0, do_sample=True)
     model.save_pretrained(directory)
+    _name_as_published(directory / "model.safetensors")
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,
@@ -91,3 +92,16 @@ def make(directory: Path, seed: int = 0) -> Path:
     (directory / "processor_config.json").write_text(json.dumps(processor))
     (directory / "preprocessor_config.json").write_text(json.dumps(images))
     return directory
+
+
+def _name_as_published(file: Path) -> None:
+    """Give the weights of the vision tower the names in published models of this family, which engines look for."""
+    from safetensors.torch import load_file, save_file
+
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    weights = load_file(file)
+    save_file(
+        {name if name.startswith(new) else name.replace(old, new): weights[name] for name in weights},
+        file,
+        metadata={"format": "pt"},
+    )

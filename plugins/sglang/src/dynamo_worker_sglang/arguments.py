@@ -10,7 +10,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, forward_pass_metrics, rendezvous, weights
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, media_settings, rendezvous, weights
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     engine_arguments.add_publish_kv_events(group)
     weights.add_enable_rl(group, "DYN_SGL_ENABLE_RL")
     forward_pass_metrics.add_flag(group)
+    media_settings.add_flags(parser)
     group.add_argument(
         "--sglang-trace-level",
         type=int,
