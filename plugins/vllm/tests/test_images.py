@@ -122,7 +122,7 @@ def test_images(cluster: Cluster, vision_model: Path, pictures: str) -> None:
     """One worker: the right answers, the limits, and what one bad request does to others."""
     flags = ["--enable-multimodal", "--publish-kv-events", "--media-allow-network", "127.0.0.0/8"]
     cluster.start_frontend("--router-mode", "kv")
-    (worker,) = cluster.serve(1, *flags, "--block-size", "16")
+    (worker,) = cluster.serve(1, *flags, "--block-size", "32")
     red, blue = data_url(png(RED)), data_url(png(BLUE))
 
     # What is in the images makes the answer, in their order, wherever they come from.

@@ -83,6 +83,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         )
     # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
+    if engine_arguments.switched_on("DYN_SGL_ENABLE_MULTIMODAL"):
+        parser.set_defaults(enable_multimodal=True)
 
 
 def _server_args() -> Any:

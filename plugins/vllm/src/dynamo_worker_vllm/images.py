@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dynamo_worker.engine import Request
     from dynamo_worker.kit.media import LoadedImage
 
-#: vLLM's name for images among the kinds of data that models take.
-_IMAGE: Final = "image"
+#: vLLM's names for images among the kinds of data that models take; the second one has videos, too (Kimi K2.5).
+_IMAGE, _CHUNK = "image", "vision_chunk"
 #: A frontend that routes by images names each with this many hexadecimal digits.
 _ROUTED_DIGITS: Final = 16
 #: How an id from a frontend ends in vLLM's KV events (Dynamo's convention).
@@ -34,8 +34,13 @@ _MOST_ROUTED: Final = 1 << 16
 
 def most_per_request(llm: AsyncLLM) -> int:
     """Return how many images the model takes in one request with these settings; 0 if it takes none."""
+    limits = _limits(llm)
+    return limits.get(_IMAGE) or limits.get(_CHUNK, 0)
+
+
+def _limits(llm: AsyncLLM) -> Mapping[str, int]:
     processor = llm.renderer.mm_processor
-    return 0 if processor is None else int(processor.info.allowed_mm_limits.get(_IMAGE, 0))
+    return {} if processor is None else processor.info.allowed_mm_limits
 
 
 class Preparation:
@@ -43,6 +48,7 @@ class Preparation:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
+        self._kind = _IMAGE if _limits(llm).get(_IMAGE) else _CHUNK
         self._routed: OrderedDict[str, str] = OrderedDict()
 
     async def prompt(self, request: Request, images: Sequence[LoadedImage], cache_salt: str | None) -> Any:
@@ -50,11 +56,13 @@ class Preparation:
 
         :raises InvalidRequestError: prompt and images do not belong together, or vLLM rejects an image.
         """
-        pictures = await asyncio.to_thread(lambda: [image.to_pil() for image in images])
+        pictures: list[Any] = await asyncio.to_thread(lambda: [image.to_pil() for image in images])
+        if self._kind == _CHUNK:
+            pictures = [{"type": "image", "image": picture, "uuid": None} for picture in pictures]
         prompt = TokensPrompt(
             prompt_token_ids=request["token_ids"],
-            multi_modal_data={_IMAGE: pictures},
-            multi_modal_uuids={_IMAGE: self._ids(request, images)},
+            multi_modal_data={self._kind: pictures},
+            multi_modal_uuids={self._kind: self._ids(request, images)},
         )
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt

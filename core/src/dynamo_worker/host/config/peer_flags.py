@@ -258,7 +258,7 @@ _OF_SGLANG: Final = [
         "DYN_SGL_GATEWAY_WORKERS",
         harmless=("1",),
     ),
-    *_rows("refused", "--enable-multimodal", _IMAGES, _SGLANG, switch=True),
+    *_rows("honoured", "--enable-multimodal", f"SGLang's own; {_ACCEPTS_IMAGES}", _SGLANG, switch=True),
     *_rows("refused", "--dedicated-mm-encoder", _ENCODERS, _SGLANG, switch=True),
     *_rows("refused", "--frontend-decoding", _DECODING, _SGLANG, switch=True),
     *_rows("ignored", "--embedding-transfer-mode", _ONLY_ENCODERS, _SGLANG),
