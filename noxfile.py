@@ -54,7 +54,7 @@ def _install(session: nox.Session, *packages: str) -> None:
         session.env.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
     session.env["UV_COMPILE_BYTECODE"] = "1"
     session.env["PYTHONDONTWRITEBYTECODE"] = None
-    session.install("-e", "./core[testing]", *packages)
+    session.install("-e", "./core[media,testing]", *packages)
 
 
 @nox.session
@@ -122,7 +122,8 @@ SECURITY = [
     *(f"tests/unit/supervisor/test_{name}.py" for name in ("report", "run_directory", "shared_memory", "text")),
     *(f"tests/unit/test_{name}.py" for name in ("allowed_paths", "logs")),
     *(f"tests/unit/host/test_{name}.py" for name in ("control_routes", "runtime", "status_server")),
-    *(f"tests/unit/kit/test_{name}.py" for name in ("json_schema", "lora", "translation")),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("json_schema", "lora", "media", "media_hostile", "media_settings")),
+    "tests/unit/kit/test_translation.py",
     "tests/integration",
     # The same once more with the engine in processes of its own: `nightly` has it.
     "--deselect=tests/integration/test_fuzz.py::test_requests[process tree]",

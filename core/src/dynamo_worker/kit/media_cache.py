@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import collections
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from dynamo_worker.kit.media_decoders import DecodedImage
+
+
+#: Bytes that an image takes beside its pixels, so that a million tiny ones do not count as nothing.
+_OVERHEAD: Final = 4096
 
 
 class ImageCache:
@@ -18,14 +22,14 @@ class ImageCache:
     def __init__(self, most: int) -> None:
         """Start empty.
 
-        :param most: bytes of all pixels together; 0 keeps nothing.
+        :param most: bytes of all images together; 0 keeps nothing.
         """
         self._most, self._size = most, 0
         self._images: collections.OrderedDict[tuple[str | None, str], DecodedImage] = collections.OrderedDict()
 
     @property
     def size(self) -> int:
-        """Bytes of all pixels that are kept."""
+        """Bytes of all that is kept."""
         return self._size
 
     def get(self, scope: str | None, content: str) -> DecodedImage | None:
@@ -40,14 +44,18 @@ class ImageCache:
 
     def put(self, scope: str | None, content: str, image: DecodedImage) -> None:
         """Keep an image, if it fits at all."""
-        if image.size > self._most or (scope, content) in self._images:
+        if _size(image) > self._most or (scope, content) in self._images:
             return
         self._images[scope, content] = image
-        self._size += image.size
+        self._size += _size(image)
         while self._size > self._most:
-            self._size -= self._images.popitem(last=False)[1].size
+            self._size -= _size(self._images.popitem(last=False)[1])
 
     def clear(self) -> None:
         """Drop all images; those in use stay until their requests end."""
         self._images.clear()
         self._size = 0
+
+
+def _size(image: DecodedImage) -> int:
+    return image.size + _OVERHEAD

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import resource
 import signal
 import socket
@@ -23,7 +24,7 @@ from dynamo_worker.supervisor import linux
 if TYPE_CHECKING:
     from PIL import Image
 
-#: The formats that are decoded, with Pillow's names. Many phones write several JPEGs into one file (MPO): the first counts.
+#: The formats that are decoded: Pillow's names. Of the JPEGs that phones write into one file (MPO) the first counts.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 ACCEPTED: Final = "PNG, JPEG, WebP or GIF"
 #: Longest message between this process and the worker, in bytes.
@@ -66,8 +67,8 @@ class RefusalError(Exception):
     """Why an image is not decoded: completes "image 2 of 3 (https://host/path): "."""
 
 
-def describe_content(data: bytes | mmap.mmap) -> str:
-    """Return what a file is that is not an accepted image."""
+def describe_content(data: bytes | mmap.mmap) -> str | None:
+    """Return what a file is that is not an accepted image, as far as its first bytes tell."""
     head = bytes(data[:512]).lstrip(b" \t\r\n\xef\xbb\xbf").lower()
     for beginning, name in _OTHERS:
         if head.startswith(beginning):
@@ -77,26 +78,46 @@ def describe_content(data: bytes | mmap.mmap) -> str:
         return "an AVIF image" if brand in (b"avif", b"avis") else "a HEIC image or an MP4 video"
     if head[:4] == b"riff":
         return "a RIFF file that is no WebP image"
-    return "no image that is known here"
+    return None
 
 
 def _opened(data: mmap.mmap, limits: dict[str, Any]) -> Image.Image:
     """Return an image whose header has been read and is within the limits."""
     from PIL import Image, UnidentifiedImageError
 
+    if (size := _webp_size(data[:30])) is not None:  # opening it makes room for its pixels
+        _check_size(*size, limits)
     Image.MAX_IMAGE_PIXELS = max(limits["pixels"] // 2, 1)  # Pillow refuses more than twice of it
     try:
         image = Image.open(data, formats=FORMATS)  # type: ignore[arg-type]
     except UnidentifiedImageError:
         kind = describe_content(data)
-        raise RefusalError(f"it is {kind}, or broken; expected {ACCEPTED}") from None
+        raise RefusalError(f"it is {kind}; expected {ACCEPTED}" if kind else f"it is no valid {ACCEPTED}") from None
     except Image.DecompressionBombError as error:
-        raise RefusalError(f"{_reason(error)}; {_at_most(limits)}") from None
-    if image.width * image.height > limits["pixels"]:
-        raise RefusalError(f"it has {image.width} x {image.height} pixels, {_at_most(limits)}")
-    if image.width < 1 or image.height < 1:
-        raise RefusalError("it has no pixels")
+        pixels = re.search(r"\d+", str(error))
+        raise RefusalError(f"it has {pixels[0] if pixels else 'more'} pixels, {_at_most(limits)}") from None
+    _check_size(image.width, image.height, limits)
     return image
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Return width and height from the first 30 bytes of a WebP image, or None if they do not tell."""
+    kind = head[12:16]
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def _check_size(width: int, height: int, limits: dict[str, Any]) -> None:
+    if width * height > limits["pixels"]:
+        raise RefusalError(f"it has {width} x {height} pixels, {_at_most(limits)}")
+    if width < 1 or height < 1:
+        raise RefusalError("it has no pixels")
 
 
 def _at_most(limits: dict[str, Any]) -> str:

@@ -105,7 +105,10 @@ class FileInMemory:
         :raises OSError: the decoder can still write.
         """
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _FINISHED)
-        return memoryview(mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ))
+        size = os.fstat(self.descriptor).st_size
+        if size <= _STEP:  # a map keeps a descriptor, and a cache may hold many small images
+            return memoryview(os.pread(self.descriptor, size, 0))
+        return memoryview(mmap.mmap(self.descriptor, size, prot=mmap.PROT_READ))
 
     def close(self) -> None:
         """Drop the descriptor; the memory stays as long as somebody reads it."""

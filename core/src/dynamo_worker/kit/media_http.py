@@ -104,6 +104,7 @@ class HttpFetcher:
         """
         self._settings, self._policy, self._threads = settings, policy, threads
         self._session: aiohttp.ClientSession | None = None
+        self._tls: ssl.SSLContext | None = None
 
     def _open_socket(self, address: tuple[Any, ...]) -> socket.socket:
         """Check the address once more, whoever has looked it up: this one is connected to."""
@@ -111,14 +112,16 @@ class HttpFetcher:
         check_address(self._policy, str(place[0]))
         return socket.socket(family, kind, protocol)
 
-    def _client(self) -> aiohttp.ClientSession:
+    async def _client(self) -> aiohttp.ClientSession:
+        if self._tls is None:  # reads all certificates of the system
+            self._tls = await self._threads.call(ssl.create_default_context, limit=self._settings.timeout)
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 resolver=_Resolver(self._policy, self._threads, self._settings.connect_timeout),
                 socket_factory=self._open_socket,
                 use_dns_cache=False,
                 limit=0,  # `fetches` limits them
-                ssl=ssl.create_default_context(),
+                ssl=self._tls,
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,
@@ -164,7 +167,8 @@ class HttpFetcher:
         try:
             if media_urls.is_address(host):  # the client looks no such host up
                 check_address(self._policy, host)
-            async with self._client().get(url, allow_redirects=False) as response:
+            client = await self._client()
+            async with client.get(url, allow_redirects=False) as response:
                 if response.status in _REDIRECTS:
                     location = response.headers.get("Location", "")
                     if not location:

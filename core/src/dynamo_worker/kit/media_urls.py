@@ -96,6 +96,8 @@ def http_url(text: str, hosts: Sequence[str] = ()) -> URL:
     if not host or not port:
         raise MediaError("the URL has no host" if not host else "the URL has port 0")
     host = host.lower()
+    if "[" in authority and ":" not in host:
+        raise MediaError("the host of the URL is in brackets, but no address of IPv6")
     _check_host(host)
     if hosts and not any(_matches(host.rstrip("."), allowed) for allowed in hosts):
         raise MediaError("this worker does not fetch from that host (--media-allow-host)")
