@@ -14,6 +14,7 @@ from PIL import Image
 
 from dynamo_worker.testing import Cluster, eventually
 from dynamo_worker.testing.client import Load, chat
+from dynamo_worker.testing.cluster import post
 from dynamo_worker.testing.tiny_vision_model import TOKENS
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def ask(cluster: Cluster, *parts: str, **options: Any) -> Any:
 
 def refused(cluster: Cluster, *parts: str, **options: Any) -> tuple[int, Any]:
     """Return the HTTP status and the answer to a message with images."""
-    return cluster.chat(**{**body(*parts, **options), "prompt": "", "stream": False})
+    asked = body(*parts, stream=False, **options)
+    return post(f"{cluster.url}/v1/chat/completions", asked)
 
 
 def text(answer: Any) -> str:
@@ -113,11 +115,11 @@ def check_answers(cluster: Cluster, model: Path, pictures: str) -> None:
 
 def check_tokens(cluster: Cluster) -> None:
     """The tokens of an image count, and its keys and values are found again by what is in it."""
-    red, blue = data_url(png(RED)), data_url(png(BLUE))
+    red, new = data_url(png(RED)), data_url(png((200, 200, 0)))
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
     one, two = (ask(cluster, prompt, *images)["usage"]["prompt_tokens"] for images in ((), (red,)))
     assert two == one + TOKENS, (one, two)
-    again, other = (ask(cluster, prompt, image)["usage"]["prompt_tokens_details"] for image in (red, blue))
+    again, other = (ask(cluster, prompt, image)["usage"]["prompt_tokens_details"] for image in (red, new))
     assert again["cached_tokens"] > other["cached_tokens"] > 0, (again, other)
 
 

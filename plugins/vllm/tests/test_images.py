@@ -46,7 +46,7 @@ def subject(subject: Subject, vision_model: Path) -> Subject:
 def test_images(cluster: Cluster, vision_model: Path, tmp_path: Path) -> None:
     """One worker, behind a frontend that routes by images."""
     flags = ["--enable-multimodal", "--publish-kv-events", "--media-allow-network", "127.0.0.0/8"]
-    cluster.start_frontend("--router-mode", "kv")
+    cluster.start_frontend("--router-mode", "kv", DYN_MM_ALLOW_INTERNAL="1")
     (worker,) = cluster.serve(1, *flags, "--block-size", "32")
     with pictures(tmp_path / "pictures") as url:
         check_answers(cluster, vision_model, url)
