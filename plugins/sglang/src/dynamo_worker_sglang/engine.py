@@ -186,6 +186,7 @@ class SglangEngine(PushEngine[Started]):
                 top=translated.top,
                 prompt_top=translated.prompt_top,
                 decode=started.decode,
+                images=bool(references),
             )
             for number in numbers
         ]
