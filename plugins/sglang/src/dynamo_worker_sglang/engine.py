@@ -192,7 +192,7 @@ class SglangEngine(PushEngine[Started]):
         ]
         async with contextlib.AsyncExitStack() as stack:
             pictures: dict[str, Any] = {}
-            if references:
+            if references:  # they count as memory in use to the end: SGLang keeps them with the request
                 loaded = await stack.enter_async_context(self._images.load(request, references))
                 pictures = await images.arguments(loaded)
             await self._run(started, job, answers, ids, pictures)
