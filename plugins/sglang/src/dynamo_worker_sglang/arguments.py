@@ -45,6 +45,7 @@ _OF_ITS_API: Final = (
 #: Flags without effect in a worker, and why.
 _REFUSED: Final = {
     _OF_TOKENIZERS: "the frontend tokenizes and detokenizes",
+    ("allowed_media_domains",): "the worker loads images itself; see --media-allow-host",
     ("allow_auto_truncate",): "it rejects prompts that are too long",
     _OF_ITS_SERVERS: "SGLang's own server does not run here; clients use the Dynamo frontend, operators the status "
     "server (--control-token-file guards its control routes)",
