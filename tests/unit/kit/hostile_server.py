@@ -38,7 +38,7 @@ class HostileServer:
                     while b"\r\n\r\n" not in head and (part := self.request.recv(65_536)):
                         head += part
                     seen.append(head)
-                    path = head.split(b" ")[1].decode() if head.count(b" ") > 1 else "/"
+                    path = head.split(b" ")[1].decode("latin-1") if head.count(b" ") > 1 else "/"
                     name = path.partition("?")[0].strip("/")
                     behaviour = PATHS.get(name.partition("/")[0], _not_found)
                     for piece in behaviour(name):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import gc
 import io
+import mmap
 import os
 import signal
 import socket
@@ -26,9 +28,11 @@ from hostile_files import image
 from hostile_server import HostileServer
 from PIL import Image
 
+from dynamo_worker.allowed_paths import AllowedPaths
 from dynamo_worker.errors import InvalidRequestError, StartError
 from dynamo_worker.kit import media_threads
 from dynamo_worker.kit.media import LoadedImage, Media
+from dynamo_worker.kit.media_decoders import FileInMemory
 from dynamo_worker.kit.media_requests import MediaReference, images
 from dynamo_worker.kit.media_settings import MediaSettings
 
@@ -76,7 +80,7 @@ async def load(media: Media, *urls: str, scope: str | None = None) -> list[Loade
         return loaded
 
 
-async def until(condition: Any, seconds: float = 20.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -271,13 +275,20 @@ def test_limits_of_a_request_name_their_flags(server: HostileServer) -> None:
     asyncio.run(check())
 
 
+def limited(media: Media, timeout: float) -> None:
+    """Change what requests have from now on."""
+    media._parts = media._parts._replace(settings=dataclasses.replace(media._parts.settings, timeout=timeout))
+
+
 def test_who_finds_no_memory_waits_for_it_and_migrates_if_there_is_none_in_time() -> None:
     first, second = data_url(hostile_files.png(500, 700)), data_url(hostile_files.png(700, 500))
 
     async def compete(media: Media) -> None:
         async with media.load(references(first)):
-            with pytest.raises(WorkerUnavailable, match=r"no room for media within 2 s.*--media-memory-mib"):
+            limited(media, 1.0)
+            with pytest.raises(WorkerUnavailable, match=r"no room for media within 1 s.*--media-memory-mib"):
                 await load(media, second)
+            limited(media, 60.0)
             waiting = asyncio.ensure_future(load(media, second))
             await asyncio.sleep(0.3)
             assert not waiting.done()
@@ -285,7 +296,7 @@ def test_who_finds_no_memory_waits_for_it_and_migrates_if_there_is_none_in_time(
 
     async def check() -> None:
         settings = {"max_pixels": 400_000, "memory": 2 * MIB, "max_bytes": 10_000, "max_request_bytes": 100_000}
-        async with media_with(**settings, timeout=2.0) as media:
+        async with media_with(**settings) as media:
             await media.start()
             await compete(media)
             assert media._parts.pixels.free == media._parts.pixels.most
@@ -317,12 +328,12 @@ def test_a_file_that_outgrows_the_memory_migrates(server: HostileServer) -> None
 
 def test_a_decoder_that_hangs_harms_only_its_request() -> None:
     async def check() -> None:
-        async with media_with(decode_timeout=1.5, decoders=2) as media:
+        async with media_with(decode_timeout=4, decoders=2) as media:
             await media.start()
             hanging = asyncio.ensure_future(load(media, data_url(HANGS)))
             await asyncio.sleep(0.2)
             assert (await load(media, data_url(image())))[0].width == 64
-            with pytest.raises(InvalidRequestError, match=r"takes more than 1.5 s \(--media-decode-timeout\)"):
+            with pytest.raises(InvalidRequestError, match=r"takes more than 4 s \(--media-decode-timeout\)"):
                 await hanging
             assert len(media.processes()) == 1
             assert (await load(media, data_url(image("JPEG"))))[0].width == 64
@@ -330,22 +341,33 @@ def test_a_decoder_that_hangs_harms_only_its_request() -> None:
     asyncio.run(check())
 
 
-def test_a_decoder_that_dies_harms_only_its_request(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_that_ends_two_decoders_harms_only_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    async def crash(media: Media, number: signal.Signals) -> None:
+        await until(lambda: media.processes())
+        (pid,) = media.processes()
+        await until(lambda: psutil.Process(pid).cpu_times().user > 0.5)  # it decodes
+        os.kill(pid, number)
+        await until(lambda: pid not in media.processes())
+
     async def check() -> None:
-        async with media_with(decode_timeout=60) as media:
+        async with media_with(decode_timeout=100, timeout=100) as media:
             await media.start()
-            (pid,) = media.processes()
             hanging = asyncio.ensure_future(load(media, data_url(HANGS)))
-            await until(lambda: psutil.Process(pid).cpu_times().user > 0.5)
-            os.kill(pid, signal.SIGSEGV)
-            with pytest.raises(InvalidRequestError, match=r"the image .*: it has ended its decoder"):
+            await crash(media, signal.SIGSEGV)
+            await crash(media, signal.SIGKILL)
+            with pytest.raises(InvalidRequestError, match=r"the image .*: it has ended its decoder, and another one"):
                 await hanging
-            assert "A decoder for images has ended" in caplog.text
+            assert caplog.text.count("A decoder for images has ended") == 2
             assert (await load(media, data_url(image())))[0].width == 64
             (pid,) = media.processes()
+            for number in (signal.SIGINT, signal.SIGTERM):  # for the worker, or its whole group
+                os.kill(pid, number)
+            assert (await load(media, data_url(image("JPEG"))))[0].width == 64
+            assert media.processes() == [pid]
             os.kill(pid, signal.SIGKILL)  # while it is idle
-            psutil.wait_procs([psutil.Process(pid)], timeout=0.1)
+            await until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
             assert (await load(media, data_url(image("GIF"))))[0].width == 64
+            assert "An idle decoder for images has ended" in caplog.text
 
     asyncio.run(check())
 
@@ -373,6 +395,24 @@ def test_memory_that_a_decoder_asks_for_has_a_bound() -> None:
             assert now < most < now + 256 * MIB
 
     asyncio.run(check())
+
+
+def test_nobody_changes_what_somebody_else_reads() -> None:
+    target = FileInMemory()
+    with contextlib.closing(target):
+        target.resize(2 * MIB)
+        with mmap.mmap(target.descriptor, 2 * MIB) as writing:
+            writing[:3] = b"abc"
+            with pytest.raises(OSError, match="busy"):
+                target.finished()  # a decoder that could still write
+        pixels = target.finished()
+        with pytest.raises(PermissionError):
+            os.pwrite(target.descriptor, b"x", 0)
+        with pytest.raises(PermissionError):  # whoever reads beyond the end of a file gets SIGBUS
+            os.ftruncate(target.descriptor, 0)
+        with pytest.raises(PermissionError):
+            mmap.mmap(target.descriptor, 2 * MIB)
+        assert bytes(pixels[:3]) == b"abc"
 
 
 def test_decoders_end_with_a_worker_that_is_killed() -> None:
@@ -418,7 +458,7 @@ def test_a_client_that_leaves_ends_its_download_and_its_decoder(server: HostileS
             await media.start()
             (pid,) = media.processes()
             task = asyncio.ensure_future(load(media, data_url(HANGS) if url == "hangs" else server.url + url))
-            await asyncio.sleep(1)
+            await until(lambda: psutil.Process(pid).cpu_times().user > 0.5 if url == "hangs" else server.requests)
             begin = time.monotonic()
             task.cancel()
             await asyncio.wait({task})
@@ -560,6 +600,15 @@ def test_lookups_that_hang_keep_few_threads(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(check())
 
 
+def test_a_connection_that_does_not_come_about_has_a_limit(server: HostileServer) -> None:
+    async def check() -> None:
+        async with media_with(connect_timeout=0.5) as media:
+            with pytest.raises(InvalidRequestError, match=r"no connection to 127.0.0.1 within 0.5 s"):
+                await load(media, f"https://127.0.0.1:{server.port}/")  # it waits for a request, not for TLS
+
+    asyncio.run(check())
+
+
 def test_certificates_are_checked_for_the_name_of_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -597,5 +646,21 @@ def test_files_below_an_allowed_directory_are_read(tmp_path: Path) -> None:
         async with media_with(paths=(str(tmp_path),)) as media:
             for name in ("a%20b.png", "link.png", "x/../a%20b.png"):
                 assert (await load(media, f"file://{tmp_path}/{name}"))[0].data == image()
+
+    asyncio.run(check())
+
+
+def test_a_link_that_appears_after_the_check_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "x.png").write_bytes(image())
+    (tmp_path / "images").symlink_to(tmp_path / "secret")
+    (tmp_path / "x.png").symlink_to(tmp_path / "secret" / "x.png")
+
+    async def check() -> None:
+        async with media_with(paths=(str(tmp_path),)) as media:
+            for path, why in (("images/x.png", "changed its place"), ("x.png", "cannot be read")):
+                monkeypatch.setattr(AllowedPaths, "to_fetch", lambda *_, at=path: str(tmp_path / at))
+                with pytest.raises(InvalidRequestError, match=why):
+                    await load(media, f"file://{tmp_path}/{path}")
 
     asyncio.run(check())

@@ -334,6 +334,7 @@ def table(found: list[tuple[str, str, str]]) -> None:
         print(f"  {shown[:48]:48}  {reason.partition('): ')[2][:110]}")
 
 
+@pytest.mark.timeout(300)
 def test_everything_hostile_is_refused_by_name(
     server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,7 +202,8 @@ def main() -> int:
     if not linux.on_parent_death(signal.SIGKILL, int(sys.argv[2])):
         return 1
     linux.set_name("media-decoder")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the worker, though a whole group may get them
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     warnings.simplefilter("ignore")
     try:

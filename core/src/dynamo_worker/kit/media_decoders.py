@@ -177,20 +177,29 @@ class Decoders:
             target.close()
 
     async def _ask(self, job: str, descriptors: list[int], waits: Callable[[str | None], None]) -> dict[str, Any]:
+        try:
+            answer = await self._once(job, descriptors, waits)
+        except _EndedError:  # perhaps for another reason than this image
+            try:
+                answer = await self._once(job, descriptors, waits)
+            except _EndedError:
+                raise MediaError("it has ended its decoder, and another one") from None
+        if "refused" in answer:
+            raise MediaError(str(answer["refused"])[:500])
+        return answer
+
+    async def _once(self, job: str, descriptors: list[int], waits: Callable[[str | None], None]) -> dict[str, Any]:
         limits = {"job": job, "pixels": self._settings.max_pixels, "frames": self._settings.max_frames}
         async with self._decoder(waits) as decoder:
             try:
-                answer = await asyncio.wait_for(decoder.ask(limits, descriptors), self._settings.decode_timeout)
+                return await asyncio.wait_for(decoder.ask(limits, descriptors), self._settings.decode_timeout)
             except asyncio.TimeoutError:
                 why = f"decoding it takes more than {self._settings.decode_timeout:g} s (--media-decode-timeout)"
                 raise MediaError(why) from None
             except (_EndedError, OSError, ValueError):
                 how = await decoder.end()
                 log.warning("A decoder for images has ended", how=how, next="another decoder")
-                raise MediaError("it has ended its decoder") from None
-        if "refused" in answer:
-            raise MediaError(str(answer["refused"])[:500])
-        return answer
+                raise _EndedError from None
 
     @contextlib.asynccontextmanager
     async def _decoder(self, waits: Callable[[str | None], None]) -> AsyncIterator[_Decoder]:

@@ -120,6 +120,8 @@ class HttpFetcher:
                 resolver=_Resolver(self._policy, self._threads, self._settings.connect_timeout),
                 socket_factory=self._open_socket,
                 use_dns_cache=False,
+                # No host may prepare an answer for somebody else's request, nor keep descriptors.
+                force_close=True,
                 limit=0,  # `fetches` limits them
                 ssl=self._tls,
             )
