@@ -89,8 +89,8 @@ def test_abbreviations_are_the_engines_own(parser: EngineParser, flag: str) -> N
         (["--enable-d", "x"], "--enable-d is ambiguous: it may stand for "),
         (["--disaggregation-mode", "encode"], "--disaggregation-mode encode is not supported"),
         (["--load-format", "gms"], "--load-format gms is not supported"),
-        (["--dedicated-mm-encoder"], "--dedicated-mm-encoder is not supported: this worker encodes the images"),
-        (["--frontend-decoding"], "--frontend-decoding is not supported: this worker loads and decodes images itself"),
+        (["--enable-multimodal"], "--enable-multimodal is not supported"),
+        (["--dedicated-mm-encoder"], "--dedicated-mm-encoder is not supported"),
     ],
 )
 def test_refusals(parser: EngineParser, words: list[str], message: str | None) -> None:

@@ -131,7 +131,7 @@ def test_the_flag_of_somebody_elses_engine_is_its_own():
         ("vllm", "DYN_VLLM_EMBEDDING_WORKER", "true"),
         ("vllm", "DYN_BENCHMARK_MODE", "agg"),
         ("vllm", "DYN_CONNECTOR", "nixl"),
-        ("sglang", "DYN_SGL_DEDICATED_MM_ENCODER", "1"),
+        ("sglang", "DYN_SGL_ENABLE_MULTIMODAL", "1"),
         ("sglang", "DYN_SGL_GATEWAY_WORKERS", "4"),
         ("trtllm", "DYN_TRTLLM_ENABLE_MULTIMODAL", "on"),
         ("echo", "DYN_SNAPSHOT_CONTROL_DIR", "/s"),

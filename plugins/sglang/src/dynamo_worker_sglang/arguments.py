@@ -10,7 +10,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, forward_pass_metrics, media_settings, rendezvous, weights
+from dynamo_worker.kit import engine_arguments, forward_pass_metrics, rendezvous, weights
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ _OF_ITS_API: Final = (
 #: Flags without effect in a worker, and why.
 _REFUSED: Final = {
     _OF_TOKENIZERS: "the frontend tokenizes and detokenizes",
-    ("allowed_media_domains",): "the worker loads images itself; see --media-allow-host",
     ("allow_auto_truncate",): "it rejects prompts that are too long",
     _OF_ITS_SERVERS: "SGLang's own server does not run here; clients use the Dynamo frontend, operators the status "
     "server (--control-token-file guards its control routes)",
@@ -62,7 +61,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     engine_arguments.add_publish_kv_events(group)
     weights.add_enable_rl(group, "DYN_SGL_ENABLE_RL")
     forward_pass_metrics.add_flag(group)
-    media_settings.add_flags(parser)
     group.add_argument(
         "--sglang-trace-level",
         type=int,
@@ -84,8 +82,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         )
     # SGLang's default port is the same for all workers of a machine.
     parser.set_defaults(disaggregation_bootstrap_port=None)
-    if engine_arguments.switched_on("DYN_SGL_ENABLE_MULTIMODAL"):
-        parser.set_defaults(enable_multimodal=True)
 
 
 def _server_args() -> Any:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynamo_worker import EngineDeadError, EngineInfo
-from dynamo_worker.kit import engine_processes, media_settings, push_engine, request_metadata
+from dynamo_worker.kit import engine_processes, push_engine, request_metadata
 from dynamo_worker.kit.blocking import OneAtATime
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.fields import section
-from dynamo_worker.kit.image_requests import ImageRequests
 from dynamo_worker.kit.push_engine import Job, PushEngine
-from dynamo_worker_sglang import arguments, images, load, nodes
+from dynamo_worker_sglang import arguments, load, nodes
 from dynamo_worker_sglang.control import Control
 from dynamo_worker_sglang.disaggregation import Role
 from dynamo_worker_sglang.load import LoadReader
@@ -35,7 +34,7 @@ from dynamo_worker_sglang.sampling import SamplingTable
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
@@ -88,8 +87,6 @@ class SglangEngine(PushEngine[Started]):
         self._state = OneAtATime(lambda: self.started.manager.get_internal_state())
         #: SGLang's ids of each request's answers.
         self._answers: dict[str, list[str]] = {}
-        # SGLang's own --enable-multimodal decides whether the model takes images.
-        self._images = ImageRequests(media_settings.from_arguments(args), enabled=True)
 
     async def launch(self) -> Started:
         """Start SGLang's processes and wait until the model is loaded.
@@ -103,7 +100,6 @@ class SglangEngine(PushEngine[Started]):
         settings = config.resolved_dict()
         manager: Manager = self._processes.tokenizer_manager
         manager.auto_create_handle_loop()
-        await self._images.start(settings["served_model_name"], images.most_per_request(manager, settings))
         table = SamplingTable(
             {**manager.model_config.get_default_sampling_params(), **(manager.preferred_sampling_params or {})},
             _context_length(manager),
@@ -170,7 +166,6 @@ class SglangEngine(PushEngine[Started]):
         if manager.failure is not None:
             raise EngineDeadError(manager.failure)
         await started.control.admit()
-        references = self._images.references(request)
         if translated.meeting is not None:
             # The router forwards the request to a decode worker as soon as it knows where the two meet.
             job.send({"token_ids": [], "index": 0, "disaggregated_params": translated.meeting})
@@ -186,23 +181,9 @@ class SglangEngine(PushEngine[Started]):
                 top=translated.top,
                 prompt_top=translated.prompt_top,
                 decode=started.decode,
-                images=bool(references),
             )
             for number in numbers
         ]
-        async with contextlib.AsyncExitStack() as stack:
-            pictures: dict[str, Any] = {}
-            if references:  # they count as memory in use to the end: SGLang keeps them with the request
-                loaded = await stack.enter_async_context(self._images.load(request, references))
-                pictures = await images.arguments(loaded)
-            await self._run(started, job, answers, ids, pictures)
-
-    async def _run(
-        self, started: Started, job: Job, answers: Sequence[Answer], ids: Sequence[str], pictures: Mapping[str, Any]
-    ) -> None:
-        """Run a request, once for each of its answers."""
-        manager, request = started.manager, job.request
-        translated: Translated = job.params
         requests = [
             GenerateRequest(
                 rid=rid,
@@ -211,13 +192,12 @@ class SglangEngine(PushEngine[Started]):
                 stream=True,
                 lora_path=None if job.lora is None else job.lora.name,
                 answer=answer,
-                **pictures,
                 **translated.options,
                 **_routing(started, request, job.context),
             )
             for rid, answer in zip(ids, answers, strict=True)
         ]
-        self._answers[job.context.id()] = list(ids)
+        self._answers[request_id] = ids
         try:
             if len(requests) == 1:
                 await manager.run(requests[0])
@@ -236,7 +216,7 @@ class SglangEngine(PushEngine[Started]):
                     task.cancel()
                 await asyncio.wait(tasks)
         finally:
-            self._answers.pop(job.context.id(), None)
+            self._answers.pop(request_id, None)
 
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request."""
@@ -304,7 +284,6 @@ class SglangEngine(PushEngine[Started]):
     async def shutdown(self, deadline: Deadline) -> None:
         """Kill SGLang's processes: they hold nothing that needs an orderly shutdown, and ignore SIGTERM."""
         self._state.cancel()
-        await self._images.close()
         self.stop()
         processes, self._processes = self._processes, None
         if processes is not None:

@@ -38,17 +38,14 @@ class Answer(answer.Answer):
         top: int | None = None,
         prompt_top: int | None = None,
         decode: Callable[[int], str | None] = no_text,
-        images: bool = False,
     ) -> None:
         """Start an answer.
 
         :param index: number of the answer.
-        :param prompt_tokens: those of the request; images become more tokens, of which SGLang's information tells.
         :param stop_tokens: the client's stop tokens; only these are reported as the stop reason.
         :param top: number of likeliest tokens reported with each, negative for all; None for no log-probabilities.
         :param prompt_top: the same for the prompt.
         :param decode: returns the text of a token.
-        :param images: whether the prompt has images.
         """
         super().__init__(send)
         self._index = index
@@ -61,8 +58,7 @@ class Answer(answer.Answer):
         self._state: Any = None
         #: Whether the scheduler has the request.
         self.submitted = False
-        #: Whether what SGLang says beside the tokens is not needed.
-        self.plain = top is None and prompt_top is None and not images
+        self.plain = top is None and prompt_top is None
 
     def follow(self, state: Any) -> None:
         """Take the place of the event in SGLang's record of the request."""
@@ -106,8 +102,7 @@ class Answer(answer.Answer):
                     chunk["finish_reason"] = reason["type"]
                     if reason.get("matched") in self._stop_tokens:
                         chunk["stop_reason"] = reason["matched"]
-                prompt_tokens = self._prompt_tokens if meta is None else meta.get("prompt_tokens", self._prompt_tokens)
-                chunk["completion_usage"] = usage(prompt_tokens, self._completion_tokens, cached_tokens)
+                chunk["completion_usage"] = usage(self._prompt_tokens, self._completion_tokens, cached_tokens)
                 if meta is not None and self._prompt_top is not None:
                     chunk["engine_data"] = {"prompt_logprobs": self._prompt_logprobs(meta)}
             self.send(chunk)

@@ -9,7 +9,7 @@ import msgspec
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, CustomParamValue, SamplingParams
 
 from dynamo_worker import InvalidRequestError
-from dynamo_worker.kit import fields, guided_decoding, image_requests, request_metadata, translation
+from dynamo_worker.kit import fields, guided_decoding, request_metadata, translation
 from dynamo_worker.kit import request_limits as limits
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
@@ -77,7 +77,7 @@ TABLE: Final = RequestTable.of_engine(
         "custom_params": ("custom_params", _custom_params),
         "custom_logit_processor": ("custom_logit_processor", _custom_logit_processor),
     },
-    handled=("require_reasoning", "kv_hint", "bootstrap_info", *image_requests.FIELDS),
+    handled=("require_reasoning", "kv_hint", "bootstrap_info"),
 )
 
 #: Parameters of ``GenerateReqInput`` rather than of ``SamplingParams``.

@@ -76,9 +76,10 @@ _OWN_ENCODER: Final = "images go through the encoder of the model; leave it out,
 _ACCEPTS_IMAGES: Final = "images; requests with video or audio are refused"
 _EMBEDDINGS: Final = _OTHER_WORKER.format("embeddings, reranking and classification")
 _DIFFUSION: Final = _OTHER_WORKER.format("images and videos that a model makes")
-_ENCODE: Final = {
+_ENCODE: Final = {"encode": "this worker serves text generation only; use Dynamo's own worker for encoders"}
+_ENCODE_VLLM: Final = {
     "encode": "workers here encode the images of their requests themselves; start no encode worker, and leave "
-    "--route-to-encoder and --dedicated-mm-encoder out"
+    "--route-to-encoder out"
 }
 _GMS: Final = {"gms": "this worker does not use Dynamo's GPU memory service; leave --load-format out, or use `auto`"}
 _ROUTER: Final = "a worker here advertises no routing of its own; give it to the frontend"
@@ -176,7 +177,9 @@ _ROUTING: Final = [
 ]
 
 _OF_VLLM: Final = [
-    PeerFlag("--disaggregation-mode", "honoured", _MODES, (_VLLM,), "DYN_VLLM_DISAGGREGATION_MODE", refuses=_ENCODE),
+    PeerFlag(
+        "--disaggregation-mode", "honoured", _MODES, (_VLLM,), "DYN_VLLM_DISAGGREGATION_MODE", refuses=_ENCODE_VLLM
+    ),
     PeerFlag("--headless", "honoured", "", (_VLLM,), "DYN_VLLM_HEADLESS", switch=True),
     *_honoured("--enable-rl", _VLLM, text="with the routes for weights", env="DYN_ENABLE_RL", switch=True),
     PeerFlag("--load-format", "honoured", "`gms` is refused", (_VLLM,), refuses=_GMS),
@@ -258,9 +261,7 @@ _OF_SGLANG: Final = [
         "DYN_SGL_GATEWAY_WORKERS",
         harmless=("1",),
     ),
-    *_rows("honoured", "--enable-multimodal", f"SGLang's own; {_ACCEPTS_IMAGES}", _SGLANG, switch=True),
-    *_rows("refused", "--dedicated-mm-encoder", _ENCODERS, _SGLANG, switch=True),
-    *_rows("refused", "--frontend-decoding", _DECODING, _SGLANG, switch=True),
+    *_rows("refused", "--enable-multimodal --dedicated-mm-encoder --frontend-decoding", _IMAGES, _SGLANG, switch=True),
     *_rows("ignored", "--embedding-transfer-mode", _ONLY_ENCODERS, _SGLANG),
     *_rows("refused", "--embedding-worker --rerank-worker", _EMBEDDINGS, _SGLANG, switch=True),
     *_rows("refused", "--image-diffusion-worker --video-generation-worker", _DIFFUSION, _SGLANG, switch=True),
