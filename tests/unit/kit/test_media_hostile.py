@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import os
 import socket
 import threading
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 #: How many are tried at a time.
 AT_A_TIME = 12
-#: Most CPU time of the event loop at once, in seconds.
-MOST_BLOCKED = 0.05
+#: Most CPU time of the event loop at once, in seconds: 7 ms were measured, 49 with twenty threads for each core.
+MOST_BLOCKED = 0.1
 #: Growth of the worker's memory while everything hostile is tried, and after it, in bytes. What is in flight at a time
 #: may have AT_A_TIME times 1 MiB, twice.
 MOST_GROWTH, MOST_KEPT = 64 * 2**20, 24 * 2**20
@@ -353,6 +354,8 @@ def test_everything_hostile_is_refused_by_name(
             async with media.load([MediaReference(1, 1, f"{server.url}/{path}")]) as images:
                 assert images[0].data == hostile_files.image(), name
         await refusals(media, cases[::7])
+        gc.collect()
+        gc.freeze()  # what pytest has is not ours to look through
         before = watch.memory()
         watch.most = watch.longest = 0
         found = await refusals(media, cases)
@@ -362,6 +365,7 @@ def test_everything_hostile_is_refused_by_name(
         for data in hostile_files.FINE.values():
             async with media.load([MediaReference(1, 1, data_url(data))]) as images:
                 assert images[0].data == data
+        gc.unfreeze()
         await media.close()
         await slow.close()
         return found, before, after
