@@ -56,6 +56,14 @@ class FaultTable:
         """Return the subject's arguments and the tests' grace period."""
         return [*subject.args, *self.GRACE]
 
+    @pytest.fixture(autouse=True)
+    def explained(self, cluster: Cluster) -> Iterator[None]:
+        """After each row, check that the flight record explains the end of each worker that has ended."""
+        yield
+        for worker in cluster.workers:
+            if not worker.running:
+                worker.check_explained()
+
     @pytest.fixture
     def start(self, cluster: Cluster) -> Start:
         """Return a function that starts workers behind a frontend, and waits until each has completed a request."""
