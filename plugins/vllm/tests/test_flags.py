@@ -80,7 +80,8 @@ def test_words(parser: EngineParser, words: list[str], name: str, value: object)
         (["--enable-l", "x"], "--enable-l is ambiguous: it may stand for "),
         (["--disaggregation-mode", "encode"], "^--disaggregation-mode encode is not supported"),
         (["--load-format", "gms"], "^--load-format gms is not supported"),
-        (["--enable-multimodal"], "^--enable-multimodal is not supported"),
+        (["--route-to-encoder"], "^--route-to-encoder is not supported: .* start no encode worker"),
+        (["--frontend-decoding"], "^--frontend-decoding is not supported: .* loads and decodes images itself"),
     ],
 )
 def test_refusals(parser: EngineParser, words: list[str], message: str) -> None:

@@ -75,7 +75,7 @@ def test_ignored_flags_vanish_with_their_values(engine):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--no-enable-multimodal"],
+        ["--no-route-to-encoder"],
         ["--embedding-worker-processes", "1"],
         ["--embedding-worker-processes=1"],
         ["--output-modalities", "text"],

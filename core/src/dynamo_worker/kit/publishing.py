@@ -115,11 +115,29 @@ class KvEvents(NamedTuple):
     :param sources: the ZMQ address of each data-parallel rank; a wildcard host means this machine.
     :param topic: of the ZMQ messages.
     :param block_size: tokens in one block.
+    :param image_token: the token of an image in a prompt, for routers that know which worker has an image
+        (:func:`image_token`); None if they do not.
     """
 
     sources: Mapping[int, str]
     topic: str
     block_size: int
+    image_token: int | None = None
+
+
+def image_token(model: str, directory: str) -> int | None:
+    """Return the token in whose place routers put what identifies an image.
+
+    :param model: the name under which the model is registered, or its path.
+    :param directory: of its configuration and tokenizer.
+    :returns: None if frontends do not route this model's requests by images.
+    """
+    try:
+        from dynamo._core import resolve_routing_image_token_id
+    except ImportError:  # a runtime that was built without this
+        return None
+    token: int | None = resolve_routing_image_token_id(model, directory)
+    return token
 
 
 def publish_kv_events(endpoint: Endpoint, events: KvEvents) -> list[KvEventPublisher]:
@@ -138,6 +156,7 @@ def publish_kv_events(endpoint: Endpoint, events: KvEvents) -> list[KvEventPubli
                 enable_local_indexer=True,
                 zmq_endpoint=address,
                 zmq_topic=events.topic,
+                image_token_id=events.image_token,
             )
         )
         log.info("KV events are published", rank=rank, source=address)

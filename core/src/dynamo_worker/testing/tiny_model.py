@@ -6,7 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -17,26 +20,10 @@ def make(directory: Path, seed: int = 0) -> Path:
     :param seed: of the random weights; another seed makes another model with the same tokenizer.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|bos|>", "<|eos|>", "<|pad|>"]
-    tokenizer.train_from_iterator(
-        ["The quick brown fox jumps over the lazy dog. "] * 20,
-        trainers.BpeTrainer(
-            vocab_size=512,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[2]
-    )
+    wrapped = trained_tokenizer()
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(directory)
     torch.manual_seed(seed)
@@ -56,7 +43,7 @@ def make(directory: Path, seed: int = 0) -> Path:
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for token in range(len(wrapped)):
-            if not _readable(wrapped.decode([token])):
+            if not readable(wrapped.decode([token])):
                 model.lm_head.weight[token] = 0
     # Greedy by default, which avoids the tokens whose weights are zero: unreadable ones and the end of the text.
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.0, do_sample=True)
@@ -143,6 +130,33 @@ def make_adapter(directory: Path) -> Path:
     return directory
 
 
-def _readable(text: str) -> bool:
+def trained_tokenizer(special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the tiny models.
+
+    :param special: further special tokens, after those for the begin and the end of a text and for padding.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    begin, end, pad = "<|bos|>", "<|eos|>", "<|pad|>"
+    tokenizer.train_from_iterator(
+        ["The quick brown fox jumps over the lazy dog. "] * 20,
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=[begin, end, pad, *special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    names = {"bos_token": begin, "eos_token": end, "pad_token": pad}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **names, **({"extra_special_tokens": [*special]} if special else {})
+    )
+
+
+def readable(text: str) -> bool:
     """Return whether a token is visible text: not a special token, and not part of a character."""
     return text.isascii() and text.isprintable() and text.strip() != "" and not text.startswith("<|")

@@ -210,7 +210,7 @@ class Translation(ABC):
         with pytest.raises(InvalidRequestError, match=f"{section}: expected an object"):
             self.translated(**{section: [1]})
 
-    @pytest.mark.parametrize("name", ["prompt_embeds", "multi_modal_data", "encoder_result", "something_new"])
+    @pytest.mark.parametrize("name", ["prompt_embeds", "mm_processor_kwargs", "encoder_result", "something_new"])
     def test_what_a_text_model_cannot_do(self, name: str) -> None:
         with pytest.raises(InvalidRequestError, match=name):
             self.translated(**{name: {"image": "x"}})

@@ -7,7 +7,15 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker import StartError
-from dynamo_worker.kit import engine_arguments, forward_pass_metrics, own_address, rendezvous, weights
+from dynamo_worker.kit import (
+    engine_arguments,
+    forward_pass_metrics,
+    image_requests,
+    media_settings,
+    own_address,
+    rendezvous,
+    weights,
+)
 from dynamo_worker_vllm import disaggregation, waiting
 
 if TYPE_CHECKING:
@@ -18,6 +26,8 @@ if TYPE_CHECKING:
 #: The variable with the address at which NIXL's other side asks for the blocks of this one.
 NIXL_HOST: Final = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 
+#: Flags about images that vLLM would fetch itself.
+_OF_ITS_FETCH: Final = ("allowed_local_media_path", "allowed_media_domains", "media_io_kwargs")
 #: Flags that only vLLM's own server reads (0.31).
 _OF_ITS_SERVER: Final = ("interleave_mm_strings", "default_mm_loras", "data_parallel_multi_port_external_lb")
 
@@ -40,6 +50,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     engine_arguments.add_publish_kv_events(group)
     weights.add_enable_rl(group, "DYN_ENABLE_RL")
     forward_pass_metrics.add_flag(group)
+    image_requests.add_flag(group, "DYN_VLLM_ENABLE_MULTIMODAL")
+    media_settings.add_flags(parser)
     group.add_argument(
         "--headless",
         action="store_true",
@@ -67,6 +79,8 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
 
     why = "vLLM's own server does not run here; the Dynamo frontend serves the OpenAI API"
     engine_arguments.refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
+    why = "the worker loads images itself; see --media-allow-path and --media-allow-host"
+    engine_arguments.refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_FETCH, why)
     args.served_model_name = engine_arguments.served_names(args.served_model_name) or None
     os.environ[waiting.MARK] = "1"
     alone = on_one_machine(args)

@@ -18,16 +18,24 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
 from dynamo_worker.engine import LocalContext
-from dynamo_worker.kit import child_metrics, engine_processes, forward_pass_metrics, push_engine, request_metadata
+from dynamo_worker.kit import (
+    child_metrics,
+    engine_processes,
+    forward_pass_metrics,
+    media_settings,
+    push_engine,
+    request_metadata,
+)
 from dynamo_worker.kit.blocking import in_thread
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.child_metrics import ChildCollector
 from dynamo_worker.kit.chunks import token_decoder
 from dynamo_worker.kit.deferred_aborts import DeferredAborts
 from dynamo_worker.kit.engine_processes import EngineProcesses
+from dynamo_worker.kit.image_requests import ImageRequests
 from dynamo_worker.kit.push_engine import Job, PushEngine
 from dynamo_worker.logs import get_logger
-from dynamo_worker_vllm import arguments, load, outputs, sampling
+from dynamo_worker_vllm import arguments, images, load, outputs, sampling
 from dynamo_worker_vllm.control import Control, lora_request
 from dynamo_worker_vllm.disaggregation import Role
 from dynamo_worker_vllm.outputs import FINISH_REASONS, OutputReader
@@ -36,13 +44,15 @@ from dynamo_worker_vllm.runtime_data import runtime_data
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from prometheus_client import CollectorRegistry
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
     from dynamo_worker import Deadline, EngineContext, Request
+    from dynamo_worker.engine import Chunk
+    from dynamo_worker.kit.media_requests import MediaReference
     from dynamo_worker.kit.publishing import KvEvents
     from dynamo_worker_vllm.outputs import DeltaProcessor
 
@@ -72,6 +82,7 @@ class Started(push_engine.Started):
     :ivar processor: the fast path for plain requests; None if this version of vLLM has none.
     :ivar block_size: tokens in one block of the KV cache, as KV events state it.
     :ivar decode: returns the text of a token.
+    :ivar preparation: puts images into prompts.
     """
 
     role: Role
@@ -80,6 +91,7 @@ class Started(push_engine.Started):
     block_size: int
     processor: DeltaProcessor | None
     decode: Callable[[int], str | None]
+    preparation: images.Preparation
 
     @property
     def config(self) -> VllmConfig:
@@ -105,6 +117,7 @@ class VllmEngine(PushEngine[Started]):
         self._deferred = DeferredAborts(self.run_beside)
         #: Where vLLM's processes write the metrics of what plugs into them, such as LMCache.
         self._metrics_directory = ""
+        self._images = ImageRequests(media_settings.from_arguments(args), enabled=args.enable_multimodal)
 
     async def launch(self) -> Started:
         """Start vLLM's processes and wait until the model is loaded.
@@ -125,7 +138,9 @@ class VllmEngine(PushEngine[Started]):
         if llm.logger_manager is not None:
             self.run_beside(self._log_stats(llm))
         block_size = await load.block_size(llm)
-        return Started(table, role, control, llm, block_size, outputs.install(llm), token_decoder(llm.tokenizer))
+        await self._images.start(self._served_names(config)[0], images.most_per_request(llm))
+        processor, preparation = outputs.install(llm), images.Preparation(llm)
+        return Started(table, role, control, llm, block_size, processor, token_decoder(llm.tokenizer), preparation)
 
     def _build(self, config: VllmConfig) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
@@ -180,9 +195,36 @@ class VllmEngine(PushEngine[Started]):
         )
 
     async def answer(self, started: Started, job: Job) -> None:
-        """Hand a request to vLLM, and send what arrives in its mailbox until it is complete."""
+        """Hand a request to vLLM, and send its outputs until it is complete."""
         started.control.weights.check_usable()
-        mailbox = await self._submit(started.llm, job)
+        references = self._images.references(job.request)
+        if not references:
+            return await self._answer(started, job, tokens_input(job.request["token_ids"], cache_salt=_salt(job)))
+        begun = False
+
+        def send(chunk: Chunk) -> None:
+            nonlocal begun
+            begun = True
+            job.send(chunk)
+
+        attempt = job._replace(send=send)
+        try:
+            return await self._answer_with_images(started, attempt, references)
+        except Disconnected:
+            if begun:
+                raise
+        # vLLM's processes may disagree about which images both have: one was prepared, but its request never came. vLLM
+        # has forgotten those now.
+        return await self._answer_with_images(started, attempt, references)
+
+    async def _answer_with_images(self, started: Started, job: Job, references: Sequence[MediaReference]) -> None:
+        async with self._images.load(job.request, references) as loaded:
+            prompt = await started.preparation.prompt(job.request, loaded, _salt(job))
+        await self._answer(started, job, prompt)
+
+    async def _answer(self, started: Started, job: Job, prompt: Any) -> None:
+        """Hand a request to vLLM, and send what arrives in its mailbox until it is complete."""
+        mailbox = await self._submit(started.llm, job, prompt)
         role, send = started.role, job.send
         params: SamplingParams = job.params
         disconnect = None if started.processor is None else started.processor.connect(mailbox, send)
@@ -204,7 +246,7 @@ class VllmEngine(PushEngine[Started]):
                         return
                     continue
                 if reader is None:
-                    reader = OutputReader(len(job.request["token_ids"]), params.num_logprobs, started.decode)
+                    reader = OutputReader(len(prompt["prompt_token_ids"]), params.num_logprobs, started.decode)
                 for chunk in reader.read(output):
                     role.hand_over(chunk, params)
                     send(_finished(chunk))
@@ -214,7 +256,7 @@ class VllmEngine(PushEngine[Started]):
             if disconnect is not None:
                 disconnect()
 
-    async def _submit(self, llm: AsyncLLM, job: Job) -> Any:
+    async def _submit(self, llm: AsyncLLM, job: Job, prompt: Any) -> Any:
         """Give a request to vLLM and return the mailbox of its outputs."""
         request, params = job.request, job.params
         try:
@@ -229,7 +271,7 @@ class VllmEngine(PushEngine[Started]):
                 )
             return await llm.add_request(
                 job.context.id(),
-                tokens_input(request["token_ids"], cache_salt=request_metadata.cache_salt(request)),
+                prompt,
                 params,
                 lora_request=None if job.lora is None else lora_request(job.lora),
                 trace_headers=job.context.trace_headers(),
@@ -309,6 +351,7 @@ class VllmEngine(PushEngine[Started]):
 
     async def shutdown(self, deadline: Deadline) -> None:
         """End vLLM's processes: ask them, wait, kill what is left."""
+        await self._images.close()
         started = self.stop()
         tree = EngineProcesses(TITLE)
         if started is None or self._failed:
@@ -343,6 +386,10 @@ def vocab_size(config: VllmConfig, tokenizer: Any) -> int:
     """Return the first token id that vLLM rejects: some models know more tokens than their tokenizer, some fewer."""
     size: int = config.model_config.get_vocab_size()
     return size if tokenizer is None else max(size, tokenizer.max_token_id + 1)
+
+
+def _salt(job: Job) -> str | None:
+    return request_metadata.cache_salt(job.request)
 
 
 def _local_rank(request: Mapping[str, Any], ranks: Iterable[int]) -> int | None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from dynamo_worker.kit import forward_pass_metrics
+from dynamo_worker.kit import forward_pass_metrics, publishing
 from dynamo_worker.kit.publishing import KvEvents
 from dynamo_worker.logs import get_logger
-from dynamo_worker_vllm import forward_passes, waiting
+from dynamo_worker_vllm import forward_passes, images, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -103,7 +103,9 @@ def kv_events(llm: AsyncLLM, ranks: Iterable[int], block_size: int) -> KvEvents 
         rank: known[rank].endpoint if rank in known else ZmqEventPublisher.offset_endpoint_port(events.endpoint, rank)
         for rank in ranks
     }
-    return KvEvents(sources, events.topic, block_size)
+    model = llm.model_config.model
+    token = publishing.image_token(model, model) if images.most_per_request(llm) else None
+    return KvEvents(sources, events.topic, block_size, token)
 
 
 def measure_forward_passes(config: VllmConfig, worker_id: int, private_dir: Path) -> None:

@@ -11,7 +11,7 @@ from vllm.v1.kv_hints import KvHintsEnvelope
 
 from dynamo_worker import InvalidRequestError
 from dynamo_worker.errors import describe
-from dynamo_worker.kit import fields, guided_decoding, request_metadata
+from dynamo_worker.kit import fields, guided_decoding, image_requests, request_metadata
 from dynamo_worker.kit.translation import ModelTable, RequestTable
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ TABLE: Final = RequestTable.of_engine(
         "stream_interval": ("stream_interval", fields.integer),
     },
     # ``require_reasoning`` is for SGLang's grammar backend; vLLM goes by its --reasoning-parser.
-    handled=("require_reasoning", "kv_hint"),
+    handled=("require_reasoning", "kv_hint", *image_requests.FIELDS),
 )
 
 

@@ -70,12 +70,21 @@ def _rows(verdict: Verdict, flags: str, text: str, *engines: str, switch: bool =
 
 _OTHER_WORKER: Final = "this worker serves text generation only; use Dynamo's own worker for {}"
 _IMAGES: Final = _OTHER_WORKER.format("images, audio and video")
+_DECODING: Final = "this worker loads and decodes images itself, and reads none over NIXL; leave it out"
+_ENCODERS: Final = "this worker encodes the images of its requests itself; leave it out, and start no encode worker"
+_OWN_ENCODER: Final = "images go through the encoder of the model; leave it out, or use Dynamo's own worker"
+_ACCEPTS_IMAGES: Final = "images; requests with video or audio are refused"
 _EMBEDDINGS: Final = _OTHER_WORKER.format("embeddings, reranking and classification")
 _DIFFUSION: Final = _OTHER_WORKER.format("images and videos that a model makes")
 _ENCODE: Final = {"encode": "this worker serves text generation only; use Dynamo's own worker for encoders"}
+_ENCODE_VLLM: Final = {
+    "encode": "workers here encode the images of their requests themselves; start no encode worker, and leave "
+    "--route-to-encoder out"
+}
 _GMS: Final = {"gms": "this worker does not use Dynamo's GPU memory service; leave --load-format out, or use `auto`"}
 _ROUTER: Final = "a worker here advertises no routing of its own; give it to the frontend"
 _ONLY_MEDIA: Final = "concerns images, audio and video only"
+_ONLY_ENCODERS: Final = "concerns encode workers only"
 _ONLY_BENCHMARK: Final = "concerns --benchmark-mode only"
 _FPM: Final = "with the metrics of forward passes"
 _MODES: Final = "`agg` (also `pd`), `prefill` and `decode`; `encode` is refused"
@@ -124,8 +133,8 @@ _RUNTIME: Final = [
         harmless=("text",),
     ),
     *_rows("ignored", "--media-output-fs-url --media-output-http-url", _ONLY_MEDIA),
-    *_rows("ignored", "--multimodal-embedding-cache-capacity-gb", _ONLY_MEDIA),
-    *_rows("ignored", "--multimodal-embedding-cache-publisher", _ONLY_MEDIA, switch=True),
+    *_rows("ignored", "--multimodal-embedding-cache-capacity-gb", _ONLY_ENCODERS),
+    *_rows("ignored", "--multimodal-embedding-cache-publisher", _ONLY_ENCODERS, switch=True),
     *_rows("ignored", "--health-check-payload", "the canary is the worker's own; see `--stall-timeout`"),
 ]
 
@@ -168,7 +177,9 @@ _ROUTING: Final = [
 ]
 
 _OF_VLLM: Final = [
-    PeerFlag("--disaggregation-mode", "honoured", _MODES, (_VLLM,), "DYN_VLLM_DISAGGREGATION_MODE", refuses=_ENCODE),
+    PeerFlag(
+        "--disaggregation-mode", "honoured", _MODES, (_VLLM,), "DYN_VLLM_DISAGGREGATION_MODE", refuses=_ENCODE_VLLM
+    ),
     PeerFlag("--headless", "honoured", "", (_VLLM,), "DYN_VLLM_HEADLESS", switch=True),
     *_honoured("--enable-rl", _VLLM, text="with the routes for weights", env="DYN_ENABLE_RL", switch=True),
     PeerFlag("--load-format", "honoured", "`gms` is refused", (_VLLM,), refuses=_GMS),
@@ -180,9 +191,11 @@ _OF_VLLM: Final = [
         "DYN_VLLM_USE_TOKENIZER",
         switch=True,
     ),
-    *_rows("refused", "--route-to-encoder --enable-multimodal --frontend-decoding", _IMAGES, _VLLM, switch=True),
-    PeerFlag("--custom-encoder-class", "refused", _IMAGES, (_VLLM,), "DYN_CUSTOM_ENCODER_CLASS"),
-    *_rows("ignored", "--mm-prompt-template --embedding-transfer-mode", _ONLY_MEDIA, _VLLM),
+    *_rows("honoured", "--enable-multimodal", _ACCEPTS_IMAGES, _VLLM, switch=True),
+    *_rows("refused", "--route-to-encoder", _ENCODERS, _VLLM, switch=True),
+    *_rows("refused", "--frontend-decoding", _DECODING, _VLLM, switch=True),
+    PeerFlag("--custom-encoder-class", "refused", _OWN_ENCODER, (_VLLM,), "DYN_CUSTOM_ENCODER_CLASS"),
+    *_rows("ignored", "--mm-prompt-template --embedding-transfer-mode", _ONLY_ENCODERS, _VLLM),
     *_rows("refused", "--embedding-worker --classify-worker", _EMBEDDINGS, _VLLM, switch=True),
     *_rows("refused", "--embedding-frontend-tokenization", _EMBEDDINGS, _VLLM, switch=True),
     PeerFlag(
@@ -249,7 +262,7 @@ _OF_SGLANG: Final = [
         harmless=("1",),
     ),
     *_rows("refused", "--enable-multimodal --dedicated-mm-encoder --frontend-decoding", _IMAGES, _SGLANG, switch=True),
-    *_rows("ignored", "--embedding-transfer-mode", _ONLY_MEDIA, _SGLANG),
+    *_rows("ignored", "--embedding-transfer-mode", _ONLY_ENCODERS, _SGLANG),
     *_rows("refused", "--embedding-worker --rerank-worker", _EMBEDDINGS, _SGLANG, switch=True),
     *_rows("refused", "--image-diffusion-worker --video-generation-worker", _DIFFUSION, _SGLANG, switch=True),
     *_rows(
