@@ -55,9 +55,10 @@ SUITES: dict[str, list[str]] = {
     "example": [],
     "deploy": [],
     "docs": ["--check"],
+    "site": [],
 }
 #: Those that download while they run, or start no workers: nothing is to be kept from them.
-OPEN = {"lint", "types", "deploy", "docs", "build"}
+OPEN = {"lint", "types", "deploy", "docs", "build", "site"}
 LANES = 2
 #: Fewer random faults and fuzzed requests than the tests' own defaults: `nightly` has 20 times as many.
 FEWER = {"DYNAMO_WORKER_TEST_ROUNDS": "40", "DYNAMO_WORKER_TEST_EXAMPLES": "50"}
