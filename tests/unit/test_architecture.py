@@ -59,8 +59,8 @@ def below(name: str, *parts: str) -> bool:
 
 
 #: What everybody may build on: no part of the host, the kit, an engine or the command line.
-SHARED = ("address", "allowed_paths", "containment", "deadline", "deprecation", "engine", "errors", "exit_codes")
-SHARED += ("hookspecs", "lifecycle", "logs", "requests", "responses", "suggest", "text")
+SHARED = ("address", "allowed_paths", "containment", "deadline", "deprecation", "embeddings", "engine", "errors")
+SHARED += ("exit_codes", "hookspecs", "lifecycle", "logs", "requests", "responses", "suggest", "text")
 
 
 @pytest.mark.parametrize("name", sorted(PLUGINS))

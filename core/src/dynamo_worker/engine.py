@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dynamo.runtime import Endpoint
     from prometheus_client import CollectorRegistry
 
+    from dynamo_worker.embeddings import EmbeddingSpec
+
 
 class RequestContext(Protocol):
     """The part of ``dynamo.runtime.Context`` that engines use."""
@@ -151,8 +153,9 @@ class EndpointSpec:
         error as soon as the drain starts.
     :param metrics_labels: additional labels for the runtime's metrics of this endpoint.
     :param registers_model: whether the model is registered on this endpoint.
-    :param takes_tokens: whether its requests carry a prompt as ``EngineInfo.model_input`` says, which the worker then
-        checks. Otherwise requests and chunks may be any JSON object.
+    :param takes_tokens: whether its requests are of the engine's kind, as ``EngineInfo.model_input`` and
+        ``EngineInfo.embeddings`` say, which the worker then checks. Otherwise requests and chunks may be any JSON
+        object.
     """
 
     name: str
@@ -175,6 +178,9 @@ class EngineInfo:
     :param model_input: what requests and chunks contain: ``tokens``, or ``text`` for bodies and chunks of OpenAI's APIs
         (:mod:`dynamo_worker.text`), whose requests no frontend can continue on another worker. Names of
         ``dynamo.llm.ModelInput`` members in lower case.
+    :param embeddings: of an engine that makes embeddings: its vectors (:mod:`dynamo_worker.embeddings`). Its only
+        endpoint type is ``embedding``, and no frontend runs its requests on another worker. None for one that
+        generates.
     :param worker_type: ``aggregated``, ``prefill``, ``decode`` or ``encode``.
     :param needs: peers without which this worker cannot serve: a list of alternatives, each a list of worker types.
     :param context_length: longest sequence in tokens, prompt and answer together.
@@ -216,6 +222,7 @@ class EngineInfo:
     runtime_data: Mapping[str, Any] = field(default_factory=dict)
     endpoints: Sequence[EndpointSpec] = ()
     model_input: str = "tokens"
+    embeddings: EmbeddingSpec | None = None
 
 
 class Engine(Protocol):

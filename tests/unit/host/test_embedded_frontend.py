@@ -104,7 +104,8 @@ def test_a_frontend_that_hangs_ends_the_worker_and_is_given_no_time(world, front
         ({}, "model"),
         ({"worker_type": "prefill", "endpoint_types": ("prefill",)}, None),
         ({"worker_type": "decode", "needs": [["prefill"]]}, None),
-        ({"endpoint_types": ("embedding",)}, None),
+        ({"endpoint_types": ("embedding",)}, "model"),
+        ({"endpoint_types": ("images",)}, None),
     ],
 )
 def test_a_frontend_is_asked_only_for_what_it_lists_with_this_worker_alone(change, offered):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.engine import Chunk, EngineContext, Request, RequestContext
+    from dynamo_worker.engines.echo_embedding import EchoEmbeddingEngine
     from dynamo_worker.engines.echo_text import EchoTextEngine
 
 #: Configuration and tokenizer, with one token per byte and three special tokens.
@@ -266,11 +267,22 @@ class EchoPlugin(EnginePlugin):
             action="store_true",
             help="take and give text instead of tokens: the engine tokenizes, not the frontend",
         )
+        group.add_argument(
+            "--embedding",
+            action="store_true",
+            help="make embeddings: of tokens, or of text with --text; --tokens-per-second is how fast it reads",
+        )
 
     @hookimpl
-    def create_engine(self, args: argparse.Namespace, context: EngineContext) -> EchoEngine | EchoTextEngine:
+    def create_engine(
+        self, args: argparse.Namespace, context: EngineContext
+    ) -> EchoEngine | EchoTextEngine | EchoEmbeddingEngine:
         """Return the engine that the flags choose."""
         engine = EchoProcessEngine(args, context) if args.process_tree else EchoEngine(args)
+        if args.embedding:
+            from dynamo_worker.engines.echo_embedding import EchoEmbeddingEngine
+
+            return EchoEmbeddingEngine(engine, args.model_name, takes_text=args.text)
         if not args.text:
             return engine
         from dynamo_worker.engines.echo_text import EchoTextEngine

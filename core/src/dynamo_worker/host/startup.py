@@ -232,7 +232,8 @@ class Startup:
         if not kind.migrates and settings.drain is DrainMode.HANDOFF:
             self._settings = settings.without_handoff()
             log.warning(
-                "Requests cannot be handed off: frontends continue no request of a text engine",
+                "Requests cannot be handed off: frontends send no request of this kind to a second worker",
+                kind=kind.name,
                 drain=self._settings.drain,
                 grace_s=self._settings.grace_period,
             )
@@ -326,9 +327,12 @@ class Startup:
         )
         if frontend is not None:
             # Part of the message, not a field: a field would be quoted, and this line is there to be copied.
-            body = f'{{"model": "{info.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+            if info.embeddings is None:
+                path, prompt = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
+            else:
+                path, prompt = "embeddings", '"input": "Hello!"'
             header = "-H 'content-type: application/json'"
-            hint = f"Try it: curl {frontend.url}/v1/chat/completions {header} -d '{body}'"
+            hint = f'Try it: curl {frontend.url}/v1/{path} {header} -d \'{{"model": "{info.model_name}", {prompt}}}\''
             log.info(hint)
 
 

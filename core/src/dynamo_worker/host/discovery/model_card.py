@@ -46,6 +46,8 @@ _STRUCTURAL_TAG: Final[Mapping[str, Any]] = MappingProxyType(
 )
 #: OpenAI surfaces of text generation: those of clients, that of routers to prefill workers, and none.
 _SERVED: Final = ("chat", "completions", "prefill", "empty")
+#: That of embeddings.
+_EMBEDDINGS: Final = ("embedding",)
 #: Longest chat template in bytes; those of models have some tens of thousands at most.
 _MOST_TEMPLATE_BYTES = 1 << 20
 
@@ -169,15 +171,21 @@ def check_endpoint_types(info: EngineInfo, settings: WorkerSettings, problem: Ca
     if info.model_path is None or any(spec.registers_model and not spec.takes_tokens for spec in info.endpoints):
         return
     names = settings.endpoint_types or info.endpoint_types
-    wrong = [name for name in names if name not in _SERVED]
+    served = _SERVED if info.embeddings is None else _EMBEDDINGS
+    wrong = [name for name in names if name not in served]
     if names and not wrong:
         return
     found = f"{', '.join(map(repr, wrong))} cannot be served" if wrong else "there is none"
-    found += ": requests carry tokens, and answers are text, which chat and completions are for"
+    if info.embeddings is None:
+        found += ": the engine generates text, which chat and completions are for"
+    else:
+        found += ": the engine makes embeddings, which embedding is for"
     if settings.endpoint_types:
         given = settings.origin("endpoint_types").describe("endpoint_types", ",".join(names))
         raise UsageError(
-            f"{given}: {found}", hint="use Dynamo's own worker for embeddings, reranking, images and the like"
+            f"{given}: {found}",
+            hint="leave it to the engine; one that makes embeddings is often the same with another flag. "
+            "Reranking, classification, images and the like need Dynamo's own worker",
         )
     raise problem(
         f"start returned an EngineInfo with endpoint_types {list(names)}: {found}; for others, offer an EndpointSpec "

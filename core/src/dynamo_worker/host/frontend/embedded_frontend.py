@@ -81,5 +81,5 @@ class EmbeddedFrontend:
 def listed_model(info: EngineInfo) -> str | None:
     """Return the name under which a frontend lists the model, or None if it needs other workers to list it."""
     complete = info.worker_type == "aggregated" and not info.needs
-    clients = not {"chat", "completions"}.isdisjoint(info.endpoint_types)
+    clients = not {"chat", "completions", "embedding"}.isdisjoint(info.endpoint_types)
     return info.model_name if info.model_path is not None and complete and clients else None

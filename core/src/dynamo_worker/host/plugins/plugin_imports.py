@@ -17,6 +17,7 @@ PACKAGE: Final = "dynamo_worker"
 PUBLIC_MODULES: Final = (
     "deadline",
     "deprecation",
+    "embeddings",
     "engine",
     "errors",
     "kit",

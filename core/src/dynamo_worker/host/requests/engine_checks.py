@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from dynamo_worker.embeddings import EmbeddingSpec
 from dynamo_worker.engine import EndpointSpec, EngineInfo, PushesChunks
 from dynamo_worker.errors import InvalidRequestError, StartError
 from dynamo_worker.host.plugins.plugin_errors import where
@@ -90,7 +91,30 @@ class EngineChecks:
                 raise self.problem(
                     f"start returned an EngineInfo with endpoints: expected an EndpointSpec, got {spec!r:.80}"
                 )
+        self._check_embeddings(info.embeddings)
         return info
+
+    def _check_embeddings(self, spec: object) -> None:
+        if spec is None:
+            return
+        if not isinstance(spec, EmbeddingSpec):
+            raise self.problem(
+                f"start returned an EngineInfo with embeddings: expected an EmbeddingSpec, got {spec!r:.80}"
+            )
+        for name in ("dimensions", "most_inputs"):
+            value = getattr(spec, name)
+            if type(value) is not int or value < 1:
+                raise self.problem(
+                    f"start returned an EmbeddingSpec with {name}: expected 1 or more, got {value!r:.80}"
+                )
+        shorter = spec.shorter
+        if not isinstance(shorter, bool) and not all(
+            type(size) is int and 0 < size <= spec.dimensions for size in shorter
+        ):
+            raise self.problem(
+                f"start returned an EmbeddingSpec with shorter: expected True, or numbers from 1 to "
+                f"{spec.dimensions}, got {shorter!r:.80}"
+            )
 
     def pids(self, processes: object) -> list[int]:
         """Return the pids of the engine's processes.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections import deque
+    from collections.abc import Mapping
 
     from dynamo_worker.engine import Chunk
 
@@ -63,9 +64,9 @@ def _continues(first: Chunk, second: Chunk) -> bool:
     return True
 
 
-def weight(chunk: Chunk) -> int:
+def weight(chunk: Mapping[str, object]) -> int:
     """Return the memory that a chunk takes, in units of about 40 bytes."""
-    if "choices" in chunk:
+    if "token_ids" not in chunk:  # text or embeddings
         return _size(chunk)
     tokens, top = chunk.get("token_ids"), chunk.get("top_logprobs")
     alternatives = sum(len(entry) for entry in top if type(entry) is list) if type(top) is list else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dynamo_worker.errors import UsageError
+from dynamo_worker.host.requests.embedding_kind import ENDPOINT_TYPE, EmbeddingRequests
 from dynamo_worker.host.requests.text_kind import TextRequests
 from dynamo_worker.host.requests.token_kind import TokenRequests
 
@@ -39,6 +40,10 @@ class RequestKind(Protocol):
     """One kind of request."""
 
     @property
+    def name(self) -> str:
+        """What it asks for or takes, in messages."""
+
+    @property
     def migrates(self) -> bool:
         """Whether a frontend can continue such a request on another worker."""
 
@@ -64,10 +69,11 @@ def require_router(info: EngineInfo, router_mode: str) -> None:
 
     :raises UsageError: they cannot: the model would never be listed, for a reason that only their log says (measured).
     """
-    if info.model_input == TEXT and router_mode == "kv":
+    takes = "makes embeddings" if info.embeddings is not None else "takes text" if info.model_input == TEXT else None
+    if takes is not None and router_mode == "kv":
         raise UsageError(
-            f"--router-mode kv: the engine takes text, and KV-aware routing needs tokens: frontends would refuse "
-            f"the model {info.model_name!r}",
+            f"--router-mode kv: the engine {takes}, and KV-aware routing needs prompts of tokens: frontends would "
+            f"refuse the model {info.model_name!r}",
             hint="choose another --router-mode (DYN_ROUTER_MODE)",
         )
 
@@ -78,13 +84,20 @@ def kind_of(info: EngineInfo, checks: EngineChecks) -> RequestKind:
     :param info: the information to be registered.
     :raises StartError: there is no such kind, or it does not serve one of the endpoint types.
     """
-    if info.model_input == TOKENS:
-        return TokenRequests(info.vocab_size, info.context_length)
-    if info.model_input != TEXT:
+    if info.model_input not in MODEL_INPUTS:
         raise checks.problem(
             f"start returned an EngineInfo with model_input: expected one of {', '.join(MODEL_INPUTS)}, "
             f"got {info.model_input!r:.80}"
         )
+    if info.embeddings is not None:
+        if tuple(info.endpoint_types) != (ENDPOINT_TYPE,):
+            raise checks.problem(
+                f"it makes embeddings, which are served for {ENDPOINT_TYPE} only, not for "
+                f"{', '.join(info.endpoint_types)}"
+            )
+        return EmbeddingRequests(info.embeddings, info)
+    if info.model_input == TOKENS:
+        return TokenRequests(info.vocab_size, info.context_length)
     unknown = sorted({*info.endpoint_types} - {*TextRequests.ENDPOINT_TYPES})
     if unknown:
         raise checks.problem(

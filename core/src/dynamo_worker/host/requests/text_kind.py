@@ -45,6 +45,7 @@ class TextRequests:
 
     #: The APIs whose requests this kind knows.
     ENDPOINT_TYPES: Final = tuple(_PROMPTS)
+    name = "text"
     migrates = False
 
     def __init__(
@@ -68,6 +69,8 @@ class TextRequests:
         given = [name for name in _OBJECTS if request.get(name) is not None]
         if not given and "token_ids" in request:
             raise OtherKindError("this worker takes text, and the request has tokens")
+        if not given and "input" in request:
+            raise InvalidRequestError("this worker generates text, and the request asks for embeddings")
         if len(given) != 1:
             raise InvalidRequestError(
                 f"expected {' or '.join(self._prompts)}, got {' and '.join(given) if given else 'neither'}"

@@ -27,6 +27,7 @@ class TokenRequests:
     :param context_length: longest sequence in tokens; None if only the engine can tell.
     """
 
+    name = "tokens"
     migrates = True
 
     def __init__(self, vocab_size: int | None = None, context_length: int | None = None) -> None:
@@ -66,28 +67,44 @@ def validated(request: Any, vocab_size: int | None = None, context_length: int |
     if not isinstance(request, dict):
         raise InvalidRequestError(f"expected a request object, got {type(request).__name__}")
     tokens = request.get("token_ids")
+    if tokens is None and not request.keys().isdisjoint(("messages", "prompt")):
+        raise OtherKindError("this worker takes tokens, and the request is text")
+    if (tokens is None and "input" in request) or (isinstance(tokens, list) and tokens and type(tokens[0]) is list):
+        raise InvalidRequestError("this worker generates tokens, and the request asks for embeddings")
+    request["token_ids"] = tokens = unpacked("token_ids", tokens, context_length, "the prompt")
+    check_ids("token_ids", tokens, vocab_size)
+    return cast("Request", request)
+
+
+def unpacked(name: str, tokens: Any, context_length: int | None, what: str) -> list[int]:
+    """Return tokens as a list of ints.
+
+    :param name: the field's name, and ``what`` it is, for messages.
+    :raises InvalidRequestError: they are too many, or no integers.
+    """
     if context_length is not None and isinstance(tokens, (list, bytes, bytearray, memoryview)):
         length = len(tokens) if isinstance(tokens, list) else len(tokens) // _PACKED_BYTES
         if length > context_length:
-            raise InvalidRequestError(f"the prompt has {length} tokens; the model's context length is {context_length}")
+            raise InvalidRequestError(f"{what} has {length} tokens; the model's context length is {context_length}")
     if isinstance(tokens, (bytes, bytearray, memoryview)):
         packed = array("i")
         try:
             packed.frombytes(tokens)
         except ValueError:
             raise InvalidRequestError(
-                f"token_ids: expected packed 32-bit integers, got {len(tokens)} bytes, which is not a multiple of 4"
+                f"{name}: expected packed 32-bit integers, got {len(tokens)} bytes, which is not a multiple of 4"
             ) from None
-        request["token_ids"] = tokens = packed.tolist()
-    elif tokens is None and not request.keys().isdisjoint(("messages", "prompt")):
-        raise OtherKindError("this worker takes tokens, and the request is text")
-    elif not isinstance(tokens, list):
-        raise InvalidRequestError(f"token_ids: expected a list of integers, got {type(tokens).__name__}")
-    elif not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans
+        return packed.tolist()
+    if not isinstance(tokens, list):
+        raise InvalidRequestError(f"{name}: expected a list of integers, got {type(tokens).__name__}")
+    if not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans
         wrong = next(token for token in tokens if type(token) is not int)
-        raise InvalidRequestError(f"token_ids: expected integers, got {shown(wrong)}")
-    check_ids("token_ids", tokens, vocab_size)
-    return cast("Request", request)
+        if isinstance(wrong, list):
+            raise InvalidRequestError(
+                f"{name}: expected integers, got a list in it; only embeddings have several inputs"
+            )
+        raise InvalidRequestError(f"{name}: expected integers, got {shown(wrong)}")
+    return tokens
 
 
 def check_ids(name: str, tokens: list[int], vocab_size: int | None) -> None:
