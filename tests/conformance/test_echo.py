@@ -18,6 +18,18 @@ class TestEchoText(EngineConformance):
         return Subject("echo", ["--text", "--process-tree"])
 
 
+class TestEchoEmbedding(EngineConformance):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject("echo", ["--embedding", "--process-tree"])
+
+
+class TestEchoEmbeddingOfText(EngineConformance):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject("echo", ["--embedding", "--text"])
+
+
 class TestEchoProcessTree(EngineConformance):
     @pytest.fixture
     def subject(self) -> Subject:

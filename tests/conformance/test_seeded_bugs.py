@@ -94,6 +94,17 @@ FOUND_BY = {
     "text-is-never-counted": "an_answer_without_a_stream_is_counted",
     "text-has-no-model": "chunks_have_the_form_of_the_api",
     "text-repeats-old-text": "chunks_have_new_text_only",
+    # an engine that makes embeddings
+    "embedding-loses-the-last": "each_input_has_its_vector",
+    "embedding-sorts-by-length": "vectors_are_in_the_order_of_the_inputs",
+    "embedding-is-not-finite": "numbers_are_finite",
+    "embedding-is-too-long": "vectors_have_the_promised_dimensions",
+    "embedding-ignores-dimensions": "vectors_can_be_shorter[half]",
+    "embedding-sees-lengths-only": "different_inputs_have_different_vectors",
+    "embedding-is-never-counted": "tokens_are_counted",
+    "embedding-comes-twice": "an_answer_comes_in_one_piece",
+    "embedding-has-one-turn": "a_small_batch_does_not_wait_for_a_large_one",
+    "embedding-goes-on-for-nobody": "a_cancelled_request_ends_promptly",
     # before any engine exists
     "help-imports-the-engine": "importing_the_plugin_imports_no_engine",
     "help-cannot-be-shown": "help_can_be_shown",
@@ -152,14 +163,20 @@ def test_a_finding_says_what_where_and_why() -> None:
     assert "buggy: 1 finding; 1 checks passed" in result.stdout
 
 
+_SOURCES = ("buggy_engine.py", "buggy_text.py", "buggy_embedding.py", "dynamo_worker_buggy.py")
+
+
 def test_every_bug_of_the_engine_is_in_the_table() -> None:
-    source = "".join(
-        (PLUGINS / name).read_text() for name in ("buggy_engine.py", "buggy_text.py", "dynamo_worker_buggy.py")
-    )
+    source = "".join((PLUGINS / name).read_text() for name in _SOURCES)
     named = set(re.findall(r'BUG (?:==|!=) "([a-z-]+)"', source))
     for several in re.findall(r"BUG in \(([^)]+)\)", source):
         named |= set(re.findall(r'"([a-z-]+)"', several))
     assert named == FOUND_BY.keys() | CHECKED.keys()
+
+
+def test_the_engine_that_makes_embeddings_has_no_other_bug() -> None:
+    result = run("dynamo_worker.testing.conformance_run", "buggy", "vector", "", bug="embedding-")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 class TestNoBug(EngineConformance):

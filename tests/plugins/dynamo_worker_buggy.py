@@ -20,7 +20,10 @@ if BUG == "help-imports-the-engine":
 
 class BuggyPlugin(EnginePlugin):
     dynamo_worker_api = "0.9" if BUG == "wrong-api-version" else "1.2"
-    engine = "buggy_text:BuggyTextEngine" if BUG.startswith("text-") else "buggy_engine:BuggyEngine"
+    engine = {
+        "text": "buggy_text:BuggyTextEngine",
+        "embedding": "buggy_embedding:BuggyEmbeddingEngine",
+    }.get(BUG.partition("-")[0], "buggy_engine:BuggyEngine")
 
     @hookimpl
     def prepare(self, arguments: list[str]) -> None:

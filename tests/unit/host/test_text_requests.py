@@ -7,20 +7,19 @@ import sys
 from dataclasses import replace
 
 import pytest
+from asking import Engine, answer_of
 from dynamo.llm import ModelInput
 from dynamo.llm.exceptions import Disconnected, EngineShutdown, InvalidArgument, WorkerUnavailable
-from dynamo.runtime import Context
 
-from dynamo_worker.engine import EndpointSpec, EngineInfo
+from dynamo_worker.engine import EngineInfo
 from dynamo_worker.errors import EngineDeadError, InvalidRequestError, StartError, UsageError
 from dynamo_worker.host.config.drain_mode import Cut, DrainMode
 from dynamo_worker.host.config.settings import WorkerSettings
 from dynamo_worker.host.discovery import model_card
-from dynamo_worker.host.requests.egress import Egress
 from dynamo_worker.host.requests.engine_checks import EngineChecks
 from dynamo_worker.host.requests.frames import weight
 from dynamo_worker.host.requests.kinds import kind_of, require_router
-from dynamo_worker.host.requests.serving import RequestHandler, RequestOutcome, RequestRegistry
+from dynamo_worker.host.requests.serving import RequestOutcome
 from dynamo_worker.host.requests.text_kind import MOST_MESSAGES, TextRequests
 from dynamo_worker.host.requests.token_kind import TokenRequests
 from dynamo_worker.kit.canary import text_canary
@@ -166,66 +165,8 @@ def test_a_broken_first_answer_fails_the_start(chunks, message):
 # -------------------------------------------------------------------------------------------------------------- serving
 
 
-class Engine:
-    """Answers with these chunks; an exception among them is raised, an event waited for."""
-
-    def __init__(self, *steps, push=False):
-        self.steps, self.aborted, self.closed = steps, [], 0
-        if push:
-            self.push = self._push
-
-    async def generate(self, request, context):
-        try:
-            for step in self.steps:
-                if isinstance(step, BaseException):
-                    raise step
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                else:
-                    yield step
-                    await asyncio.sleep(0)
-        finally:
-            self.closed += 1
-
-    async def _push(self, request, context, send):
-        async for item in self.generate(request, context):
-            send(item)
-
-    async def abort(self, request_id):
-        self.aborted.append(request_id)
-
-
-class Sender:
-    def __init__(self):
-        self.sent = []
-
-    def send(self, item, /):
-        self.sent.append(item)
-
-
 async def asked(engine, during=None, request=CHAT, kind=None):
-    """Return what one request brought: its chunks, the error or None, and its outcome."""
-    registry, egress, sender = RequestRegistry(), Egress(pytest.fail, slow_client_timeout=60.0), Sender()
-    egress.start()
-    handler = RequestHandler(engine, registry, egress, lambda error: None, kind or TextRequests())
-    handler = handler.handler(EndpointSpec("g"))
-
-    async def ask():
-        async for _ in handler(dict(request), Context(id="r"), sender):
-            pass
-
-    task = asyncio.ensure_future(ask())
-    try:
-        if during is not None:
-            while not registry.chunks:
-                await asyncio.sleep(0)
-            during(registry)
-        await asyncio.wait({task})
-        await asyncio.sleep(0.01)
-    finally:
-        egress.stop()
-    (outcome,) = [outcome for outcome, count in registry.outcomes.items() if count]
-    return sender.sent, task.exception(), outcome
+    return await answer_of(engine, kind or TextRequests(), request, during)
 
 
 @pytest.mark.parametrize("push", [False, True], ids=["generate", "push"])

@@ -388,6 +388,13 @@ class Cluster:
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, **options}
         return post(f"{self.url}/v1/completions", body)
 
+    def embed(self, inputs: Any, **options: Any) -> tuple[int, Any]:
+        """Send one request for embeddings; return the HTTP status and the response.
+
+        :param inputs: ``input`` of OpenAI's API: texts or token ids, one or several.
+        """
+        return post(f"{self.url}/v1/embeddings", {"model": self.model, "input": inputs, **options})
+
     def ask(self, tokens: int = 8, prompt: str = "Hello, world!") -> Result:
         """Send one streaming chat request, and return its result."""
         return Load(self.url, [chat(self.model, prompt, tokens)]).wait()[0]

@@ -25,6 +25,7 @@ from dynamo_worker.testing.checks.command_line import CommandLineChecks
 from dynamo_worker.testing.checks.concurrency import ConcurrencyChecks
 from dynamo_worker.testing.checks.crash import CrashChecks
 from dynamo_worker.testing.checks.description import DescriptionChecks
+from dynamo_worker.testing.checks.embeddings import EmbeddingChecks
 from dynamo_worker.testing.checks.errors import ErrorChecks
 from dynamo_worker.testing.checks.event_loop import EventLoopChecks
 from dynamo_worker.testing.checks.fields import FieldChecks
@@ -68,6 +69,7 @@ class EngineConformance(
     ProgressChecks,
     HealthChecks,
     MetricsChecks,
+    EmbeddingChecks,
     TextChecks,
     FieldChecks,
     LogProbabilityChecks,

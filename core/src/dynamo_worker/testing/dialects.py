@@ -1,8 +1,11 @@
-"""Requests and answers of the checks, in the form that an engine takes and gives: tokens or text."""
+"""Requests and answers of the checks, in the form that an engine takes and gives: tokens, text or embeddings."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+import struct
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pytest
@@ -22,8 +25,12 @@ class Dialect(Protocol):
     """How one kind of request is made, and its answers read."""
 
     @property
-    def model_input(self) -> str:
-        """The engine's ``EngineInfo.model_input``."""
+    def kind(self) -> str:
+        """What the engine takes and gives: ``tokens``, ``text`` or ``embeddings``."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether an answer has chunks before its last one."""
 
     def request(
         self,
@@ -68,7 +75,8 @@ class Dialect(Protocol):
 class Tokens:
     """Dynamo's own requests and chunks."""
 
-    model_input = "tokens"
+    kind = "tokens"
+    streams = True
 
     def request(
         self,
@@ -137,7 +145,8 @@ def _prompt(canary: list[int], number: int, info: EngineInfo | None) -> list[int
 class Text:
     """Requests and chunks of OpenAI's APIs; without a stream, so that token counts come unasked."""
 
-    model_input = "text"
+    kind = "text"
+    streams = True
 
     def request(
         self,
@@ -226,18 +235,123 @@ def _choices(chunk: Any) -> list[dict[str, Any]]:
     return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
+class Embeddings:
+    """Requests for embeddings. Its length in tokens is that of the inputs, which are token ids for every engine."""
+
+    kind = "embeddings"
+    streams = False
+
+    def request(
+        self,
+        canary: Mapping[str, Any],
+        tokens: int,
+        prompt: int,
+        info: EngineInfo | None,
+        sections: Mapping[str, Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Return a request made from a canary; more fields of any section make it a wrong one.
+
+        :param tokens: tokens of all inputs together; several inputs if one would be too long.
+        """
+        longest = _LONGEST_INPUT if info is None else min(info.context_length or _LONGEST_INPUT, _LONGEST_INPUT)
+        first = canary["inputs"][0]
+        start = first if isinstance(first, list) else [_ANY_TOKEN]
+        pattern = _prompt(start, prompt, info) if prompt else start
+        whole = list(itertools.islice(itertools.cycle(pattern), tokens))
+        inputs = [whole[at : at + longest] for at in range(0, tokens, longest)]
+        return {**canary, "inputs": inputs, **({"dimensions": dict(sections)} if sections else {})}
+
+    def lengthened(self, request: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """Return a request whose first input begins with its first token so many times more."""
+        first, *others = request["inputs"]
+        return {**request, "inputs": [[*([first[0]] * tokens), *first], *others]}
+
+    def limit(self, request: Mapping[str, Any]) -> object:
+        """Return the number of a request's inputs: the canary has one."""
+        return len(request["inputs"])
+
+    def index(self, chunk: Mapping[str, Any]) -> object:  # noqa: ARG002 - any dialect
+        """Return 0: there is one answer."""
+        return 0
+
+    def reason(self, chunk: Mapping[str, Any]) -> Any:
+        """Return ``length`` for a whole answer: it ends because the inputs do."""
+        return "length" if chunk.get("embeddings") is not None else None
+
+    def content(self, chunks: Sequence[Any], index: int) -> Vectors:  # noqa: ARG002 - any dialect
+        """Return the vectors."""
+        return Vectors(
+            numbers(vector) for chunk in chunks if isinstance(chunk, dict) for vector in chunk.get("embeddings") or ()
+        )
+
+    def usage(self, chunks: Sequence[Any]) -> dict[str, Any] | None:
+        """Return the count of the inputs' tokens."""
+        return next(
+            ({"prompt_tokens": chunk.get("prompt_tokens")} for chunk in chunks if isinstance(chunk, dict)), None
+        )
+
+    def made(self, chunks: Sequence[Any]) -> int:
+        """Return the number of the inputs' tokens that the engine has counted."""
+        return int((self.usage(chunks) or {}).get("prompt_tokens") or 0)
+
+    def prompt_tokens(self, request: Mapping[str, Any]) -> int | None:
+        """Return the number of the inputs' tokens; None if one is text."""
+        inputs = request["inputs"]
+        return None if any(isinstance(one, str) for one in inputs) else sum(map(len, inputs))
+
+
+#: Longest input of a request that is made of many tokens.
+_LONGEST_INPUT = 256
+#: A token that every vocabulary has, for an engine whose canary is text.
+_ANY_TOKEN = 5
+#: How far the numbers of two vectors may lie apart, relative to the longer vector: engines compute requests in batches,
+#: whose size changes the order of additions.
+_CLOSE = 0.01
+
+
+class Vectors(list[tuple[float, ...]]):
+    """Vectors that are equal to others if their numbers are close."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vectors) and len(self) == len(other) and all(map(_close, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __repr__(self) -> str:
+        return f"[{', '.join(str([round(number, 4) for number in vector[:4]]) for vector in self[:3])}, …]"
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    if len(one) != len(other):
+        return False
+    allowed = _CLOSE * max(math.hypot(*one), math.hypot(*other))
+    return all(abs(first - second) <= allowed for first, second in zip(one, other, strict=True))
+
+
+def numbers(vector: Any) -> tuple[float, ...]:
+    """Return a vector of an answer as numbers; nothing if it is none."""
+    if isinstance(vector, bytes):
+        return struct.unpack(f"<{len(vector) // 4}f", vector[: len(vector) // 4 * 4])
+    return tuple(vector) if isinstance(vector, (list, tuple)) else ()
+
+
 def dialect_of(request: Mapping[str, Any]) -> Dialect:
     """Return the dialect of a request, such as an engine's canary."""
+    if "inputs" in request:
+        return Embeddings()
     return Tokens() if "token_ids" in request else Text()
 
 
-def only(model_input: str) -> Callable[[CheckT], CheckT]:
-    """Mark a check, or a class of checks, that concerns engines with this ``EngineInfo.model_input`` only."""
+def only(*kinds: str) -> Callable[[CheckT], CheckT]:
+    """Mark a check, or a class of checks, that concerns engines of these kinds only (:attr:`Dialect.kind`)."""
 
     def mark(check: CheckT) -> CheckT:
         for part in vars(check).values() if isinstance(check, type) else [check]:
             if callable(part):
-                part.model_input = model_input
+                part.kinds = kinds
         return check
 
     return mark
@@ -245,6 +359,5 @@ def only(model_input: str) -> Callable[[CheckT], CheckT]:
 
 def skip_others(check: Any, dialect: Dialect) -> None:
     """Skip a check that does not concern an engine of this dialect."""
-    wanted = getattr(check, "model_input", dialect.model_input)
-    if wanted != dialect.model_input:
-        pytest.skip(f"the engine takes {dialect.model_input}")
+    if dialect.kind not in getattr(check, "kinds", (dialect.kind,)):
+        pytest.skip(f"the engine is one of {dialect.kind}")

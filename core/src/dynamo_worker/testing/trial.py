@@ -45,6 +45,8 @@ LONG = 1500
 ANSWER_SECONDS = 20.0
 #: Most chunks that are taken of one answer: one that never ends must not fill the memory.
 _MOST_CHUNKS = 20_000
+#: Seconds that stand for a chunk where an answer has one only.
+_STEP_SECONDS = 0.01
 #: Seconds for a cancelled coroutine to end before it is given up.
 _CANCEL_SECONDS = 2.0
 
@@ -350,7 +352,8 @@ class Trial:
     async def cancelled(self, after: int = 3, name: str = "", request: Any = None) -> float:
         """Run a long request, and cancel its consumer once it has some chunks, as the worker does.
 
-        :param after: number of chunks; 0 cancels at once.
+        :param after: number of chunks; 0 cancels at once. Where an answer has one chunk only, so many hundredths of a
+            second.
         :return: seconds from the cancellation to the consumer's end.
         """
         name = name or self.name()
@@ -372,7 +375,8 @@ class Trial:
                     await stream.aclose()
 
         task = asyncio.ensure_future(consume())
-        waiting = asyncio.ensure_future(arrived.wait())
+        first = arrived.wait() if self.dialect.streams else asyncio.sleep(_STEP_SECONDS * after)
+        waiting = asyncio.ensure_future(first)
         await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if after == 0:

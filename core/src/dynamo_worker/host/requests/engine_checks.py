@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.embeddings import EmbeddingSpec
@@ -107,10 +107,9 @@ class EngineChecks:
                 raise self.problem(
                     f"start returned an EmbeddingSpec with {name}: expected 1 or more, got {value!r:.80}"
                 )
-        shorter = spec.shorter
-        if not isinstance(shorter, bool) and not all(
-            type(size) is int and 0 < size <= spec.dimensions for size in shorter
-        ):
+        shorter: object = spec.shorter
+        sizes = shorter if isinstance(shorter, Sequence) else () if isinstance(shorter, bool) else (None,)
+        if not all(type(size) is int and 0 < size <= spec.dimensions for size in sizes):
             raise self.problem(
                 f"start returned an EmbeddingSpec with shorter: expected True, or numbers from 1 to "
                 f"{spec.dimensions}, got {shorter!r:.80}"

@@ -99,10 +99,6 @@ def unpacked(name: str, tokens: Any, context_length: int | None, what: str) -> l
         raise InvalidRequestError(f"{name}: expected a list of integers, got {type(tokens).__name__}")
     if not set(map(type, tokens)) <= {int}:  # isinstance would accept booleans
         wrong = next(token for token in tokens if type(token) is not int)
-        if isinstance(wrong, list):
-            raise InvalidRequestError(
-                f"{name}: expected integers, got a list in it; only embeddings have several inputs"
-            )
         raise InvalidRequestError(f"{name}: expected integers, got {shown(wrong)}")
     return tokens
 

@@ -90,6 +90,7 @@ class ChunkChecks:
         assert trial.info is not None
         trial.expect(trial.info.vocab_size, "EngineInfo.vocab_size is not set", trial.engine.start)
 
+    @only("tokens", "text")
     def test_the_index_is_that_of_the_answer(self, trial: Trial) -> None:
         """The frontend sorts chunks by ``index``: a wrong one is a choice that the client did not ask for."""
         for chunk in _dictionaries(trial.plain()):
@@ -128,6 +129,7 @@ class ChunkChecks:
         after = chunks[at + 1 :]
         trial.expect(not after, f"{len(after)} chunks follow the finish_reason: {after!r:.100}", _at(trial))
 
+    @only("tokens", "text")
     def test_finish_reasons_are_known(self, trial: Trial) -> None:
         """The runtime cannot encode a reason that Dynamo does not have: the request ends with HTTP 500."""
         for reason in trial.plain().reasons:
@@ -138,6 +140,7 @@ class ChunkChecks:
                 _at(trial),
             )
 
+    @only("tokens", "text")
     def test_the_finish_reason_at_max_tokens_is_length(self, trial: Trial) -> None:
         """Clients go on after ``length`` and not after ``stop``: with the wrong one they lose the rest."""
         for reason in trial.plain().reasons:

@@ -123,6 +123,7 @@ class FieldChecks:
             changed = answer.content() != trial.plain().content()
             trial.expect(changed, f"{section}.{name} = {value!r} changed nothing in the answer", trial.engine.generate)
 
+    @only("tokens", "text")
     @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
     def test_the_sharpest_sampling_is_greedy(self, trial: Trial, name: str) -> None:
         """A sampling option that is read wrongly gives every client other answers than it asked for."""
@@ -138,6 +139,7 @@ class FieldChecks:
         plain = trial.plain().content()[: len(answer.content())]
         trial.expect(answer.content() == plain, f"{sharpest} gave {answer.content()} instead of {plain}")
 
+    @only("tokens", "text")
     def test_a_seed_makes_sampling_repeatable(self, trial: Trial) -> None:
         """Clients use seeds to get the same answer again."""
         sampling = {"temperature": 1.0, "seed": 7}

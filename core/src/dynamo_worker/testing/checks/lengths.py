@@ -49,6 +49,7 @@ class LengthChecks:
         """An answer that never ends holds its place in the batch and its memory until the client gives up."""
         trial.expect(trial.plain().reasons, "the stream ended without a finish_reason", trial.engine.generate)
 
+    @only("tokens", "text")
     def test_a_huge_max_tokens_is_bounded_by_the_context(self, trial: Trial) -> None:
         """Clients send the largest number they know; it must neither fail nor reserve memory for it."""
 
