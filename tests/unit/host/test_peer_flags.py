@@ -100,7 +100,10 @@ def test_what_asks_for_nothing_is_accepted(words):
         (["--disaggregation-mode", "encode"], "--disaggregation-mode encode is not supported"),
         (["--disaggregation-mode=encode"], "--disaggregation-mode encode is not supported"),
         (["--load-format", "gms"], "--load-format gms is not supported: this worker does not use"),
-        (["--classify-worker"], "--classify-worker is not supported: this worker serves text generation and embeddings"),
+        (
+            ["--classify-worker"],
+            "--classify-worker is not supported: this worker serves text generation",
+        ),
         (["--fpm-trace"], "--fpm-trace is not supported with this engine"),
     ],
 )

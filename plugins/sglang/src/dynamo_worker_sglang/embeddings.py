@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Coroutine, Sequence
 
-    from dynamo_worker import Deadline, EngineContext, RequestContext
-    from dynamo_worker import embeddings
+    from dynamo_worker import Deadline, EngineContext, RequestContext, embeddings
     from dynamo_worker.engine import Send
     from dynamo_worker.kit.publishing import KvEvents
     from dynamo_worker_sglang.manager import Manager
@@ -175,10 +174,9 @@ class SglangEmbeddingEngine(SglangEngine):
         manager, most = started.manager, self._most_tokens
 
         def tokenize(numbers: Sequence[int]) -> None:
-            for number, tokens in zip(
-                numbers, _at_once(manager._tokenize_texts([inputs[number] for number in numbers])), strict=True  # noqa: SLF001
-            ):
-                if len(tokens) > most:
+            batch = _at_once(manager._tokenize_texts([inputs[number] for number in numbers]))  # noqa: SLF001
+            for number, tokens in zip(numbers, batch, strict=True):
+                if not 0 < len(tokens) <= most:  # without any, the scheduler would exit
                     raise InvalidRequestError(
                         f"input[{number}] has {len(tokens)} tokens; the model's context length is {most}"
                     )

@@ -121,7 +121,9 @@ def _check_embeddings(args: argparse.Namespace) -> None:
     """
     engine_arguments.check_tokenizer(args, "--use-vllm-tokenizer", "vllm")
     if args.embedding_frontend_tokenization and not args.embedding_worker:
-        raise StartError("--embedding-frontend-tokenization needs --embedding-worker", hint="leave it out, or give both")
+        raise StartError(
+            "--embedding-frontend-tokenization needs --embedding-worker", hint="leave it out, or give both"
+        )
     if not args.embedding_worker:
         return
     if args.embedding_frontend_tokenization and args.use_vllm_tokenizer:

@@ -164,11 +164,12 @@ class VllmEmbeddingEngine(VllmEngine):
         loop = asyncio.get_running_loop()
 
         def tokenize(numbers: Sequence[int]) -> None:
-            for number in numbers:
-                try:
+            number = numbers[0]
+            try:
+                for number in numbers:
                     (ready[number],) = renderer.render_cmpl([{"prompt": inputs[number]}], params)
-                except VLLMValidationError as error:
-                    raise InvalidRequestError(f"input[{number}]: {error}") from error
+            except VLLMValidationError as error:
+                raise InvalidRequestError(f"input[{number}]: {error}") from error
 
         for first in range(0, len(texts), _TEXTS):
             # vLLM's own thread: a tokenizer is not safe in several, as each may set it to cut texts elsewhere.
