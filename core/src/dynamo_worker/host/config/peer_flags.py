@@ -68,12 +68,13 @@ def _rows(verdict: Verdict, flags: str, text: str, *engines: str, switch: bool =
     ]
 
 
-_OTHER_WORKER: Final = "this worker serves text generation only; use Dynamo's own worker for {}"
+_OTHER_WORKER: Final = "this worker serves text generation and embeddings only; use Dynamo's own worker for {}"
 _IMAGES: Final = _OTHER_WORKER.format("images, audio and video")
-_POOLING: Final = "this worker serves text generation and embeddings only; use Dynamo's own worker for {}"
 _TOKENIZER: Final = "with `--embedding-worker` only: otherwise the frontend tokenizes"
 _DIFFUSION: Final = _OTHER_WORKER.format("images and videos that a model makes")
-_ENCODE: Final = {"encode": "this worker serves text generation only; use Dynamo's own worker for encoders"}
+_ENCODE: Final = {
+    "encode": "this worker serves text generation and embeddings only; use Dynamo's own worker for encoders"
+}
 _GMS: Final = {"gms": "this worker does not use Dynamo's GPU memory service; leave --load-format out, or use `auto`"}
 _ROUTER: Final = "a worker here advertises no routing of its own; give it to the frontend"
 _ONLY_MEDIA: Final = "concerns images, audio and video only"
@@ -187,7 +188,7 @@ _OF_VLLM: Final = [
         "DYN_VLLM_EMBEDDING_WORKER_PROCESSES",
         harmless=("1",),
     ),
-    *_rows("refused", "--classify-worker", _POOLING.format("classification"), _VLLM, switch=True),
+    *_rows("refused", "--classify-worker", _OTHER_WORKER.format("classification"), _VLLM, switch=True),
     *_rows("refused", "--realtime", _OTHER_WORKER.format("realtime sessions"), _VLLM, switch=True),
     PeerFlag("--model-express-url", "ignored", "Dynamo's worker ignores it as well", (_VLLM,)),
     *_rows(
@@ -239,7 +240,7 @@ _OF_SGLANG: Final = [
     *_rows("refused", "--enable-multimodal --dedicated-mm-encoder --frontend-decoding", _IMAGES, _SGLANG, switch=True),
     *_rows("ignored", "--embedding-transfer-mode", _ONLY_MEDIA, _SGLANG),
     *_rows("honoured", "--embedding-worker", "as SGLang's `--is-embedding`", _SGLANG, switch=True),
-    *_rows("refused", "--rerank-worker", _POOLING.format("reranking"), _SGLANG, switch=True),
+    *_rows("refused", "--rerank-worker", _OTHER_WORKER.format("reranking"), _SGLANG, switch=True),
     *_rows("refused", "--image-diffusion-worker --video-generation-worker", _DIFFUSION, _SGLANG, switch=True),
     *_rows(
         "refused",
