@@ -32,7 +32,8 @@ class Sources(NamedTuple):
 
     :param kit: what they import from ``dynamo_worker.kit``: modules, and names as ``module.name``.
     :param defines: the names of methods and class attributes.
-    :param texts: the string constants, and keyword arguments that are strings as ``name=value``.
+    :param texts: the string constants; of calls, keyword arguments that are strings as ``name=value``, and ``name=`` if
+        it is that of an engine that makes embeddings.
     """
 
     kit: frozenset[str]
@@ -78,8 +79,13 @@ def _defined(node: ast.AST) -> Iterator[str]:
 def _text(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
-    elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-        yield f"{node.arg}={node.value.value}"
+    elif isinstance(node, ast.Call):
+        if any(keyword.arg == _EMBEDDINGS for keyword in node.keywords):
+            yield f"{_EMBEDDINGS}="  # what else it says is about them, such as that they are made of text
+            return
+        for keyword in node.keywords:
+            if isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, str):
+                yield f"{keyword.arg}={keyword.value.value}"
 
 
 def _when(condition: Callable[[Sources], bool]) -> Callable[[Sources], str]:
@@ -92,6 +98,8 @@ def _in_requests(condition: Callable[[Sources], bool]) -> Callable[[Sources], st
 
 
 _TEXT: Final = "model_input=text"
+#: The field of ``EngineInfo`` of an engine that makes them.
+_EMBEDDINGS: Final = "embeddings"
 #: The rows: what an engine serves, and how its sources show it.
 FEATURES: Final[dict[str, Callable[[Sources], str]]] = {
     "requests reach it as": lambda s: "text" if _TEXT in s.texts else "tokens",
@@ -99,6 +107,7 @@ FEATURES: Final[dict[str, Callable[[Sources], str]]] = {
         lambda s: s.uses("chunks.add_logprobs", "chunks.top_logprob", "chunks.ChunkBuilder")
     ),
     "guided decoding": _in_requests(lambda s: s.uses("guided_decoding")),
+    "embeddings": _when(lambda s: f"{_EMBEDDINGS}=" in s.texts),
     "LoRA adapters": _in_requests(lambda s: s.uses("lora")),
     "prefill and decode apart": _when(lambda s: s.uses("engine_arguments.disaggregation_mode")),
     "KV events for routers": _when(lambda s: s.uses("publishing.KvEvents", "kv_events.KvEventSource")),

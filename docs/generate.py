@@ -25,7 +25,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 import dynamo_worker
-from dynamo_worker import engine, errors, hookspecs, lifecycle, requests, responses
+from dynamo_worker import embeddings, engine, errors, hookspecs, lifecycle, requests, responses
 from dynamo_worker import text as text_types
 from dynamo_worker.cli import help as cli_help
 from dynamo_worker.exit_codes import ExitCode
@@ -182,7 +182,7 @@ def protocol() -> str:
 def engine_info() -> str:
     """Return the tables of what an engine says about itself."""
     parts = []
-    for kind in (engine.EngineInfo, engine.EndpointSpec, engine.EngineContext):
+    for kind in (engine.EngineInfo, embeddings.EmbeddingSpec, engine.EndpointSpec, engine.EngineContext):
         paragraphs, fields = text(kind)
         parts += [f"### `{kind.__name__}`", "", *paragraphs, ""]
         parts += [_table(("field", "meaning"), [(f"`{name}`", meaning) for name, meaning in fields]), ""]
@@ -291,6 +291,11 @@ def text_request_types() -> str:
     return _typed_dicts(text_types, text_types.TextRequest)
 
 
+def embedding_types() -> str:
+    """Return the tables of an embedding engine's requests and answers."""
+    return _typed_dicts(embeddings, embeddings.EmbeddingRequest)
+
+
 def _typed_dicts(module: ModuleType, first: Any) -> str:
     """Return one table of fields for each ``TypedDict`` of a module, the outermost one first."""
     kinds = [
@@ -331,6 +336,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "public-api": public_names,
     "request": request_types,
     "text": text_request_types,
+    "embeddings": embedding_types,
     "chunk": chunk_types,
 }
 

@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import json
 import re
+import struct
 import subprocess
 import sys
 import typing
@@ -22,7 +23,9 @@ from dynamo_worker import text as text_types
 from dynamo_worker.exit_codes import ExitCode
 from dynamo_worker.host.config.options import OPTIONS
 from dynamo_worker.host.plugins.plugin_validation import hook_signatures
+from dynamo_worker.host.requests.embedding_kind import MOST_ANSWER_BYTES, MOST_CHARACTERS, MOST_TOKENS, wrong_answer
 from dynamo_worker.host.requests.engine_checks import AnswerCheck, EngineChecks
+from dynamo_worker.host.requests.kinds import kind_of
 from dynamo_worker.host.requests.text_kind import wrong_chunk
 from dynamo_worker.kit.canary import canary_request
 from dynamo_worker.kit.chunks import top_logprob
@@ -168,6 +171,38 @@ def test_the_example_of_a_text_engine_is_one():
     assert asyncio.run(answer(stop="two")) == ("three ", "stop", True)
     with pytest.raises(InvalidRequestError, match="seed is not supported"):
         asyncio.run(answer(seed=7))
+
+
+def test_the_example_of_an_embedding_engine_is_one():
+    text = page("requests.md")
+    (example,) = re.findall(
+        r"<!-- example:embedding-engine -->\n```python\n(.*?)```\n<!-- /example -->", text, re.DOTALL
+    )
+    scope: dict[str, Any] = {}
+    exec(compile(example, "requests.md", "exec"), scope)
+    info = asyncio.run(scope["start"](1))
+    kind = kind_of(info, EngineChecks("the example"))
+
+    async def answer(**body: Any) -> Any:
+        request = kind.checked({"model": "toy", **body})
+        (answer,) = [chunk async for chunk in scope["generate"](request, engine.LocalContext("1"))]
+        assert wrong_answer(answer, request, info.embeddings) is None
+        return [struct.unpack(f"<{len(vector) // 4}f", vector) for vector in answer["embeddings"]], answer[
+            "prompt_tokens"
+        ]
+
+    assert asyncio.run(answer(input=[[3, 4], [7]])) == ([(2, 7, 4), (1, 7, 7)], 3)
+    assert asyncio.run(answer(input=[3, 4], dimensions=2)) == ([(2, 7)], 2)
+    assert asyncio.run(answer(**scope["canary_request"]())) == ([(1, 3, 3)], 1)
+    for count, message in ((60, "more than 50 inputs need"), (101, "101 inputs are too many, at most 100")):
+        with pytest.raises(InvalidRequestError, match=message):
+            asyncio.run(answer(input=[[3]] * count))
+
+
+def test_the_limits_of_embeddings_in_the_guide_are_those_of_the_worker():
+    said = page("requests.md").replace(" ", "").replace("\n", "")
+    assert f"{MOST_TOKENS}tokensor{MOST_CHARACTERS}characters" in said
+    assert f"{MOST_ANSWER_BYTES // 2**20}MiBofvectors" in said
 
 
 def test_the_chunks_in_the_guide_are_chunks():

@@ -66,6 +66,13 @@ def test_a_new_package_appears(tmp_path: Path) -> None:
     assert engine.serves["stall detection"] == engine_table.NO
 
 
+def test_an_engine_that_makes_embeddings_too(tmp_path: Path) -> None:
+    """Texts for embeddings do not make an engine one that generates from text."""
+    source = "INFO = EngineInfo('m', embeddings=EmbeddingSpec(8), model_input='text')\n"
+    (engine,) = engine_table._of_package(package(tmp_path, source))
+    assert (engine.serves["embeddings"], engine.serves["requests reach it as"]) == (engine_table.YES, "tokens")
+
+
 def test_a_row_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown rows: wings"):
         list(engine_table._of_package(package(tmp_path, "", "[tool.dynamo-worker.serves]\nwings = 'yes'\n")))

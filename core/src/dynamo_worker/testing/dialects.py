@@ -312,7 +312,7 @@ _CLOSE = 0.01
 class Vectors(list[tuple[float, ...]]):
     """Vectors that are equal to others if their numbers are close."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vectors) and len(self) == len(other) and all(map(_close, self, other))

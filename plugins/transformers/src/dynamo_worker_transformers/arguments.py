@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import StartError
+from dynamo_worker import StartError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +16,12 @@ _PACKAGES: Final = ("torch", "transformers")
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 #: The least tokens of a page that transformers takes.
 _LEAST_PAGE: Final = 4
+#: How the vectors of an input's tokens become one: their mean, the first token's, or the last one's.
+POOLINGS: Final = ("mean", "cls", "last")
+#: What only text generation has, and what only embeddings have, with the values that mean nothing.
+_GENERATION: Final = {"enable_lora": False, "num_blocks": None, "max_memory_percent": None, "prefix_sharing": True}
+_EMBEDDING: Final = {"pooling": None, "normalize": True, "matryoshka": False}
+_FLAGS: Final = {"prefix_sharing": "--no-prefix-sharing", "normalize": "--no-normalize"}
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -77,7 +83,43 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-sharing", dest="prefix_sharing", action="store_false",
         help="compute every prompt as a whole; --enable-lora does so as well",
     )  # fmt: skip
+    group = parser.add_argument_group("transformers engine: embeddings")
+    group.add_argument("--embedding", action="store_true", help="make embeddings instead of text (/v1/embeddings)")
+    group.add_argument(
+        "--pooling", choices=POOLINGS,
+        help="how the tokens' vectors become that of the input (default: as the model's files for "
+        "sentence-transformers say, otherwise mean)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-normalize", dest="normalize", action="store_false",
+        help="leave vectors as long as they are (default: as the same files say, otherwise length 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--matryoshka", action="store_true",
+        help="let clients ask for shorter vectors, although the model's config.json does not say that it can",
+    )  # fmt: skip
     parser.set_defaults(publish_kv_events=False)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check that no flag is given that changes nothing.
+
+    :raises UsageError: one is.
+    """
+    for name, nothing in (_GENERATION if args.embedding else _EMBEDDING).items():
+        if getattr(args, name) != nothing:
+            flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+            what = "is not for embeddings" if args.embedding else "needs --embedding"
+            raise UsageError(f"{flag} {what}", hint=f"leave {flag} out")
+
+
+def embedding_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the process of an engine that makes embeddings needs to know."""
+    names = (
+        *("model", "max_model_len", "dtype", "device", "attn_implementation", "trust_remote_code"),
+        *("max_batch_tokens", "max_requests_per_batch", "pooling", "normalize", "matryoshka"),
+    )
+    return {name: getattr(args, name) for name in names}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def load(settings: Mapping[str, Any]) -> Model:
     """
     transformers.utils.logging.disable_progress_bar()
     path, trust = settings["model"], settings["trust_remote_code"]
-    with _explained(path):
+    with explained(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         attention = settings["attn_implementation"]
         module, report = AutoModelForCausalLM.from_pretrained(
@@ -118,7 +118,7 @@ def load(settings: Mapping[str, Any]) -> Model:
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """Make one sentence of what transformers and PyTorch raise for a model that they cannot load."""
     try:
         yield

@@ -31,3 +31,26 @@ class EngineMetrics(Collector):
         yield CounterMetricFamily("transformers:requests", "Requests answered to the end", value=self.requests)
         yield CounterMetricFamily("transformers:generated_tokens", "Tokens sent", value=self.tokens)
         yield GaugeMetricFamily("transformers:running_requests", "Requests in the engine", value=self.running)
+
+
+class EmbeddingMetrics(Collector):
+    """The same of an engine that makes embeddings.
+
+    :ivar requests: number of requests that were answered to the end.
+    :ivar inputs: number of inputs that have become vectors.
+    :ivar tokens: number of their tokens.
+    :ivar running: number of requests that the engine has, running or waiting.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.inputs = 0
+        self.tokens = 0
+        self.running = 0
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics."""
+        yield CounterMetricFamily("transformers:requests", "Requests answered to the end", value=self.requests)
+        yield CounterMetricFamily("transformers:embedded_inputs", "Inputs that became vectors", value=self.inputs)
+        yield CounterMetricFamily("transformers:embedded_tokens", "Tokens of these inputs", value=self.tokens)
+        yield GaugeMetricFamily("transformers:running_requests", "Requests in the engine", value=self.running)
