@@ -103,10 +103,11 @@ def refuse_for_embeddings(args: argparse.Namespace, others: Mapping[str, object]
     """Refuse flags of text generation on a worker that makes embeddings.
 
     :param others: names of flags in ``args``, with the values that ask for nothing, beside those that engines share.
+        Those that this version of the engine lacks are ignored.
     :raises StartError: some are set; the message names them.
     """
     nothing = {"publish_kv_events": False, "enable_rl": False, **others}
-    given = [name for name, value in nothing.items() if getattr(args, name) not in (value, None)]
+    given = [name for name, value in nothing.items() if getattr(args, name, value) not in (value, None)]
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise StartError(

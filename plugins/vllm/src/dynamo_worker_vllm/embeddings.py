@@ -136,6 +136,8 @@ class VllmEmbeddingEngine(VllmEngine):
                 if not number % _BURST:
                     await asyncio.sleep(0)
             outputs = [mailbox.get_nowait() or await mailbox.get() for mailbox in mailboxes]
+        except InvalidRequestError:
+            raise
         except ValueError as error:  # vLLM rejects a request with this, or with its own errors
             raise InvalidRequestError(str(error)) from error
         except Exception as error:
