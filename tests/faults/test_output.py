@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dynamo_worker.supervisor.output import write_now
 from dynamo_worker.testing import Cluster, eventually
 
-from .conftest import PLUGINS
+from .conftest import PLUGINS, FaultyCluster
 
 #: What a worker under test is started with; refused requests are logged.
 COMMAND = [sys.executable, "-m", "dynamo_worker", "--engine", "faulty", "--grace-period", "0", "--no-warmup"]
@@ -145,3 +147,58 @@ def test_the_exit_code_of_a_clean_stop(cluster: Cluster, serving: list[Piped], w
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("place", ["pipe", "file"])
+def test_everything_printed_is_json(cluster: Cluster, faulty: FaultyCluster, serving: list[Piped], place: str) -> None:
+    """The worker's log and the runtime's; what the engine prints, and its child; a traceback is one event."""
+    flags = ["--log-format", "json"]
+    if place == "file":
+        cluster.start_frontend()
+        worker = faulty.start(*flags, DYN_LOG="info")
+        cluster.wait_model()
+    else:
+        serving.append(Piped(cluster, *flags, DYN_LOG="info"))
+    statuses = [cluster.complete(prompt)[0] for prompt in ("write", "bad", "bug")]
+    assert statuses == [200, 400, 500]
+    if place == "file":
+        worker.stop()
+        text = worker.log
+    else:
+        assert serving[0].stop() == 0
+        serving[0].read_until(rb"Worker stopped")
+        text = serving[0].text.decode()
+    assert "\x1b" not in text
+    events = [json.loads(line) for line in text.splitlines()]
+    assert all(isinstance(event, dict) for event in events)
+    printed = {event["level"]: event["message"] for event in events if event.get("logger") == "output"}
+    assert printed["WARNING"] == "WARNING 50 % of the memory is free"
+    assert re.search(r"(?s)^Traceback .*\nSystemError: in a child$", printed["ERROR"])
+    assert any(event.get("target", "").startswith("dynamo_") for event in events), "lines of the runtime"
+    requests = [event for event in events if event["message"] in ("Request refused", "Request failed")]
+    assert len({event["trace_id"] for event in requests}) == 2  # the runtime gives every request one
+
+
+def test_text_without_a_terminal_has_no_colours(cluster: Cluster, serving: list[Piped]) -> None:
+    worker = Piped(cluster, DYN_LOG="info")
+    serving.append(worker)
+    assert cluster.complete("write")[0] == 200
+    assert worker.stop() == 0
+    worker.read_until(rb"Worker stopped")
+    assert b"WARNING 50 % of the memory" in worker.text
+    assert b" INFO dynamo_runtime" in worker.text
+    assert b"\x1b" not in worker.text
+
+
+def test_a_frontends_log_is_json(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_frontend("--log-format", "json", DYN_LOG="info")
+    cluster.worker()
+    cluster.wait_model()
+    assert cluster.complete()[0] == 200
+    (log,) = tmp_path.rglob("frontend-*.log")
+
+    def events() -> list[dict[str, object]]:
+        return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    eventually(lambda: any("request" in str(event) for event in events()), 5, "lines about the request")
+    assert all("level" in event and "message" in event for event in events())

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import collections
 import ctypes
+import os
 import re
 import socket
 import subprocess
@@ -130,6 +131,9 @@ class FaultyEngine(EchoEngine):
             raise ValueError("not enough values to unpack")
         if "print" in text:
             print("a line that waits in a buffer until the end")
+        if "write" in text:  # as native code and child processes do
+            os.write(1, b"\x1b[33mWARNING\x1b[0m 50 % of the memory is free\n")
+            subprocess.run([sys.executable, "-c", "raise SystemError('in a child')"], check=False)
         if "dead" in text:
             raise EngineDeadError("CUDA error: an illegal memory access was encountered")
         if "unserializable" in text:

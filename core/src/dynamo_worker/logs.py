@@ -100,6 +100,18 @@ def quiet_runtime(directives: str = WORKER_RUNTIME_LOG) -> None:
     os.environ.setdefault("DYN_LOG", directives)
 
 
+def plain_runtime(log_format: str) -> None:
+    """Set the runtime's log to JSON if ours is, and without colours unless a terminal shows them.
+
+    Call this before importing ``dynamo``, which reads the variables. Engines and their libraries read ``NO_COLOR``.
+    """
+    if log_format == "json":
+        os.environ.setdefault("DYN_LOGGING_JSONL", "true")
+    if log_format == "json" or sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("DYN_SDK_DISABLE_ANSI_LOGGING", "1")
+        os.environ.setdefault("NO_COLOR", "1")
+
+
 class UnblockedStream:
     """A non-blocking replacement for a text stream such as ``sys.stderr``.
 

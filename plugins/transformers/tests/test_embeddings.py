@@ -134,7 +134,8 @@ def test_texts_are_cut_only_if_the_client_says_so(bert: Path) -> None:
         model.tokens("dog " * 127, None, None)
     assert len(model.tokens("dog " * 500, -1, None)) == 128
     assert len(model.tokens("dog " * 500, 300, None)) == 128
-    assert len(model.tokens("dog " * 500, 5, None)) == 5
+    for limit in (5, 2, 1):
+        assert len(model.tokens("dog " * 500, limit, None)) == limit
     assert len(model.tokens("dog dog", None, False)) == 2
     with pytest.raises(InvalidRequestError, match="an input has no tokens"):
         model.tokens(" ", None, False)
@@ -201,6 +202,16 @@ def test_one_bad_input_fails_its_request_only(core: Core) -> None:
         engine.step()
     assert outbox.failed == {"bad": "input: an input has 502 tokens; the model's context length is 128"}
     assert ("good", 0, True) in outbox.sent
+
+
+def test_a_text_that_the_tokenizer_cannot_take_fails_its_request_only(core: Core) -> None:
+    """A frontend lets no such text through, but others can reach the worker."""
+    engine, outbox = core()
+    engine.add("bad", payload("\ud800"))
+    engine.add("good", payload("fox"))
+    engine.step()
+    assert "bad" in outbox.failed
+    assert outbox.sent == [("good", 0, True)]
 
 
 def test_an_aborted_request_leaves_the_batches(core: Core) -> None:

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.timeout(300), needs_gpus(2)]
 
 QUICK = ("--grace-period", "0", "--tensor-parallel-size", "2")
 #: Gives each rank's worker a port for its status server.
-OWN_PORT = 'shift; exec "$@" --system-port $((BASE_PORT + OMPI_COMM_WORLD_RANK))'
+OWN_PORT = 'shift; port=PORT_$OMPI_COMM_WORLD_RANK; exec "$@" --system-port "${!port}"'
 
 
 def launcher(name: str) -> str:
@@ -31,7 +31,8 @@ def launcher(name: str) -> str:
 def start(cluster: Cluster, subject: Subject) -> Worker:
     """Start a job of two ranks and wait until it serves."""
     prefix = [launcher("mpirun"), "--oversubscribe", "-n", "2", "bash", "-c", OWN_PORT, "bash", "--"]
-    job = cluster.start_worker(*QUICK, prefix=prefix, BASE_PORT=str(free_port()))
+    ports = {f"PORT_{rank}": str(free_port()) for rank in range(2)}  # the port after a free one may be taken
+    job = cluster.start_worker(*QUICK, prefix=prefix, **ports)
     job.wait_log("Following rank 0 of an MPI job", subject.start_seconds)
     # The follower is ready long before the leader.
     eventually(lambda: subject.model in cluster.models(), 2 * subject.start_seconds, "the leader's model")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dynamo_worker.host.native_output import NativeOutputFilter, RequestLineFilter
+from dynamo_worker.host.native_output import FrontendOutput, NativeOutputFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +82,7 @@ def through(tmp_path: Path) -> Iterator[Callable[[Sequence[bytes]], bytes]]:
     def write(pieces: Sequence[bytes]) -> bytes:
         with open(tmp_path / "stderr", "wb", buffering=0) as file:
             os.dup2(file.fileno(), 2)
-        output = RequestLineFilter()
+        output = FrontendOutput()
         try:
             for piece in pieces:
                 os.write(2, piece)
@@ -128,7 +128,7 @@ def test_without_a_thread_stderr_is_what_it_was(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     before = os.fstat(2)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        RequestLineFilter()
+        FrontendOutput()
     assert os.path.samestat(os.fstat(2), before)
 
 
@@ -137,7 +137,7 @@ def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
     reading, writing = os.pipe()
     saved = os.dup(2)
     os.dup2(writing, 2)
-    output = RequestLineFilter()
+    output = FrontendOutput()
     try:
         started = time.monotonic()
         for _ in range(600):

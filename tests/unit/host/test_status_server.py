@@ -35,9 +35,14 @@ class Upstream:
         self.body = body
         self.heads = []
         self.server = None
+        self.tasks = set()
 
     async def start(self):
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        async def serve(reader, writer):
+            self.tasks.add(asyncio.current_task())
+            await self._serve(reader, writer)
+
+        self.server = await asyncio.start_server(serve, "127.0.0.1", 0)
         return self.server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader, writer):
@@ -119,6 +124,8 @@ async def worker(upstream=None):
         served.server.close()
         if upstream is not None:
             upstream.server.close()
+            # Those that the end of the event loop would cancel leave an open socket to the next test.
+            await until(lambda: all(task.done() for task in upstream.tasks))
 
 
 async def nothing(body):

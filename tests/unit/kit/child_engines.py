@@ -256,3 +256,25 @@ class CountingTasks(TaskEngine):
         if path := self.options.get("close_file"):
             with open(path, "a") as file:
                 file.write("closed\n")
+
+
+class AbortsLater(TaskEngine):
+    """Knows its requests by their ids, as many engines do, and ends an aborted one when it comes to it."""
+
+    async def start(self, options: Any) -> Any:
+        self.known: dict[str, asyncio.Event] = {}
+
+    async def generate(self, request_id: str, payload: Any) -> AsyncIterator[Any]:
+        aborted = self.known[request_id] = asyncio.Event()
+        try:
+            for number in range(payload["count"]):
+                await asyncio.sleep(0.01)
+                if aborted.is_set():
+                    raise RuntimeError("the abort of another request has ended this one")
+                yield {"count": number}
+        finally:
+            await asyncio.sleep(0.03)
+            self.known[request_id].set()
+
+    async def answer(self, question: str, payload: Any) -> Any:
+        return [len(self.known), len(asyncio.all_tasks())]

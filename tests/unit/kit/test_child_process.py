@@ -744,6 +744,41 @@ def test_a_task_that_fails_ends_no_other(payload, error, message):
     run(test, "CountingTasks", most_bytes=1 << 16)
 
 
+def test_the_abort_of_a_task_ends_no_later_one_of_its_id():
+    """A request that migrates away and back finds its own abort on the way."""
+
+    async def test(child):
+        for _ in range(3):
+            stream = child.generate("same", {"count": 10**9})
+            await stream.__anext__()
+            await stream.aclose()
+            assert await collect(child, "same", count=10) == list(range(10))
+        # Aborted before their coroutines have begun.
+        for _ in range(3):
+            leaving = asyncio.ensure_future(collect(child, "same", count=10**9))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            assert await collect(child, "same", count=10) == list(range(10))
+
+    run(test, "AbortsLater")
+
+
+def test_an_id_looks_like_that_of_another_request():
+    """Clients choose them: this one is what the second of two equal ids becomes."""
+
+    async def test(child):
+        held = [child.generate(name, {"count": 10**9}) for name in ("x#3", "x", "x")]
+        for stream in held:
+            await stream.__anext__()
+        assert len(await child.ask("counts")) == 3
+        assert [(await stream.__anext__())["count"] for stream in held] == [1, 1, 1]
+        for stream in held:
+            await stream.aclose()
+
+    run(test)
+
+
 def test_a_slow_client_holds_up_its_own_task_only():
     async def test(child):
         slow = child.generate("slow", {"count": 300, "filler": 5000})

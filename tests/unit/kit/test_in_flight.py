@@ -93,6 +93,22 @@ def test_an_abort_waits_for_the_engines_word() -> None:
     run(check)
 
 
+def test_the_end_of_a_request_forgets_no_later_one_of_its_id() -> None:
+    async def check(engine: Engine) -> None:
+        first, early = engine.start(lambda: "first")
+        await until(lambda: early.followed)
+        second, late = engine.start(lambda: "second")
+        await until(lambda: late.followed)
+        early.end()
+        await first
+        abort = asyncio.ensure_future(engine.requests.abort("id"))
+        await until(lambda: engine.aborted == ["second"])
+        late.end()
+        await asyncio.gather(abort, second)
+
+    run(check)
+
+
 def test_a_request_whose_client_leaves_while_it_is_handed_over_is_aborted() -> None:
     release = threading.Event()
 

@@ -11,6 +11,7 @@ from dynamo_worker.cli import arguments, effective_config
 from dynamo_worker.errors import WorkerError
 from dynamo_worker.host import open_files
 from dynamo_worker.host.status.metrics_in_memory import keep_in_memory
+from dynamo_worker.supervisor.early_settings import EarlySettings
 from dynamo_worker.supervisor.environment import HASH_SEED
 from dynamo_worker.supervisor.interpreter import protect_multiprocessing
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         print(f"dynamo-worker {__version__}")
         return 0
     print_only = "--print-config" in line.switches
+    _prepare_runtime(argv)
     from dynamo_worker.cli.chosen_engine import ChosenEngine
 
     chosen = ChosenEngine(argv)
@@ -46,11 +48,6 @@ def main(argv: list[str]) -> int:
     if not print_only:
         values.check()
         values = values.resolved()
-        # The runtime reads these variables when it is imported, which a plugin may do.
-        if values.log_level != "debug":
-            logs.quiet_runtime()
-        if values.log_format == "json":
-            os.environ.setdefault("DYN_LOGGING_JSONL", "true")
     from dynamo_worker.cli.engine_parser import engine_parser, parse_engine_args
     from dynamo_worker.cli.peer_words import check_variables
 
@@ -76,6 +73,17 @@ def main(argv: list[str]) -> int:
     from dynamo_worker.host import launcher
 
     return launcher.run(values, plugins, engine_args)
+
+
+def _prepare_runtime(argv: list[str]) -> None:
+    """Set the variables that the Dynamo runtime reads when it is imported, which the engine's plugin may do first."""
+    from dynamo_worker.host import tracing
+
+    early = EarlySettings(argv)
+    if early.get("log_level", "info").lower() != "debug":
+        logs.quiet_runtime()
+    logs.plain_runtime(early.get("log_format", "text").lower())
+    tracing.prepare()
 
 
 def _show_help(argv: list[str], line: CommandLine) -> int:

@@ -19,6 +19,7 @@ import traceback
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from dynamo_worker.logs import get_logger
+from dynamo_worker.supervisor.log_lines import JsonLines
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -56,8 +57,8 @@ def redirect(stream: UnblockedStream) -> None:
     sys.stderr = NativeOutputFilter(stream)
 
 
-class RequestLineFilter:
-    """Removes from stderr the line that the runtime logs for every request, whatever ``DYN_LOG`` says.
+class FrontendOutput:
+    """Removes from stderr the line that the runtime logs for every request, or makes every line a JSON object.
 
     For a frontend only, whose interpreter is idle. In a worker, native code that holds the interpreter and fills the
     pipe would block itself, and its last output before an abort would be lost.
@@ -75,8 +76,14 @@ class RequestLineFilter:
     #: Seconds to empty the pipe at the end.
     _END: Final = 0.5
 
-    def __init__(self) -> None:
-        """Replace stderr with a pipe, and copy all other lines from it to the real one in a thread."""
+    def __init__(self, *, quiet: bool = True, as_json: bool = False) -> None:
+        """Replace stderr with a pipe, and copy the lines from it to the real one in a thread.
+
+        :param quiet: drop the lines about single requests, which the runtime logs whatever ``DYN_LOG`` says.
+        :param as_json: turn lines that are not JSON objects into some.
+        """
+        self._quiet = quiet
+        self._lines = JsonLines() if as_json else None
         self._stderr = os.dup(2)
         self._output, end = os.pipe()
         with contextlib.suppress(OSError):  # the user has too many pipes; it keeps the default size
@@ -101,11 +108,12 @@ class RequestLineFilter:
             lines = (whole + newline).splitlines(keepends=True)
             if len(held) > self._MOST_BYTES:
                 lines, held = [*lines, held], b""
-            self._write(b"".join(line for line in lines if not self._drops(line)))
-        self._write(held)
+            kept = b"".join(line for line in lines if not self._drops(line))
+            self._write(kept if self._lines is None else self._lines.feed(kept))
+        self._write(held if self._lines is None else self._lines.feed(held) + self._lines.rest())
 
     def _drops(self, line: bytes) -> bool:
-        return b"request_span" in line and self._LINE.match(self._COLOUR.sub(b"", line)) is not None
+        return self._quiet and b"request_span" in line and self._LINE.match(self._COLOUR.sub(b"", line)) is not None
 
     def _write(self, data: bytes) -> None:
         for start in range(0, len(data), select.PIPE_BUF):  # a writable pipe takes at least this much

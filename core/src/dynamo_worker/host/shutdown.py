@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.containment import contained
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.host import draining
+from dynamo_worker.host import draining, tracing
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.requests.serving import SHUTTING_DOWN
 from dynamo_worker.logs import get_logger
@@ -110,8 +110,10 @@ class Shutdown:
         if parts.status is not None:
             parts.status.stop_routes()
         await self._shut_down_runtime(deadline)
+        idle_since = time.monotonic()
         await self._clean_up_engine(deadline)
         frontend_failure = await self._stop_frontend(deadline)
+        await tracing.wait_until_sent(idle_since, deadline.reserve(draining.HOOK_MARGIN))
         if parts.status is not None:
             parts.status.close()
         self._remove_own_directory(deadline)

@@ -17,6 +17,7 @@ from dynamo_worker.kit.child_messages import line, message
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Container
 
     from dynamo_worker.kit.child_messages import Lines
 
@@ -40,9 +41,14 @@ class Outbox:
         self._ended: list[int] = []
         self._unsendable: list[str] = []
 
-    def open(self, request_id: str, number: int) -> str:
-        """Remember a request, and return the id that the engine shall know: two clients may have chosen the same."""
-        name = request_id if request_id not in self.requests else f"{request_id}#{number}"
+    def open(self, request_id: str, number: int, taken: Container[str] = ()) -> str:
+        """Remember a request, and return the id that the engine shall know: two clients may have chosen the same.
+
+        :param taken: further ids that the engine still knows.
+        """
+        name = request_id
+        while name in self.requests or name in taken:
+            name += f"#{number}"
         self.requests[name] = number
         return name
 
@@ -176,7 +182,8 @@ class StepEngine(ABC):
     def add(self, request_id: str, payload: Any) -> None:
         """Begin with a request. An exception ends this request only.
 
-        :param request_id: no request in progress has the same.
+        :param request_id: no request in progress has the same; one that was aborted may have had it. An engine that is
+            not done with a request when :meth:`abort` returns has to tell the two apart.
         :raises InvalidRequestError: it is the client's mistake.
         """
 

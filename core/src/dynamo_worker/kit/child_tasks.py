@@ -45,7 +45,7 @@ class TaskEngine(ABC):
     def generate(self, request_id: str, payload: Any) -> AsyncIterator[Any]:
         """Yield the chunks of one answer, anything that JSON can carry. An exception ends this request only.
 
-        :param request_id: no request in progress has the same.
+        :param request_id: no other generator that has not ended has the same, aborted or not.
         :raises InvalidRequestError: it is the client's mistake.
         """
 
@@ -89,6 +89,8 @@ class _Server:
         self._engine, self._connection, self._options, self._lines = engine, connection, first["start"], lines
         self._outbox = Outbox(connection, first["most_bytes"])
         self._requests: dict[int, _Request] = {}
+        #: The ids that the engine may still use: an aborted request ends later, in its own time.
+        self._names: set[str] = set()
         self._questions: set[asyncio.Task[None]] = set()
         self._waiting = 0
         self._over: asyncio.Future[None] | None = None
@@ -131,9 +133,12 @@ class _Server:
     def _handle(self, news: dict[str, Any]) -> None:
         if "add" in news:
             number = news["add"]
-            request = _Request(number, self._outbox.open(news["id"], number), news["payload"])
+            request = _Request(number, self._outbox.open(news["id"], number, self._names), news["payload"])
             self._requests[number] = request
+            self._names.add(request.name)
             request.task = asyncio.ensure_future(self._serve(request))
+            # Not at the end of the coroutine: one that is cancelled before it begins never gets there.
+            request.task.add_done_callback(partial(self._forget, request))
         elif "abort" in news:
             aborted = self._requests.get(news["abort"])
             if aborted is not None and not aborted.aborted:
@@ -178,8 +183,10 @@ class _Server:
         except Exception as error:
             if not request.aborted:
                 self._guarded(partial(outbox.fail, name, error))
-        finally:
-            del self._requests[request.number]
+
+    def _forget(self, request: _Request, _: asyncio.Task[None]) -> None:
+        del self._requests[request.number]
+        self._names.discard(request.name)
 
     def _flush_soon(self) -> bool:
         """Have written what is sent, and return whether much waits: its sender then lets others run."""

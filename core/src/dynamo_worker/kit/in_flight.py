@@ -100,8 +100,10 @@ class RequestsInFlight(Generic[_T]):
         try:
             await answer.wait()
         finally:
-            if answer.finished.is_set():
-                self._running.pop(request_id, None)
+            # A later request may have taken the id; it is still in the engine.
+            running = self._running.get(request_id)
+            if answer.finished.is_set() and running is not None and running[1] is answer:
+                del self._running[request_id]
 
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request, and wait until the engine has acknowledged that.

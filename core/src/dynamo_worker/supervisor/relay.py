@@ -10,6 +10,7 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_worker.supervisor.log_lines import JsonLines, PlainText
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
 
 if TYPE_CHECKING:
@@ -24,19 +25,22 @@ class Relay:
     """Carries what the worker's tree prints to our own stdout and stderr, if those are pipes or sockets.
 
     A log reader that hangs or dies then affects neither the worker nor the Dynamo runtime nor the engine's processes.
-    Terminals and files are inherited directly.
+    Terminals are inherited directly, and files unless every line has to be JSON.
 
     :param stderr: the destination of what is printed to stderr.
+    :param as_json: turn lines that are not JSON objects into some.
     """
 
-    def __init__(self, stderr: Output) -> None:
+    def __init__(self, stderr: Output, *, as_json: bool = False) -> None:
         #: Descriptors that become the worker's stdout (1) and stderr (2).
         self.ends: dict[int, int] = {}
         self._sources: dict[int, Output] = {}
+        self._lines: dict[int, JsonLines | PlainText] = {}
         places: dict[tuple[int, int], int] = {}
         for descriptor in (stderr.descriptor, 1):
             status = os.fstat(descriptor)
-            if not stat.S_ISFIFO(status.st_mode) and not stat.S_ISSOCK(status.st_mode):
+            is_pipe = stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode)
+            if not is_pipe and not (as_json and stat.S_ISREG(status.st_mode)):
                 continue
             place = (status.st_dev, status.st_ino)
             if place not in places:
@@ -45,6 +49,7 @@ class Relay:
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(reading, _F_SETPIPE_SZ, _PIPE_SIZE)
                 self._sources[reading] = stderr if descriptor == stderr.descriptor else Output(descriptor, stderr.lost)
+                self._lines[reading] = JsonLines() if as_json else PlainText()
             self.ends[descriptor] = places[place]
 
     def close_ends(self) -> None:
@@ -68,6 +73,8 @@ class Relay:
             # Something may still be writing, such as a process that cannot be killed.
             while self._carry(source) and time.monotonic() < deadline:
                 pass
+            if source in self._lines:
+                self._sources[source].write(self._lines[source].rest())
         for output in outputs:
             output.drain(deadline - time.monotonic())
 
@@ -77,11 +84,12 @@ class Relay:
             data = os.read(source, _PIECE)
         except BlockingIOError:
             return False
-        output = self._sources[source]
+        output, lines = self._sources[source], self._lines[source]
         if not data:
+            output.write(lines.rest())
             self._loop.remove(source)
             os.close(source)
-            del self._sources[source]
+            del self._sources[source], self._lines[source]
             return False
-        output.write(data)
+        output.write(lines.feed(data))
         return True

@@ -120,7 +120,7 @@ class Supervisor:
     def _start(self) -> None:
         # Children that a shell had before it became us by `exec` are not ours to kill.
         strangers = set(process_tree.descendants(os.getpid()))
-        relay = Relay(self._log.output)
+        relay = Relay(self._log.output, as_json=self._log.as_json)
         control = self._fork_guardian(relay)
         owners = [
             Process(pid, stat.start) for pid in (os.getpid(), self._guardian.pid) if (stat := linux.read_stat(pid))

@@ -126,9 +126,10 @@ class Worker:
         :raises AssertionError: the process is still running after ``timeout`` seconds.
         """
         try:
-            code = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
+            eventually(lambda: self._process.poll() is not None, timeout)
+        except AssertionError:
             raise AssertionError(f"still running after {timeout:g} s; end of its log:\n{self.log[-4000:]}") from None
+        code = self._process.returncode
         return code if code >= 0 else 128 - code
 
     @property

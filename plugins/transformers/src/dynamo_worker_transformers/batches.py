@@ -234,7 +234,7 @@ class Batches:
     ) -> None:
         """Begin one answer.
 
-        :param answer_id: no other answer has it.
+        :param answer_id: no other answer has it, nor had: what the loop still does for a cancelled one bears its id.
         :param limit: most tokens.
         :param ends: tokens that end it.
         :param parameters: as :class:`~dynamo_worker_transformers.sampler.Sampling` takes them.

@@ -5,6 +5,7 @@ The worker's kit (``dynamo_worker.kit.child_process``) starts it, and ends it wi
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -30,14 +31,19 @@ _END_SECONDS: Final = 1.0
 
 
 class _Request:
-    """A request in progress, with all its answers."""
+    """A request in progress, with all its answers.
 
-    def __init__(self, payload: Mapping[str, Any]) -> None:
+    :ivar running: those that have not ended: their ids in the loop by their indices.
+    """
+
+    def __init__(self, request_id: str, number: int, payload: Mapping[str, Any]) -> None:
+        self.id = request_id
         self.prompt_tokens = len(payload["token_ids"])
         self.ends = frozenset(payload["ends"])
         self.stops = frozenset(payload["stop_token_ids"])
         self.logprobs = payload["sampling"].get("logprobs") is not None
-        self.running = set(range(payload["n"]))
+        # The loop hears of aborts late, and reports what it had done before: no other request may have these ids.
+        self.running = {index: f"{number}/{index}" for index in range(payload["n"])}
         self.tokens = 0
 
     def chunk(self, index: int, update: Update) -> Chunk:
@@ -48,7 +54,7 @@ class _Request:
             chunk["log_probs"] = [finite(each.chosen) for each in update.logprobs]
             chunk["top_logprobs"] = [_top(each) for each in update.logprobs]
         if update.finished:
-            self.running.discard(index)
+            del self.running[index]
             last = update.tokens[-1] if update.tokens else None
             chunk["finish_reason"] = "stop" if last in self.ends else "length"
             if last is not None and last in self.stops:
@@ -69,6 +75,9 @@ class Core(StepEngine):
     def __init__(self) -> None:
         self._loaded: Batches | None = None
         self._requests: dict[str, _Request] = {}
+        #: Each answer in the loop: its request and its index.
+        self._answers: dict[str, tuple[_Request, int]] = {}
+        self._numbers = itertools.count()
         self._steps = 0
 
     @property
@@ -102,20 +111,24 @@ class Core(StepEngine):
 
     def add(self, request_id: str, payload: Mapping[str, Any]) -> None:
         """Begin all answers of a request."""
-        request = _Request(payload)
-        for index in request.running:
-            sampling = dict(payload["sampling"])
-            if sampling.get("seed") is not None:
-                sampling["seed"] += index
-            self._batches.add(
-                _answer_id(request_id, index),
-                payload["token_ids"],
-                payload["max_tokens"],
-                payload["ends"],
-                sampling,
-                payload["adapter"],
-            )
-        self._requests[request_id] = request
+        request = self._requests[request_id] = _Request(request_id, next(self._numbers), payload)
+        try:
+            for index, answer_id in request.running.items():
+                sampling = dict(payload["sampling"])
+                if sampling.get("seed") is not None:
+                    sampling["seed"] += index
+                self._batches.add(
+                    answer_id,
+                    payload["token_ids"],
+                    payload["max_tokens"],
+                    payload["ends"],
+                    sampling,
+                    payload["adapter"],
+                )
+                self._answers[answer_id] = request, index
+        except Exception:
+            self.abort(request_id)
+            raise
 
     def step(self) -> float | None:
         """Send what the loop has made.
@@ -133,18 +146,20 @@ class Core(StepEngine):
         return None if updates or self._steps != before else _NOTHING
 
     def _send(self, update: Update) -> None:
-        request_id, _, index = update.answer_id.rpartition("/")
-        request = self._requests.get(request_id)
-        if request is None:
+        found = self._answers.get(update.answer_id)
+        if found is None:
             return
+        request, index = found
         if update.error is not None:
-            self.abort(request_id)
-            self.fail(request_id, update.error)
+            self.abort(request.id)
+            self.fail(request.id, update.error)
             return
-        chunk = request.chunk(int(index), update)
+        chunk = request.chunk(index, update)
+        if update.finished:
+            del self._answers[update.answer_id]
         if not request.running:
-            del self._requests[request_id]
-        self.send(request_id, chunk, last=not request.running)
+            del self._requests[request.id]
+        self.send(request.id, chunk, last=not request.running)
 
     def _check(self, seconds: float = 0.0) -> None:
         """Raise why the loop has ended, if it has or does so within some seconds."""
@@ -157,8 +172,9 @@ class Core(StepEngine):
     def abort(self, request_id: str) -> None:
         """Stop all answers of a request before the next step."""
         request = self._requests.pop(request_id, None)
-        for index in () if request is None else request.running:
-            self._batches.cancel(_answer_id(request_id, index))
+        for answer_id in () if request is None else request.running.values():
+            self._answers.pop(answer_id, None)
+            self._batches.cancel(answer_id)
 
     def answer(self, question: str, payload: Any) -> Any:
         """Load or unload a LoRA adapter, or say how much there is to do."""
@@ -179,7 +195,3 @@ class Core(StepEngine):
         """End the loop."""
         if self._loaded is not None:
             self._loaded.stop()
-
-
-def _answer_id(request_id: str, index: int) -> str:
-    return f"{request_id}/{index}"

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-from dynamo_worker import InvalidRequestError
 from dynamo_worker.kit.child_loop import StepEngine
 from dynamo_worker_transformers.batches import LoadError
 from dynamo_worker_transformers.embedding_model import EmbeddingModel
@@ -132,7 +131,7 @@ class EmbeddingCore(StepEngine):
         if request.tokens is None:
             try:
                 request.tokens = self._model.tokens(request.inputs[request.next], request.limit, request.special)
-            except InvalidRequestError as error:
+            except Exception as error:  # the tokenizer's, of a text that it cannot take: not the end of the engine
                 self.abort(request.request_id)
                 self.fail(request.request_id, error)
         return request.tokens

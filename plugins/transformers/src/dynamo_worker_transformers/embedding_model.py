@@ -94,14 +94,7 @@ class EmbeddingModel:
         :param special: whether to add special tokens to a text; None as the tokenizer does it.
         :raises InvalidRequestError: there are none, or too many.
         """
-        if isinstance(one, str):
-            options: dict[str, Any] = {} if special is None else {"add_special_tokens": special}
-            if limit is not None:
-                longest = self.context_length if limit == -1 else min(limit, self.context_length)
-                options |= {"truncation": True, "max_length": longest}
-            found: list[int] = self._tokenizer(one, verbose=False, **options)["input_ids"]
-        else:
-            found = one
+        found = self._tokenized(one, limit, special) if isinstance(one, str) else one
         if not found:
             raise InvalidRequestError("input: an input has no tokens")
         if len(found) > self.context_length:
@@ -109,6 +102,15 @@ class EmbeddingModel:
                 f"input: an input has {len(found)} tokens; the model's context length is {self.context_length}"
             )
         return found
+
+    def _tokenized(self, text: str, limit: int | None, special: bool | None) -> list[int]:
+        options: dict[str, Any] = {} if special is None else {"add_special_tokens": special}
+        longest = None if limit is None else self.context_length if limit == -1 else min(limit, self.context_length)
+        # The tokenizer keeps its special tokens, and fails if nothing else would be left.
+        if longest is not None and longest > self._tokenizer.num_special_tokens_to_add():
+            options |= {"truncation": True, "max_length": longest}
+        found: list[int] = self._tokenizer(text, verbose=False, **options)["input_ids"]
+        return found[:longest]
 
     def vectors(self, batch: Sequence[list[int]]) -> torch.Tensor:
         """Return the vectors of a batch, before they are cut or get the length 1, as 32-bit floats on the CPU."""

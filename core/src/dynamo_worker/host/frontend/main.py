@@ -18,7 +18,7 @@ from dynamo_worker import logs
 from dynamo_worker.address import Address
 from dynamo_worker.deadline import Deadline
 from dynamo_worker.errors import DiscoveryLostError, UsageError
-from dynamo_worker.host import native_output
+from dynamo_worker.host import native_output, tracing
 from dynamo_worker.host.config.options import DEFAULT_FRONTEND, FRONTEND_OPTIONS
 from dynamo_worker.host.config.router_modes import ROUTER_MODES
 from dynamo_worker.host.discovery import runtime_lease
@@ -134,15 +134,17 @@ def main(argv: list[str]) -> int:
     quiet = args.log_level != "debug" and "DYN_LOG" not in os.environ
     if quiet:
         logs.quiet_runtime(logs.FRONTEND_RUNTIME_LOG)
-    if args.log_format == "json":
-        os.environ.setdefault("DYN_LOGGING_JSONL", "true")
+    logs.plain_runtime(args.log_format)
+    tracing.prepare()
     check_free(address)
     if args.discovery_backend == "file":
         path = writable_directory(Path(args.discovery_path) if args.discovery_path else None)
         os.environ["DYN_FILE_KV"] = str(path)
     # The runtime's own status server would take the worker's port.
     os.environ["DYN_SYSTEM_PORT"] = "-1"
-    with contextlib.closing(native_output.RequestLineFilter()) if quiet else contextlib.nullcontext():
+    as_json = args.log_format == "json"
+    output = native_output.FrontendOutput(quiet=quiet, as_json=as_json) if quiet or as_json else None
+    with contextlib.closing(output) if output is not None else contextlib.nullcontext():
         loop = uvloop.new_event_loop()
         asyncio.set_event_loop(loop)
         loop.run_until_complete(_serve(address, args, drain_seconds, embedded=worker is not None))
@@ -201,8 +203,10 @@ async def _serve(address: Address, args: argparse.Namespace, drain_seconds: floa
     if not by_itself:
         deadline = Deadline.after(drain_seconds)
         await asyncio.to_thread(_drain, address, deadline)
+        idle_since = time.monotonic()
         runtime.shutdown()
         await asyncio.wait({serving}, timeout=deadline.remaining())
+        await tracing.wait_until_sent(idle_since, deadline)
     if serving.done():
         serving.result()
     if lost.done():

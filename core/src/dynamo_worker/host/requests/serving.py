@@ -280,7 +280,7 @@ class RequestHandler:
 
         :param out: the stream to its client; None if the caller iterates over the chunks, and may have stopped.
         """
-        request_id = entry.request_id
+        names = _names(context)
         if isinstance(error, EngineDeadError):
             self._on_dead(error)
         if entry.cut is Cut.ABORT:
@@ -290,7 +290,7 @@ class RequestHandler:
                 return RequestOutcome.ABORTED, EngineShutdown(f"ended: {entry.reason}")
             return RequestOutcome.HANDED_OFF, EngineShutdown(f"handed off: {entry.reason}")
         if out is not None and isinstance(out.error, SlowClientError):
-            log.warning("Request cancelled", request_id=request_id, error=out.error)
+            log.warning("Request cancelled", **names, error=out.error)
             return RequestOutcome.SLOW_CLIENT, Cancelled(f"cancelled: {out.error}")
         if isinstance(error, GeneratorExit) and out is None:
             return RequestOutcome.CANCELLED, error
@@ -301,20 +301,20 @@ class RequestHandler:
             # Of all errors that become HTTP 400, only InvalidArgument keeps its message (measured on 1.6.1); ValueError
             # and HttpError arrive as "Invalid request".
             message = for_client(str(error))
-            log.warning("Request refused", request_id=request_id, error=message)
+            log.warning("Request refused", **names, error=message)
             return RequestOutcome.INVALID, InvalidArgument(message)
         if isinstance(error, OtherKindError):
             # Another worker of the model can answer it: not the client's fault.
-            log.warning("Request refused", request_id=request_id, error=error)
+            log.warning("Request refused", **names, error=error)
             return RequestOutcome.REFUSED, WorkerUnavailable(str(error))
         if entry.gone or context.is_stopped():
             # The cancellation of its task, or an error that followed from it; or the RuntimeError that the sender of a
             # closed stream raises.
             return RequestOutcome.CANCELLED, Cancelled("the client has disconnected")
         if isinstance(error, DynamoException):
-            log.warning("Request failed", request_id=request_id, error=error)
+            log.warning("Request failed", **names, error=error)
             return RequestOutcome.FAILED, error
-        log.error("Request failed", request_id=request_id, exc_info=error)
+        log.error("Request failed", **names, exc_info=error)
         if isinstance(error, asyncio.CancelledError):
             # Neither the client nor the worker cancelled it: the engine did, and another one may continue. Of the
             # errors that make a frontend migrate, EngineShutdown would exclude the whole worker for 5 s (measured).
@@ -353,3 +353,11 @@ class RequestHandler:
         self._aborts.add(task)
         timer = asyncio.get_running_loop().call_later(_ABORT_SECONDS, give_up)
         task.add_done_callback(ended)
+
+
+def _names(context: Context) -> dict[str, Any]:
+    """Return the fields by which a log line names a request: its id, and its trace's id if it is traced."""
+    names = {"request_id": context.id()}
+    if context.trace_id is not None:
+        names["trace_id"] = context.trace_id
+    return names
