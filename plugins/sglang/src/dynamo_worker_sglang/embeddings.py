@@ -174,7 +174,7 @@ class SglangEmbeddingEngine(SglangEngine):
         manager, most = started.manager, self._most_tokens
 
         def tokenize(numbers: Sequence[int]) -> None:
-            batch = _at_once(manager._tokenize_texts([inputs[number] for number in numbers]))  # noqa: SLF001
+            batch, _ = _at_once(manager._tokenize_texts([inputs[number] for number in numbers]))  # noqa: SLF001
             for number, tokens in zip(numbers, batch, strict=True):
                 if not 0 < len(tokens) <= most:  # without any, the scheduler would exit
                     raise InvalidRequestError(
