@@ -161,7 +161,7 @@ class VllmEmbeddingEngine(VllmEngine):
         if not texts:
             return ready
         renderer = started.llm.renderer
-        options = {name: request[name] for name in _TOKENIZATION if name in request}  # type: ignore[literal-required]
+        options = {name: request[name] for name in _TOKENIZATION if name in request}
         params = renderer.default_cmpl_tok_params.with_kwargs(**options)
         loop = asyncio.get_running_loop()
 
