@@ -47,14 +47,19 @@ MANIFESTS = [f"tests/unit/test_{name}.py" for name in ("deploy", "manifests", "u
 PROCESSES = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
 
 
-def _install(session: nox.Session, *packages: str) -> None:
-    """Install packages, the core editable, and compile them: imports take twice as long without bytecode."""
+def _install(session: nox.Session, *packages: str, compiled: bool = True) -> None:
+    """Install packages, the core editable.
+
+    :param compiled: whether to compile them: the first imports take twice as long without bytecode. Of an engine and
+        its libraries most is never imported, and compiling all of it takes more than a minute.
+    """
     # uv looks for local wheels (a CPU build of torch, for one) where pip is told to.
     if os.environ.get("PIP_FIND_LINKS"):
         session.env.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
-    session.env["UV_COMPILE_BYTECODE"] = "1"
+    if compiled:
+        session.env["UV_COMPILE_BYTECODE"] = "1"
     session.env["PYTHONDONTWRITEBYTECODE"] = None
-    session.install("-e", "./core[testing]", *packages)
+    session.install("-e", "./core[media,testing]", *packages)
 
 
 @nox.session
@@ -73,7 +78,7 @@ def tests(session: nox.Session, suite: str) -> None:
     standin = (tests / "standin").exists()
     extra = "test" if suite in BRINGS_NO_ENGINE else "cpu"
     engine = ["-e", plugin, "-e", f"{plugin}/tests/standin"] if standin else ["-e", f"{plugin}[{extra}]"]
-    _install(session, *pinned, *engine, *TEST)
+    _install(session, *pinned, *engine, *TEST, compiled=suite in BRINGS_NO_ENGINE)
     shims = tests / "install_shims.py"
     if shims.exists():
         session.run("python", str(shims))
@@ -106,7 +111,8 @@ def _run_core_tests(session: nox.Session, *others: str) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """Run what takes an hour: thousands of random faults and fuzzed requests, and the slow tests of the core."""
+    """Run what takes an hour: thousands of random faults and fuzzed requests, the core's slow tests, then chaos."""
+    session.notify("chaos", posargs=[])  # it runs whatever fails here
     _install(session, *TEST)
     session.env.setdefault("DYNAMO_WORKER_TEST_ROUNDS", "2000")
     session.env.setdefault("DYNAMO_WORKER_TEST_EXAMPLES", "2000")
@@ -116,16 +122,22 @@ def nightly(session: nox.Session) -> None:
     session.run("pytest", "-m", "slow", "tests")
 
 
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Run a fleet under load and random faults for 10 minutes; `-- --minutes 60 --seed 7` for longer."""
+    _install(session, *TEST)
+    session.run("python", "benchmarks/chaos.py", *(session.posargs or ["--minutes", "10"]))
+
+
 #: The tests of what docs/security.md promises; those of the plugins run with their suites.
 SECURITY = [
     *(f"tests/unit/supervisor/test_{name}.py" for name in ("discovery", "interpreter", "ledger", "removal")),
     *(f"tests/unit/supervisor/test_{name}.py" for name in ("report", "run_directory", "shared_memory", "text")),
     *(f"tests/unit/test_{name}.py" for name in ("allowed_paths", "logs")),
     *(f"tests/unit/host/test_{name}.py" for name in ("control_routes", "runtime", "status_server")),
-    *(f"tests/unit/kit/test_{name}.py" for name in ("json_schema", "lora", "translation")),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("json_schema", "lora", "media", "media_hostile", "media_settings")),
+    "tests/unit/kit/test_translation.py",
     "tests/integration",
-    # The same once more with the engine in processes of its own: `nightly` has it.
-    "--deselect=tests/integration/test_fuzz.py::test_requests[process tree]",
 ]
 
 

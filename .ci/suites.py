@@ -1,13 +1,13 @@
-"""Runs the test suites, two at a time and isolated from each other, and those that failed once more, alone.
+"""Runs the checks and the test suites, two at a time, and the suites that failed once more, alone.
 
-Run by `.ci/run`, with nox on the path. On two cores one after the other takes an hour and a half, because tests of
-workers mostly wait; beside each other they take more than half of that. Where suites cannot be isolated
-(`.ci/isolated`), they run one after the other.
+Run by `.ci/run`, with nox on the path. Two of them keep two cores busy: what makes this shorter is less work. Suites
+are isolated from each other; where that cannot be (`.ci/isolated`), all runs one after the other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -19,22 +19,48 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ISOLATED = str(ROOT / ".ci" / "isolated")
 
-#: What differs between the oldest and the newest Python shows in these and the unit tests; `tests(core)` has all. The
-#: supervisor's tests take minutes, and it is the oldest Python that lacks things.
-_REQUESTS = ["tests/integration/test_request_path.py"]
-#: Sessions of nox and the tests they run, the longest first, so that the lanes end together. Empty: all of them.
+#: What may differ between the oldest and the newest Python: event loops, signals, processes, files, descriptors and
+#: typing, in tests that take seconds, and whole workers. `nox -s pythons` has the rest.
+VERSIONED = [
+    *("tests/unit/host", "tests/unit/engines"),
+    # These measure times of processes and terminals, which are the machine's.
+    *(f"--ignore=tests/unit/host/test_{name}.py" for name in ("drain_progress", "engine_activity", "engine_monitors")),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("answer", "blocking", "child_metrics", "engine_lifecycle")),
+    *(f"tests/unit/kit/test_{name}.py" for name in ("headless", "in_flight", "model_arguments", "push_engine")),
+    "tests/unit/kit/test_child_process.py::test_tasks_answer_and_are_cancelled",
+    *(f"tests/unit/supervisor/test_{name}.py" for name in ("channel", "files", "interpreter", "linux", "loop")),
+    *(f"tests/unit/supervisor/test_{name}.py" for name in ("protocol", "spawn", "worker_channel")),
+    *(f"tests/unit/cli/test_{name}.py" for name in ("help", "main", "run")),
+    *(f"tests/unit/test_{name}.py" for name in ("deadline", "errors", "logs", "packaging")),
+    "tests/integration/test_request_path.py::test_chat",
+    "tests/integration/test_request_path.py::test_a_client_that_goes_away_is_noticed",
+    "tests/faults/test_echo.py::TestProcessTree::test_worker_killed_busy",
+    "tests/faults/test_echo.py::TestProcessTree::test_engine_process_stopped",
+]
+#: Sessions of nox and what they are told, the longest first, so that the lanes end together. A suite that is told
+#: nothing runs all its tests.
 SUITES: dict[str, list[str]] = {
+    "lint": [],  # first, because it is over in seconds
     "tests(vllm)": [],
     "tests(core)": [],
     "tests(sglang)": [],
-    "pythons-3.10": ["tests/unit", *_REQUESTS],
-    "pythons-3.13": ["tests/unit", "--ignore=tests/unit/supervisor", *_REQUESTS],
-    "tests(trtllm)": [],
-    "tests(server)": [],
     "tests(transformers)": [],
+    "tests(trtllm)": [],
     "tests(dynamo)": [],
+    "tests(server)": [],
+    "pythons-3.10": VERSIONED,
+    "pythons-3.13": VERSIONED,
+    "build": [],
+    "types": [],
+    "example": [],
+    "deploy": [],
+    "docs": ["--check"],
 }
+#: Those that download while they run, or start no workers: nothing is to be kept from them.
+OPEN = {"lint", "types", "deploy", "docs", "build"}
 LANES = 2
+#: Fewer random faults and fuzzed requests than the tests' own defaults: `nightly` has 20 times as many.
+FEWER = {"DYNAMO_WORKER_TEST_ROUNDS": "40", "DYNAMO_WORKER_TEST_EXAMPLES": "50"}
 
 #: What nox says of a command that failed: its program and its exit code.
 _FAILURE = re.compile(r"^nox > Command (\S+) .*failed with exit code (-?\d+)", re.MULTILINE)
@@ -58,7 +84,7 @@ def main() -> int:
                 if not waiting:
                     return
                 suite = waiting.pop(0)
-            passed, only_tests = _run(suite, SUITES[suite], lock, isolated=isolated)
+            passed, only_tests = _run(suite, SUITES[suite], lock, isolated=isolated and suite not in OPEN)
             if not passed:
                 (failed if only_tests else broken).append(suite)
 
@@ -80,10 +106,14 @@ def _run(suite: str, selection: list[str], lock: threading.Lock, *, isolated: bo
     """
     started = time.monotonic()
     print(f"suites: {suite} begins", flush=True)
-    # Isolated tests have no network, so what they need comes first.
-    output, passed = _nox(suite, "--install-only")
-    if passed:
-        output, passed = _nox(suite, "--no-install", *(["--", *selection] if selection else []), isolated=isolated)
+    told = ["--", *selection] if selection else []
+    if isolated:
+        # Isolated tests have no network, so what they need comes first.
+        output, passed = _nox(suite, "--install-only")
+        if passed:
+            output, passed = _nox(suite, "--no-install", *told, isolated=True)
+    else:
+        output, passed = _nox(suite, *told)
     with lock:
         print(output)
         took = time.monotonic() - started
@@ -114,7 +144,7 @@ def _nox(suite: str, *options: str, isolated: bool = False) -> tuple[str, bool]:
     command = [shutil.which("nox") or "nox", "--no-error-on-missing-interpreters", "-s", suite, *options]
     done = subprocess.run(
         [ISOLATED, *command] if isolated else command,
-        cwd=ROOT, stdin=subprocess.DEVNULL,
+        cwd=ROOT, env={**FEWER, **os.environ}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
     )  # fmt: skip
     return done.stdout, done.returncode == 0

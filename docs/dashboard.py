@@ -127,6 +127,18 @@ _ROWS: Final[Mapping[str, Sequence[Panel]]] = {
             },
             "s",
         ),
+        Panel(
+            "Time since the end of the worker before",
+            {"{{instance}}": "time() - (dynamo_worker_last_exit_timestamp_seconds{$} > 0)"},
+            "s",
+            text="By the flight records; `dynamo-worker explain` says more",
+        ),
+        Panel(
+            "Why the worker before ended",
+            {"{{reason}} {{instance}}": "dynamo_worker_last_exit_reason{$}"},
+            text="The words are those of the runbook",
+        ),
+        Panel("Exit code of the worker before", {"{{instance}}": "dynamo_worker_last_exit_code{$}"}),
     ),
 }
 

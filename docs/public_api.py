@@ -29,8 +29,10 @@ RECORD: Final = ROOT / "tests" / "unit" / "data" / "public_api.txt"
 CHANGELOG: Final = ROOT / "CHANGELOG.md"
 
 _PACKAGE: Final = Path(dynamo_worker.__file__).parent
-#: Modules of the test kit that are not for other packages; a package covers its modules.
+#: Modules of the kit and the test kit that are not for other packages; a package covers its modules.
 _INTERNAL: Final = (
+    *("kit.media_addresses", "kit.media_budget", "kit.media_cache", "kit.media_decoder_main", "kit.media_decoders"),
+    *("kit.media_downloads", "kit.media_files", "kit.media_http", "kit.media_threads", "kit.media_urls"),
     *("testing.checks", "testing.conformance_run", "testing.crash", "testing.lifecycle", "testing.limits"),
     *("testing.port_blocks", "testing.random_draws", "testing.resource_snapshot", "testing.sockets"),
     *("testing.source_locations", "testing.suite_engines"),

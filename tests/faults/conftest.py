@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_worker.testing import Cluster, Worker
-
-from .etcd_server import Etcd
+from dynamo_worker.testing.etcd_server import Etcd
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 

@@ -12,8 +12,7 @@ import time
 import pytest
 
 from dynamo_worker.testing import Cluster, Worker, eventually
-
-from .etcd_server import Etcd
+from dynamo_worker.testing.etcd_server import Etcd
 
 pytestmark = pytest.mark.skipif(
     shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)"

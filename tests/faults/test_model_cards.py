@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_worker.testing import Cluster
-
-from .etcd_server import Etcd
+from dynamo_worker.testing.etcd_server import Etcd
 
 pytestmark = pytest.mark.skipif(
     shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)"

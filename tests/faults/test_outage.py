@@ -19,8 +19,7 @@ import pytest
 from dynamo_worker.supervisor.etcd import entries_lease
 from dynamo_worker.testing import Cluster, Result, Worker, eventually
 from dynamo_worker.testing.cluster import free_port
-
-from .etcd_server import Etcd
+from dynamo_worker.testing.etcd_server import Etcd
 
 pytestmark = pytest.mark.skipif(
     shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)"

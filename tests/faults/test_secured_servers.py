@@ -17,8 +17,7 @@ import trustme
 
 from dynamo_worker.testing import Cluster, eventually
 from dynamo_worker.testing.cluster import free_port
-
-from .etcd_server import Etcd
+from dynamo_worker.testing.etcd_server import Etcd
 
 needs_etcd = pytest.mark.skipif(
     shutil.which("etcd") is None, reason="no etcd server is installed (Debian: etcd-server)"

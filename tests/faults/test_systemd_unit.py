@@ -17,8 +17,7 @@ import pytest
 
 from dynamo_worker.testing import eventually
 from dynamo_worker.testing.cluster import free_port
-
-from .etcd_server import Etcd
+from dynamo_worker.testing.etcd_server import Etcd
 
 ROOT = Path(__file__).parents[2]
 SYSTEMD = Path("/lib/systemd/systemd")

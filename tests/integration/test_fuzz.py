@@ -116,7 +116,7 @@ def check_serving(client: Client) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("--process-tree",), ("--engine", "strict")],
+    [(), pytest.param(("--process-tree",), marks=pytest.mark.slow), ("--engine", "strict")],
     ids=["in process", "process tree", "with an engine that reads all of a request"],
 )
 def test_requests(cluster: Cluster, arguments: tuple[str, ...]) -> None:

@@ -49,7 +49,7 @@ def test_it_passes_the_checks_and_serves(package):
     assert "warning" not in checked
     assert f"{name}: 0 findings; " in checked
     # A client's request behind `--frontend`, and a row of the fault table; the test below has the others.
-    tested = run("pytest", "tests", "-k", "client or sigterm_idle", cwd=package)
+    tested = run("pytest", "tests", "-k", "a_client_gets or sigterm_idle", cwd=package)
     assert "2 passed" in tested
 
 

@@ -23,6 +23,9 @@ def test_nothing_is_allowed_unless_the_operator_says_so(root: Path) -> None:
         AllowedPaths(write=[str(root)]).to_load(str(root))
     with pytest.raises(InvalidRequestError, match="--control-write-root DIR allows a directory"):
         AllowedPaths(load=[str(root)]).to_write(str(root))
+    with pytest.raises(InvalidRequestError, match="--media-allow-path DIR allows a directory"):
+        AllowedPaths([str(root)], [str(root)]).to_fetch(str(root))
+    assert AllowedPaths(media=[str(root)]).to_fetch(str(root)) == str(root)
 
 
 @pytest.mark.parametrize("wanted", ["{}", "{}/poet", "file://{}/poet", "{}/poet/../poet/", "{}/%70oet", "{}/not/yet"])

@@ -106,10 +106,12 @@ def test_engines_have_an_upper_bound_and_the_tested_version_is_within(plugin):
 def test_what_the_core_imports_is_declared():
     """A package that only comes along with another one may be gone with its next version."""
     project = pyproject("core")["project"]
-    texts = [*project["dependencies"], *project["optional-dependencies"]["testing"]]
+    extras = project["optional-dependencies"]
+    texts = [*project["dependencies"], *extras["media"], *extras["testing"]]
     declared = {Requirement(text).name.replace("-", "_") for text in texts}
-    distributions = {"dynamo": "ai_dynamo_runtime", "yaml": "pyyaml"}
-    from_engines = {"torch", "transformers", "tokenizers", "safetensors"}  # the test kit makes them a tiny model
+    distributions = {"dynamo": "ai_dynamo_runtime", "PIL": "pillow", "yaml": "pyyaml"}
+    # The test kit makes them a tiny model; an image as an array is for an engine that has arrays.
+    from_engines = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
     for_type_checkers = {"typing_extensions"}
     imported = set()
     templates = ROOT / "core/src/dynamo_worker/templates"

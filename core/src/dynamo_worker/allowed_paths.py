@@ -1,4 +1,4 @@
-"""The paths that control routes may load from and write to: only below the operator's directories."""
+"""The paths that requests may name: only below the operator's directories."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ class AllowedPaths:
 
     :param load: directories, and URIs such as ``s3://bucket/adapters``.
     :param write: directories.
+    :param media: directories in which images are.
     """
 
     load: Sequence[str] = ()
     write: Sequence[str] = ()
+    media: Sequence[str] = ()
 
     def to_load(self, wanted: str) -> str:
         """Return the resolved path, or the URI, from which a request may load.
@@ -39,6 +41,13 @@ class AllowedPaths:
         :raises InvalidRequestError: writing there is not allowed.
         """
         return _below(self.write, wanted, "write", "--control-write-root")
+
+    def to_fetch(self, wanted: str) -> str:
+        """Return the resolved path of an image that a request names.
+
+        :raises InvalidRequestError: fetching from there is not allowed.
+        """
+        return _below(self.media, wanted, "fetch from", "--media-allow-path")
 
     @staticmethod
     def name(wanted: object) -> str:

@@ -171,9 +171,10 @@ class EngineInfo:
     """What a started engine tells routers and frontends about itself. Leave unknown values None.
 
     :param model_name: the name that clients ask for.
-    :param model_path: directory with ``config.json`` and the tokenizer, or a Hugging Face Hub name. None registers no
-        model (a headless rank of a multi-node engine).
-    :param model_aliases: additional names of the model.
+    :param model_path: directory with ``config.json`` and the tokenizer, or a Hugging Face Hub name. With ``text`` any
+        name will do, as frontends read no files. None registers no model (a headless rank of a multi-node engine).
+    :param model_aliases: additional names of the model. With ``text``, requests have the name that the client uses, so
+        these may be other models.
     :param endpoint_types: OpenAI APIs to serve: names of ``dynamo.llm.ModelType`` members in lower case.
     :param model_input: what requests and chunks contain: ``tokens``, or ``text`` for bodies and chunks of OpenAI's APIs
         (:mod:`dynamo_worker.text`), whose requests no frontend can continue on another worker. Names of

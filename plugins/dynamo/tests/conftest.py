@@ -19,6 +19,10 @@ IGNORED = "n,guided_decoding,stop_token_ids,prompt_logprobs"
 WORDS = 3000
 _HERE = str(Path(__file__).parent)
 
+#: Rows that this engine has no part in: the sample engine is in the worker that is killed, and a class in a process of
+#: its own dies in a drain as it does without one.
+SHOWN_ELSEWHERE = OF_THE_WORKER | {"test_worker_killed_busy", "test_engine_process_killed_while_draining"}
+
 # The classes of `engine_classes.py` are found by this process and by the workers that it starts.
 sys.path.insert(0, _HERE)
 os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -29,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make those rows of the fault table slow that other engines show in every run, or one class for both."""
     for item in items:
         shown = item.path.name == "test_processes.py" and item.nodeid.partition("::")[2].startswith("TestFaults::")
-        if item.name in OF_THE_WORKER or (shown and "engine_process" not in item.name):
+        if item.name in SHOWN_ELSEWHERE or (shown and "engine_process" not in item.name):
             item.add_marker(pytest.mark.slow)
 
 

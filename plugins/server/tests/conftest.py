@@ -7,7 +7,10 @@ import asyncio
 import contextlib
 import json
 import shlex
+import socket
+import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +25,10 @@ from dynamo_worker.testing import Subject
 from dynamo_worker.testing.fault_table import OF_THE_WORKER
 from dynamo_worker_server import arguments
 from dynamo_worker_server.engine import ServerEngine
+from dynamo_worker_server.server_process import choose_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from dynamo_worker import EngineInfo
 
@@ -34,11 +38,22 @@ FAKE = str(Path(__file__).parent / "fake_server.py")
 LLAMA = str(Path(__file__).parent / "llama_server.py")
 
 
+#: For drains of the fault table: eight streams of a real server took a minute on a machine with a load of 25.
+PATIENT = ("--termination-grace-period", "120")
+#: Rows and checks that show again, with this engine, what others of every run show: that of a text engine's drain with
+#: the echo engine, of a death with the row without a drain, of a loop that nothing blocks with engines that could.
+SHOWN_ELSEWHERE = OF_THE_WORKER | {
+    "test_handoff",
+    "test_engine_process_killed_while_draining",
+    "test_a_long_prompt_does_not_block_the_loop",
+}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make those rows of the fault table slow that show the worker itself: the echo engine has them."""
+    """Make tests slow that say little of this engine."""
     for item in items:
-        if getattr(item, "originalname", item.name) in OF_THE_WORKER:
+        if getattr(item, "originalname", item.name) in SHOWN_ELSEWHERE:
             item.add_marker(pytest.mark.slow)
 
 
@@ -127,13 +142,41 @@ async def running(*words: str) -> AsyncIterator[Running]:
         await engine.shutdown(Deadline.after(10))
 
 
-@pytest.fixture
-def run() -> Callable[..., Any]:
-    """Return a function that runs ``check(running)`` on an engine with the fake server."""
+@contextlib.contextmanager
+def elsewhere(*flags: str, port: int | None = None) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Run a fake server that is not this engine's."""
+    port = choose_port(port)
+    process = subprocess.Popen([sys.executable, FAKE, "--port", str(port), *flags])
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield port, process
+    finally:
+        process.kill()
+        process.wait()
 
-    def run(check: Callable[[Running], Any], *flags: str, before: tuple[str, ...] = ()) -> Any:
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[str]:
+    """Return the address of a fake server for tests that leave it as it was: each start takes half a second."""
+    with elsewhere() as (port, _):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Return a function that runs ``check(running)`` on an engine with the fake server.
+
+    Given flags for the server, or ``own=True``, the engine starts one of its own.
+    """
+
+    def run(check: Callable[[Running], Any], *flags: str, before: tuple[str, ...] = (), own: bool = False) -> Any:
+        server = ("--", *fake(*flags)) if flags or own else ("--attach", request.getfixturevalue("shared_server"))
+
         async def main() -> Any:
-            async with running(*before, "--", *fake(*flags)) as started:
+            async with running(*before, *server) as started:
                 return await check(started)
 
         return uvloop.run(asyncio.wait_for(main(), 60))

@@ -22,10 +22,12 @@ ALIVE: set[asyncio.Task[None]] = set()
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--health", default="200", help="status of /health, `silent`, `garbage` or `large`")
-    parser.add_argument("--models", default="fake", help="names with commas, `none`, or `404`, `garbage`")
+    parser.add_argument("--health", default="200", help="status of /health, `silent`, `garbage`, `large`, `html`")
+    parser.add_argument("--models", default="fake", help="names, `none`, `404`, `302`, `garbage`, `silent`, `html`")
     parser.add_argument("--apis", default="chat,completions", help="the others are answered with 404")
     parser.add_argument("--broken", action="store_true", help="requests are answered with 500")
+    parser.add_argument("--silent", action="store_true", help="requests are accepted and not answered")
+    parser.add_argument("--pings", action="store_true", help="requests are answered with comments, for ever")
     parser.add_argument("--context-length", type=int)
     parser.add_argument("--loading", type=float, default=0.0, help="seconds for which /health answers 503")
     parser.add_argument("--key", help="the API key that requests need")
@@ -39,6 +41,18 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+#: What a proxy or a login page in the server's place answers.
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 26\r\n\r\n<html><h1>Sign in</h1>    "
+
+#: Events that are JSON and no chunk of OpenAI's.
+SHAPES = {
+    "null-choices": {"choices": None},
+    "odd-choices": {"choices": [7]},
+    "odd-reason": {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": {"why": "not"}}]},
+    "no-choices": {"object": "chat.completion.chunk"},
+}
+
+
 class Server:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -49,7 +63,10 @@ class Server:
         task = asyncio.current_task()
         ALIVE.add(task)
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            first = await reader.readexactly(1)
+            if not first.isalpha():  # TLS
+                return writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+            head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             line, *rest = head.split("\r\n")
             method, path, _ = line.split()
             headers = {name.lower(): value for name, _, value in (row.partition(": ") for row in rest)}
@@ -69,6 +86,7 @@ class Server:
         finally:
             ALIVE.discard(task)
             writer.close()
+        return None
 
     async def get(self, path: str, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
         args = self.args
@@ -90,12 +108,20 @@ class Server:
                 while True:
                     writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
                     await writer.drain()
+            if args.health == "html":
+                return writer.write(PAGE)
             return self.answer(writer, int(args.health), {})
         if path == "/v1/models":
             if args.models == "404":
                 return self.answer(writer, 404, {"detail": "Not Found"})
+            if args.models == "302":
+                return self.answer(writer, 302, {}, "Location: http://evil/\r\n")
             if args.models == "garbage":
                 return self.answer(writer, 200, "<html>")
+            if args.models == "html":
+                return writer.write(PAGE)
+            if args.models == "silent":
+                await asyncio.sleep(3600)
             names = [] if args.models == "none" else args.models.split(",")
             entries = [{"id": name, "object": "model", "max_model_len": args.context_length} for name in names]
             return self.answer(writer, 200, {"object": "list", "data": entries})
@@ -117,6 +143,14 @@ class Server:
     ) -> None:
         if self.args.key and headers.get("authorization") != f"Bearer {self.args.key}":
             return self.answer(writer, 401, {"error": {"message": "wrong key"}})
+        if self.args.silent:
+            await asyncio.sleep(3600)
+        if self.args.pings:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+            while True:
+                writer.write(b": ping\n\n")
+                await writer.drain()
+                await asyncio.sleep(0.01)
         if self.args.broken:
             return self.answer(writer, 500, {"error": {"message": "no kernel image"}})
         if ("chat" if "/chat/" in path else "completions") not in self.args.apis.split(","):
@@ -252,6 +286,19 @@ class Server:
             await send(b"\n\n")
         if fault == "hang":
             await asyncio.sleep(3600)
+        if fault in SHAPES:
+            await send(b"data: " + json.dumps(SHAPES[fault]).encode() + b"\n\n")
+        if fault == "surrogate":
+            await send(b'data: {"choices": [{"index": 0, "delta": {"content": "\\ud800"}, "finish_reason": null}]}\n\n')
+        if fault == "huge-chunk":
+            writer.write(b"f" * 17 + b"\r\n")
+            await writer.drain()
+            return True
+        if fault == "endless-trailer":
+            writer.write(b"0\r\nX-Trailer: ")
+            while True:
+                writer.write(b"x" * 50_000)
+                await writer.drain()
         if fault == "bad-chunk":
             writer.write(b"nonsense\r\n")
             await writer.drain()

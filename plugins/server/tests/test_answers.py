@@ -93,6 +93,13 @@ def test_an_answer_that_does_not_begin(run: Run, fault: str, kind: type[Exceptio
         ("error", Unknown, "the server has failed: out of memory"),
         ("old-error", Unknown, "the server has failed: out of memory"),
         ("endless-line", OSError, "more than 1048576 bytes"),
+        ("null-choices", Unknown, "no chunk of OpenAI"),
+        ("odd-choices", Unknown, "no chunk of OpenAI"),
+        ("odd-reason", Unknown, "no chunk of OpenAI"),
+        ("no-choices", Unknown, "no chunk of OpenAI"),
+        ("surrogate", Unknown, "not JSON"),
+        ("huge-chunk", OSError, "not HTTP"),
+        ("endless-trailer", OSError, "the trailer of the answer has more than 65536 bytes"),
     ],
 )
 def test_an_answer_that_breaks_off(run: Run, fault: str, kind: type[Exception], message: str) -> None:
@@ -131,7 +138,7 @@ def test_a_death_in_mid_stream(run: Run, fault: str, how: str) -> None:
         with pytest.raises(EngineDeadError):
             await server.ask()
 
-    run(check)
+    run(check, own=True)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,7 @@ def test_a_slow_client_makes_the_server_wait(run: Run) -> None:
         assert (await server.stats())["tokens"] > sent
         await stream.aclose()
 
-    run(check)
+    run(check, own=True)
 
 
 def test_what_the_server_is_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

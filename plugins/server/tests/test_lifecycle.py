@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -18,15 +17,15 @@ import pytest
 import trustme
 import uvloop
 
-from conftest import FAKE, Running, engine_of, fake, running
+from conftest import FAKE, Running, elsewhere, engine_of, fake, running
 from dynamo_worker import Deadline, EngineDeadError, StartError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.errors import UsageError
+from dynamo_worker_server import engine as server_engine
 from dynamo_worker_server import server_process
 from dynamo_worker_server.server_process import choose_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 SHELL_WITH_BACKGROUND = f"{sys.executable} {FAKE} --port $0 & sleep 1000"
@@ -47,22 +46,6 @@ def start_error(*words: str, seconds: float = 20.0) -> str:
         return str(caught.value)
 
     return uvloop.run(main())
-
-
-@contextlib.contextmanager
-def elsewhere(*flags: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Run a fake server that is not this engine's."""
-    port = choose_port(None)
-    process = subprocess.Popen([sys.executable, FAKE, "--port", str(port), *flags])
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
-        yield port, process
-    finally:
-        process.kill()
-        process.wait()
 
 
 # --- The start
@@ -106,10 +89,16 @@ def test_last_words_are_bounded() -> None:
         (["--models", "none"], "has no models"),
         (["--models", "404"], "does not name its models: .*404"),
         (["--models", "garbage"], "without a list of models"),
+        (["--models", "302"], "v1/models redirects elsewhere .status 302., which is not followed"),
+        (["--health", "html", "--models", "html"], "does not name its models: .*what is not JSON"),
+        (["--silent"], "does not answer its first request: /v1/chat/completions: no answer after 1 s"),
+        (["--pings"], "does not answer its first request: /v1/chat/completions: no answer after 1 s"),
     ],
 )
 def test_a_server_that_never_becomes_ready(flags: list[str], message: str) -> None:
-    assert re.search(message, start_error("--server-start-timeout", "1", "--", *fake(*flags)))
+    """One that listens already: busy machines take more than a second to start one."""
+    with elsewhere(*flags) as (port, _):
+        assert re.search(message, start_error("--server-start-timeout", "1", "--attach", f"http://127.0.0.1:{port}"))
 
 
 def test_a_server_that_loads_for_a_while() -> None:
@@ -296,6 +285,60 @@ def test_one_failed_check_is_no_death() -> None:
     uvloop.run(main())
 
 
+def test_a_server_that_names_no_models_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_engine, "_LOOK_SECONDS", 0.5)
+    assert "does not name its models: no answer" in start_error("--", *fake("--models", "silent"))
+
+
+def test_who_waits_is_told_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(server_engine, "_REPORT_SECONDS", 0.2)
+    with caplog.at_level("INFO"):
+        start_error("--server-start-timeout", "1", "--attach", "http://127.0.0.1:1")
+    reports = [record.getMessage() for record in caplog.records if "Server is not ready yet" in record.getMessage()]
+    assert 2 <= len(reports) <= 5
+
+
+def test_a_server_elsewhere_that_starts_again_serves_again() -> None:
+    """Its connections break and are refused meanwhile; three failed checks in a row would be its death."""
+
+    async def main() -> None:
+        with elsewhere("--pause", "0.05") as (port, process):
+            async with running("--attach", f"http://127.0.0.1:{port}") as server:
+                asked = asyncio.ensure_future(server.ask("a", 100))
+                await asyncio.sleep(0.5)
+                process.kill()
+                process.wait()
+                with pytest.raises(OSError, match="closed the connection"):
+                    await asked
+                for _ in range(2):
+                    with pytest.raises(Exception, match="does not answer /health") as caught:
+                        await server.engine.check_health()
+                    assert not isinstance(caught.value, EngineDeadError)
+                with pytest.raises(OSError):
+                    await server.ask("a", 1)
+                with elsewhere(port=port):
+                    await server.engine.check_health()
+                    assert await server.ask("a", 1) == "a "
+
+    uvloop.run(main())
+
+
+def test_http_and_tls_are_told_apart(tmp_path: Path) -> None:
+    """At once: no waiting will change it."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    files = [tmp_path / "cert.pem", tmp_path / "key.pem"]
+    certificate.cert_chain_pems[0].write_to_path(files[0])
+    certificate.private_key_pem.write_to_path(files[1])
+    with elsewhere() as (port, _):
+        assert "does not speak TLS" in start_error("--attach", f"https://127.0.0.1:{port}", seconds=10)
+    with elsewhere("--certificate", *map(str, files)) as (port, _):
+        message = start_error("--attach", f"http://127.0.0.1:{port}", "--server-start-timeout", "0.5")
+        assert re.search("it is TLS, which https:// is for|closed the connection", message)
+        message = start_error("--attach", f"https://localhost:{port}", seconds=10)
+        assert f"the certificate of https://localhost:{port} cannot be trusted: unable to get local issuer" in message
+
+
 def test_a_server_elsewhere_goes_on() -> None:
     async def main() -> None:
         with elsewhere() as (port, process):
@@ -338,6 +381,6 @@ def test_tls_with_a_key_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         _,
     ):
         words = ("--attach", f"https://localhost:{port}", "--server-token-file", str(key))
-        assert "CERTIFICATE_VERIFY_FAILED" in start_error(*words, "--server-start-timeout", "0.5")
+        assert "cannot be trusted" in start_error(*words)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
         uvloop.run(main(port))

@@ -1,4 +1,4 @@
-"""vLLM's own server behind the server engine: the one smoke test that every run has; `-m slow` has the fault table."""
+"""The fault table on vLLM's own server behind the server engine: `-m slow`, as each start takes half a minute."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conftest import PATIENT
 from dynamo_worker.testing import Subject
 from dynamo_worker.testing.fault_table import OF_THE_WORKER, FaultTable
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[3]
 PYTHON = os.environ.get("DYNAMO_WORKER_TEST_VLLM_PYTHON") or str(ROOT / ".nox" / "tests-vllm" / "bin" / "python")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not os.access(PYTHON, os.X_OK), reason=f'no {PYTHON}: `nox -s "tests(vllm)"` installs vLLM'),
     pytest.mark.timeout(900),
 ]
@@ -62,7 +64,7 @@ def subject(vllm_model: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
         start_seconds=400.0,
         processes={"server": r"api_server --model", "core": r"VLLM::EngineCore"},
         migrates=False,
-        stream_tokens=1500,
+        stream_tokens=700,
         start_stages=(r"Initializing a V1 LLM engine",),
         stall_timeout=10.0,
     )
@@ -76,9 +78,10 @@ def test_serves(cluster: Cluster) -> None:
     worker.stop()
 
 
-@pytest.mark.slow
 class TestVllm(FaultTable):
-    """Rows that need a particular engine; each start takes vLLM half a minute."""
+    """Rows that need a particular engine."""
+
+    GRACE = (*FaultTable.GRACE, *PATIENT)
 
 
 @pytest.fixture(autouse=True)

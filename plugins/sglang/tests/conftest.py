@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from dynamo_worker.testing import Subject
-from dynamo_worker.testing.fault_table import OF_THE_WORKER
+from dynamo_worker.testing.fault_table import OF_A_MOMENT, OF_THE_WORKER
 
 #: What SGLang needs on a small machine. Compiling for the first request with a penalty takes 19 s.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"}
 FLAGS = ["--served-model-name", "tiny", "--max-total-tokens", "16384", "--max-running-requests", "16"]
+#: Tests in which each worker takes half a minute to start, and what shows the same in every run.
+SLOW = {
+    *OF_THE_WORKER,
+    *OF_A_MOMENT,
+    "test_standing_still_at_work[short]",  # vLLM
+    "test_all_is_on_loopback_with_a_frontend_there[kv]",  # vLLM with two ranks
+}
 if not torch.cuda.is_available():
     ENVIRONMENT |= {
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -30,9 +37,9 @@ for _name, _value in ENVIRONMENT.items():  # for this process and for the worker
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make those rows of the fault table slow that other engines show in seconds."""
+    """Leave to the slow tests what others show in seconds."""
     for item in items:
-        if item.name in OF_THE_WORKER:
+        if item.name in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -61,11 +61,13 @@ class TestSglang(Serving):
             (*flags, "prefill"), (*flags, "decode", "--disaggregation-decode-retraction-backup", "cpu_tensor")
         )
 
+    @pytest.mark.slow
     def test_a_decode_worker_by_itself(self, cluster: Cluster) -> None:
         """It starts and warms up without a prefill worker, with SGLang's own stand-in for a transfer."""
         fake = ("--disaggregation-transfer-backend", "fake", "--disaggregation-decode-retraction-backup", "cpu_tensor")
         cluster.start_worker("--disaggregation-mode", "decode", *fake).wait_ready().stop()
 
+    @pytest.mark.slow  # `test_weight_updates.py` has each update on one engine
     def test_new_weights(self, cluster: Cluster, tmp_path: Path) -> None:
         """A worker whose update fails is out of service, and what it was answering ends on the other worker."""
         first, second = make(tmp_path / "first"), make(tmp_path / "second", seed=7)
@@ -173,7 +175,7 @@ class TestSglang(Serving):
         ("flag", "processes"),
         [
             pytest.param("--tp-size", ("sglang::scheduler_TP0", "sglang::scheduler_TP1"), marks=pytest.mark.slow),
-            ("--dp-size", ("sglang::scheduler_DP0", "sglang::scheduler_DP1")),
+            pytest.param("--dp-size", ("sglang::scheduler_DP0", "sglang::scheduler_DP1"), marks=pytest.mark.slow),
         ],
     )
     def test_two_ranks(
@@ -190,7 +192,8 @@ class TestSglang(Serving):
 
 
 @needs_gpus(2)
-def test_two_nodes(cluster: Cluster) -> None:
+@pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_two_nodes(cluster: Cluster, dies: int) -> None:
     """The second node is ready after the first one, ends when it is asked to, and each ends with the other."""
     address = f"127.0.0.1:{free_port()}"
     flags = (*QUICK, "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", address)
@@ -206,18 +209,17 @@ def test_two_nodes(cluster: Cluster) -> None:
     assert second.wait_gone(9) == 0
     print(f"gone after {time.monotonic() - since:.3f} s")
 
-    for dies in (1, 0):
-        second, first = start(1), start(0)
-        ready = False
-        while second.status("/health")[0] != 200:
-            ready = first.status("/health")[0] == 200
-            time.sleep(0.05)
-        assert ready, "the second node was ready before the first one"
-        cluster.wait_model()
-        assert cluster.complete()[0] == 200
-        nodes = [first, second]
-        since = nodes[dies].signal(signal.SIGKILL, nodes[dies].child("sglang::scheduler"))
-        for node in (nodes.pop(dies), *nodes):
-            assert node.wait_gone(10) == 1
-            assert "Fatal error kind=EngineDeadError" in node.log
-            print(f"node {node is second:d} gone after {time.monotonic() - since:.3f} s")
+    second, first = start(1), start(0)
+    ready = False
+    while second.status("/health")[0] != 200:
+        ready = first.status("/health")[0] == 200
+        time.sleep(0.05)
+    assert ready, "the second node was ready before the first one"
+    cluster.wait_model()
+    assert cluster.complete()[0] == 200
+    nodes = [first, second]
+    since = nodes[dies].signal(signal.SIGKILL, nodes[dies].child("sglang::scheduler"))
+    for node in (nodes.pop(dies), *nodes):
+        assert node.wait_gone(10) == 1
+        assert "Fatal error kind=EngineDeadError" in node.log
+        print(f"node {node is second:d} gone after {time.monotonic() - since:.3f} s")

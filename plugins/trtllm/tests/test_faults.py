@@ -57,7 +57,7 @@ class TestRanks:
 
     @pytest.mark.parametrize(
         "kind",
-        ["raise", "abort", *(pytest.param(each, marks=pytest.mark.slow) for each in ("exit", "fatal", "return"))],
+        ["raise", *(pytest.param(each, marks=pytest.mark.slow) for each in ("abort", "exit", "fatal", "return"))],
     )
     def test_it_fails(self, cluster: Cluster, subject: Subject, kind: str) -> None:
         cluster.start_frontend()
@@ -98,7 +98,7 @@ class TestRanks:
         assert all(result.ok for result in load.wait()), load.summary()
         spare.stop()
 
-    @pytest.mark.parametrize("kind", ["kill@start", "kill@load", "raise@load"])
+    @pytest.mark.parametrize("kind", ["kill@start", pytest.param("kill@load", marks=pytest.mark.slow), "raise@load"])
     def test_it_dies_while_it_starts(self, cluster: Cluster, kind: str) -> None:
         worker = cluster.start_worker(TLLM_STANDIN_FAULT=kind, TLLM_STANDIN_LOAD_SECONDS="3")
         assert worker.wait_gone(40) == 3
@@ -168,7 +168,7 @@ class TestEngine:
         print(f"gone after {time.monotonic() - since:.3f} s")
         assert "own shutdown takes too long" in worker.log
 
-    @pytest.mark.parametrize("whom", ["worker", "supervisor"])
+    @pytest.mark.parametrize("whom", ["worker", pytest.param("supervisor", marks=pytest.mark.slow)])
     def test_a_helper_that_keeps_the_daemon_alive(self, cluster: Cluster, subject: Subject, whom: str) -> None:
         """It has inherited the pipe by which `orted` learns of the worker's death, so `orted` and the ranks stay."""
         cluster.start_frontend()

@@ -89,7 +89,13 @@ class TestTrtllm(Serving):
         assert counters == list(range(counters[0], counters[0] + len(counters)))
 
     @needs_gpus(2)
-    @pytest.mark.parametrize("flags", [(), ("--enable-attention-dp",)], ids=["tensor", "attention-dp"])
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            pytest.param((), id="tensor"),
+            pytest.param(("--enable-attention-dp",), id="attention-dp", marks=pytest.mark.slow),
+        ],
+    )
     def test_two_ranks(self, cluster: Cluster, flags: tuple[str, ...]) -> None:
         """The death of one is that of the worker, whatever becomes of the others."""
         worker, spare = cluster.serve(2, "--tensor-parallel-size", "2", *flags)

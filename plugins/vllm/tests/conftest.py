@@ -9,7 +9,7 @@ import pytest
 
 from dynamo_worker.supervisor import gpu
 from dynamo_worker.testing import Subject
-from dynamo_worker.testing.fault_table import OF_THE_WORKER
+from dynamo_worker.testing.fault_table import OF_A_MOMENT, OF_THE_WORKER
 
 #: What vLLM needs on a small machine. Kernels that were compiled once are kept: compiling takes 20 s each time.
 ENVIRONMENT = {
@@ -24,6 +24,14 @@ ENVIRONMENT = {
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamo-worker-tests" / "torchinductor"
     ),
 }
+#: Tests in which each worker takes half a minute to start, and what shows the same in every run.
+SLOW = {
+    *OF_THE_WORKER,
+    *OF_A_MOMENT,
+    "test_all_is_on_loopback_with_a_frontend_there[kv]",  # a worker of two ranks is
+    # TensorRT-LLM's stand-in; what is vLLM's own of it, in `test_leases.py`.
+    "test_prefill_here_and_decode_there",
+}
 #: float32: vLLM's AMX kernels for bfloat16 end with SIGILL on virtual machines that advertise AMX without allowing it.
 FLAGS = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32", "--served-model-name", "tiny")
 #: Up to four workers share one GPU; by default each takes nearly all of it.
@@ -34,9 +42,9 @@ os.environ.update(ENVIRONMENT)  # for this process and for the workers it starts
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make those rows of the fault table slow that other engines show in seconds."""
+    """Leave to the slow tests what others show in seconds."""
     for item in items:
-        if item.name in OF_THE_WORKER:
+        if item.name in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -71,9 +71,10 @@ def stop_within_a_second(worker: Worker) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("idle", "lease", "stall"),
-    [(20.0, 4.0, "10"), pytest.param(120.0, 30.0, "30", marks=pytest.mark.slow)],
+    [(20.0, 4.0, "10"), (120.0, 30.0, "30")],
     ids=["short", "2 minutes"],
 )
+@pytest.mark.slow  # the prefill worker of a transfer holds none either
 def test_an_idle_prefill_worker_holds_no_blocks(
     start: Callable[..., Worker], idle: float, lease: float, stall: str
 ) -> None:

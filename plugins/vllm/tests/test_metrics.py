@@ -23,7 +23,7 @@ TRANSFER = {
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("operators", [False, True])
+@pytest.mark.parametrize("operators", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_plugs_into_vllms_processes(cluster: Cluster, tmp_path: Path, operators: bool) -> None:
     """Its metrics are in files; those that an earlier worker left in the operator's directory do not count."""
     directory = tmp_path / "metrics"

@@ -49,6 +49,7 @@ class TestVllm(Serving):
         assert worker.operate("start_profile")["status"] == "error"  # vLLM was not told where to write
         worker.stop()
 
+    @pytest.mark.slow  # `test_weight_updates.py` has each update on one engine
     def test_new_weights(self, cluster: Cluster, tmp_path: Path) -> None:
         """A worker whose update fails is out of service, and what it was answering ends on the other worker."""
         first, second = make(tmp_path / "first"), make(tmp_path / "second", seed=7)
@@ -83,12 +84,15 @@ class TestVllm(Serving):
         worker.stop()
 
     @needs_gpus(2)
-    def test_two_ranks_are_on_loopback_with_a_frontend_there(self, cluster: Cluster) -> None:
+    def test_two_ranks_with_a_frontend_there(self, cluster: Cluster) -> None:
+        """All is on loopback, and the death of a rank is the worker's."""
         worker = self.check_loopback(cluster, "kv", "--data-parallel-size", "2")
         # What the ranks tell of prompts goes over files: each listens, and somebody is connected.
         sockets = re.findall(rf"{worker.run_dir}/kv-events\S*", Path("/proc/net/unix").read_text())
         assert sorted(Counter(sockets).values()) == [2, 2], sockets
-        worker.stop()
+        worker.signal(signal.SIGKILL, worker.child("VLLM::EngineCore_DP1"))
+        assert worker.wait_gone(15) == 1
+        assert "Fatal error kind=EngineDeadError" in worker.log
 
     @needs_gpus(2)
     @pytest.mark.parametrize(
@@ -99,7 +103,11 @@ class TestVllm(Serving):
                 ("VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1"),
                 marks=pytest.mark.slow,
             ),
-            ("--data-parallel-size", ("VLLM::DP", "VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1")),
+            pytest.param(
+                "--data-parallel-size",
+                ("VLLM::DP", "VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1"),
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     def test_two_ranks(self, cluster: Cluster, subject: Subject, flag: str, processes: tuple[str, ...]) -> None:

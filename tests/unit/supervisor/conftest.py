@@ -72,6 +72,7 @@ class Supervised:
             "TMPDIR": str(self.tmp),
             "SHM_NAMES": str(self.shm_names),
             "DYN_WORKER_TERMINATION_MESSAGE_PATH": str(self.termination_message),
+            "DYN_WORKER_RECORD_DIR": str(base / "records"),
         }
         self.process: subprocess.Popen[bytes] | None = None
 

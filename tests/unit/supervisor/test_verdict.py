@@ -172,7 +172,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_table(name):
     ending, code, reason = TABLE[name]
-    assert verdict(ending) == (code, reason)
+    assert verdict(ending)[:2] == (code, reason)
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -35,9 +35,8 @@ def test_it_gives_up_and_says_on_what():
 def test_on_crowded_cores_it_waits_longer(monkeypatch, threads, least):
     monkeypatch.setattr(waiting, "_threads_per_core", lambda: threads)
     started = time.monotonic()
-    with pytest.raises(
-        AssertionError, match=r"timed out after 0\.05 s waiting for the moon \([\d.]+ s on crowded cores"
-    ):
+    message = r"timed out after 0\.05 s waiting for the moon \([\d.]+ s on crowded cores"
+    with pytest.raises(AssertionError, match=message):
         eventually(lambda: False, 0.05, "the moon")
     assert least <= time.monotonic() - started < least + 2
 

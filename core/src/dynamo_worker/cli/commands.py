@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "check": "import one engine or plugin and report what is wrong with it",
     "new": "write the package of a new engine plugin, with tests",
     "plan": "show the shutdown timeline for the given settings",
+    "explain": "tell how a worker ended, from its flight record",
     "top": "watch the workers of a namespace in the terminal",
     "drain": "take a running worker out of service without ending it",
     "resume": "return a drained worker to service",

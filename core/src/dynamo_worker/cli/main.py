@@ -97,6 +97,10 @@ def _dispatch(argv: list[str]) -> int:
         from dynamo_worker.cli import plan
 
         return plan.main(argv[1:])
+    if command == "explain":
+        from dynamo_worker.cli.explain import command as explain
+
+        return explain.main(argv[1:])
     if command == "top":
         from dynamo_worker.cli.top import command as top
 

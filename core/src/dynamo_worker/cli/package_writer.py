@@ -35,15 +35,20 @@ class Template:
     """One kind of engine.
 
     :param summary: what it is for.
-    :param layers: directories of `templates/` whose files it consists of.
+    :param layers: directories of `templates/` whose files it consists of; a later one replaces files of an earlier one.
+    :param takes_tokens: whether frontends need the toy's `config.json` and tokenizer.
     """
 
     summary: str
     layers: tuple[str, ...]
+    takes_tokens: bool = True
 
     def files(self) -> Iterator[tuple[Path, str]]:
         """Yield each file: its path in the package, and its text."""
-        for root, place in [*((_TEMPLATES / layer, Path()) for layer in self.layers), (_MODEL, _MODEL_PLACE)]:
+        roots = [(_TEMPLATES / layer, Path()) for layer in self.layers]
+        if self.takes_tokens:
+            roots.append((_MODEL, _MODEL_PLACE))
+        for root, place in roots:
             for path in sorted(root.rglob("*")):
                 if path.is_file() and _CACHES.isdisjoint(path.parts):
                     yield place / path.relative_to(root), path.read_text(encoding="utf-8")
@@ -62,6 +67,7 @@ TEMPLATES: Final = {
     "server": Template(
         "the engine is an OpenAI-compatible server: the worker starts it and passes requests on",
         ("common", "server"),
+        takes_tokens=False,
     ),
 }
 

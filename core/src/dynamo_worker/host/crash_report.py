@@ -7,6 +7,7 @@ import sys
 import traceback
 
 from dynamo_worker import __version__
+from dynamo_worker.errors import shortage
 
 
 def print_crash(error: BaseException) -> None:
@@ -34,3 +35,12 @@ def _installed() -> str:
         return describe_records(discover())
     except Exception as error:  # the crash report must not crash
         return f"cannot be listed: {error}"
+
+
+def explained(error: BaseException) -> BaseException:
+    """Return an error that says what to do if this one only reports a shortage, otherwise the error itself."""
+    explained = shortage(error)
+    if explained is None:
+        return error
+    explained.__cause__ = error
+    return explained

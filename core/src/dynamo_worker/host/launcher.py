@@ -21,14 +21,15 @@ import uvloop
 
 from dynamo_worker import __version__, logs
 from dynamo_worker.deadline import Deadline
-from dynamo_worker.errors import DiscoveryLostError, WorkerError, describe, shortage
+from dynamo_worker.errors import DiscoveryLostError, WorkerError, describe
 from dynamo_worker.exit_codes import SIGNAL_BASE, ExitCode
 from dynamo_worker.host import native_output
 from dynamo_worker.host.config.drain_mode import Cut
 from dynamo_worker.host.config.shutdown_plan import ShutdownPlan
-from dynamo_worker.host.crash_report import print_crash
+from dynamo_worker.host.crash_report import explained, print_crash
 from dynamo_worker.host.drain_phase import DrainPhase
 from dynamo_worker.host.draining import CUT_SECONDS
+from dynamo_worker.host.flight_reports import death_observer, hook_observer, send_plan, send_settings
 from dynamo_worker.host.monitoring import start_monitors
 from dynamo_worker.host.monitors.monitor_tasks import MonitorTasks
 from dynamo_worker.host.monitors.process_watch import ProcessWatch
@@ -83,21 +84,15 @@ def run(settings: WorkerSettings, plugins: Plugins, engine_args: Any) -> int:
     logs.setup(settings.log_level, settings.log_format, stderr)
     native_output.redirect(stderr)
     control = SupervisorChannel.from_environment()
-    control.send(
-        "settings",
-        engine=settings.engine,
-        termination_grace_period=settings.termination_grace_period,
-        heartbeat_timeout=settings.heartbeat_timeout,
-        termination_message_path=str(settings.termination_message_path),
-        log_format=settings.log_format,
-    )
+    send_settings(control, settings)
     control.offer_stack()
+    plugins.observer = hook_observer(control)
     launcher = Launcher(settings, plugins, engine_args, control)
     uvloop.install()
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     exit_code = _run_until_stopped(loop, launcher)
-    control.send("exit", code=exit_code, reason=launcher.reason)
+    control.send("exit", code=exit_code, reason=launcher.reason, **launcher.numbers)
     _flush(stderr)
     os._exit(exit_code)
 
@@ -178,7 +173,8 @@ class Launcher:
         self._metrics = WorkerMetrics(self._requests)
         egress = Egress(self._on_fatal, slow_client_timeout=settings.slow_client_timeout)
         self._metrics.slow_clients.set_function(lambda: egress.slow_streams)
-        self._parts = WorkerParts(self._requests, egress, self._metrics, ProcessWatch(self._on_fatal), MonitorTasks())
+        processes = ProcessWatch(self._on_fatal, death_observer(control))
+        self._parts = WorkerParts(self._requests, egress, self._metrics, processes, MonitorTasks())
         callbacks = Callbacks(
             lambda: self._state,
             self._on_fatal,
@@ -239,7 +235,7 @@ class Launcher:
             # An engine's start may also raise SystemExit, be cancelled from within, or panic in Rust code.
             if state is State.STARTING:
                 # An error that was reported earlier is the cause, this one its consequence.
-                self._error = self._error or _explained(error)
+                self._error = self._error or explained(error)
                 self._events.put_nowait(Event.START_FAILED)
                 return
             # A bug in one stage must not keep the next ones from running.
@@ -252,10 +248,16 @@ class Launcher:
             "state",
             state=self._state.value,
             deadline=self._deadline.at if self._deadline else None,
-            in_flight=len(self._requests),
             reason=self.reason if self._state in (State.FATAL, State.STOPPED) else None,
             drain=self._drain_phase.value,
+            **self.numbers,
         )
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the supervisor records with each state: requests, and the fatal error's kind."""
+        kind = self._error and type(self._error).__name__
+        return {"in_flight": len(self._requests), "counts": self._requests.counts, "error": kind}
 
     # --------------------------------------------------------------------------------------------------- events
 
@@ -339,6 +341,7 @@ class Launcher:
         self._settings = self._ready.settings
         self._plan = self._settings.shutdown_plan
         self._shutdown.use(self._settings)
+        send_plan(self._control, self._settings)
 
     def _enter_serving(self, _: State) -> None:
         start_monitors(
@@ -439,12 +442,3 @@ class Launcher:
 
     def _enter_stopped(self, _: State) -> None:
         log.info("Worker process ends", exit_code=int(self._exit_code), reason=self.reason)
-
-
-def _explained(error: BaseException) -> BaseException:
-    """Return an error that says what to do if this one only reports a shortage, otherwise the error itself."""
-    explained = shortage(error)
-    if explained is None:
-        return error
-    explained.__cause__ = error
-    return explained

@@ -42,7 +42,7 @@ def start_monitors(
     busy_timeout = settings.stall_timeout_busy
     health = HealthMonitor(
         plugins, engine, requests, activity, metrics, on_fatal,
-        interval=interval, timeout=timeout, busy_timeout=busy_timeout,
+        interval=interval, timeout=timeout, busy_timeout=busy_timeout, tell=control.send,
     )  # fmt: skip
     monitors.start(health.run())
     monitors.start(ThreadMonitor(on_no_threads, interval=interval).run())

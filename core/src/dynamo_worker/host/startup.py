@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from dynamo_worker.engine import (
     HasMetrics,
     PublishesEvents,
 )
-from dynamo_worker.errors import StartError
+from dynamo_worker.errors import StartError, describe
 from dynamo_worker.host.config.drain_mode import DrainMode
 from dynamo_worker.host.discovery.discovery_directory import writable_directory
 from dynamo_worker.host.discovery.model_card import check_endpoint_types
@@ -45,12 +47,14 @@ from dynamo_worker.host.status.status_server import StatusServer
 from dynamo_worker.lifecycle import State
 from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor import linux
+from dynamo_worker.supervisor.last_exit import last_exit
 from dynamo_worker.supervisor.protocol import RUN_DIR, STATUS_SERVER
+from dynamo_worker.supervisor.record_file import default_directory
 from dynamo_worker.supervisor.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from dynamo_worker.host.config.settings import WorkerSettings
     from dynamo_worker.host.discovery.registration import Registration
@@ -109,15 +113,19 @@ class Startup:
         :raises UsageError: the settings or the engine's arguments are wrong.
         """
         await self._start_status_server()
+        self._show_last_exit()
         private_dir = self._private_directory()
         self._start_frontend(private_dir)
-        runtime = await self._start_runtime()
-        engine = self._create_engine(runtime, private_dir)
-        info = await self._start_engine(engine, runtime)
+        with self._step("runtime"):
+            runtime = await self._start_runtime()
+        with self._step("engine"):
+            engine = self._create_engine(runtime, private_dir)
+            info = await self._start_engine(engine, runtime)
         kind = kind_of(runtime.completed(info), self._checks)
         require_router(info, self._settings.router_mode)
         self._adapt_drain(kind)
-        await self._warm_up(engine, info, kind)
+        with self._step("warm-up"):
+            await self._warm_up(engine, info, kind)
         require_thread()
         _freeze_garbage()
         self._parts.egress.start()
@@ -125,14 +133,29 @@ class Startup:
         if isinstance(engine, PublishesEvents):
             await engine.attach(runtime.endpoint(self._settings.endpoint), runtime.completed(info))
         runtime.record_registration(private_dir)
-        registration = await self._serve_endpoints(engine, runtime, info, kind)
+        with self._step("registration"):
+            registration = await self._serve_endpoints(engine, runtime, info, kind)
         self._offer_metrics_and_control_routes(engine, runtime, info)
-        await self._wait_for_frontend(runtime.completed(info))
+        with self._step("frontend"):
+            await self._wait_for_frontend(runtime.completed(info))
         # Not earlier: the runtime opens the port of a publisher some time after the publisher was created.
         runtime.close_to_others(earlier_ports)
         runtime.set_ready(True)
         self._report_ready(runtime, info)
         return ReadyWorker(engine, runtime.completed(info), registration, self._settings)
+
+    @contextlib.contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        """Tell the supervisor's flight recorder how long a step took, and how it failed."""
+        started = time.monotonic()
+        error: str | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = describe(raised)
+            raise
+        finally:
+            self._control.send("step", name=name, seconds=round(time.monotonic() - started, 3), error=error)
 
     async def _start_status_server(self) -> None:
         """Answer probes from the first moment on."""
@@ -159,6 +182,13 @@ class Startup:
         parts = self._parts
         drained = None if parts.requested_drain is None else parts.requested_drain.problem
         return drained or (None if parts.runtime is None else parts.runtime.problem)
+
+    def _show_last_exit(self) -> None:
+        settings = self._settings
+        directory = default_directory(os.environ) if settings.record_dir is None else str(settings.record_dir)
+        last = last_exit(directory) if directory is not None and settings.record_keep else None
+        if last is not None:
+            self._parts.metrics.set_last_exit(last)
 
     def _private_directory(self) -> Path:
         """Return the supervisor's private directory or, without a supervisor, create one.
@@ -318,6 +348,7 @@ class Startup:
             dynamo_component=settings.component, worker_id=f"{runtime.worker_id:x}",
         )  # fmt: skip
         metrics.ready.set_function(lambda: self._callbacks.state() is State.SERVING and self._problem() is None)
+        self._control.send("ready", model=info.model_name, instance=f"{runtime.worker_id:x}", seconds=round(seconds, 3))
         log.info(
             "Worker ready",
             model=info.model_name,

@@ -21,8 +21,9 @@ _T = TypeVar("_T")
 #: Found in the command lines of processes that ``multiprocessing`` and :mod:`dynamo_worker.kit.preload` start, until
 #: those set their own titles.
 _SPAWNED = (b"multiprocessing.spawn", b"dynamo_worker.kit.preload")
-#: Found in the command lines of processes that engines can do without: fork servers, and those in which torch compiles.
-_HELPERS = (b"multiprocessing.forkserver", b"compile_worker")
+#: Found in the command lines of processes that engines can do without: fork servers, those in which torch compiles, and
+#: the worker's own decoders of images.
+_HELPERS = (b"multiprocessing.forkserver", b"compile_worker", b"dynamo_worker.kit.media_decoder_main")
 #: Seconds after which a process that still runs is more than a short question.
 _LASTING_SECONDS = 0.5
 #: Seconds that leaders get once the processes below them are dead: they still unlink shared memory.

@@ -31,6 +31,9 @@ _REMOVAL_LIMIT = 0.3
 _WITHDRAWAL_LIMIT = 4.0
 _SHORTEST_WITHDRAWAL = 0.3
 
+#: Killed processes that the report names.
+_MOST_NAMED = 8
+
 #: Seconds before the next attempt to kill what is left.
 _RETRY_PAUSE = 0.5
 
@@ -205,6 +208,8 @@ class Cleanup:
         started = time.monotonic()
         self.stuck = self._killing.run(lambda: self.deadline)
         self._report["processes"] = len(self._killing.seen)
+        named = list(self._killing.seen.items())[:_MOST_NAMED]
+        self._report["killed"] = [f"{process.pid} ({name})" for process, name in named]
         self._report["gone_after"] = time.monotonic() - started
         if self.stuck:
             self._report["unkillable"] = [process_tree.describe(process) for process in self.stuck]

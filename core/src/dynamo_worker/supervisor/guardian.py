@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_worker.supervisor.linux import Process, Stat
+    from dynamo_worker.supervisor.recorder import Recorder
     from dynamo_worker.supervisor.relay import Relay
     from dynamo_worker.supervisor.run_directory import RunDirectory
 
@@ -61,7 +62,9 @@ class Guardian:
         environment: Mapping[str, str],
         relay: Relay,
         log: Log,
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
         self._channel = Channel(supervisor)
         self._control = control
         self._run_directory = run_directory
@@ -81,6 +84,8 @@ class Guardian:
         self._deadline: float | None = None
         self._frontend_deadline: float | None = None
         self._orphaned = False
+        self._supervisor = os.getppid()
+        self._killed_the_worker = False
         self._given_up_at = float("inf")  # while the supervisor lives, it decides
         self._frontend_failure: str | None = None
 
@@ -143,6 +148,13 @@ class Guardian:
                 withdrawn=", ".join(report["withdrawn"]) or None,
                 segments=report["segments"],
                 seconds=report["seconds"],
+            )
+            worker = self._worker.pid if self._worker is not None else None
+            self._recorder.end_without_supervisor(
+                report,
+                self._supervisor,
+                (worker, self._exit_code),
+                while_cleaning=not self._killed_the_worker,
             )
 
     def _watch_segments(self) -> None:
@@ -215,6 +227,7 @@ class Guardian:
             if self._cleanup is None:
                 self._log.error("Supervisor died; guardian is killing the worker")
                 if self._worker is not None:
+                    self._killed_the_worker = True
                     linux.send_signal(self._worker, signal.SIGKILL)
                 self._given_up_at = time.monotonic() + DEATH_LIMIT
 
@@ -227,6 +240,7 @@ def become_guardian(
     environment: Mapping[str, str],
     relay: Relay,
     log: Log,
+    recorder: Recorder,
 ) -> NoReturn:
     """Turn a process just forked from the supervisor, with all signals blocked, into the guardian."""
     code = 1
@@ -235,12 +249,13 @@ def become_guardian(
     try:
         os.setsid()  # out of reach of the terminal and of a kill of the supervisor's group
         linux.set_name(_NAME)
+        recorder.become_guardians(log)
         linux.become_subreaper()
         # If the supervisor is killed while we are stopped, we have to run to notice. Losing the race does no harm.
         linux.on_parent_death(signal.SIGCONT, os.getppid())
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        guardian = Guardian(supervisor, control, run_directory, command, environment, relay, log)
+        guardian = Guardian(supervisor, control, run_directory, command, environment, relay, log, recorder)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         guardian.run()
         code = 0

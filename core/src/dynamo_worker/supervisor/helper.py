@@ -43,6 +43,11 @@ class Helper:
         #: The child, so that it can be excluded from a kill.
         self.process = linux.Process(pid, stat.start if stat is not None else 0)
 
+    @property
+    def descriptor(self) -> int:
+        """Descriptor that becomes readable when there is a result, or none."""
+        return self._output
+
     def result(self, wait: Wait, deadline: Callable[[], float]) -> str | None:
         """Return what the function returned, or None if it was killed at the deadline.
 

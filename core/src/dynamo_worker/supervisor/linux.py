@@ -205,19 +205,55 @@ def catches(pid: int, number: int) -> bool:
 
 def memory_kills() -> int | None:
     """Return how many processes of our memory cgroup the OOM killer has killed, or None if unknown."""
+    paths = _of_memory_cgroup("memory.events", "memory.oom_control")
+    return next((count for count in map(_memory_kills_in, paths) if count is not None), None)
+
+
+def _of_memory_cgroup(unified: str, legacy: str) -> list[str]:
+    """Return where a file of our memory cgroup may be.
+
+    :param unified: its name with cgroup v2.
+    :param legacy: its name with v1.
+    """
     paths = []
     try:
         with open("/proc/self/cgroup", encoding="utf-8") as file:
             for line in file:
                 _, controllers, path = line.rstrip("\n").split(":", 2)
                 if not controllers:
-                    paths += [f"/sys/fs/cgroup{path}/memory.events", "/sys/fs/cgroup/memory.events"]
+                    paths += [f"/sys/fs/cgroup{path}/{unified}", f"/sys/fs/cgroup/{unified}"]
                 elif "memory" in controllers.split(","):
                     base = "/sys/fs/cgroup/memory"
-                    paths += [f"{base}{path}/memory.oom_control", f"{base}/memory.oom_control"]
+                    paths += [f"{base}{path}/{legacy}", f"{base}/{legacy}"]
     except (OSError, ValueError):
+        return []
+    return paths
+
+
+def memory_in_use() -> tuple[int | None, int | None]:
+    """Return the bytes that our memory cgroup uses and may use at most; None stands for what is unknown or unlimited.
+
+    A container has a cgroup of its own, so this is what the kernel counts before it kills.
+    """
+    used = _first_number(_of_memory_cgroup("memory.current", "memory.usage_in_bytes"))
+    most = _first_number(_of_memory_cgroup("memory.max", "memory.limit_in_bytes"))
+    return used, most if most is not None and most < 1 << 60 else None
+
+
+def resident_memory(pid: int) -> int | None:
+    """Return the bytes of memory that a process has resident, or None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
         return None
-    return next((count for count in map(_memory_kills_in, paths) if count is not None), None)
+
+
+def _first_number(paths: list[str]) -> int | None:
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+            return int(file.read())
+    return None
 
 
 def _memory_kills_in(path: str) -> int | None:

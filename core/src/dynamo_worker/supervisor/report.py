@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor.files import open_regular
 from dynamo_worker.supervisor.output import LAST_OUTPUT, Output
 from dynamo_worker.supervisor.text import continued, escaped, format_value, redacted, safe, without_secrets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 #: Bytes of a log line: a pipe takes that many at once or not at all.
 _MOST_BYTES = 4000
@@ -35,6 +38,8 @@ class Log:
         self.as_json = as_json
         #: Descriptor 2.
         self.output = Output(2, self._lost) if output is None else output
+        #: Called with each line: level, message, fields. It must not log.
+        self.tap: Callable[[str, str, Mapping[str, Any]], None] | None = None
 
     def info(self, message: str, /, **fields: Any) -> None:
         """Log normal operation."""
@@ -57,6 +62,8 @@ class Log:
 
     def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
         self.output.write(self._line(level, message, fields))
+        if self.tap is not None:
+            self.tap(level, message, fields)
 
     def _line(self, level: str, message: str, fields: dict[str, Any]) -> bytes:
         now = time.time()

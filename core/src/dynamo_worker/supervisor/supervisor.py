@@ -15,6 +15,7 @@ from dynamo_worker.supervisor.blocked_loop import BlockedLoop
 from dynamo_worker.supervisor.early_settings import EarlySettings
 from dynamo_worker.supervisor.environment import worker_environment
 from dynamo_worker.supervisor.escalation import Escalation
+from dynamo_worker.supervisor.exit_kinds import ExitKind
 from dynamo_worker.supervisor.final_cleaning import FinalCleaning
 from dynamo_worker.supervisor.guardian import become_guardian
 from dynamo_worker.supervisor.guardian_link import GuardianLink
@@ -24,11 +25,13 @@ from dynamo_worker.supervisor.loop import Loop
 from dynamo_worker.supervisor.output import open_standard_streams
 from dynamo_worker.supervisor.protocol import DEFAULT_FILE_KV, STACK, STATUS_SERVER
 from dynamo_worker.supervisor.reactions import Reactions
+from dynamo_worker.supervisor.recorder import Recorder, cleaned_fields
 from dynamo_worker.supervisor.relay import Relay
+from dynamo_worker.supervisor.resource_samples import ResourceSamples
 from dynamo_worker.supervisor.run_directory import RunDirectory
 from dynamo_worker.supervisor.spawn import fork
 from dynamo_worker.supervisor.systemd import Systemd
-from dynamo_worker.supervisor.verdict import Ending, verdict
+from dynamo_worker.supervisor.verdict import Ending, Verdict, verdict
 from dynamo_worker.supervisor.worker_channel import WorkerChannel
 from dynamo_worker.supervisor.worker_process import WorkerProcess
 from dynamo_worker.supervisor.worker_status import WorkerStatus, positive
@@ -59,6 +62,8 @@ class Supervisor:
         settings = EarlySettings(argv)
         as_json = settings.get("log_format", "text").lower() == "json"  # as the worker reads it
         self._log = report.Log("dynamo_worker.supervisor", as_json=as_json)
+        self._settings = settings
+        self._recorder = Recorder(self._started, self._log)
         self._discovery_root = settings.get("discovery_path", DEFAULT_FILE_KV, variable="DYN_FILE_KV")
         self._systemd = Systemd()
         self._memory_kills = linux.memory_kills()
@@ -78,6 +83,7 @@ class Supervisor:
         linux.set_name("dynamo-worker")
         signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGCHLD])
         linux.become_subreaper()
+        self._recorder.open(self._settings)
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if 0 <= descriptors < _LEAST_DESCRIPTORS:  # negative: no limit
             return self._fail(
@@ -87,6 +93,7 @@ class Supervisor:
             self._run_directory = RunDirectory.create()
         except OSError as error:
             return self._fail(f"cannot create the worker's private directory: {error.strerror}")
+        self._recorder.refer(self._run_directory.descriptor)
         if trouble := self._run_directory.trouble:
             used = self._run_directory.base
             self._log.warning("TMPDIR cannot be used as it is", used=used, reason="; ".join(trouble))
@@ -100,12 +107,15 @@ class Supervisor:
             self._pump(self._next_timer())
             self._reactions.act_on_time()
             self._blocked_loop.act_on_time()
+            self._samples.act_on_time()
         return self._finish()
 
     def _fail(self, reason: str) -> int:
         code = int(ExitCode.START_FAILED)
         self._leave_message(reason)
         self._log.error("Worker not started", code=code, reason=reason)
+        self._recorder.end(code, ExitKind.START_FAILED, reason, by="supervisor", cleaned={"processes": 0})
+        self._recorder.close()
         self._log.drain()
         return code
 
@@ -138,7 +148,9 @@ class Supervisor:
             lambda: self._systemd.report(self._status),
             self._log,
             self._on_descriptors,
+            self._recorder.take,
         )
+        self._samples = ResourceSamples(self._recorder, self._worker, self._status, self._loop)
         self._probe = LiveProbe(
             self._loop, lambda: self._status.state.value, lambda: not self._control.closed and not self._worker.ended
         )
@@ -182,7 +194,14 @@ class Supervisor:
             guardian_end.close()
             control_end.close()
             become_guardian(
-                guardian_channel, control, self._run_directory, self._command, environment, relay, self._log
+                guardian_channel,
+                control,
+                self._run_directory,
+                self._command,
+                environment,
+                relay,
+                self._log,
+                self._recorder,
             )
         relay.close_ends()
         guardian_channel.close()
@@ -214,6 +233,7 @@ class Supervisor:
 
     def _next_timer(self) -> float | None:
         timers = [*self._limits(), self._reactions.next_timer(), self._blocked_loop.next_timer()]
+        timers.append(self._samples.next_timer())
         return min((timer for timer in timers if timer is not None), default=None)
 
     def _finish(self) -> int:
@@ -221,11 +241,13 @@ class Supervisor:
         gone_at = time.monotonic()
         self._cleaning.begin(gone_at)
         self._control.receive_rest()
+        self._samples.close()
         cleaned: dict[str, Any] | None = None
         if not self._guardian.knows_the_end:
             # First: the guardian cannot tell how the worker ended, so we have to see for ourselves.
             cleaned = self._cleaning.take_over()
-        code, reason = verdict(self._ending())
+        code, reason, kind = verdict(self._ending())
+        self._record_deaths()
         self._leave_message(f"exit code {code}: {reason}")
         self._systemd.send("STOPPING=1", f"STATUS=cleaning up: {reason}")
         self._cleaning.update_deadlines()
@@ -235,11 +257,13 @@ class Supervisor:
             cleaned = self._cleaning.take_over()
         if code == 0 and cleaned.get("frontend"):
             code, reason = int(ExitCode.FATAL), f"the frontend ended before its streams did: {cleaned['frontend']}"
+            kind = ExitKind.FRONTEND_FAILED
             self._leave_message(f"exit code {code}: {reason}")
-        self._log_end(code, reason, gone_at, cleaned)
+        self._log_end(Verdict(code, reason, kind), gone_at, cleaned)
         self._systemd.send(f"STATUS=stopped: {reason}")
         self._systemd.close()
         self._probe.close()
+        self._recorder.close()
         self._blocked_loop.close()
         self._run_directory.close()
         self._loop.close()
@@ -260,16 +284,37 @@ class Supervisor:
             guardian_lost=self._cleaning.guardian_lost,
             guardian_failed=bool(self._guardian.exit_code),
             started=self._worker.process is not None,
+            error=self._status.error,
+            never_served=not self._status.has_served,
             memory_kills=None if kills is None or self._memory_kills is None else kills - self._memory_kills,
         )
 
-    def _log_end(self, code: int, reason: str, gone_at: float, cleaned: Mapping[str, Any]) -> None:
-        fields: dict[str, Any] = {"code": code, "reason": reason, "ran": gone_at - self._started}
+    def _record_deaths(self) -> None:
+        self._recorder.sample()
+        worker, guardian = self._worker, self._guardian
+        if worker.pid is not None:
+            self._recorder.death("worker", worker.pid, worker.exit_code)
+        if guardian.exit_code:
+            self._recorder.death("guardian", guardian.pid, guardian.exit_code)
+
+    def _log_end(self, end: Verdict, gone_at: float, cleaned: Mapping[str, Any]) -> None:
+        fields: dict[str, Any] = {"code": end.code, "reason": end.reason, "ran": gone_at - self._started}
         asked_at = self._escalation.asked_at
         if asked_at is not None and asked_at <= gone_at:
             fields["stopped_in"] = gone_at - asked_at
         fields |= _cleaned_fields(cleaned)
-        (self._log.info if code == 0 else self._log.error)("Worker stopped", **fields)
+        (self._log.info if end.code == 0 else self._log.error)("Worker stopped", **fields)
+        self._recorder.end(
+            end.code,
+            end.kind,
+            end.reason,
+            by="supervisor",
+            state=self._status.state.value,
+            killed_because=self._worker.kill_cause.value if self._worker.kill_cause is not None else None,
+            ran=fields["ran"],
+            stopped_in=fields.get("stopped_in"),
+            cleaned=cleaned_fields(cleaned),
+        )
         self._log.drain()
 
     # -- Events -------------------------------------------------------------------------------------------------------

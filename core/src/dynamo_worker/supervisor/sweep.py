@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_worker.supervisor import ledger, process_tree, run_directory, spawn
+from dynamo_worker.supervisor import ledger, process_tree, recorder, run_directory, spawn
 from dynamo_worker.supervisor.cleanup import Cleanup
 from dynamo_worker.supervisor.linux import Process
 from dynamo_worker.supervisor.loop import readable
@@ -72,6 +73,7 @@ def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None
         else:
             readable(descriptor, seconds)
 
+    record = recorder.reference(directory.descriptor)
     report = Cleanup(
         directory, find=find, reap=_reap, wait=wait, log=log, patient=False, discovery_root=discovery_root
     ).run()
@@ -83,6 +85,9 @@ def _clean_up(path: str, supervisor: int, discovery_root: str, log: Log) -> None
         withdrawn=", ".join(report["withdrawn"]) or None,
     )
     directory.close()
+    if record is not None:
+        with contextlib.suppress(OSError):  # it may be gone, or be full: only a record
+            recorder.complete(record, report)
 
 
 def _reap() -> bool:

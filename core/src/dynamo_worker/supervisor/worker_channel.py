@@ -29,6 +29,7 @@ class WorkerChannel:
     :param log: gets the format that the worker announces.
     :param on_descriptors: called with a message and the descriptors that came with it, and closes them; without it,
         they are closed.
+    :param record: called with every message, and when it came (monotonic).
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class WorkerChannel:
         on_state: Callable[[], None],
         log: Log,
         on_descriptors: Callable[[Mapping[str, Any], Sequence[int]], None] | None = None,
+        record: Callable[[Mapping[str, Any], float], None] | None = None,
     ) -> None:
         self._channel = Channel(connection, takes_descriptors=True)
         self._on_descriptors = on_descriptors or _close_all
+        self._record = record or _ignore
         self._loop = loop
         self._status = status
         self._on_state = on_state
@@ -61,7 +64,9 @@ class WorkerChannel:
         for message in self._channel.receive(most):
             if descriptors := message.pop("descriptors", ()):
                 self._on_descriptors(message, descriptors)
-            if self._status.take(message, time.monotonic()):
+            now = time.monotonic()
+            self._record(message, now)
+            if self._status.take(message, now):
                 self._on_state()
         if self._status.log_format is not None:
             self._log.as_json = self._status.log_format == "json"
@@ -102,3 +107,7 @@ class WorkerChannel:
 def _close_all(_message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _ignore(_message: Mapping[str, Any], _now: float) -> None:
+    """Record nothing."""

@@ -48,6 +48,8 @@ class WorkerStatus:
         self.reason = ""
         #: The exit code that it has announced.
         self.exit_code: int | None = None
+        #: The name of the error that it has announced.
+        self.error = ""
         #: Whether it has announced its end.
         self.said_farewell = False
 
@@ -69,6 +71,7 @@ class WorkerStatus:
             self.said_farewell = True
             self.exit_code = code if type(code) is int and 0 <= code < 256 else None
             self.reason = _text(message.get("reason"))
+            self.error = _text(message.get("error"))
         return False
 
     def _take_state(self, message: Mapping[str, Any]) -> bool:
@@ -83,6 +86,7 @@ class WorkerStatus:
         self.has_served = self.has_served or self.state is State.SERVING
         if self.state is State.FATAL and not self.reason:
             self.reason = _text(message.get("reason"))
+            self.error = _text(message.get("error"))
         return True
 
     def _take_settings(self, message: Mapping[str, Any]) -> None:

@@ -38,8 +38,13 @@ class Result:
         return self.status == 200 and self.finish_reason is not None and self.error is None
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Result) -> None:
-    """Send one streaming request and record its outcome in ``result``. Raises nothing."""
+async def stream(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Result, pause: float = 0.0
+) -> None:
+    """Send one streaming request and record its outcome in ``result``. Raises nothing.
+
+    :param pause: time in seconds to wait before reading on after each line: a client that reads slowly.
+    """
     try:
         async with session.post(url, json=body) as response:
             result.status = response.status
@@ -48,6 +53,8 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any],
                 return
             async for line in response.content:
                 _take(line, result)
+                if pause:
+                    await asyncio.sleep(pause)
     except Exception as error:  # broken connections, truncated JSON, lines that are too long
         result.error = f"{type(error).__name__}: {error}"
 

@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_worker.cli.explain.account import unknowns
+from dynamo_worker.cli.explain.records import of_file
 from dynamo_worker.testing.client import Load, Result, chat
 from dynamo_worker.testing.leftovers import MARKER
 from dynamo_worker.testing.port_blocks import PortBlocks
@@ -23,6 +25,8 @@ from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from dynamo_worker.cli.explain.account import Account
 
 #: Prefixes of variables that could connect a test to services outside of it.
 _FOREIGN = ("DYN_", "DYNAMO_", "ETCD_", "NATS_", "OTEL_", "NOTIFY_SOCKET")
@@ -142,6 +146,30 @@ class Worker:
         """Whether the worker is registered in discovery."""
         return any(self.instance in path.name for path in self._cluster.discovery.rglob("*"))
 
+    def explain(self) -> Account:
+        """Return what ``dynamo-worker explain`` tells of this worker.
+
+        :raises AssertionError: there is no flight record of it.
+        """
+        found = list(self._cluster.records.glob(f"dw-*-{self.pid}-*.jsonl"))
+        assert len(found) == 1, f"expected one flight record of PID {self.pid}, found {found}; log:\n{self.log[-4000:]}"
+        return of_file(str(found[0]))
+
+    def check_explained(self, timeout: float = 10.0) -> None:
+        """Check that the flight record of an ended worker tells the cause, the stage, what was cut and cleaned.
+
+        :param timeout: longest time in seconds until it is complete: the guardian or the next start may complete it.
+        :raises AssertionError: something is unknown, or the exit code is another one.
+        """
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not unknowns(self.explain()), timeout, "a complete flight record", interval=0.05)
+        told = self.explain()
+        missing = unknowns(told)
+        assert not missing, f"{told.file} does not tell {missing}:\n{json.dumps(told.as_json(), indent=1)[:6000]}"
+        assert told.exit is not None
+        code = self.wait_gone(0)
+        assert told.exit.code == code, f"exit code {code}, but the flight record says {told.exit.code}"
+
     def stop(self) -> None:
         """Stop the worker with SIGTERM, and wait until it has exited.
 
@@ -235,6 +263,8 @@ class Cluster:
         """
         self.discovery = directory / "discovery"
         self.discovery.mkdir(0o700)
+        #: Where the workers' flight records are.
+        self.records = directory / "records"
         self.tmp = tmp
         self.engine_args = list(engine_args) or ["--engine", "echo"]
         #: The model name that clients send.
@@ -243,6 +273,8 @@ class Cluster:
         self.start_seconds = 60.0
         #: URL of the frontend; empty until one is started.
         self.url = ""
+        #: All workers that were started.
+        self.workers: list[Worker] = []
         self._directory = directory
         self._marker = marker
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -255,6 +287,7 @@ class Cluster:
             "TMPDIR": str(self.tmp),
             "DYN_DISCOVERY_BACKEND": "file",
             "DYN_FILE_KV": str(self.discovery),
+            "DYN_WORKER_RECORD_DIR": str(self.records),
             **dict.fromkeys(_HOSTS, "127.0.0.1"),
             "PYTHONUNBUFFERED": "1",
         }
@@ -289,7 +322,8 @@ class Cluster:
         log = self._directory / f"worker-{number}.log"
         command = [sys.executable, "-m", "dynamo_worker", *self.engine_args, "--system-port", str(status_port)]
         process = self._start([*prefix, *command, *arguments], log, environment)
-        return Worker(process, log, self, status_port)
+        self.workers.append(Worker(process, log, self, status_port))
+        return self.workers[-1]
 
     def worker(self, *arguments: str, prefix: Sequence[str] = (), **environment: str | None) -> Worker:
         """Start a worker, and wait until it is ready."""

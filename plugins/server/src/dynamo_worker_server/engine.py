@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ssl
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo.llm.exceptions import Unknown
@@ -32,14 +31,13 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: What the runtime takes for the model's directory; the server alone knows the real one. Without a configuration the
-#: runtime registers no aliases, and of workers with different paths frontends use only one (measured on 1.6.1).
-_MODEL: Final = Path(__file__).parent / "model"
 #: The APIs that are passed on.
 _PATHS: Final = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _HEALTH_PATHS: Final = ("/health", "/v1/models")
 #: Seconds between two looks at a server that starts, and for one look.
 _POLL_SECONDS, _LOOK_SECONDS = 0.1, 10.0
+#: Seconds between two lines of the log about a server that does not become ready.
+_REPORT_SECONDS: Final = 30.0
 #: Consecutive health checks that a server may fail.
 _MOST_FAILURES: Final = 3
 #: Seconds in which a process whose connections break turns out to have died.
@@ -47,6 +45,8 @@ _DEATH_SECONDS: Final = 0.5
 _DEATH_POLLS: Final = 10
 #: Fields that servers read without a look at their types: a client's mistake would be the server's failure.
 _TYPES: Final = {"tools": (list,), "stream_options": (dict,), "response_format": (dict,), "logit_bias": (dict, list)}
+#: What OpenSSL calls an answer in plain HTTP.
+_NO_TLS: Final = "WRONG_VERSION_NUMBER"
 #: Fields of a request that are Dynamo's, and not the server's to understand.
 _OF_DYNAMO: Final = ("nvext", MARK)
 
@@ -84,6 +84,7 @@ class ServerEngine(EngineLifecycle):
         if self._process is not None:
             await in_thread(self._process.find_listener, name="server-processes")
             await in_thread(self._process.find_others, settings.titles, name="server-processes")
+        await _refuse_frontend(upstream)
         main, *others = await self._served(upstream)
         self._apis = await self._served_apis(upstream)
         log.info(
@@ -92,7 +93,7 @@ class ServerEngine(EngineLifecycle):
         )  # fmt: skip
         return EngineInfo(
             model_name=main.name,
-            model_path=str(_MODEL),
+            model_path=main.name,
             model_aliases=tuple(model.name for model in others),
             endpoint_types=self._apis,
             context_length=main.context_length,
@@ -218,6 +219,7 @@ class ServerEngine(EngineLifecycle):
         until = time.monotonic() + settings.start_seconds
         paths = [settings.health_path] if settings.health_path is not None else list(_HEALTH_PATHS)
         problem = "it has not answered"
+        reported = time.monotonic()
         while True:
             if self._process is not None:
                 ended = await in_thread(self._process.ended, name="server-output")
@@ -230,6 +232,7 @@ class ServerEngine(EngineLifecycle):
                 problem = f"it does not answer {paths[0]}"
             except OSError as error:
                 problem = str(error)
+                _check_tls(error, upstream.address)
             else:
                 if status == 200:
                     self._health_path = paths[0]
@@ -244,6 +247,9 @@ class ServerEngine(EngineLifecycle):
                     f"the server at {upstream.address} is not ready after {settings.start_seconds:g} s: {problem}",
                     hint="see its output above; --server-start-timeout sets how long the worker waits",
                 )
+            if time.monotonic() - reported >= _REPORT_SECONDS:
+                reported = time.monotonic()
+                log.info("Server is not ready yet", address=upstream.address, problem=problem)
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _served(self, upstream: Upstream) -> list[Model]:
@@ -258,7 +264,7 @@ class ServerEngine(EngineLifecycle):
                 raise StartError(message, hint="name one: --server-model") from None
             found = [Model(settings.model)]
         except (OSError, asyncio.TimeoutError) as error:
-            raise StartError(f"the server does not name its models: {error or 'no answer'}") from error
+            raise StartError(f"the server does not name its models: {str(error) or 'no answer'}") from error
         if settings.model is not None:
             found = [model for model in found if model.name == settings.model] or _unknown(settings.model, found)
         if not found:
@@ -277,16 +283,19 @@ class ServerEngine(EngineLifecycle):
             body = {**self._canary(api), "model": next(iter(self._models.values())), "stream": True}
             try:
                 # It may compile first: the same time as for everything else before the start is over.
-                with contextlib.closing(
-                    await asyncio.wait_for(upstream.ask(path, body, {}), self._settings.start_seconds)
-                ) as stream:
-                    await asyncio.wait_for(stream.read(), self._settings.start_seconds)
+                await asyncio.wait_for(_first_chunk(upstream, path, body), self._settings.start_seconds)
                 served.append(api)
             except InvalidRequestError as error:
                 problems.append(f"{path}: {error}")
-            except (OSError, Unknown, asyncio.TimeoutError) as error:
+            except asyncio.TimeoutError as error:
+                raise StartError(
+                    f"the server does not answer its first request: {path}: "
+                    f"no answer after {self._settings.start_seconds:g} s",
+                    hint="its health is fine; see whether it answers other clients",
+                ) from error
+            except (OSError, Unknown) as error:
                 cause = await self._broken(error) if isinstance(error, OSError) else error
-                raise StartError(f"the server does not answer its first request: {path}: {cause or 'no'}") from error
+                raise StartError(f"the server does not answer its first request: {path}: {cause}") from error
         if not served:
             raise StartError(f"the server answers neither API: {'; '.join(problems)}")
         return tuple(served)
@@ -323,9 +332,45 @@ def _completed(request: dict[str, Any], request_id: str) -> Callable[[dict[str, 
     return completed
 
 
+async def _first_chunk(upstream: Upstream, path: str, body: dict[str, Any]) -> None:
+    with contextlib.closing(await upstream.ask(path, body, {})) as stream:
+        await stream.read()
+
+
+async def _refuse_frontend(upstream: Upstream) -> None:
+    """Refuse a server that would send requests back here: one became 1 200 in ten seconds (measured on 1.6.1).
+
+    :raises StartError: it is a frontend of Dynamo.
+    """
+    try:
+        found = await asyncio.wait_for(upstream.is_frontend(), _LOOK_SECONDS)
+    except (OSError, asyncio.TimeoutError):  # what it serves is asked for next
+        return
+    if found:
+        raise StartError(
+            f"{upstream.address} is a frontend of Dynamo, which routes to workers such as this one: "
+            "requests would go round in circles",
+            hint="use the server behind it, or send requests to the frontend itself",
+        )
+
+
 def _unknown(name: str, found: list[Model]) -> list[Model]:
     listed = ", ".join(model.name for model in found[:8])
     raise UsageError(f"--server-model {name}: the server has {listed or 'no models'}")
+
+
+def _check_tls(error: OSError, address: Address) -> None:
+    """Refuse a failure of TLS that no waiting will change.
+
+    :raises StartError: it is one.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise StartError(
+            f"the certificate of {address} cannot be trusted: {error.verify_message}",
+            hint="SSL_CERT_FILE names the file with the authority that vouches for it",
+        ) from error
+    if isinstance(error, ssl.SSLError) and error.reason == _NO_TLS:
+        raise StartError(f"{address} does not speak TLS", hint="attach it with http:// instead") from error
 
 
 def _check_status(status: int, where: str) -> None:

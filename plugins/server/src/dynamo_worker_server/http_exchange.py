@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 #: Seconds to connect, TLS included.
 _CONNECT_SECONDS: Final = 10.0
-#: Bytes of an answer's head.
+#: Bytes of an answer's head, and of what may come between two parts of its body or after the last one.
 _HEAD_BYTES: Final = 65_536
 #: Bytes that may wait for the caller before the connection is read no further: then the server has to wait.
 _WAITING_BYTES: Final = 262_144
+
+
+#: How a server that expects TLS answers plain HTTP.
+_TLS_ALERT: Final = b"\x15\x03"
 
 
 class HttpError(ConnectionError):
@@ -45,7 +49,8 @@ class HttpExchange(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._head: asyncio.Future[None] = self._loop.create_future()
         self._head.add_done_callback(lambda head: head.cancelled() or head.exception())
-        self._head_bytes = 0
+        #: Bytes since the last part of the body, or since the beginning.
+        self._overhead = 0
         self._parts: list[bytes] = []
         self._size = 0
         self._paused = False
@@ -151,17 +156,19 @@ class HttpExchange(asyncio.Protocol):
         """Parse what has arrived."""
         if self._error is not None:
             return
-        if not self._head.done():
-            self._head_bytes += len(data)
+        self._overhead += len(data)
         try:
             self._parser.feed_data(data)
-            if not self._head.done() and self._head_bytes > _HEAD_BYTES:
-                raise HttpError(f"the head of the answer has more than {_HEAD_BYTES} bytes")
+            # The parser keeps a header, or a trailer, for as long as it goes on.
+            if self._overhead > _HEAD_BYTES:
+                part = "trailer" if self._head.done() else "head"
+                raise HttpError(f"the {part} of the answer has more than {_HEAD_BYTES} bytes")
         except httptools.HttpParserUpgrade:
             self._give_up(HttpError("the server has switched to another protocol"))
         except httptools.HttpParserError as error:
             cause = error.__context__
-            self._give_up(cause if isinstance(cause, HttpError) else HttpError(f"the answer is not HTTP: {error}"))
+            reason = "it is TLS, which https:// is for" if data.startswith(_TLS_ALERT) else error
+            self._give_up(cause if isinstance(cause, HttpError) else HttpError(f"the answer is not HTTP: {reason}"))
         except HttpError as error:
             self._give_up(error)
 
@@ -199,6 +206,7 @@ class HttpExchange(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """Hand a part of the body over, or keep it and stop reading if the caller does not come for it."""
+        self._overhead = 0
         if self._take is not None:
             if self._complete or self._error is not None:  # one read may hold several parts
                 return

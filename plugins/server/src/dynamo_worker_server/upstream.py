@@ -22,6 +22,8 @@ _BODY_BYTES: Final = 1_048_576
 #: Models that are read from a list, and characters of a name.
 _MOST_MODELS: Final = 1_000
 _NAME_CHARACTERS: Final = 512
+#: What a frontend of Dynamo says of its health beside the status (1.6.1).
+_OF_FRONTENDS: Final = ("endpoints", "instances")
 #: What a client's mistake is answered with; the client can mend it.
 _CLIENT_ERRORS: Final = frozenset({400, 404, 405, 409, 413, 415, 422})
 #: Another worker may take the request.
@@ -97,6 +99,18 @@ class Upstream:
             raise UnexpectedAnswerError("/v1/models is answered without a list of models")
         named = [entry for entry in entries[:_MOST_MODELS] if isinstance(entry, dict)]
         return [_model(entry) for entry in named if _is_name(entry.get("id"))]
+
+    async def is_frontend(self) -> bool:
+        """Return whether this is a frontend of Dynamo: its health lists the workers that it routes to.
+
+        :raises OSError: it does not answer, or not in HTTP.
+        """
+        _, body = await self._get("/health")
+        try:
+            answer = orjson.loads(body)
+        except ValueError:
+            return False
+        return isinstance(answer, dict) and all(isinstance(answer.get(name), list) for name in _OF_FRONTENDS)
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         exchange = await self._begin("GET", path, {})

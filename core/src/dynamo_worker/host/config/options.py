@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.config.logging_options import LOGGING_OPTIONS
 from dynamo_worker.host.config.model_options import MODEL_OPTIONS
 from dynamo_worker.host.config.option_types import (
     CONTROL,
@@ -18,7 +19,6 @@ from dynamo_worker.host.config.option_types import (
     FRONTEND,
     GROUPS,
     HEALTH,
-    LOGGING,
     PLUGINS,
     SHUTDOWN,
     Number,
@@ -30,8 +30,6 @@ DiscoveryBackend = Literal["file", "etcd", "kubernetes", "mem"]
 RequestPlane = Literal["tcp", "nats"]
 EventPlane = Literal["nats", "zmq"]
 RouterMode = Literal["round-robin", "random", "kv", "least-loaded"]
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
 
 #: The address for ``--frontend`` without a value.
 DEFAULT_FRONTEND: Final = "127.0.0.1:8000"
@@ -377,30 +375,7 @@ OPTIONS: Final = (
         metavar="NAME",
         kind="list",
     ),
-    Option(
-        "dump_config_to",
-        LOGGING,
-        "Write all settings and the engine's flags to this file before the engine starts, as YAML and without secrets.",
-        "DYN_DUMP_CONFIG_TO",
-        metavar="FILE",
-    ),
-    Option(
-        "log_level",
-        LOGGING,
-        "Lowest severity to log.",
-        "DYN_WORKER_LOG_LEVEL",
-        default="info",
-        choices=get_args(LogLevel),
-        alias="--worker-log-level",
-    ),
-    Option(
-        "log_format",
-        LOGGING,
-        "Plain text lines, or one JSON object per line.",
-        "DYN_WORKER_LOG_FORMAT",
-        default="text",
-        choices=get_args(LogFormat),
-    ),
+    *LOGGING_OPTIONS,
 )
 
 BY_NAME: Final = {option.name: option for option in OPTIONS}

@@ -13,6 +13,10 @@ from dynamo_worker.address import LOOPBACK, Address, resolve
 from dynamo_worker.errors import UsageError
 from dynamo_worker.host.config import place
 from dynamo_worker.host.config.drain_mode import DrainMode
+from dynamo_worker.host.config.logging_options import (  # noqa: TC001 - pydantic evaluates the annotations
+    LogFormat,
+    LogLevel,
+)
 from dynamo_worker.host.config.model_options import (  # noqa: TC001 - pydantic evaluates the annotations
     StructuralTagSchema,
     StructuralTagScope,
@@ -24,8 +28,6 @@ from dynamo_worker.host.config.options import (
     OPTIONS,
     DiscoveryBackend,
     EventPlane,
-    LogFormat,
-    LogLevel,
     RequestPlane,
     RouterMode,
 )
@@ -166,6 +168,8 @@ class WorkerSettings(BaseSettings):
 
     # --- Logging
     dump_config_to: Path | None = _option("dump_config_to")
+    record_dir: Path | None = _option("record_dir")
+    record_keep: int = _option("record_keep")
     log_level: LogLevel = _option("log_level")
     log_format: LogFormat = _option("log_format")
 

@@ -22,6 +22,7 @@ from dynamo.llm import (
 from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.host.config.router_modes import ROUTER_MODES
 from dynamo_worker.host.discovery.fleet import STATUS_ADDRESS
+from dynamo_worker.logs import get_logger
 from dynamo_worker.supervisor.files import open_regular
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ _SERVED: Final = ("chat", "completions", "prefill", "empty")
 _EMBEDDINGS: Final = ("embedding",)
 #: Longest chat template in bytes; those of models have some tens of thousands at most.
 _MOST_TEMPLATE_BYTES = 1 << 20
+#: How the runtime begins its refusal of a second entry under one key; keys have neither capitals nor punctuation.
+_TAKEN: Final = "model update can"
+
+log = get_logger(__name__)
 
 
 def completed(
@@ -94,6 +99,9 @@ def _structural_tag(settings: WorkerSettings) -> dict[str, Any] | None:
 async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSettings) -> int:
     """Register a model and its LoRA adapters; return the number of entries created in discovery.
 
+    Each alias of a text engine's model has an entry of its own: in a request for an alias a frontend puts the model's
+    name, and a server with several models would answer with the wrong one.
+
     :raises StartError: the model's directory has no configuration or tokenizer, the chat template cannot be read,
         or discovery refuses it.
     """
@@ -106,17 +114,18 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
             _model_input(info),
             model_type(info.endpoint_types),
             endpoint,
-            info.model_path or "",
+            _source(info),
             info.model_name,
             worker_type=_worker_type(info.worker_type),
             kv_cache_block_size=info.kv_block_size,
             runtime_config=_runtime_config(info),
             custom_template_path=str(template) if template else None,
             needs=_needs(info),
-            model_aliases=list(info.model_aliases) or None,
+            model_aliases=None if _is_text(info) else list(info.model_aliases) or None,
             router_config=_router_config(settings),
             # Frontends may place the first adapter on a worker that has none yet.
             max_gpu_lora_count=info.max_loras,
+            skip_model_assets=_is_text(info),
         )
         for name in info.lora_adapters:
             await register_adapter(endpoint, info, name)
@@ -125,7 +134,28 @@ async def register(endpoint: Endpoint, info: EngineInfo, settings: WorkerSetting
             f"the model {info.model_name!r} at {info.model_path} cannot be registered: {error}",
             hint="check that the directory has config.json and a tokenizer",
         ) from error
-    return 1 + len(info.lora_adapters)
+    entries = 1 + len(info.lora_adapters)
+    for name in info.model_aliases if _is_text(info) else ():
+        entries += await _register_alias(endpoint, info, name)
+    return entries
+
+
+async def _register_alias(endpoint: Endpoint, info: EngineInfo, name: str) -> bool:
+    """Register another name of a text engine's model; return whether it has an entry of its own.
+
+    :raises StartError: discovery refuses it.
+    """
+    try:
+        await register_adapter(endpoint, info, name)
+    except Exception as error:
+        if _TAKEN not in str(error):
+            raise StartError(f"the model {name!r} cannot be registered: {error}") from error
+        log.warning(
+            "A model is not served: discovery takes its name for that of another one",
+            model=name, next="let their names differ in letters or digits",
+        )  # fmt: skip
+        return False
+    return True
 
 
 async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> None:
@@ -134,16 +164,29 @@ async def register_adapter(endpoint: Endpoint, info: EngineInfo, name: str) -> N
         _model_input(info),
         model_type(info.endpoint_types),
         endpoint,
-        info.model_path or "",
+        _source(info),
         name,
         worker_type=_worker_type(info.worker_type),
         needs=_needs(info),
         runtime_config=_runtime_config(info),
         kv_cache_block_size=info.kv_block_size,
         lora_name=name,
-        base_model_path=info.model_path,
+        base_model_path=_source(info),
         max_gpu_lora_count=info.max_loras,
+        skip_model_assets=_is_text(info),
     )
+
+
+def _is_text(info: EngineInfo) -> bool:
+    return info.model_input == "text"
+
+
+def _source(info: EngineInfo) -> str:
+    """Return where the model comes from, which frontends compare: of workers that differ in it they use one only.
+
+    They read none of its files if requests are text, and an engine's installation may lie anywhere.
+    """
+    return info.model_name if _is_text(info) else info.model_path or ""
 
 
 def _check_template(path: Path, named: str) -> None:

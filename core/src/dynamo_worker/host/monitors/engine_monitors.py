@@ -53,6 +53,10 @@ def _paused(engine: Engine) -> bool:
     return isinstance(engine, MayPause) and engine.paused()
 
 
+def _silent(_message_type: str, **_fields: Any) -> None:
+    """Tell nobody."""
+
+
 class HealthMonitor:
     """Calls every plugin's ``check_health`` at an interval.
 
@@ -72,10 +76,12 @@ class HealthMonitor:
         interval: float,
         timeout: float,
         busy_timeout: float,
+        tell: Callable[..., None] = _silent,
     ) -> None:
         """Check ``engine``.
 
         :param timeout: seconds for one check.
+        :param tell: called with the name ``health`` and the numbers of all checks, for the flight record.
         :param busy_timeout: most seconds without the answer to a check while the engine works; 0 for any number.
         """
         self._plugins = plugins
@@ -89,6 +95,8 @@ class HealthMonitor:
         self._limit = _limit(timeout, busy_timeout)
         #: When the first of the checks began that the engine had no time for (monotonic); None if it has answered.
         self._late_since: float | None = None
+        self._tell = tell
+        self._rounds, self._failed, self._longest = 0, 0, 0.0
 
     async def run(self) -> None:
         """Check until cancelled or until a check is fatal."""
@@ -120,12 +128,16 @@ class HealthMonitor:
             return error
         finally:
             observation.close()
-            self._metrics.health_check_seconds.observe(time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._metrics.health_check_seconds.observe(seconds)
+            self._rounds, self._longest = self._rounds + 1, max(self._longest, seconds)
+            self._tell("health", rounds=self._rounds, failed=self._failed, longest=round(self._longest, 4))
         paused = paused or _paused(self._engine)
         late = False
         for outcome in outcomes:
             if outcome.error is None:
                 continue
+            self._failed += 1
             if isinstance(outcome.error, TimeoutError) and outcome.duration >= timeout - _TIMER_SLACK:
                 if paused:
                     continue
@@ -348,7 +360,11 @@ class Heartbeat:
         """Beat until cancelled."""
         while True:
             due = time.monotonic() + self._interval
-            self._control.send("heartbeat", in_flight=len(self._registry))
+            registry = self._registry
+            lag = round(max(self._lags, default=0.0), 4)
+            self._control.send(
+                "heartbeat", in_flight=len(registry), counts=registry.counts, chunks=registry.chunks, lag=lag
+            )
             await asyncio.sleep(self._interval)
             lag = max(0.0, time.monotonic() - due)
             self._lags.append(lag)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from dynamo_worker.errors import EngineDeadError, WorkerError
+from dynamo_worker.supervisor.verdict import signal_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 class ProcessWatch:
     """Reports the death of processes. Its methods require a running event loop."""
 
-    def __init__(self, on_fatal: Callable[[WorkerError], None]) -> None:
+    def __init__(
+        self, on_fatal: Callable[[WorkerError], None], on_death: Callable[[str, int, int | None], None] | None = None
+    ) -> None:
+        """Watch nothing yet.
+
+        :param on_fatal: called with the error that a death is.
+        :param on_death: called before that with what died, its pid and its exit code, which is negative for a signal
+            and None if it is not known here.
+        """
         self._on_fatal = on_fatal
+        self._on_death = on_death
         self._watched: set[int] = set()
 
     def watch(self, pids: Iterable[int], what: str, error: type[WorkerError] = EngineDeadError) -> None:
@@ -34,7 +43,7 @@ class ProcessWatch:
                 self._on_fatal(error(f"{what} {pid} is dead"))
                 continue
             self._watched.add(pidfd)
-            loop.add_reader(pidfd, self._died, pidfd, f"{what} {pid} ({_command_name(pid)})", error)
+            loop.add_reader(pidfd, self._died, pidfd, pid, f"{what} {pid} ({_command_name(pid)})", error)
 
     def close(self) -> None:
         """Stop watching: the processes are about to be ended on purpose."""
@@ -46,10 +55,12 @@ class ProcessWatch:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
 
-    def _died(self, pidfd: int, what: str, error: type[WorkerError]) -> None:
-        how = _how_it_died(pidfd)
+    def _died(self, pidfd: int, pid: int, what: str, error: type[WorkerError]) -> None:
+        code = _exit_code(pidfd)
         self._forget(pidfd)
-        self._on_fatal(error(f"{what} died{how}"))
+        if self._on_death is not None:
+            self._on_death(what, pid, code)
+        self._on_fatal(error(f"{what} died{_how_it_died(code)}"))
 
 
 def _command_name(pid: int) -> str:
@@ -60,17 +71,21 @@ def _command_name(pid: int) -> str:
         return "already gone"
 
 
-def _how_it_died(pidfd: int) -> str:
-    """Describe how a child of this process died, without reaping it: its owner does."""
+def _exit_code(pidfd: int) -> int | None:
+    """Return the exit code of a child of this process, negative for a signal, without reaping it: its owner does."""
     try:
         result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return ""
+        return None
     if result is None:
+        return None
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def _how_it_died(code: int | None) -> str:
+    """Describe how a process died."""
+    if code is None:
         return ""
-    if result.si_code == os.CLD_EXITED:
-        return f": exit code {result.si_status}"
-    try:
-        return f": killed by {signal.Signals(result.si_status).name}"
-    except ValueError:  # most real-time signals have no name
-        return f": killed by signal {result.si_status}"
+    if code >= 0:
+        return f": exit code {code}"
+    return f": killed by {signal_name(-code)}"

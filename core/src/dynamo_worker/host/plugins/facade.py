@@ -88,6 +88,10 @@ def check(name: str) -> tuple[list[PluginRecord], list[WorkerError]]:
     return records, errors
 
 
+def _unobserved(_outcome: HookOutcome) -> None:
+    """Take no notice."""
+
+
 class Plugins:
     """The loaded plugins of one worker, with one typed method for each hook.
 
@@ -101,6 +105,8 @@ class Plugins:
         self._manager = manager
         self.engine = engine
         self.extensions = tuple(extensions)
+        #: Called with the outcome of each hook of the worker's life; of health checks, only with failures.
+        self.observer: Callable[[HookOutcome], None] = _unobserved
 
     @property
     def engine_name(self) -> str:
@@ -238,7 +244,8 @@ class Plugins:
         :param info: what is registered.
         :param timeout: the time limit of each plugin, in seconds.
         """
-        return await call_concurrently("on_ready", self._calls("on_ready", engine=engine, info=info), timeout)
+        calls = self._calls("on_ready", engine=engine, info=info)
+        return self._observed(await call_concurrently("on_ready", calls, timeout))
 
     async def check_health(self, engine: Engine, timeout: float) -> list[HookOutcome]:
         """Ask all plugins concurrently whether the engine is healthy.
@@ -255,20 +262,22 @@ class Plugins:
             error = outcome.error
             if isinstance(error, EngineDeadError):
                 message = f"{error.args[0]} (health check of plugin {outcome.plugin!r})"
+                self._observed([outcome])
                 raise EngineDeadError(message, hint=error.hint) from error
+        self._observed([outcome for outcome in outcomes if not outcome.ok])
         return outcomes
 
     async def drain(self, engine: Engine, deadline: Deadline) -> list[HookOutcome]:
         """Let all plugins finish or move their work, concurrently."""
         calls = self._calls("drain", engine=engine, deadline=deadline)
-        return await call_concurrently("drain", calls, deadline.remaining())
+        return self._observed(await call_concurrently("drain", calls, deadline.remaining()))
 
     async def on_fatal_error(
         self, engine: Engine | None, error: BaseException, deadline: Deadline
     ) -> list[HookOutcome]:
         """Tell all plugins concurrently about a fatal error."""
         calls = self._calls("on_fatal_error", engine=engine, error=error, deadline=deadline)
-        return await call_concurrently("on_fatal_error", calls, deadline.remaining())
+        return self._observed(await call_concurrently("on_fatal_error", calls, deadline.remaining()))
 
     async def cleanup(self, engine: Engine, deadline: Deadline, limit: float | None = None) -> list[HookOutcome]:
         """Let every plugin clean up, one after another in reverse order of loading: the engine's plugin last.
@@ -281,7 +290,13 @@ class Plugins:
         def call(plugin: str, slice_: Deadline) -> Any:
             return self._call(plugin, "cleanup", engine=engine, deadline=slice_)
 
-        return await call_in_order("cleanup", call, list(reversed(self._implementers("cleanup"))), deadline, limit)
+        order = list(reversed(self._implementers("cleanup")))
+        return self._observed(await call_in_order("cleanup", call, order, deadline, limit))
+
+    def _observed(self, outcomes: list[HookOutcome]) -> list[HookOutcome]:
+        for outcome in outcomes:
+            self.observer(outcome)
+        return outcomes
 
     def _calls(self, hook: str, **arguments: Any) -> dict[str, Any]:
         """Return for each plugin that implements the hook a function that calls that plugin alone."""

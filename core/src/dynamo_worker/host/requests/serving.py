@@ -164,6 +164,11 @@ class RequestRegistry:
         entry.task.cancel()
         return True
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Ended requests by outcome, without the outcomes that no request had."""
+        return {outcome.value: count for outcome, count in self.outcomes.items() if count}
+
     def counted(self, send: Send) -> Send:
         """Return a ``send`` that counts every chunk."""
 

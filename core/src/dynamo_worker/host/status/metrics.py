@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_worker.deadline import Deadline
     from dynamo_worker.host.requests.serving import RequestRegistry
+    from dynamo_worker.supervisor.last_exit import LastExit
 
 
 class _RegistryCollector(Collector):
@@ -113,6 +114,18 @@ class WorkerMetrics:
             "Unix time at which a shutdown that is not over is cut short; 0 without one",
             registry=registry,
         )
+        self._last_exit_at = Gauge(
+            "dynamo_worker_last_exit_timestamp_seconds",
+            "Unix time at which the worker before this one ended, by the flight records of its place; 0 without one",
+            registry=registry,
+        )
+        self._last_exit_code = Gauge(
+            "dynamo_worker_last_exit_code", "Exit code of the worker before this one; 0 without one", registry=registry
+        )
+        self._last_exit_reason = Gauge(
+            "dynamo_worker_last_exit_reason", "1 for the reason for which the worker before this one ended", ["reason"],
+            registry=registry,
+        )  # fmt: skip
         self._info = Info(
             "dynamo_worker", "The worker's version, its engine, and the model that it serves", registry=registry
         )
@@ -124,6 +137,12 @@ class WorkerMetrics:
         for state in State:
             self._state.labels(state.value).set(state is current)
         self._deadline.set(0.0 if deadline is None else time.time() + deadline.remaining())
+
+    def set_last_exit(self, last: LastExit) -> None:
+        """Show how the worker before this one ended."""
+        self._last_exit_at.set(last.at)
+        self._last_exit_code.set(last.code)
+        self._last_exit_reason.labels(last.kind.value).set(1)
 
     def set_info(self, **labels: str) -> None:
         """Show what this worker is."""

@@ -11,11 +11,13 @@ pytest_plugins = ["dynamo_worker.testing.plugin"]
 
 @pytest.fixture
 def subject() -> Subject:
-    # Streams must take some seconds: the prompts of the fault table have about 45 characters.
+    # Streams must take some seconds.
     return Subject(
         "acme",
         ["--tokens-per-second", "11"],
         model="acme",
         processes={"server": r"dynamo_worker_acme\.toy_server"},
-        expected=lambda prompt, tokens: prompt.upper()[:tokens],
+        stream_tokens=45,
+        expected=lambda prompt, tokens: (prompt.upper() * tokens)[:tokens],
+        migrates=False,  # frontends continue no answer that is text
     )

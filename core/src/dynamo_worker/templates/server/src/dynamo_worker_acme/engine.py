@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo.llm.exceptions import Disconnected
 
 from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
-from dynamo_worker.kit.chunks import no_tokens, usage
+from dynamo_worker.kit.canary import text_canary
 from dynamo_worker.kit.engine_lifecycle import EngineLifecycle, start_error
-from dynamo_worker.kit.translation import ModelTable
+from dynamo_worker.kit.text import TextChunks, is_chat
 from dynamo_worker_acme.server import RefusedError, Server
-from dynamo_worker_acme.translation import TABLE
+from dynamo_worker_acme.translation import body
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Iterable
 
-    from dynamo_worker import Chunk, Deadline, EngineContext, Request, RequestContext
+    from dynamo_worker import Deadline, EngineContext, RequestContext
+    from dynamo_worker.text import TextRequest
 
-#: What the frontend needs of the model: `config.json` and the tokenizer. A real engine has a flag for it.
-MODEL_DIR = Path(__file__).parent / "model"
-#: Of the model: longest sequence in tokens, and number of token ids.
-CONTEXT_LENGTH, VOCAB_SIZE = 131_072, 259
-#: A prompt of the model's.
-_CANARY_PROMPT = (100, 0)
+#: Of the model: longest sequence in tokens.
+CONTEXT_LENGTH = 131_072
+#: What OpenAI's servers answer to a client's mistake.
+_CLIENTS_MISTAKES = (400, 404, 413, 415, 422)
 
 
 class AcmeEngine(EngineLifecycle):
-    """An engine that is a server in a process of its own."""
+    """An engine that is a server in a process of its own. It takes and gives text, as the server does."""
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
+        self._name: str = args.served_model_name
         self._args = args
         self._context = context
-        self._table: ModelTable[Any] = ModelTable(TABLE, {}, CONTEXT_LENGTH)
         self._server: Server | None = None
         self._steps = 0
 
@@ -49,45 +47,38 @@ class AcmeEngine(EngineLifecycle):
         except (OSError, RuntimeError) as error:
             raise start_error("the acme engine", error) from error
         return EngineInfo(
-            model_name=self._args.served_model_name,
-            model_path=str(MODEL_DIR),
+            model_name=self._name,
+            model_path=self._name,  # no file is read of a model that takes text
+            model_input="text",
             context_length=CONTEXT_LENGTH,
-            vocab_size=VOCAB_SIZE,
         )
 
-    async def generate(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:  # noqa: ARG002
-        """Yield the tokens of each event of the server's answer."""
-        parameters = self._table.read(request)
-        if parameters is None:  # no token is wanted
-            yield no_tokens()
-            return
-        server = self._alive()
-        prompt, made = request["token_ids"], 0
-        body = {"prompt": prompt, "stream": True, "return_token_ids": True, **parameters}
+    # A request and its chunks are those of OpenAI's API: `TextRequest` and `TextChunk` of `dynamo_worker.text`.
+    async def generate(self, request: Any, context: RequestContext) -> AsyncIterator[Any]:
+        """Yield the chunks of the server's answer."""
+        asked = {**body(request), "stream": True}  # the frontend makes one answer of the chunks if its client wants one
+        if TextChunks(request, context).wants_usage:
+            asked["stream_options"] = {"include_usage": True}
+        path = "/v1/chat/completions" if is_chat(request) else "/v1/completions"
+        server, finished = self._alive(), False
         try:
             # Closed early, it closes the connection: the server stops its work.
-            async with contextlib.aclosing(server.complete(body)) as events:
-                async for event in events:
-                    choice = event["choices"][0]
-                    tokens, reason = choice.get("token_ids") or [], choice.get("finish_reason")
+            async with contextlib.aclosing(server.complete(path, asked)) as chunks:
+                async for chunk in chunks:
                     self._steps += 1
-                    made += len(tokens)
-                    chunk: Chunk = {"token_ids": tokens, "index": 0}
-                    if reason is not None:
-                        chunk["finish_reason"] = reason
-                        chunk["completion_usage"] = usage(len(prompt), made, None)
-                    yield chunk
-                    if reason is not None:
-                        return
+                    finished = finished or any(choice.get("finish_reason") for choice in chunk["choices"])
+                    yield {**chunk, "model": request["model"]}
         except RefusedError as error:
-            if error.status in (400, 413, 422):  # it is the client's mistake
+            if error.status in _CLIENTS_MISTAKES:
                 raise InvalidRequestError(str(error)) from error
             raise
         except (OSError, EOFError):
-            pass
+            finished = False
+        if finished:
+            return
         if await server.has_died():
             raise EngineDeadError(f"the server exited with code {server.exit_code}")
-        raise Disconnected("the server has closed the connection")  # another worker may finish the answer
+        raise Disconnected("the server has closed the connection in the middle of an answer")
 
     async def abort(self, request_id: str) -> None:
         """Do nothing: the end of `generate` closes the connection."""
@@ -98,12 +89,12 @@ class AcmeEngine(EngineLifecycle):
 
     # --- What an engine may offer beyond the protocol
 
-    def canary_request(self) -> Request:
+    def canary_request(self) -> TextRequest:
         """Return a request for one token: the worker warms the engine up with it, and asks whether it is alive."""
-        return {"token_ids": list(_CANARY_PROMPT), "stop_conditions": {"max_tokens": 1}}
+        return text_canary(self._name)
 
     def progress(self) -> int:
-        """Return the number of events that the server has sent."""
+        """Return the number of chunks that the server has sent."""
         return self._steps
 
     # --- What the hooks call

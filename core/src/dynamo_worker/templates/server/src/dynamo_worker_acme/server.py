@@ -28,9 +28,9 @@ _POLL_SECONDS, _EXIT_SECONDS = 0.02, 0.5
 _KILL_SECONDS = 0.2
 
 
-# YOUR ENGINE HERE. Return the command of your server, such as
-# ["vllm", "serve", args.model, "--host", "127.0.0.1", "--port", str(port)], and delete toy_server.py. The paths that it
-# is asked for are below, in `Server`.
+# YOUR ENGINE HERE. Return the command of your server, such as ["vllm", "serve", args.model, "--host", _HOST, "--port",
+# str(port), "--served-model-name", args.served_model_name], and delete toy_server.py. Requests have that name for the
+# model.
 def command(args: argparse.Namespace, port: int) -> list[str]:
     """Return the command that starts the server on a port of the loopback interface."""
     return [*python_command("dynamo_worker_acme.toy_server"), str(port), str(args.tokens_per_second)]
@@ -89,16 +89,19 @@ class Server:
         async with self._request("GET", "/health"):
             pass
 
-    async def complete(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def complete(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of an answer; closing the iterator ends the request.
 
-        :raises RefusedError: the server refuses the request.
+        :raises RefusedError: the server refuses the request, or fails it in the middle of the answer.
         :raises OSError, EOFError: the connection has broken.
         """
-        async with self._request("POST", "/v1/completions", body) as lines:
+        async with self._request("POST", path, body) as lines:
             async for line in lines:
                 if line.startswith(b"data: {"):
-                    yield json.loads(line[6:])
+                    event = json.loads(line[6:])
+                    if "choices" not in event:
+                        raise RefusedError(500, str(event)[:1000])
+                    yield event
 
     async def has_died(self) -> bool:
         """Return whether the process has ended, which may show a moment after its connections break."""

@@ -1,7 +1,6 @@
-"""A toy in the place of a server: `/health`, and `/v1/completions` that answers in capital letters.
+"""A toy in the place of a server: `/health`, and OpenAI's two APIs, which it answers in capital letters.
 
-It does as `vllm serve` does: a prompt may be a list of token ids, and with `return_token_ids` the answer has them too.
-Run as `python -m dynamo_worker_acme.toy_server PORT TOKENS_PER_SECOND`.
+Each character is a token. Run as `python -m dynamo_worker_acme.toy_server PORT TOKENS_PER_SECOND`.
 """
 
 from __future__ import annotations
@@ -16,36 +15,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Of the tokenizer in `model/`: the mark between prompt and answer in the chat template, the end of an answer, and the
-#: first of 256 tokens that each stand for a byte.
-ANSWER_TOKEN, END_TOKEN, FIRST_BYTE_TOKEN = 0, 1, 3
+#: Longest sequence in tokens, prompt and answer together.
+CONTEXT_LENGTH = 131_072
 #: Seconds of a token whose rate is not limited.
 _SHORTEST_STEP = 0.001
 
 
-def answer(prompt: list[int], parameters: dict[str, Any]) -> Iterator[tuple[int, str | None]]:
-    """Yield each token of an answer, the last one with its finish reason.
+def prompt_of(request: dict[str, Any]) -> str:
+    """Return the text of a request's prompt: of a chat the last message.
 
-    A request that moves here from another worker has the first part of its answer behind the mark, and goes on there. A
-    real model does so by itself.
+    :raises ValueError: it has none, or one that is too long.
     """
-    text, before = prompt, 0
-    if ANSWER_TOKEN in prompt:
-        mark = len(prompt) - 1 - prompt[::-1].index(ANSWER_TOKEN)
-        text, before = prompt[:mark], len(prompt) - mark - 1
-    stops = [*parameters.get("stop_token_ids", ()), *([] if parameters.get("ignore_eos") else [END_TOKEN])]
-    for made in range(1, parameters["max_tokens"] + 1):
-        at = (before + made - 1) % (len(text) + 1)
-        token = END_TOKEN if at == len(text) else _capital(text[at])
-        if token in stops and made >= parameters.get("min_tokens", 0):
-            yield token, "stop"
-            return
-        yield token, "length" if made == parameters["max_tokens"] else None
+    content = request["messages"][-1].get("content") if "messages" in request else request["prompt"]
+    if isinstance(content, list):  # parts, as for images
+        content = "".join(part["text"] if part.get("type") == "text" else "\0" for part in content)
+    if not isinstance(content, str) or not content or "\0" in content:
+        raise ValueError("the prompt must be a text that is not empty")
+    if len(content) + request.get("max_tokens", 1) > CONTEXT_LENGTH:
+        raise ValueError(f"prompt and answer may have {CONTEXT_LENGTH} tokens")
+    return content
 
 
-def _capital(token: int) -> int:
-    byte = token - FIRST_BYTE_TOKEN
-    return token - 32 if ord("a") <= byte <= ord("z") else token
+def answer(prompt: str, request: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Yield each token of an answer, and an empty one at its end with the finish reason.
+
+    With `max_tokens` it goes on up to that length, as most models would.
+    """
+    text, reason = prompt.upper(), "stop"
+    if "max_tokens" in request:
+        length = request["max_tokens"]
+        text, reason = (text * (length // len(text) + 1))[:length], "length"
+    for string in request.get("stop", ()):
+        if string in text:
+            text, reason = text.partition(string)[0], "stop"
+    for character in text:
+        yield character, None
+    yield "", reason
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,14 +66,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Stream the tokens of an answer, until the client closes the connection."""
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        try:
+            prompt = prompt_of(request)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": {"message": f"messages or prompt: {error}"}}).encode())
+            return
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
-        for token, reason in answer(request["prompt"], request):
+        chat = "messages" in request
+        head = {"id": f"toy-{time.monotonic_ns()}", "created": int(time.time()), "model": request["model"]}
+        head["object"] = "chat.completion.chunk" if chat else "text_completion"
+        for token, reason in answer(prompt, request):
             time.sleep(self.step_seconds)
-            choice = {"index": 0, "token_ids": [token], "finish_reason": reason}
-            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            new = {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
+            self._send({**head, "choices": [{"index": 0, "finish_reason": reason, **new}]})
+        if request.get("stream_options", {}).get("include_usage"):
+            made = sum(len(token) for token, _ in answer(prompt, request))
+            counts = {"prompt_tokens": len(prompt), "completion_tokens": made, "total_tokens": len(prompt) + made}
+            self._send({**head, "choices": [], "usage": counts})
         self.wfile.write(b"data: [DONE]\n\n")
+
+    def _send(self, event: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
     def handle(self) -> None:
         """Serve the connection; one that the client closes is no error."""

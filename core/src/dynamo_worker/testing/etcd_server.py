@@ -7,21 +7,25 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo_worker.supervisor.etcd import Gateway
-from dynamo_worker.testing import eventually
 from dynamo_worker.testing.cluster import free_port
+from dynamo_worker.testing.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 #: All that Dynamo writes: from v1/ up to, but not including, v10.
 _ALL = {"key": base64.b64encode(b"v1/").decode(), "range_end": base64.b64encode(b"v10").decode()}
 
 
 class Etcd:
-    """One etcd server.
+    """One etcd server, which needs the program ``etcd`` on the PATH.
 
+    :param directory: for its data; its log is beside it.
+    :param environment: of its process.
     :param scheme: ``https`` for a server with TLS, which ``arguments`` configure.
     """
 
@@ -87,10 +91,21 @@ class Etcd:
         """Return whether there is nothing below v1/."""
         return '"kvs"' not in self.keys()
 
+    def entries(self) -> list[str]:
+        """Return the keys of everything below v1/.
+
+        :raises OSError: it does not answer.
+        """
+        found = self.call("/v3/kv/range", {**_ALL, "keys_only": True}).get("kvs", ())
+        return [base64.b64decode(entry["key"]).decode(errors="replace") for entry in found]
+
     def workers(self) -> int:
         """Return the number of registered endpoints."""
-        keys = [base64.b64decode(entry["key"]) for entry in self.call("/v3/kv/range", _ALL).get("kvs", ())]
-        return sum(key.startswith(b"v1/instances/") for key in keys)
+        return sum(key.startswith("v1/instances/") for key in self.entries())
+
+    def delete(self, key: str) -> None:
+        """Delete one entry."""
+        self.call("/v3/kv/deleterange", {"key": base64.b64encode(key.encode()).decode()})
 
     def delete_all(self) -> None:
         """Delete everything below v1/."""

@@ -1,0 +1,1 @@
+"""`dynamo-worker explain`: the end of a worker, from its flight record."""
