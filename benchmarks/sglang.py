@@ -23,32 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import engine_benchmark
+from common.engines import SGLANG
 from common.report import bar, median, number, progress, table
-from common.subjects import OURS, RealEngine
+from common.subjects import OURS
 
 if TYPE_CHECKING:
     import argparse
 
-SGLANG = RealEngine(
-    name="sglang",
-    model_flag="--model-path",
-    flags=(
-        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--disable-overlap-schedule", "--max-total-tokens", "32768", "--max-running-requests", "64"),
-    ),
-    processes={"scheduler": "sglang::scheduler"},
-    # dynamo-worker has none.
-    peer_processes={"detokenizer": "sglang::detokenizer"},
-    # Both workers say so of models that they do not import on a CPU.
-    loading="when loading sglang.srt.models",
-    variables={
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "TRITON_INTERPRET": "1",
-        "HF_HUB_OFFLINE": "1",
-    },
-)
 #: The most, and the least, that ours / peer may be. Issue 4 of the project only says what ours / bare may be.
 BARS: engine_benchmark.Bars = {
     "ready_s": (1.0, None),

@@ -16,22 +16,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from common import engine_benchmark
-from common.subjects import RealEngine
+from common.engines import VLLM
 
-VLLM = RealEngine(
-    name="vllm",
-    model_flag="--model",
-    flags=("--enforce-eager", "--max-model-len", "2048"),
-    processes={"EngineCore": "VLLM::EngineCore", "VLLM::Worker": "VLLM::Worker"},
-    loading="Initializing a V1 LLM engine",
-    variables={
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        # Otherwise two workers on one machine bind themselves to the same core.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    },
-)
 #: How vLLM binds what computes to cores: as it does by default, and not at all.
 BINDINGS = {"default": {"VLLM_CPU_OMP_THREADS_BIND": "auto"}, "nobind": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
 #: Issues 3 and 9 of the project: the most, and the least, that ours / peer may be.

@@ -709,7 +709,9 @@ def test_a_flag_of_dynamos_own_worker_in_the_file(command, site):
     site.install_engine()
     (command.directory / "w.yaml").write_text("engine_args: {output-modalities: image, size: 2}")
     result = command("--engine", "toy", "--config", "w.yaml", RUN)
-    refused(result, 2, "--output-modalities image is not supported: this worker serves text generation only")
+    refused(
+        result, 2, "--output-modalities image is not supported: this worker serves text generation and embeddings only"
+    )
     (command.directory / "w.yaml").write_text("engine_args: {output_modalities: text, size: 2}")
     assert command("--engine", "toy", "--config", "w.yaml", "--print-config").returncode == 0
 

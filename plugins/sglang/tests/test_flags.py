@@ -14,10 +14,11 @@ import yaml
 
 from dynamo_worker.cli.engine_parser import EngineParser, engine_parser, parse_engine_args
 from dynamo_worker.cli.peer_words import peer_flags
-from dynamo_worker.errors import UsageError
+from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.host.config.own_flags import own_flags
 from dynamo_worker.host.plugins.facade import Plugins
 from dynamo_worker_sglang import arguments
+from dynamo_worker_sglang.plugin import plugin
 
 RECORDED = Path(__file__).parents[3] / "tests" / "unit" / "data" / "peer_flags.json"
 
@@ -100,6 +101,27 @@ def test_refusals(parser: EngineParser, words: list[str], message: str | None) -
     with pytest.raises(UsageError) as caught:
         parse_engine_args(parser, ["--model-path", "m", *words], None)
     assert str(caught.value.args[0]).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--embedding-worker", "--disaggregation-mode", "decode"], "cannot be combined with --disaggregation-mode: "),
+        (["--is-embedding", "--enable-rl", "--publish-kv-events"], "with --publish-kv-events, --enable-rl: "),
+        (["--use-sglang-tokenizer"], "--use-sglang-tokenizer is not supported: the frontend tokenizes"),
+    ],
+)
+def test_flags_that_exclude_each_other(parser: EngineParser, tmp_path: Path, words: list[str], message: str) -> None:
+    args = parse_engine_args(parser, ["--model-path", "m", *words], None)
+    with pytest.raises(StartError) as caught:
+        arguments.configure(args, tmp_path)
+    assert message in str(caught.value.args[0])
+
+
+@pytest.mark.parametrize("words", [["--is-embedding"], ["--embedding-worker", "--use-sglang-tokenizer"]])
+def test_one_kind_of_engine_for_both_flags(parser: EngineParser, words: list[str]) -> None:
+    args = parse_engine_args(parser, ["--model-path", "m", *words], None)
+    assert plugin.engine_class(args) == "dynamo_worker_sglang.embeddings:SglangEmbeddingEngine"
 
 
 def test_what_scripts_have_and_no_worker_needs(parser: EngineParser, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from dynamo.llm.exceptions import Disconnected
+from sglang.srt.managers.io_struct import BatchEmbeddingOutput
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.kit.chunks import LEAST_LOGPROB
 from dynamo_worker_sglang.manager import GenerateRequest, Manager
-from dynamo_worker_sglang.outputs import Answer
+from dynamo_worker_sglang.outputs import Answer, Vector
 
 LENGTH = {"type": "length", "length": 2}
 
@@ -170,6 +171,36 @@ def test_the_short_way() -> None:
         assert harness.chunks["b"][0]["finish_reason"] == "length"
         assert list(harness.manager.rid_to_state) == ["a"]
         await ends[1].wait()
+
+    asyncio.run(run())
+
+
+def test_vectors_take_the_short_way() -> None:
+    async def run() -> None:
+        harness = Harness()
+        vectors = {name: Vector() for name in ("a", "b", "c")}
+        for name, vector in vectors.items():
+            request = SimpleNamespace(answer=vector, lora_path=None)
+            harness.manager.rid_to_state[name] = SimpleNamespace(obj=request, finished=False)
+        refused = {"type": "abort", "status_code": 400, "message": "too long"}
+        aborted = {"type": "abort", "message": "by an operator"}
+        made = BatchEmbeddingOutput(
+            rids=["a", "gone", "b", "c"],
+            finished_reasons=[LENGTH, LENGTH, refused, aborted],
+            embeddings=[[0.5, 1.5], [9.0], [], []],
+            prompt_tokens=[7, 1, 1, 1],
+            cached_tokens=[0, 0, 0, 0],
+            placeholder_tokens_idx=None,
+            placeholder_tokens_val=None,
+        )
+        assert harness.manager._hand_out(made)
+        await vectors["a"].wait()
+        assert (vectors["a"].numbers, vectors["a"].prompt_tokens) == ([0.5, 1.5], 7)
+        with pytest.raises(InvalidRequestError, match="too long"):
+            await vectors["b"].wait()
+        with pytest.raises(Disconnected, match="by an operator"):
+            await vectors["c"].wait()
+        assert not harness.manager.rid_to_state
 
     asyncio.run(run())
 

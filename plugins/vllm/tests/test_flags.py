@@ -14,9 +14,10 @@ import yaml
 
 from dynamo_worker.cli.engine_parser import EngineParser, engine_parser, parse_engine_args
 from dynamo_worker.cli.peer_words import peer_flags
-from dynamo_worker.errors import UsageError
+from dynamo_worker.errors import StartError, UsageError
 from dynamo_worker.host.config.own_flags import own_flags
 from dynamo_worker.host.plugins.facade import Plugins
+from dynamo_worker_vllm import arguments
 
 RECORDED = Path(__file__).parents[3] / "tests" / "unit" / "data" / "peer_flags.json"
 
@@ -66,6 +67,9 @@ def test_the_record_of_the_peers_flags_is_its_own() -> None:
         (["--disaggregation-mode=pd"], "disaggregation_mode", "aggregated"),
         (["--disaggregation-mode", "decode"], "disaggregation_mode", "decode"),
         (["--headless", "--no-headless"], "headless", False),
+        (["--embedding-worker"], "embedding_worker", True),
+        (["--embedding-worker", "--no-embedding-worker"], "embedding_worker", False),
+        (["--embedding-frontend-tokenization"], "embedding_frontend_tokenization", True),
     ],
 )
 def test_words(parser: EngineParser, words: list[str], name: str, value: object) -> None:
@@ -87,6 +91,24 @@ def test_words(parser: EngineParser, words: list[str], name: str, value: object)
 def test_refusals(parser: EngineParser, words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_engine_args(parser, words, None)
+    assert re.search(message, str(caught.value.args[0]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--embedding-worker", "--disaggregation-mode", "prefill"], "cannot be combined with --disaggregation-mode: "),
+        (["--embedding-worker", "--enable-rl", "--publish-kv-events"], "with --publish-kv-events, --enable-rl: "),
+        (["--embedding-worker", "--runner", "generate"], "^--embedding-worker needs a model that runs for pooling"),
+        (["--embedding-worker", "--embedding-frontend-tokenization", "--use-vllm-tokenizer"], "exclude each other"),
+        (["--embedding-frontend-tokenization"], "^--embedding-frontend-tokenization needs --embedding-worker$"),
+        (["--use-vllm-tokenizer"], "^--use-vllm-tokenizer is not supported: the frontend tokenizes$"),
+    ],
+)
+def test_flags_that_exclude_each_other(parser: EngineParser, tmp_path: Path, words: list[str], message: str) -> None:
+    parsed = parse_engine_args(parser, ["--model", "m", *words], None)
+    with pytest.raises(StartError) as caught:
+        arguments.configure(parsed, tmp_path)
     assert re.search(message, str(caught.value.args[0]))
 
 

@@ -100,7 +100,10 @@ def test_what_asks_for_nothing_is_accepted(words):
         (["--disaggregation-mode", "encode"], "--disaggregation-mode encode is not supported"),
         (["--disaggregation-mode=encode"], "--disaggregation-mode encode is not supported"),
         (["--load-format", "gms"], "--load-format gms is not supported: this worker does not use"),
-        (["--embedding-worker"], "--embedding-worker is not supported: this worker serves text generation only; use"),
+        (
+            ["--classify-worker"],
+            "--classify-worker is not supported: this worker serves text generation",
+        ),
         (["--fpm-trace"], "--fpm-trace is not supported with this engine"),
     ],
 )
@@ -128,7 +131,7 @@ def test_the_flag_of_somebody_elses_engine_is_its_own():
 @pytest.mark.parametrize(
     ("engine", "variable", "value"),
     [
-        ("vllm", "DYN_VLLM_EMBEDDING_WORKER", "true"),
+        ("vllm", "DYN_VLLM_CLASSIFY_WORKER", "true"),
         ("vllm", "DYN_BENCHMARK_MODE", "agg"),
         ("vllm", "DYN_CONNECTOR", "nixl"),
         ("sglang", "DYN_SGL_ENABLE_MULTIMODAL", "1"),
@@ -145,7 +148,7 @@ def test_variables_that_are_refused(engine, variable, value):
 
 def test_variables_that_ask_for_nothing():
     harmless = {
-        "DYN_VLLM_EMBEDDING_WORKER": "false",
+        "DYN_VLLM_CLASSIFY_WORKER": "false",
         "DYN_VLLM_EMBEDDING_WORKER_PROCESSES": "1",
         "DYN_CONNECTOR": "none",
         "DYN_BENCHMARK_MODE": "",

@@ -85,6 +85,38 @@ def add_publish_kv_events(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def check_tokenizer(args: argparse.Namespace, flag: str, processor: str) -> None:
+    """Refuse an engine's own tokenizer for requests that the frontend tokenizes: all but those for embeddings.
+
+    :param flag: of Dynamo's own worker, such as ``--use-vllm-tokenizer``.
+    :param processor: what the frontend calls the engine's own processing.
+    :raises StartError: the flag is given, and the worker generates text.
+    """
+    if getattr(args, flag[2:].replace("-", "_")) and not args.embedding_worker:
+        raise StartError(
+            f"{flag} is not supported: the frontend tokenizes",
+            hint=f"leave it out, or run the frontend with --dyn-chat-processor {processor}",
+        )
+
+
+def refuse_for_embeddings(args: argparse.Namespace, others: Mapping[str, object]) -> None:
+    """Refuse flags of text generation on a worker that makes embeddings.
+
+    :param others: names of flags in ``args``, with the values that ask for nothing, beside those that engines share.
+        Those that this version of the engine lacks are ignored.
+    :raises StartError: some are set; the message names them.
+    """
+    nothing = {"publish_kv_events": False, "enable_rl": False, **others}
+    given = [name for name, value in nothing.items() if getattr(args, name, value) not in (value, None)]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise StartError(
+            f"--embedding-worker cannot be combined with {flags}: embeddings take one pass over each input, without "
+            "KV caches to hand over and without an answer to generate",
+            hint=f"leave {'it' if len(given) == 1 else 'them'} out",
+        )
+
+
 def drop_unread_events(args: argparse.Namespace, context: EngineContext) -> None:
     """Reset ``--publish-kv-events`` if no router would read the events: they reveal the tokens of prompts."""
     if args.publish_kv_events and not context.events_wanted:

@@ -62,6 +62,10 @@ class EnginePlugin:
         """Return whether this node belongs to an engine that serves its requests elsewhere."""
         return False
 
+    def engine_class(self, args: argparse.Namespace) -> str:
+        """Return the class that these flags choose; a plugin with several kinds of engines overrides it."""
+        return self.headless_engine if self.is_headless(args) else self.engine
+
     @hookimpl
     def prepare(self, arguments: Sequence[str]) -> None:
         """Set the engine's variables, and start what can be started before the command line is read."""
@@ -79,7 +83,7 @@ class EnginePlugin:
     @hookimpl
     def create_engine(self, args: argparse.Namespace, context: EngineContext) -> Engine:
         """Return the engine, or this node's part of it; its ``start`` starts it."""
-        engine: Engine = _load(self.headless_engine if self.is_headless(args) else self.engine)(args, context)
+        engine: Engine = _load(self.engine_class(args))(args, context)
         return engine
 
     @hookimpl

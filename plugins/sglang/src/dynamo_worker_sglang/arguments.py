@@ -62,6 +62,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     weights.add_enable_rl(group, "DYN_SGL_ENABLE_RL")
     forward_pass_metrics.add_flag(group)
     group.add_argument(
+        "--embedding-worker",
+        action=argparse.BooleanOptionalAction,
+        default=engine_arguments.switched_on("DYN_SGL_EMBEDDING_WORKER"),
+        help="serve /v1/embeddings, as SGLang's --is-embedding (DYN_SGL_EMBEDDING_WORKER)",
+    )
+    group.add_argument(
+        "--use-sglang-tokenizer",
+        action=argparse.BooleanOptionalAction,
+        default=engine_arguments.switched_on("DYN_SGL_USE_TOKENIZER"),
+        help="let SGLang tokenize texts, which it does with --embedding-worker anyway (DYN_SGL_USE_TOKENIZER)",
+    )
+    group.add_argument(
         "--sglang-trace-level",
         type=int,
         choices=(1, 2, 3, 4),
@@ -95,8 +107,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     :param private_dir: directory for sockets.
     :raises StartError: a flag has no effect in a worker, or is not supported.
     """
-    if args.is_embedding:
-        raise StartError("--is-embedding is not supported: this plugin serves models that generate text")
+    _check_embeddings(args)
     for flags, why in _REFUSED.items():
         engine_arguments.refuse_without_effect(args, _server_args().add_cli_args, flags, why)
     if args.sglang_trace_level is not None:
@@ -124,6 +135,19 @@ def configure(args: argparse.Namespace, private_dir: Path) -> ServerArgs:
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"
     settings: ServerArgs = _server_args().from_cli_args(args)
     return settings
+
+
+def _check_embeddings(args: argparse.Namespace) -> None:
+    """Check the flags of a worker for embeddings, and make SGLang one.
+
+    :raises StartError: some cannot be combined.
+    """
+    args.embedding_worker = args.is_embedding = args.embedding_worker or args.is_embedding
+    engine_arguments.check_tokenizer(args, "--use-sglang-tokenizer", "sglang")
+    if args.embedding_worker:
+        engine_arguments.refuse_for_embeddings(
+            args, {"disaggregation_mode": "null", "speculative_algorithm": None, "dllm_algorithm": None}
+        )
 
 
 def measure_forward_passes(args: argparse.Namespace, worker_id: int, private_dir: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dynamo_worker import EngineDeadError, EngineInfo
+from dynamo_worker import EngineDeadError, EngineInfo, StartError
 from dynamo_worker.kit import engine_processes, push_engine, request_metadata
 from dynamo_worker.kit.blocking import OneAtATime
 from dynamo_worker.kit.canary import canary_request
@@ -78,6 +78,7 @@ class SglangEngine(PushEngine[Started]):
     """SGLang as dynamo-worker drives it."""
 
     NAME: ClassVar = "SGLang"
+    ROLE: ClassVar = Role
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
@@ -100,16 +101,17 @@ class SglangEngine(PushEngine[Started]):
         settings = config.resolved_dict()
         manager: Manager = self._processes.tokenizer_manager
         manager.auto_create_handle_loop()
+        self.check(manager)
         table = SamplingTable(
             {**manager.model_config.get_default_sampling_params(), **(manager.preferred_sampling_params or {})},
-            _context_length(manager),
+            context_length(manager),
             manager.model_config.vocab_size,
             deterministic=settings["enable_deterministic_inference"],
             custom_processors=settings["enable_custom_logit_processor"],
         )
         return Started(
             table,
-            Role(settings["disaggregation_mode"], _bootstrap(settings)),
+            self.ROLE(settings["disaggregation_mode"], _bootstrap(settings)),
             Control(
                 manager,
                 self.context,
@@ -122,6 +124,16 @@ class SglangEngine(PushEngine[Started]):
             token_decoder(manager.tokenizer),
         )
 
+    def check(self, manager: Manager) -> None:
+        """Check that the model is of this engine's kind.
+
+        :raises StartError: it does not generate.
+        """
+        if not manager.is_generation:
+            raise StartError(
+                f"{manager.model_path} generates nothing", hint="--embedding-worker serves the embeddings of a model"
+            )
+
     def _fail(self) -> None:
         if self._processes is not None:
             self._processes.tokenizer_manager.fail("a process of SGLang reports that it has failed")
@@ -131,12 +143,12 @@ class SglangEngine(PushEngine[Started]):
         settings, role, manager = started.settings, started.role, started.manager
         assert self._processes is not None
         tokens = self._processes._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]  # noqa: SLF001
-        context_length = _context_length(manager)
+        longest = context_length(manager)
         return EngineInfo(
             model_name=settings["served_model_name"],
             model_aliases=self.args.served_model_aliases,
             model_path=manager.model_path,
-            context_length=context_length,
+            context_length=longest,
             vocab_size=manager.model_config.vocab_size,
             kv_block_size=started.block_size,
             total_kv_blocks=tokens // settings["page_size"],
@@ -147,7 +159,7 @@ class SglangEngine(PushEngine[Started]):
             max_loras=settings["max_loras_per_batch"] if manager.enable_lora else None,
             bootstrap=role.bootstrap,
             runtime_config={"enable_eagle": uses_eagle(settings["speculative_algorithm"])},
-            runtime_data=runtime_data(settings, context_length, manager.tokenizer),
+            runtime_data=runtime_data(settings, longest, manager.tokenizer),
         )
 
     async def on_ready(self) -> None:
@@ -295,7 +307,7 @@ class SglangEngine(PushEngine[Started]):
             _remove_files(processes)
 
 
-def _context_length(manager: Manager) -> int:
+def context_length(manager: Manager) -> int:
     """Return the longest sequence that SGLang accepts: it needs room for a token, and in the KV cache too."""
     return int(min(manager.context_len - manager.num_reserved_tokens, manager.max_req_input_len + 1))
 

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 from sglang.srt.entrypoints import engine as entrypoint
-from sglang.srt.managers.io_struct import BatchTokenIDOutput, GenerateReqInput
+from sglang.srt.managers.io_struct import (
+    BatchEmbeddingOutput,
+    BatchTokenIDOutput,
+    EmbeddingReqInput,
+    GenerateReqInput,
+)
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
@@ -27,11 +32,11 @@ from dynamo_worker.logs import get_logger
 from dynamo_worker_sglang import scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
     from sglang.srt.server_args import ServerArgs
 
-    from dynamo_worker_sglang.outputs import Answer
+    from dynamo_worker_sglang.outputs import Answer, Vector
 
 log = get_logger(__name__)
 
@@ -41,6 +46,19 @@ class GenerateRequest(GenerateReqInput):  # type: ignore[misc]
     """A request, and the answer that gets its outputs."""
 
     answer: Answer | None = None
+
+
+@dataclass
+class EmbeddingRequest(EmbeddingReqInput):  # type: ignore[misc]
+    """A batch of inputs, and the vectors to which they become."""
+
+    vectors: Sequence[Vector] = ()
+
+    def __getitem__(self, number: int) -> Any:
+        """Return one input as a request of its own, with its vector."""
+        part = super().__getitem__(number)
+        part.answer = self.vectors[number]
+        return part
 
 
 class Manager(TokenizerManager):  # type: ignore[misc]
@@ -107,25 +125,46 @@ class Manager(TokenizerManager):  # type: ignore[misc]
         super()._init_req_state(obj, request)
         if isinstance(obj, GenerateRequest) and obj.answer is not None:
             obj.answer.follow(self.rid_to_state[obj.rid])
+        elif isinstance(obj, EmbeddingRequest):
+            for rid, vector in zip(obj.rid, obj.vectors, strict=True):
+                vector.follow(self.rid_to_state[rid])
 
     def _wait_one_response(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-        if isinstance(obj, GenerateRequest) and obj.answer is not None:
-            obj.answer.submitted = True
-            return _nothing_until_the_end(obj.answer)
+        answer = getattr(obj, "answer", None)
+        if answer is not None:
+            answer.submitted = True
+            return _nothing_until_the_end(answer)
         stream: AsyncIterator[Any] = super()._wait_one_response(obj, request)
         return stream
 
-    async def run(self, request: GenerateRequest) -> None:
+    async def _handle_batch_request(self, obj: Any, *args: Any) -> AsyncIterator[Any]:
+        if not isinstance(obj, EmbeddingRequest):
+            async for outputs in super()._handle_batch_request(obj, *args):
+                yield outputs
+            return
+        # As SGLang does with batches of tokens, without a task for each of them.
+        if self._should_use_batch_tokenization(obj.batch_size, obj):
+            await self._send_batch_request(await self._batch_tokenize_and_process(obj.batch_size, obj))
+        else:
+            for number in range(obj.batch_size):
+                await self._send_one_request(await self._tokenize_one_request(obj[number]))
+        for vector in obj.vectors:
+            vector.submitted = True
+        for vector in obj.vectors:
+            await vector.wait()
+
+    async def run(self, request: GenerateRequest | EmbeddingRequest) -> None:
         """Run one request until its answer is complete.
 
         :raises InvalidRequestError: SGLang rejects the request.
         """
-        if not self.is_pause or request.answer is None:
+        answer = _last_answer(request)
+        if not self.is_pause or answer is None:
             await self._run(request)
             return
         # It waits for the end of the pause, where its answer's own end does not reach it.
         run = asyncio.ensure_future(self._run(request))
-        end = asyncio.ensure_future(request.answer.wait())
+        end = asyncio.ensure_future(answer.wait())
         try:
             await asyncio.wait({run, end}, return_when=asyncio.FIRST_COMPLETED)
             await (end if end.done() and end.exception() is not None else run)
@@ -134,13 +173,14 @@ class Manager(TokenizerManager):  # type: ignore[misc]
             end.cancel()
             await asyncio.wait({run, end})
 
-    async def _run(self, request: GenerateRequest) -> None:
+    async def _run(self, request: GenerateRequest | EmbeddingRequest) -> None:
         try:
             async for _ in self.generate_request(request):
                 pass
         except ValueError as error:
             # SGLang rejects a request with this before the scheduler has it; afterwards it is a bug.
-            if request.answer is None or request.answer.submitted:
+            answer = _last_answer(request)
+            if answer is None or answer.submitted:
                 raise
             raise InvalidRequestError(str(error)) from error
 
@@ -152,10 +192,11 @@ class Manager(TokenizerManager):  # type: ignore[misc]
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
         self.batches += 1
-        if not (self._short_way and isinstance(recv_obj, BatchTokenIDOutput) and self._hand_out(recv_obj)):
+        plain = isinstance(recv_obj, (BatchTokenIDOutput, BatchEmbeddingOutput))
+        if not (self._short_way and plain and self._hand_out(recv_obj)):
             await super()._handle_batch_output(recv_obj)
 
-    def _hand_out(self, batch: BatchTokenIDOutput) -> bool:
+    def _hand_out(self, batch: BatchTokenIDOutput | BatchEmbeddingOutput) -> bool:
         """Send the outputs of a batch of plain answers; return False if the batch contains any other answer.
 
         SGLang's own path makes a dozen objects for every token of every request.
@@ -166,6 +207,11 @@ class Manager(TokenizerManager):  # type: ignore[misc]
                 answer = getattr(state.obj, "answer", None)
                 if answer is None or not answer.plain:
                     return False
+        made, counts = (
+            (batch.embeddings, batch.prompt_tokens)
+            if isinstance(batch, BatchEmbeddingOutput)
+            else (batch.output_ids, batch.cached_tokens)
+        )
         for position, (rid, state) in enumerate(zip(batch.rids, states, strict=True)):
             if state is None:
                 continue  # it has been cancelled
@@ -175,8 +221,12 @@ class Manager(TokenizerManager):  # type: ignore[misc]
                 del self.rid_to_state[rid]
                 if self.enable_lora and state.obj.lora_path:
                     self._keep(self.lora_registry.release(state.obj.lora_id))
-            state.obj.answer.add(batch.output_ids[position], reason, batch.cached_tokens[position])
+            state.obj.answer.add(made[position], reason, counts[position])
         return True
+
+
+def _last_answer(request: GenerateRequest | EmbeddingRequest) -> Answer | Vector | None:
+    return request.answer if isinstance(request, GenerateRequest) else request.vectors[-1]
 
 
 async def _nothing_until_the_end(answer: Answer) -> AsyncIterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dynamo.llm.exceptions import Disconnected
 
@@ -115,16 +115,11 @@ class Answer(answer.Answer):
 
     @staticmethod
     def _aborted(chunk: Chunk, reason: Mapping[str, Any]) -> None:
-        status, message = reason.get("status_code"), reason.get("message") or "aborted"
-        if status is None:
-            # Aborted by an operator or by the worker: the answer is not read.
-            chunk["finish_reason"] = "cancelled"
-            chunk["token_ids"] = []
-        elif status == _BAD_REQUEST:
-            raise InvalidRequestError(message)
-        else:
-            # Not EngineShutdown, which takes the whole worker out of the frontends' rotation for 5 s (measured).
-            raise Disconnected(f"SGLang ended the request: {message}")
+        if reason.get("status_code") is not None:
+            raise _refusal(reason)
+        # Aborted by an operator or by the worker: the answer is not read.
+        chunk["finish_reason"] = "cancelled"
+        chunk["token_ids"] = []
 
     def _add_logprobs(self, chunk: Chunk, meta: Mapping[str, Any]) -> None:
         chosen = meta.get("output_token_logprobs") or ()
@@ -156,6 +151,62 @@ class Answer(answer.Answer):
             entries.setdefault(str(token), prompt_logprob(logprob, None, self._decode(token)))
             positions.append(entries)
         return positions
+
+
+class Vector(answer.Answer):
+    """The embedding of one input, on its way: takes SGLang's output, as :class:`Answer` does.
+
+    :ivar numbers: the vector; empty until it is there.
+    :ivar prompt_tokens: the input's length in tokens.
+    """
+
+    #: Nothing comes with it.
+    plain: ClassVar = True
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: None)
+        self._state: Any = None
+        #: Whether the scheduler has the request.
+        self.submitted = False
+        self.numbers: Sequence[float] = ()
+        self.prompt_tokens = 0
+
+    def follow(self, state: Any) -> None:
+        """Take the place of the event in SGLang's record of the request."""
+        self._state = state
+        state.event = self
+
+    def set(self) -> None:
+        """Take the output in the request's list."""
+        outputs, self._state.out_list = self._state.out_list, []
+        for output in outputs:
+            meta = output["meta_info"]
+            self.add(output["embedding"], meta.get("finish_reason"), meta["prompt_tokens"])
+
+    def clear(self) -> None:
+        """Do nothing: the output has been taken."""
+
+    def add(self, numbers: Sequence[float], reason: Mapping[str, Any] | None, prompt_tokens: int) -> None:
+        """Take the vector.
+
+        :param reason: why it is complete; None if it is not.
+        """
+        if reason is None or self.over:
+            return
+        if reason["type"] == "abort":
+            self.fail(_refusal(reason))
+            return
+        self.numbers, self.prompt_tokens = numbers, prompt_tokens
+        self.complete()
+
+
+def _refusal(reason: Mapping[str, Any]) -> Exception:
+    """Return the error that tells the client why SGLang has ended its request."""
+    message = reason.get("message") or "aborted"
+    if reason.get("status_code") == _BAD_REQUEST:
+        return InvalidRequestError(message)
+    # Not EngineShutdown, which takes the whole worker out of the frontends' rotation for 5 s (measured).
+    return Disconnected(f"SGLang ended the request: {message}")
 
 
 def _first(entries: Sequence[Any] | None, number: int | None) -> Sequence[Any]:

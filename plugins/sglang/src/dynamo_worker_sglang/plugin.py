@@ -34,5 +34,11 @@ class SglangPlugin(EnginePlugin):
         """Return whether this node follows the first one, which serves."""
         return bool(args.node_rank > 0)
 
+    def engine_class(self, args: argparse.Namespace) -> str:
+        """Return the class for models that generate, or for those that make embeddings."""
+        if (args.embedding_worker or args.is_embedding) and not self.is_headless(args):
+            return "dynamo_worker_sglang.embeddings:SglangEmbeddingEngine"
+        return super().engine_class(args)
+
 
 plugin = SglangPlugin()

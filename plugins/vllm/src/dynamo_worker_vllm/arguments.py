@@ -58,6 +58,25 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=engine_arguments.switched_on("DYN_VLLM_HEADLESS"),
         help="run only this node's ranks of a multi-node engine: no endpoints, same supervision",
     )
+    embeddings = parser.add_argument_group("vLLM embeddings", "Instead of text, the worker makes embeddings.")
+    embeddings.add_argument(
+        "--embedding-worker",
+        action=argparse.BooleanOptionalAction,
+        default=engine_arguments.switched_on("DYN_VLLM_EMBEDDING_WORKER"),
+        help="serve /v1/embeddings with a pooling model; implies --runner pooling (DYN_VLLM_EMBEDDING_WORKER)",
+    )
+    embeddings.add_argument(
+        "--embedding-frontend-tokenization",
+        action=argparse.BooleanOptionalAction,
+        default=engine_arguments.switched_on("DYN_VLLM_EMBEDDING_FRONTEND_TOKENIZATION"),
+        help="let the frontend tokenize texts; otherwise vLLM does (DYN_VLLM_EMBEDDING_FRONTEND_TOKENIZATION)",
+    )
+    embeddings.add_argument(
+        "--use-vllm-tokenizer",
+        action=argparse.BooleanOptionalAction,
+        default=engine_arguments.switched_on("DYN_VLLM_USE_TOKENIZER"),
+        help="let vLLM tokenize texts, which is the default of --embedding-worker (DYN_VLLM_USE_TOKENIZER)",
+    )
     _engine_args().add_cli_args(parser)
     # As vLLM's own command line has it: `-O3`.
     level = next(action for action in parser._actions if "--optimization-level" in action.option_strings)  # noqa: SLF001
@@ -81,6 +100,7 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
     engine_arguments.refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_SERVER, why)
     why = "the worker loads images itself; see --media-allow-path and --media-allow-host"
     engine_arguments.refuse_without_effect(args, _engine_args().add_cli_args, _OF_ITS_FETCH, why)
+    _check_embeddings(args)
     args.served_model_name = engine_arguments.served_names(args.served_model_name) or None
     os.environ[waiting.MARK] = "1"
     alone = on_one_machine(args)
@@ -106,6 +126,38 @@ def configure(args: argparse.Namespace, private_dir: Path) -> VllmConfig:
         # vLLM's default is localhost: decode workers in other pods would ask themselves.
         own_address.advertise(NIXL_HOST)
     return config
+
+
+def _check_embeddings(args: argparse.Namespace) -> None:
+    """Check the flags for embeddings against each other and the rest, and make vLLM run the model for pooling.
+
+    :raises StartError: some cannot be combined.
+    """
+    engine_arguments.check_tokenizer(args, "--use-vllm-tokenizer", "vllm")
+    if args.embedding_frontend_tokenization and not args.embedding_worker:
+        raise StartError(
+            "--embedding-frontend-tokenization needs --embedding-worker", hint="leave it out, or give both"
+        )
+    if not args.embedding_worker:
+        return
+    if args.embedding_frontend_tokenization and args.use_vllm_tokenizer:
+        raise StartError(
+            "--embedding-frontend-tokenization and --use-vllm-tokenizer exclude each other: one of them tokenizes",
+            hint="leave one of them out",
+        )
+    if args.runner not in ("auto", "pooling"):
+        raise StartError(
+            f"--embedding-worker needs a model that runs for pooling, not --runner {args.runner}",
+            hint="leave --runner out, or --embedding-worker for a model that generates",
+        )
+    args.runner = "pooling"
+    of_generation = {
+        "disaggregation_mode": "aggregated",
+        "enable_multimodal": False,
+        "kv_transfer_config": None,
+        "speculative_config": None,
+    }
+    engine_arguments.refuse_for_embeddings(args, of_generation)
 
 
 def _report_sampled_logprobs(engine_args: Any) -> None:

@@ -16,7 +16,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError
+from dynamo_worker import EngineDeadError, EngineInfo, InvalidRequestError, StartError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.kit import (
     child_metrics,
@@ -109,6 +109,7 @@ class VllmEngine(PushEngine[Started]):
 
     NAME: ClassVar = "vLLM"
     METRICS: ClassVar = ("vllm:",)
+    ROLE: ClassVar = Role
 
     def __init__(self, args: argparse.Namespace, context: EngineContext) -> None:
         super().__init__(args, context)
@@ -128,9 +129,8 @@ class VllmEngine(PushEngine[Started]):
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(self.context.private_dir))
         self._metrics_directory = await asyncio.to_thread(child_metrics.share, self.context.private_dir)
         config = await asyncio.to_thread(arguments.configure, self.args, self.context.private_dir)
-        if forward_pass_metrics.wanted(self.args):
-            load.measure_forward_passes(config, self.worker_id, self.context.private_dir)
-        role = Role(self.args.disaggregation_mode, config)
+        self.prepare(config)
+        role = self.ROLE(self.args.disaggregation_mode, config)
         model = config.model_config
         table = sampling.SamplingTable(model.get_diff_sampling_param(), model.max_model_len)
         llm = await self.construct(lambda: self._build(config))
@@ -141,6 +141,19 @@ class VllmEngine(PushEngine[Started]):
         await self._images.start(self._served_names(config)[0], images.most_per_request(llm))
         processor, preparation = outputs.install(llm), images.Preparation(llm)
         return Started(table, role, control, llm, block_size, processor, token_decoder(llm.tokenizer), preparation)
+
+    def prepare(self, config: VllmConfig) -> None:
+        """Check and complete the configuration.
+
+        :raises StartError: the model does not generate.
+        """
+        if config.model_config.runner_type != "generate":
+            raise StartError(
+                f"{config.model_config.model} is a pooling model, which generates nothing",
+                hint="--embedding-worker serves its embeddings",
+            )
+        if forward_pass_metrics.wanted(self.args):
+            load.measure_forward_passes(config, self.worker_id, self.context.private_dir)
 
     def _build(self, config: VllmConfig) -> AsyncLLM:
         return AsyncLLM.from_vllm_config(
@@ -238,7 +251,7 @@ class VllmEngine(PushEngine[Started]):
                 mailbox.output = None
                 mailbox.ready.clear()
                 if isinstance(output, BaseException):
-                    raise _translated(output)
+                    raise translated(output)
                 if type(output) is dict:
                     role.hand_over(output, params)
                     send(_finished(output))
@@ -284,7 +297,7 @@ class VllmEngine(PushEngine[Started]):
         except ValueError as error:  # vLLM rejects a request with this, or with its own errors
             raise InvalidRequestError(str(error)) from error
         except Exception as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
     async def abort(self, request_id: str) -> None:
         """Stop the work for one request; if its KV cache is on its way, later."""
@@ -417,7 +430,7 @@ def _finished(chunk: Any) -> Any:
     return chunk
 
 
-def _translated(error: BaseException) -> BaseException:
+def translated(error: BaseException) -> BaseException:
     """Return the error that tells the worker and the client what an error of vLLM means."""
     if isinstance(error, VllmDeadError):
         return EngineDeadError("vLLM's engine is dead")

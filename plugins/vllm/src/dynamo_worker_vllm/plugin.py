@@ -37,5 +37,11 @@ class VllmPlugin(EnginePlugin):
         """Return whether this node only runs ranks of an engine that serves from another node."""
         return bool(args.headless)
 
+    def engine_class(self, args: argparse.Namespace) -> str:
+        """Return the class for models that generate, or for those that make embeddings."""
+        if args.embedding_worker and not args.headless:
+            return "dynamo_worker_vllm.embeddings:VllmEmbeddingEngine"
+        return super().engine_class(args)
+
 
 plugin = VllmPlugin()

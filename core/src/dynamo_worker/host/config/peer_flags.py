@@ -68,15 +68,17 @@ def _rows(verdict: Verdict, flags: str, text: str, *engines: str, switch: bool =
     ]
 
 
-_OTHER_WORKER: Final = "this worker serves text generation only; use Dynamo's own worker for {}"
+_OTHER_WORKER: Final = "this worker serves text generation and embeddings only; use Dynamo's own worker for {}"
 _IMAGES: Final = _OTHER_WORKER.format("images, audio and video")
 _DECODING: Final = "this worker loads and decodes images itself, and reads none over NIXL; leave it out"
 _ENCODERS: Final = "this worker encodes the images of its requests itself; leave it out, and start no encode worker"
 _OWN_ENCODER: Final = "images go through the encoder of the model; leave it out, or use Dynamo's own worker"
 _ACCEPTS_IMAGES: Final = "images; requests with video or audio are refused"
-_EMBEDDINGS: Final = _OTHER_WORKER.format("embeddings, reranking and classification")
+_TOKENIZER: Final = "with `--embedding-worker` only: otherwise the frontend tokenizes"
 _DIFFUSION: Final = _OTHER_WORKER.format("images and videos that a model makes")
-_ENCODE: Final = {"encode": "this worker serves text generation only; use Dynamo's own worker for encoders"}
+_ENCODE: Final = {
+    "encode": "this worker serves text generation and embeddings only; use Dynamo's own worker for encoders"
+}
 _ENCODE_VLLM: Final = {
     "encode": "workers here encode the images of their requests themselves; start no encode worker, and leave "
     "--route-to-encoder out"
@@ -183,29 +185,23 @@ _OF_VLLM: Final = [
     PeerFlag("--headless", "honoured", "", (_VLLM,), "DYN_VLLM_HEADLESS", switch=True),
     *_honoured("--enable-rl", _VLLM, text="with the routes for weights", env="DYN_ENABLE_RL", switch=True),
     PeerFlag("--load-format", "honoured", "`gms` is refused", (_VLLM,), refuses=_GMS),
-    PeerFlag(
-        "--use-vllm-tokenizer",
-        "refused",
-        "the frontend tokenizes; leave it out, or run the frontend with --dyn-chat-processor vllm",
-        (_VLLM,),
-        "DYN_VLLM_USE_TOKENIZER",
-        switch=True,
-    ),
+    PeerFlag("--use-vllm-tokenizer", "honoured", _TOKENIZER, (_VLLM,), "DYN_VLLM_USE_TOKENIZER", switch=True),
     *_rows("honoured", "--enable-multimodal", _ACCEPTS_IMAGES, _VLLM, switch=True),
     *_rows("refused", "--route-to-encoder", _ENCODERS, _VLLM, switch=True),
     *_rows("refused", "--frontend-decoding", _DECODING, _VLLM, switch=True),
     PeerFlag("--custom-encoder-class", "refused", _OWN_ENCODER, (_VLLM,), "DYN_CUSTOM_ENCODER_CLASS"),
     *_rows("ignored", "--mm-prompt-template --embedding-transfer-mode", _ONLY_ENCODERS, _VLLM),
-    *_rows("refused", "--embedding-worker --classify-worker", _EMBEDDINGS, _VLLM, switch=True),
-    *_rows("refused", "--embedding-frontend-tokenization", _EMBEDDINGS, _VLLM, switch=True),
+    *_rows("honoured", "--embedding-worker", "implies `--runner pooling`", _VLLM, switch=True),
+    *_rows("honoured", "--embedding-frontend-tokenization", "", _VLLM, switch=True),
     PeerFlag(
         "--embedding-worker-processes",
         "refused",
-        _EMBEDDINGS,
+        "one process answers all requests here; leave it out, and start more workers if it is too slow",
         (_VLLM,),
         "DYN_VLLM_EMBEDDING_WORKER_PROCESSES",
         harmless=("1",),
     ),
+    *_rows("refused", "--classify-worker", _OTHER_WORKER.format("classification"), _VLLM, switch=True),
     *_rows("refused", "--realtime", _OTHER_WORKER.format("realtime sessions"), _VLLM, switch=True),
     PeerFlag("--model-express-url", "ignored", "Dynamo's worker ignores it as well", (_VLLM,)),
     *_rows(
@@ -245,14 +241,7 @@ _OF_SGLANG: Final = [
     PeerFlag("--sglang-trace-level", "honoured", "", (_SGLANG,), "SGLANG_TRACE_LEVEL"),
     PeerFlag("--disable-piecewise-cuda-graph", "honoured", "as `--cuda-graph-backend-prefill disabled`", (_SGLANG,)),
     PeerFlag("--load-format", "honoured", "`gms` is refused", (_SGLANG,), refuses=_GMS),
-    PeerFlag(
-        "--use-sglang-tokenizer",
-        "refused",
-        "the frontend tokenizes; leave it out, or run the frontend with --dyn-chat-processor sglang",
-        (_SGLANG,),
-        "DYN_SGL_USE_TOKENIZER",
-        switch=True,
-    ),
+    PeerFlag("--use-sglang-tokenizer", "honoured", _TOKENIZER, (_SGLANG,), "DYN_SGL_USE_TOKENIZER", switch=True),
     PeerFlag(
         "--gateway-workers",
         "refused",
@@ -263,7 +252,8 @@ _OF_SGLANG: Final = [
     ),
     *_rows("refused", "--enable-multimodal --dedicated-mm-encoder --frontend-decoding", _IMAGES, _SGLANG, switch=True),
     *_rows("ignored", "--embedding-transfer-mode", _ONLY_ENCODERS, _SGLANG),
-    *_rows("refused", "--embedding-worker --rerank-worker", _EMBEDDINGS, _SGLANG, switch=True),
+    *_rows("honoured", "--embedding-worker", "as SGLang's `--is-embedding`", _SGLANG, switch=True),
+    *_rows("refused", "--rerank-worker", _OTHER_WORKER.format("reranking"), _SGLANG, switch=True),
     *_rows("refused", "--image-diffusion-worker --video-generation-worker", _DIFFUSION, _SGLANG, switch=True),
     *_rows(
         "refused",
