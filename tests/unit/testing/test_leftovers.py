@@ -16,7 +16,7 @@ from dynamo_worker.testing import leftovers as module
 from dynamo_worker.testing.leftovers import MARKER, Leftovers, marked_processes
 from dynamo_worker.testing.waiting import eventually
 
-REAL = Path(module._SHARED_MEMORY)
+REAL = Path(module.SHARED_MEMORY)
 SLEEP = "print('up', flush=True); import time; time.sleep(60)"
 
 
@@ -29,7 +29,7 @@ def marker():
 def segments(tmp_path_factory, monkeypatch):
     """Look at a directory of the test's own: other programs on the machine have segments too."""
     directory = tmp_path_factory.mktemp("shm")
-    monkeypatch.setattr(module, "_SHARED_MEMORY", str(directory))
+    monkeypatch.setattr(module, "SHARED_MEMORY", str(directory))
     return directory
 
 

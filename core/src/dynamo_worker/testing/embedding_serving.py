@@ -18,16 +18,17 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
 
 from dynamo_worker.testing.cluster import post
+from dynamo_worker.testing.leftovers import SHARED_MEMORY, mapped_by_others, shared_memory
 from dynamo_worker.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from dynamo_worker.testing.cluster import Cluster, Worker
     from dynamo_worker.testing.subject import Subject
@@ -97,7 +98,8 @@ class EmbeddingServing:
     DIRECT: ClassVar[Path]
 
     def direct(self, model: Path, cases: Sequence[tuple[Input, int | None]]) -> list[str]:
-        """Return what the engine makes of inputs without a worker."""
+        """Return what the engine makes of inputs without a worker, and remove what it leaves in shared memory."""
+        before = shared_memory()
         done = subprocess.run(
             [sys.executable, str(self.DIRECT), str(model)],
             input=json.dumps(cases),
@@ -106,6 +108,9 @@ class EmbeddingServing:
             timeout=_DIRECT_SECONDS,
             check=False,
         )
+        left = shared_memory() - before
+        for name in left - mapped_by_others(left, "of a process that has ended"):
+            Path(SHARED_MEMORY, name).unlink(missing_ok=True)
         assert done.returncode == 0, done.stderr[-4000:]
         vectors: list[str] = json.loads(done.stdout.strip().splitlines()[-1])
         return vectors

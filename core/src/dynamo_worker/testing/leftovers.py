@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 #: Set in the environment of every process of a test, which identifies it even if it detaches from its parent.
 MARKER = "DYNAMO_WORKER_TEST"
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where the kernel keeps it
+#: Where the kernel keeps shared memory with names.
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - not a choice
 #: Tolerated increase of used GPU memory during a test, in bytes. The driver's own use varies slightly.
 _GPU_TOLERANCE = 64 << 20
 
@@ -45,7 +46,7 @@ def mapped_by_others(names: set[str], marker: str) -> set[str]:
     inodes: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            inodes[str(os.stat(f"{_SHARED_MEMORY}/{name}").st_ino)] = name
+            inodes[str(os.stat(f"{SHARED_MEMORY}/{name}").st_ino)] = name
     found: set[str] = set()
     for entry in os.listdir("/proc") if inodes else ():
         if not entry.isdigit() or int(entry) in ours:
@@ -53,7 +54,7 @@ def mapped_by_others(names: set[str], marker: str) -> set[str]:
         try:
             with open(f"/proc/{entry}/maps", encoding="utf-8", errors="replace") as file:
                 # Compare inodes: a semaphore is mapped under the name with which it was created, not its current one.
-                mapped = {line.split(maxsplit=5)[4] for line in file if _SHARED_MEMORY in line}
+                mapped = {line.split(maxsplit=5)[4] for line in file if SHARED_MEMORY in line}
         except OSError:
             continue
         found |= {inodes[inode] for inode in mapped & inodes.keys()}
@@ -62,7 +63,7 @@ def mapped_by_others(names: set[str], marker: str) -> set[str]:
 
 def shared_memory() -> set[str]:
     """Return the names in ``/dev/shm``."""
-    return set(os.listdir(_SHARED_MEMORY))
+    return set(os.listdir(SHARED_MEMORY))
 
 
 def gpu_memory() -> int:
@@ -88,7 +89,7 @@ class Leftovers:
         left = [f"process {pid}: {command}" for pid, command in marked_processes(self.marker).items()]
         segments = shared_memory() - self._segments
         segments -= mapped_by_others(segments, self.marker)
-        left += [f"{_SHARED_MEMORY}/{name}" for name in sorted(segments)]
+        left += [f"{SHARED_MEMORY}/{name}" for name in sorted(segments)]
         left += [str(path) for path in sorted(self.tmp.iterdir())]
         more = gpu_memory() - self._gpu_memory
         if more > _GPU_TOLERANCE:
