@@ -17,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.engine import LocalContext
 from dynamo_worker.kit.push_engine import Job
-from dynamo_worker_vllm.engine import VllmEngine, _finished, _translated, vocab_size
+from dynamo_worker_vllm.engine import VllmEngine, _finished, translated, vocab_size
 from dynamo_worker_vllm.sampling import GuidedParams, SamplingTable
 
 BUGS = [ValueError("not enough values to unpack"), TypeError("not iterable"), KeyError("a")]
@@ -58,7 +58,7 @@ def test_a_bug_while_it_takes_a_request_is_not(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", BUGS, ids=repr)
 def test_a_bug_behind_that_is_not_either(error: Exception) -> None:
-    assert _translated(error) is error
+    assert translated(error) is error
 
 
 def test_the_event_loop_runs_while_vllm_compiles_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
