@@ -16,15 +16,21 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from dynamo_worker import EngineDeadError, InvalidRequestError
 from dynamo_worker.engine import LocalContext
+from dynamo_worker.kit import media_settings
 from dynamo_worker.kit.push_engine import Job
 from dynamo_worker_vllm.engine import VllmEngine, _finished, translated, vocab_size
 from dynamo_worker_vllm.sampling import GuidedParams, SamplingTable
 
+#: As vLLM takes it.
+PROMPT = {"prompt_token_ids": [5]}
 BUGS = [ValueError("not enough values to unpack"), TypeError("not iterable"), KeyError("a")]
 
 
 def engine() -> VllmEngine:
-    return VllmEngine(argparse.Namespace(), None)  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser()
+    media_settings.add_flags(parser)
+    parser.set_defaults(enable_multimodal=False)
+    return VllmEngine(parser.parse_args([]), None)  # type: ignore[arg-type]
 
 
 def job(request: dict[str, Any], params: Any, request_id: str = "r") -> Job:
@@ -38,7 +44,7 @@ def submitted(error: Exception) -> BaseException:
         raise error
 
     llm: Any = SimpleNamespace(add_request=add_request, engine_core=SimpleNamespace(engine_ranks_managed=[0]))
-    submit = engine()._submit(llm, job({"token_ids": [5]}, SamplingParams()))
+    submit = engine()._submit(llm, job({"token_ids": [5]}, SamplingParams()), PROMPT)
     with pytest.raises(BaseException) as raised:
         asyncio.run(submit)
     return raised.value
@@ -85,12 +91,12 @@ def test_the_event_loop_runs_while_vllm_compiles_a_constraint(monkeypatch: pytes
         llm: Any = SimpleNamespace(add_request=add_request, vllm_config=config, tokenizer="tokenizer", engine_core=core)
         request = {"token_ids": [5], "sampling_options": {"guided_decoding": {"regex": "a"}}}
         params = SamplingTable({}, 100).translate(request)
-        submitted = asyncio.ensure_future(vllm._submit(llm, job(request, params)))
+        submitted = asyncio.ensure_future(vllm._submit(llm, job(request, params), PROMPT))
         while not compiling.is_set():
             await asyncio.sleep(0.001)
         steps.append("the loop runs")
         plain = SamplingTable({}, 100).translate({"token_ids": [5]})
-        await vllm._submit(llm, job({"token_ids": [5]}, plain, "p"))
+        await vllm._submit(llm, job({"token_ids": [5]}, plain, "p"), PROMPT)
         go_on.set()
         assert await submitted == "mailbox"
 
@@ -110,7 +116,7 @@ def test_what_the_engine_core_could_not_decode_is_refused(name: str, sections: d
     llm: Any = SimpleNamespace(add_request=None, engine_core=SimpleNamespace(engine_ranks_managed=[0, 1]))
     request = {"token_ids": [5], **sections}
     with pytest.raises(InvalidRequestError, match=name):
-        asyncio.run(engine()._submit(llm, job(request, SamplingParams())))
+        asyncio.run(engine()._submit(llm, job(request, SamplingParams()), PROMPT))
 
 
 def test_what_vllm_says_of_itself() -> None:
