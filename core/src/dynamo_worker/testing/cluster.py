@@ -49,13 +49,14 @@ def free_port() -> int:
 
 
 def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """Send a JSON object with POST; return the HTTP status and the decoded response."""
+    """Send a JSON object with POST; return the HTTP status and the decoded response, or None if it is empty."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310 - our own servers
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+        content = error.read()
+        return error.code, json.loads(content) if content else None
 
 
 class Worker:

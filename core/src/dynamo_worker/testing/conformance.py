@@ -225,7 +225,7 @@ class EngineConformance(
         """A client that disconnects must cost the others nothing."""
 
         async def check() -> bool:
-            stream = trial.engine.generate(self.request(trial.engine, 10_000), LocalContext("long"))
+            stream = trial.engine.generate(trial.request(10_000), LocalContext("long"))
 
             async def consume() -> None:
                 async for _ in stream:
@@ -238,7 +238,7 @@ class EngineConformance(
                 await task
             await trial.engine.abort("long")
             await trial.engine.abort("a request nobody made")
-            chunks = [c async for c in trial.engine.generate(self.request(trial.engine, 1), LocalContext("next"))]
+            chunks = [c async for c in trial.engine.generate(trial.request(1), LocalContext("next"))]
             return any(trial.dialect.reason(chunk) for chunk in chunks)
 
         trial.expect(trial.run(check()), "the next request was not answered", trial.engine.generate)
