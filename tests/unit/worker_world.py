@@ -105,6 +105,9 @@ class FakeRuntime:
     def completed(self, info):
         return info
 
+    async def await_discovery(self):
+        pass
+
     async def register(self, info, *, endpoint):
         self.world.note("registered")
         self.registered.append(endpoint)

@@ -343,6 +343,7 @@ def test_everything_hostile_is_refused_by_name(
     cases = [(url, url, words) for url, words in {**URLS, **hostile_paths(tmp_path)}.items()]
     cases += [(name, f"{server.url}/{name}", words) for name, (_, words) in hostile_server.BAD.items()]
     cases += [(name, data_url(data), words) for name, data, words in hostile_files.FILES if len(data) <= 2**20]
+    children = set(psutil.Process().children())  # such as Python's resource tracker
     media = Media(MediaSettings(**SETTINGS, paths=(str(tmp_path / "media"),)))
     slow = Media(MediaSettings(**{**SETTINGS, "timeout": 1.5}))
 
@@ -386,4 +387,4 @@ def test_everything_hostile_is_refused_by_name(
     assert watch.most - before < MOST_GROWTH
     assert after - before < MOST_KEPT
     assert watch.longest < MOST_BLOCKED, watch.what
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= children
