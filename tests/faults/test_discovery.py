@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import signal
@@ -43,6 +44,7 @@ def test_the_registration_of_a_killed_supervisor_is_withdrawn(cluster: Cluster, 
     worker = serving(cluster, etcd)
     worker.signal(signal.SIGKILL)
     eventually(etcd.empty, 3, "the registration to be withdrawn")
+    eventually(lambda: not os.path.exists(worker.run_dir), 3, "the guardian to be done, before etcd goes away")
 
 
 def test_requests_through_etcd(cluster: Cluster, etcd: Etcd) -> None:
