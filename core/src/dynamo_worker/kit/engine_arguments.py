@@ -175,6 +175,15 @@ def switched_on(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
 
 
+def add_switch(group: argparse._ArgumentGroup, flag: str, variable: str, text: str) -> None:
+    """Add a flag with a ``--no-…`` form that an environment variable can turn on.
+
+    :param text: the help, without the variable.
+    """
+    action = argparse.BooleanOptionalAction
+    group.add_argument(flag, action=action, default=switched_on(variable), help=f"{text} ({variable})")
+
+
 def non_negative(text: str) -> float:
     """Read a number of at least 0, as the ``type`` of a flag."""
     value = float(text)

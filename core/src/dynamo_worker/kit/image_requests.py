@@ -7,16 +7,16 @@ images costs one look-up.
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any, Final
 
 from dynamo_worker.errors import InvalidRequestError
 from dynamo_worker.kit import fields, media_requests
-from dynamo_worker.kit.engine_arguments import switched_on
+from dynamo_worker.kit.engine_arguments import add_switch
 from dynamo_worker.kit.media import Media
 from dynamo_worker.logs import get_logger
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
@@ -38,12 +38,7 @@ def add_flag(group: argparse._ArgumentGroup, variable: str) -> None:
 
     :param variable: the environment variable that stands for it.
     """
-    group.add_argument(
-        FLAG,
-        action=argparse.BooleanOptionalAction,
-        default=switched_on(variable),
-        help=f"accept images in requests, and load them within the limits of --media-* ({variable})",
-    )
+    add_switch(group, FLAG, variable, "accept images in requests, and load them within the limits of --media-*")
 
 
 class ImageRequests:

@@ -61,17 +61,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     engine_arguments.add_publish_kv_events(group)
     weights.add_enable_rl(group, "DYN_SGL_ENABLE_RL")
     forward_pass_metrics.add_flag(group)
-    group.add_argument(
-        "--embedding-worker",
-        action=argparse.BooleanOptionalAction,
-        default=engine_arguments.switched_on("DYN_SGL_EMBEDDING_WORKER"),
-        help="serve /v1/embeddings, as SGLang's --is-embedding (DYN_SGL_EMBEDDING_WORKER)",
+    engine_arguments.add_switch(
+        group, "--embedding-worker", "DYN_SGL_EMBEDDING_WORKER", "serve /v1/embeddings, as SGLang's --is-embedding"
     )
-    group.add_argument(
+    engine_arguments.add_switch(
+        group,
         "--use-sglang-tokenizer",
-        action=argparse.BooleanOptionalAction,
-        default=engine_arguments.switched_on("DYN_SGL_USE_TOKENIZER"),
-        help="let SGLang tokenize texts, which it does with --embedding-worker anyway (DYN_SGL_USE_TOKENIZER)",
+        "DYN_SGL_USE_TOKENIZER",
+        "let SGLang tokenize texts, which it does with --embedding-worker anyway",
     )
     group.add_argument(
         "--sglang-trace-level",

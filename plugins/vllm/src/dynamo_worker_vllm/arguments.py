@@ -59,23 +59,23 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="run only this node's ranks of a multi-node engine: no endpoints, same supervision",
     )
     embeddings = parser.add_argument_group("vLLM embeddings", "Instead of text, the worker makes embeddings.")
-    embeddings.add_argument(
+    engine_arguments.add_switch(
+        embeddings,
         "--embedding-worker",
-        action=argparse.BooleanOptionalAction,
-        default=engine_arguments.switched_on("DYN_VLLM_EMBEDDING_WORKER"),
-        help="serve /v1/embeddings with a pooling model; implies --runner pooling (DYN_VLLM_EMBEDDING_WORKER)",
+        "DYN_VLLM_EMBEDDING_WORKER",
+        "serve /v1/embeddings with a pooling model; implies --runner pooling",
     )
-    embeddings.add_argument(
+    engine_arguments.add_switch(
+        embeddings,
         "--embedding-frontend-tokenization",
-        action=argparse.BooleanOptionalAction,
-        default=engine_arguments.switched_on("DYN_VLLM_EMBEDDING_FRONTEND_TOKENIZATION"),
-        help="let the frontend tokenize texts; otherwise vLLM does (DYN_VLLM_EMBEDDING_FRONTEND_TOKENIZATION)",
+        "DYN_VLLM_EMBEDDING_FRONTEND_TOKENIZATION",
+        "let the frontend tokenize texts; otherwise vLLM does",
     )
-    embeddings.add_argument(
+    engine_arguments.add_switch(
+        embeddings,
         "--use-vllm-tokenizer",
-        action=argparse.BooleanOptionalAction,
-        default=engine_arguments.switched_on("DYN_VLLM_USE_TOKENIZER"),
-        help="let vLLM tokenize texts, which is the default of --embedding-worker (DYN_VLLM_USE_TOKENIZER)",
+        "DYN_VLLM_USE_TOKENIZER",
+        "let vLLM tokenize texts, which is the default of --embedding-worker",
     )
     _engine_args().add_cli_args(parser)
     # As vLLM's own command line has it: `-O3`.
